@@ -1,0 +1,76 @@
+"""Post-training quantization of Diffusion Transformers, as a plugin for torchao PT2E and NNCF.
+
+Names are imported when they are first used, so that ``import ptq4dit_ao`` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ptq4dit_ao.calibration import CalibrationSamples, collect_from_pipeline
+    from ptq4dit_ao.errors import PTQ4DiTError
+    from ptq4dit_ao.graph import export_transformer, find_sites
+    from ptq4dit_ao.lowering import available_backends, lower
+    from ptq4dit_ao.observers import SalienceStatistics
+    from ptq4dit_ao.passes import BalanceSettings, balance, balance_result, collect_salience
+    from ptq4dit_ao.quantizer import Override, PTQ4DiTQuantizer, salience_statistics
+    from ptq4dit_ao.recipe import Recipe, load_recipe, recipe_json_schema
+    from ptq4dit_ao.reference import load_reference_classifier, load_reference_dit
+    from ptq4dit_ao.workflow import QuantizedModel, apply_recipe, load_quantized, save_quantized
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "calibration": ("CalibrationSamples", "collect_from_pipeline"),
+    "errors": ("PTQ4DiTError",),
+    "graph": ("export_transformer", "find_sites"),
+    "lowering": ("available_backends", "lower"),
+    "observers": ("SalienceStatistics",),
+    "passes": ("BalanceSettings", "balance", "balance_result", "collect_salience"),
+    "quantizer": ("Override", "PTQ4DiTQuantizer", "salience_statistics"),
+    "recipe": ("Recipe", "load_recipe", "recipe_json_schema"),
+    "reference": ("load_reference_classifier", "load_reference_dit"),
+    "workflow": ("QuantizedModel", "apply_recipe", "load_quantized", "save_quantized"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "BalanceSettings",
+    "CalibrationSamples",
+    "Override",
+    "PTQ4DiTError",
+    "PTQ4DiTQuantizer",
+    "QuantizedModel",
+    "Recipe",
+    "SalienceStatistics",
+    "apply_recipe",
+    "available_backends",
+    "balance",
+    "balance_result",
+    "collect_from_pipeline",
+    "collect_salience",
+    "export_transformer",
+    "find_sites",
+    "load_quantized",
+    "load_recipe",
+    "load_reference_classifier",
+    "load_reference_dit",
+    "lower",
+    "recipe_json_schema",
+    "salience_statistics",
+    "save_quantized",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,62 @@
+"""Two 4-bit integers per byte, the first one in the low nibble."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ptq4dit_ao.errors import ArtifactError
+
+INT4_MIN, INT4_MAX = -8, 7
+
+
+def pack_int4(values: Tensor) -> Tensor:
+    """int8 of any shape, each value in [-8, 7] -> uint8 (ceil(numel / 2),); an odd count pads with a zero nibble.
+
+    Raises:
+        ArtifactError: the dtype is not int8, or a value needs more than 4 bits.
+    """
+    if values.dtype != torch.int8:
+        raise ArtifactError(f"cannot pack a {values.dtype} tensor as int4; convert it to torch.int8 first")
+    flat = values.reshape(-1)
+    _check_range(flat)
+    nibbles = flat.view(torch.uint8) & 0xF
+    packed = nibbles[0::2].clone()
+    packed[: flat.numel() // 2] |= nibbles[1::2] << 4
+    return packed
+
+
+def unpack_int4(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """uint8 (ceil(numel / 2),) -> int8 of ``shape``, the inverse of ``pack_int4``.
+
+    Raises:
+        ArtifactError: ``packed`` is not a row of bytes as long as ``shape`` needs.
+    """
+    count = math.prod(shape)
+    if packed.dtype != torch.uint8 or tuple(packed.shape) != (packed_length(shape),):
+        raise ArtifactError(
+            f"an int4 tensor of shape {tuple(shape)} takes a uint8 row of {packed_length(shape)} bytes, not "
+            f"{packed.dtype} {tuple(packed.shape)}; the weights do not belong to this shape, save the model again"
+        )
+    nibbles = torch.stack((packed & 0xF, packed >> 4), dim=-1).reshape(-1)[:count].view(torch.int8)
+    # Sign extension in two's complement: 0..7 stay, 8..15 become -8..-1.
+    return ((nibbles ^ 8) - 8).reshape(tuple(shape))
+
+
+def packed_length(shape: Sequence[int]) -> int:
+    """Bytes that an int4 tensor of ``shape`` takes."""
+    return (math.prod(shape) + 1) // 2
+
+
+def _check_range(flat: Tensor) -> None:
+    if flat.numel() == 0:
+        return
+    low, high = (int(v) for v in flat.aminmax())
+    if low < INT4_MIN or high > INT4_MAX:
+        raise ArtifactError(
+            f"values span [{low}, {high}], int4 holds [{INT4_MIN}, {INT4_MAX}]; clamp them, or let the dequantize "
+            f"node declare the wider quant_min and quant_max so that the tensor is stored as int8"
+        )

@@ -1,0 +1,127 @@
+"""``manifest.json``: what a saved model is, and the digests of its other files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata as packages
+from pathlib import Path
+from typing import Any
+
+from ptq4dit_ao.artifact.strict import check_keys, load_json
+from ptq4dit_ao.artifact.weights import StoredTensor
+from ptq4dit_ao.errors import ArtifactError
+
+FORMAT = "ptq4dit-ao"
+FORMAT_VERSION = 1
+MANIFEST, GRAPH, WEIGHTS = "manifest.json", "graph.json", "weights.safetensors"
+REPORTS = ("report.json", "report.html")
+"""Written beside a model; not part of it."""
+
+_KEYS = {"format", "format_version", "versions", "input_signature", "metadata", "tensors", "files"}
+_PACKAGES = ("ptq4dit-ao", "torch", "torchao")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArtifactSize:
+    """Bytes on disk."""
+
+    manifest_bytes: int
+    graph_bytes: int
+    weights_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.manifest_bytes + self.graph_bytes + self.weights_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The contents of the manifest but for its format and versions."""
+
+    input_signature: list[dict[str, Any]]
+    metadata: dict[str, Any]
+    tensors: Mapping[str, StoredTensor]
+    files: Mapping[str, dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "versions": {name: _version(name) for name in _PACKAGES},
+            "input_signature": self.input_signature,
+            "metadata": self.metadata,
+            "tensors": {name: entry.to_json() for name, entry in self.tensors.items()},
+            "files": dict(self.files),
+        }
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest at ``path``.
+
+    Raises:
+        ArtifactError: it is damaged, of something else, or of a format version that this library does not read.
+    """
+    doc = load_json(path)
+    _check_format(path, doc)
+    check_keys(doc, _KEYS, str(path))
+    for key, kind in (("input_signature", list), ("metadata", dict), ("tensors", dict), ("versions", dict)):
+        if not isinstance(doc[key], kind):
+            raise ArtifactError(f"{path}: {key} is a {type(doc[key]).__name__}; copy or save the model again")
+    check_keys(doc["files"], {GRAPH, WEIGHTS}, f"{path}: files")
+    return Manifest(
+        input_signature=doc["input_signature"],
+        metadata=doc["metadata"],
+        tensors={name: StoredTensor.from_json(name, entry) for name, entry in doc["tensors"].items()},
+        files=doc["files"],
+    )
+
+
+def is_manifest(path: Path) -> bool:
+    """Whether ``path`` is a manifest of ours, of any version."""
+    try:
+        return load_json(path).get("format") == FORMAT
+    except (ArtifactError, OSError):
+        return False
+
+
+def file_digest(path: Path) -> dict[str, Any]:
+    """``{"bytes": size, "sha256": hex digest}``."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def check_digest(path: Path, expected: Any) -> None:
+    """Refuse a file that differs from its digest; the size is compared first, for it is quick and tells more.
+
+    Raises:
+        ArtifactError: names the file.
+    """
+    check_keys(expected, {"bytes", "sha256"}, f"digest of {path}")
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        raise ArtifactError(
+            f"{path} has {size} bytes, the manifest says {expected['bytes']}; the copy is incomplete or of another "
+            f"model, copy or save the model again"
+        )
+    if file_digest(path) != expected:
+        raise ArtifactError(f"{path} was altered: its sha256 is not the manifest's; copy or save the model again")
+
+
+def _check_format(path: Path, doc: dict[str, Any]) -> None:
+    if doc.get("format") != FORMAT:
+        raise ArtifactError(f"{path} is of format {doc.get('format')!r}, not {FORMAT!r}; point to a model saved by it")
+    version = doc.get("format_version")
+    if version != FORMAT_VERSION or type(version) is not int:
+        raise ArtifactError(
+            f"{path} has format_version {version!r}, this version reads {FORMAT_VERSION}; install the {FORMAT} that "
+            f"saved it, or save the model again with this one"
+        )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return packages.version(name)
+    except packages.PackageNotFoundError:
+        return None

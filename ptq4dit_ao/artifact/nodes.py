@@ -1,0 +1,93 @@
+"""The nodes of a graph as a list of ``{"name", "op", "target", "args", "kwargs"}``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from ptq4dit_ao.artifact.names import check_attribute_path, check_identifier
+from ptq4dit_ao.artifact.strict import check_keys
+from ptq4dit_ao.artifact.targets import target_from_str, target_to_str
+from ptq4dit_ao.artifact.values import decode_value, encode_value
+from ptq4dit_ao.errors import ArtifactError
+
+_KEYS = {"name", "op", "target", "args", "kwargs"}
+
+
+def node_to_json(node: Node) -> dict[str, Any]:
+    """One node as JSON.
+
+    Raises:
+        ArtifactError: names the node and what of it has no stored form.
+    """
+    try:
+        return {
+            "name": check_identifier(node.name, "node"),
+            "op": node.op,
+            "target": target_to_str(node.target) if node.op == "call_function" else _check_target(node.op, node.target),
+            "args": [encode_value(arg) for arg in node.args],
+            "kwargs": {key: encode_value(value) for key, value in node.kwargs.items()},
+        }
+    except ArtifactError as error:
+        raise ArtifactError(f"node {node.name!r}: {error}") from error
+
+
+def nodes_from_json(entries: Any, device: torch.device | None) -> Graph:
+    """A graph of stored nodes, with their names; ``device`` takes the place of every device among the arguments.
+
+    Raises:
+        ArtifactError: the entries are damaged, or call what a stored graph may not call.
+    """
+    if not isinstance(entries, list):
+        raise ArtifactError(f"nodes is a {type(entries).__name__}, not a list; save the model again")
+    graph = Graph()
+    nodes: dict[str, Node] = {}
+    for entry in entries:
+        check_keys(entry, _KEYS, "node")
+        name = check_identifier(entry["name"], "node")
+        if name in nodes:
+            raise ArtifactError(f"two nodes are called {name!r}; save the model again")
+        try:
+            nodes[name] = _add_node(graph, entry, nodes, device)
+        except ArtifactError as error:
+            raise ArtifactError(f"node {name!r}: {error}") from error
+    if "output" not in [node.op for node in graph.nodes][-1:] or len(graph.find_nodes(op="output")) != 1:
+        raise ArtifactError("the graph does not end in its only output node; save the model again")
+    return graph
+
+
+def _add_node(graph: Graph, entry: dict[str, Any], nodes: dict[str, Node], device: torch.device | None) -> Node:
+    op, target, args, kwargs = entry["op"], entry["target"], entry["args"], entry["kwargs"]
+    if not isinstance(target, str) or not isinstance(args, list) or not isinstance(kwargs, dict):
+        raise ArtifactError("target, args and kwargs are not a string, a list and an object; save the model again")
+    node = graph.create_node(
+        op,
+        target_from_str(target) if op == "call_function" else _check_target(op, target),
+        tuple(decode_value(arg, nodes, device) for arg in args),
+        {check_identifier(key, "keyword"): decode_value(value, nodes, device) for key, value in kwargs.items()},
+        name=entry["name"],
+    )
+    _set_name(node, entry["name"])
+    return node
+
+
+def _check_target(op: object, target: object) -> str:
+    """The target of a node that calls no function."""
+    match op:
+        case "get_attr":
+            return check_attribute_path(target)
+        case "placeholder" | "output":
+            return check_identifier(target, str(op))
+    raise ArtifactError(
+        f"op {op!r} (target {target!r}) cannot be stored; a stored graph consists of placeholder, get_attr, "
+        f"call_function and output nodes, as torch.export makes it"
+    )
+
+
+def _set_name(node: Node, name: str) -> None:
+    """Graph.create_node renames what shadows a builtin, but passes that set names directly do not."""
+    if node.name != name:
+        node.name = name
+        node.graph._graph_namespace._rename_object(node, name)

@@ -1,0 +1,167 @@
+"""Write a quantized model to a folder and read it back, both all or nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ptq4dit_ao.artifact.folder import replacing, set_aside
+from ptq4dit_ao.artifact.graph_json import graph_from_json, graph_to_json
+from ptq4dit_ao.artifact.manifest import (
+    FORMAT,
+    GRAPH,
+    MANIFEST,
+    REPORTS,
+    WEIGHTS,
+    ArtifactSize,
+    Manifest,
+    check_digest,
+    file_digest,
+    is_manifest,
+    read_manifest,
+)
+from ptq4dit_ao.artifact.strict import check_json, dump_json, load_json
+from ptq4dit_ao.artifact.weights import StoredTensor, load_tensors, pack_tensors, save_tensors
+from ptq4dit_ao.errors import ArtifactError
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredModel:
+    """A saved model, ready to run."""
+
+    graph_module: GraphModule
+    metadata: dict[str, Any]
+    input_signature: list[dict[str, Any]]
+    sizes: ArtifactSize
+
+
+def write_artifact(
+    directory: str | Path,
+    gm: GraphModule,
+    metadata: Mapping[str, Any],
+    input_signature: Sequence[Mapping[str, Any]],
+) -> ArtifactSize:
+    """Save a quantized model as the folder ``directory``; a model saved there before is replaced at the very end.
+
+    Args:
+        directory: a new or empty folder, or an earlier artifact.
+        gm: of ``torch.export`` and ``convert_pt2e``.
+        metadata: JSON-safe, kept as it is (tuples become lists).
+        input_signature: JSON-safe, one entry for each input.
+
+    Raises:
+        ArtifactError: the folder holds something else, the model or metadata has no stored form, or the disk is full.
+            What was in the folder before is untouched then.
+    """
+    about = {"metadata": dict(metadata), "input_signature": [dict(entry) for entry in input_signature]}
+    for name, value in about.items():
+        check_json(value, name)
+    graph = dump_json(graph_to_json(gm))
+    table, payload = pack_tensors(gm)
+    target = Path(directory).resolve()
+    _check_replaceable(target)
+    try:
+        with replacing(target) as folder:
+            return _write_files(folder, graph, table, payload, about)
+    except OSError as error:
+        raise _cannot_write(target, error, len(graph) + sum(t.nbytes for t in payload.values())) from error
+
+
+def read_artifact(directory: str | Path, device: str | torch.device = "cpu") -> StoredModel:
+    """Load a saved model onto ``device``; needs no other file, and runs no code from this one.
+
+    The weights of a model on the CPU stay mapped from the file, so do not write into it while the model is in use
+    (``write_artifact`` never does).
+
+    Raises:
+        ArtifactError: a file is missing, altered, of another format version, or asks for what it may not do.
+    """
+    folder = Path(directory)
+    _check_present(folder)
+    try:
+        return _read_files(folder, torch.device(device))
+    except OSError as error:
+        raise ArtifactError(f"cannot read {folder} ({error}); check that you may read its files") from error
+
+
+def _write_files(
+    folder: Path,
+    graph: bytes,
+    table: Mapping[str, StoredTensor],
+    payload: Mapping[str, Tensor],
+    about: Mapping[str, Any],
+) -> ArtifactSize:
+    (folder / GRAPH).write_bytes(graph)
+    save_tensors(payload, folder / WEIGHTS)
+    # safetensors makes its file private; give it the mode that the user's umask gave to the other one.
+    shutil.copymode(folder / GRAPH, folder / WEIGHTS)
+    files = {name: file_digest(folder / name) for name in (GRAPH, WEIGHTS)}
+    manifest = Manifest(tensors=table, files=files, **about)
+    (folder / MANIFEST).write_bytes(dump_json(manifest.to_json(), indent=1))
+    return _sizes(folder)
+
+
+def _read_files(folder: Path, device: torch.device) -> StoredModel:
+    manifest = read_manifest(folder / MANIFEST)
+    for name, digest in manifest.files.items():
+        check_digest(folder / name, digest)
+    tensors = load_tensors(folder / WEIGHTS, manifest.tensors, device)
+    doc = load_json(folder / GRAPH)
+    try:
+        gm = graph_from_json(doc, tensors, device)
+    except ArtifactError as error:
+        raise ArtifactError(f"{folder / GRAPH}: {error}") from error
+    return StoredModel(
+        graph_module=gm,
+        metadata=manifest.metadata,
+        input_signature=manifest.input_signature,
+        sizes=_sizes(folder),
+    )
+
+
+def _sizes(folder: Path) -> ArtifactSize:
+    manifest, graph, weights = ((folder / name).stat().st_size for name in (MANIFEST, GRAPH, WEIGHTS))
+    return ArtifactSize(manifest_bytes=manifest, graph_bytes=graph, weights_bytes=weights)
+
+
+def _check_replaceable(target: Path) -> None:
+    """Only a folder that holds nothing, or nothing but our files, may be replaced."""
+    if not target.exists():
+        return
+    names = {path.name for path in target.iterdir()} if target.is_dir() else {target.name}
+    foreign = sorted(names - {MANIFEST, GRAPH, WEIGHTS, *REPORTS})
+    if foreign or (names and not is_manifest(target / MANIFEST)):
+        found = f"it holds {foreign[0]!r}" if foreign else f"its {MANIFEST} is not ours"
+        raise ArtifactError(
+            f"{target} exists and is not a saved {FORMAT} model ({found}); save to another folder, or remove it first"
+        )
+
+
+def _check_present(folder: Path) -> None:
+    if not folder.is_dir():
+        hint = "".join(f"; an interrupted save left the former model as {p}, rename it back" for p in set_aside(folder))
+        raise ArtifactError(f"there is no folder {folder}{hint or '; check the path, or save the model there'}")
+    for name in (MANIFEST, GRAPH, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ArtifactError(f"{folder} has no {name}; the folder is not a complete {FORMAT} model, copy it again")
+
+
+def _cannot_write(target: Path, error: OSError, needed: int) -> ArtifactError:
+    if error.errno not in _NO_ROOM:
+        return ArtifactError(f"cannot write {target} ({error}); choose a folder that you may write to")
+    existing = next(path for path in target.parents if path.exists())
+    return ArtifactError(
+        f"no room to save the model as {target} ({os.strerror(error.errno)}): it takes {needed} bytes, and "
+        f"{shutil.disk_usage(existing).free} are free there; make room, or save to another disk. Nothing was changed"
+    )

@@ -1,0 +1,155 @@
+"""The tensors of an artifact in one safetensors file, each in its smallest exact form.
+
+======  ==========================================================  =============================
+raw     as it is                                                    everything else
+int4    two values per byte                                         int8 that is used as 4-bit only
+zeros   not in the file, dtype and shape say it all                 integers that are all 0
+======  ==========================================================  =============================
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ptq4dit_ao.artifact.graph_json import graph_tensors
+from ptq4dit_ao.artifact.int4 import pack_int4, packed_length, unpack_int4
+from ptq4dit_ao.artifact.narrow import four_bit_tensors
+from ptq4dit_ao.artifact.strict import check_keys
+from ptq4dit_ao.artifact.values import DTYPES
+from ptq4dit_ao.errors import ArtifactError
+
+_STORAGES = ("raw", "int4", "zeros")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """How one tensor is stored, and the dtype and shape it is restored with."""
+
+    storage: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def in_file(self) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Dtype and shape of what the file holds."""
+        return (torch.uint8, (packed_length(self.shape),)) if self.storage == "int4" else (self.dtype, self.shape)
+
+    def to_json(self) -> dict[str, Any]:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"storage": self.storage, "dtype": dtype, "shape": list(self.shape)}
+
+    @classmethod
+    def from_json(cls, name: str, doc: Any) -> StoredTensor:
+        """The inverse of ``to_json``.
+
+        Raises:
+            ArtifactError: the entry is damaged.
+        """
+        what = f"entry of tensor {name!r}"
+        check_keys(doc, {"storage", "dtype", "shape"}, what)
+        storage, dtype, shape = doc["storage"], doc["dtype"], doc["shape"]
+        sound = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+        if storage not in _STORAGES or not isinstance(dtype, str) or dtype not in DTYPES or not sound:
+            raise ArtifactError(f"{what} is {doc!r}, which is not readable; copy or save the model again")
+        if storage != "raw" and (DTYPES[dtype].is_floating_point or (storage == "int4" and dtype != "int8")):
+            raise ArtifactError(f"{what} stores {dtype} as {storage!r}, which is for integers; save the model again")
+        return cls(storage=storage, dtype=DTYPES[dtype], shape=tuple(shape))
+
+
+def pack_tensors(gm: GraphModule) -> tuple[dict[str, StoredTensor], dict[str, Tensor]]:
+    """The table of a graph's tensors, and what of them goes into the file.
+
+    Raises:
+        ArtifactError: a tensor is not dense, or a 4-bit weight holds values of more bits.
+    """
+    tensors = graph_tensors(gm)
+    four_bit = four_bit_tensors(gm)
+    table = {
+        name: StoredTensor(storage=_storage(name, t, four_bit), dtype=t.dtype, shape=tuple(t.shape))
+        for name, t in tensors.items()
+    }
+    return table, {n: _pack(n, tensors[n], entry) for n, entry in table.items() if entry.storage != "zeros"}
+
+
+def save_tensors(payload: Mapping[str, Tensor], path: Path) -> None:
+    """Write the file; ``payload`` is what ``pack_tensors`` returned.
+
+    Raises:
+        OSError: the file cannot be written.
+        ArtifactError: safetensors does not know a dtype.
+    """
+    try:
+        save_file(dict(payload), path)
+    except SafetensorError as error:
+        # The Rust writer reports a full disk as text only.
+        if code := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+        raise ArtifactError(f"the weights cannot be stored: {error}; cast them to a common dtype first") from error
+    except KeyError as error:
+        raise ArtifactError(f"safetensors cannot hold dtype {error}; cast the tensor to a common dtype") from error
+
+
+def load_tensors(path: Path, table: Mapping[str, StoredTensor], device: torch.device) -> dict[str, Tensor]:
+    """The tensors of ``pack_tensors``; on the CPU the raw ones are views of the mapped file.
+
+    Raises:
+        ArtifactError: the file is damaged, or holds other tensors than the table lists.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            _check_names(path, set(file.keys()), {n for n, entry in table.items() if entry.storage != "zeros"})
+            return {name: _unpack(path, name, entry, file).to(device) for name, entry in table.items()}
+    except SafetensorError as error:
+        raise ArtifactError(f"{path} is not readable ({error}); copy or save the model again") from error
+
+
+def _storage(name: str, tensor: Tensor, four_bit: set[str]) -> str:
+    if name in four_bit:
+        return "int4"
+    # Not for floats: -0.0 would come back as 0.0.
+    is_integer = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+    return "zeros" if is_integer and tensor.numel() and not tensor.any() else "raw"
+
+
+def _pack(name: str, tensor: Tensor, entry: StoredTensor) -> Tensor:
+    if entry.storage == "raw":
+        # A copy of what shares memory only in part, for safetensors refuses it; whole ties are aliases already.
+        whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+        return tensor.contiguous() if whole else tensor.clone(memory_format=torch.contiguous_format)
+    try:
+        return pack_int4(tensor)
+    except ArtifactError as error:
+        raise ArtifactError(f"tensor {name!r}: {error}") from error
+
+
+def _unpack(path: Path, name: str, entry: StoredTensor, file: Any) -> Tensor:
+    if entry.storage == "zeros":
+        return torch.zeros(entry.shape, dtype=entry.dtype)
+    stored = file.get_tensor(name)
+    found = (stored.dtype, tuple(stored.shape))
+    if found != entry.in_file:
+        raise ArtifactError(
+            f"tensor {name!r} in {path} is {found}, the manifest says {entry.in_file}; they belong to different "
+            f"models, copy or save the model again"
+        )
+    return unpack_int4(stored, entry.shape) if entry.storage == "int4" else stored
+
+
+def _check_names(path: Path, found: set[str], expected: set[str]) -> None:
+    for verb, names in (("lacks", expected - found), ("has the unknown", found - expected)):
+        if names:
+            raise ArtifactError(
+                f"{path} {verb} {', '.join(sorted(names))}; it does not belong to this manifest, copy or save the "
+                f"model again"
+            )

@@ -1,0 +1,16 @@
+"""Calibration samples: what a denoiser really receives while its pipeline runs."""
+
+from ptq4dit_ao.calibration.pipeline import collect_from_pipeline
+from ptq4dit_ao.calibration.samples import CalibrationSamples
+from ptq4dit_ao.calibration.sampling import Sampling, SamplingPipeline, as_denoiser, sample
+from ptq4dit_ao.calibration.timesteps import choose_timesteps
+
+__all__ = [
+    "CalibrationSamples",
+    "Sampling",
+    "SamplingPipeline",
+    "as_denoiser",
+    "choose_timesteps",
+    "collect_from_pipeline",
+    "sample",
+]

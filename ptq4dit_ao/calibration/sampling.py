@@ -1,0 +1,103 @@
+"""DDIM sampling with classifier-free guidance for class-conditional denoisers, in pixels or latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ptq4dit_ao._optional import require
+
+Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""``(x (N,C,H,W), t (N,), y (N,)) -> predicted noise (N,C or 2C,H,W)``; a learned variance is ignored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """What a sampler must know of a model; small enough to travel with a quantized one."""
+
+    channels: int
+    size: int
+    null_label: int
+    """The label that means "no label" to classifier-free guidance."""
+    clip: bool
+    """Does the model denoise pixels in [-1, 1] (clip every prediction) or latents?"""
+    train_timesteps: int = 1000
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+
+    @classmethod
+    def of(cls, transformer: nn.Module, *, clip: bool = False) -> Sampling:
+        """Read a diffusers ``DiTTransformer2DModel``'s config."""
+        config: Any = transformer.config
+        return cls(
+            channels=config.in_channels, size=config.sample_size, null_label=config.num_embeds_ada_norm, clip=clip
+        )
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+    def scheduler(self, steps: int) -> Any:
+        """A DDIM scheduler set to ``steps`` steps."""
+        scheduler = require("diffusers", extra="diffusers").DDIMScheduler(
+            num_train_timesteps=self.train_timesteps, beta_schedule=self.beta_schedule, clip_sample=self.clip
+        )
+        scheduler.set_timesteps(steps)
+        return scheduler
+
+
+@torch.no_grad()
+def sample(
+    denoiser: Denoiser,
+    sampling: Sampling,
+    labels: Tensor,
+    *,
+    steps: int = 50,
+    guidance: float = 1.5,
+    generator: torch.Generator | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Draw one image per label: (N,) -> (N, C, H, W); equal generators start from equal noise."""
+    scheduler = sampling.scheduler(steps)
+    x = torch.randn(len(labels), sampling.channels, sampling.size, sampling.size, generator=generator)
+    y = torch.cat([labels, torch.full_like(labels, sampling.null_label)])
+    for done, t in enumerate(scheduler.timesteps, start=1):
+        eps = denoiser(torch.cat([x, x]), t.expand(len(y)), y)[:, : sampling.channels]
+        conditional, unconditional = eps.float().chunk(2)
+        eps = unconditional + guidance * (conditional - unconditional)
+        x = scheduler.step(eps, t, x).prev_sample
+        if on_step is not None:
+            on_step(done, steps)
+    return x.clamp(-1, 1) if sampling.clip else x
+
+
+def as_denoiser(transformer: nn.Module) -> Denoiser:
+    """A diffusers transformer as a function of positional tensors."""
+    return lambda x, t, y: transformer(x, timestep=t, class_labels=y).sample
+
+
+class SamplingPipeline:
+    """A bare transformer as a pipeline with the call of diffusers' ``DiTPipeline``, without a VAE."""
+
+    def __init__(self, transformer: nn.Module, sampling: Sampling) -> None:
+        self.transformer = transformer
+        self.sampling = sampling
+        self.scheduler = sampling.scheduler(50)
+
+    def __call__(
+        self,
+        class_labels: list[int],
+        guidance_scale: float = 1.5,
+        generator: torch.Generator | None = None,
+        num_inference_steps: int = 50,
+    ) -> Tensor:
+        return sample(
+            as_denoiser(self.transformer),
+            self.sampling,
+            torch.tensor(class_labels),
+            steps=num_inference_steps,
+            guidance=guidance_scale,
+            generator=generator,
+        )

@@ -1,0 +1,188 @@
+"""What the commands do; everything that prints is here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ptq4dit_ao.calibration import Sampling
+from ptq4dit_ao.calibration import sample as draw
+from ptq4dit_ao.errors import ArgumentError
+from ptq4dit_ao.evaluation import measure_latency
+from ptq4dit_ao.recipe import load_recipe, recipe_json_schema, shipped_recipe_path, shipped_recipes
+from ptq4dit_ao.report import save_image_grid
+from ptq4dit_ao.workflow import QuantizedModel, load_model, load_quantized
+from ptq4dit_ao.workflow import quantize as run_quantize
+
+
+def quantize(args: argparse.Namespace, console: Console) -> None:
+    """``ptq4dit-ao quantize``."""
+    recipe = load_recipe(args.recipe)
+    spec = args.model or recipe.model
+    if spec is None:
+        raise ArgumentError(f"recipe {args.recipe!r} names no model; say which with --model")
+    model = load_model(spec)
+    with _progress(console) as on_progress:
+        quantized = run_quantize(model, recipe, args.output, on_progress=on_progress)
+    _print_report(quantized.report, console)
+    console.print(f"\nsaved to [bold]{args.output}[/]; open {args.output / 'report.html'}")
+
+
+def sample(args: argparse.Namespace, console: Console) -> None:
+    """``ptq4dit-ao sample``."""
+    model = load_quantized(args.directory)
+    sampling = _sampling(model)
+    if sampling.channels not in (1, 3):
+        raise ArgumentError(
+            f"{args.directory} denoises {sampling.channels}-channel latents, which its VAE must decode; use it as the "
+            "transformer of a diffusers pipeline"
+        )
+    lowered = model.lower(args.backend)
+    console.print(str(lowered.proof))
+    labels = torch.arange(sampling.null_label).repeat_interleave(args.per_class)
+    with _progress(console) as on_progress:
+        images = draw(
+            lowered,
+            sampling,
+            labels,
+            steps=args.steps,
+            guidance=model.recipe.calibration.guidance if args.guidance is None else args.guidance,
+            generator=torch.Generator().manual_seed(args.seed),
+            on_step=lambda done, total: on_progress("sample", done, total),
+        )
+    save_image_grid(images, args.output, columns=args.per_class)
+    console.print(f"{len(images)} images in [bold]{args.output}[/]")
+
+
+def inspect(args: argparse.Namespace, console: Console) -> None:
+    """``ptq4dit-ao inspect``."""
+    model = load_quantized(args.directory)
+    _print_report(model.report, console, layers=True)
+    if args.backend != "none":
+        start = time.perf_counter()
+        proof = model.lower(args.backend).proof
+        console.print(f"\n{proof}; ready in {time.perf_counter() - start:.1f} s")
+
+
+def bench(args: argparse.Namespace, console: Console) -> None:
+    """``ptq4dit-ao bench``."""
+    quantized = load_quantized(args.directory)
+    spec = args.model or quantized.recipe.model
+    if spec is None:
+        raise ArgumentError(f"{args.directory} does not know its float model; say which with --model")
+    transformer = load_model(spec).transformer
+    sampling = _sampling(quantized)
+    inputs = (
+        torch.randn(args.batch, sampling.channels, sampling.size, sampling.size),
+        torch.randint(sampling.train_timesteps, (args.batch,)),
+        torch.randint(sampling.null_label, (args.batch,)),
+    )
+    compiled = torch.compile(transformer)
+    models: dict[str, Callable[..., object]] = {
+        "float32 eager": lambda x, t, y: transformer(x, timestep=t, class_labels=y),
+        "float32 compiled": lambda x, t, y: compiled(x, timestep=t, class_labels=y),
+    }
+    proofs = {}
+    for backend in args.backends:
+        lowered = quantized.lower(backend)
+        models[backend], proofs[backend] = lowered, lowered.proof
+    with _progress(console) as on_progress:
+        results = measure_latency(
+            models, inputs, rounds=args.rounds, on_round=lambda done: on_progress("rounds", done, args.rounds + 2)
+        )
+    table = Table(title=f"latency, batch {args.batch}, {torch.get_num_threads()} threads, {args.rounds} rounds interleaved")
+    for column in ("model", "median ms", "10-90 %", "speed-up", "integer GEMMs"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    base = results["float32 eager"].median_ms
+    for name, r in results.items():
+        gemms = f"{proofs[name].integer_gemms}/{proofs[name].promised}" if name in proofs else "-"
+        spread = f"{r.low_ms:.2f}-{r.high_ms:.2f}"
+        table.add_row(name, f"{r.median_ms:.2f}", spread, f"{base / r.median_ms:.2f}x", gemms)
+    console.print(table)
+    if args.json:
+        figures = {name: {"median_ms": r.median_ms, "p10_ms": r.low_ms, "p90_ms": r.high_ms} for name, r in results.items()}
+        about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "batch": args.batch, "rounds": args.rounds}
+        args.json.write_text(json.dumps({"latency": figures, **about}, indent=1) + "\n")
+
+
+def recipes(args: argparse.Namespace, console: Console) -> None:
+    """``ptq4dit-ao recipes``."""
+    if args.schema:
+        print(json.dumps(recipe_json_schema(), indent=2))
+    elif args.name:
+        print(shipped_recipe_path(args.name).read_text(), end="")
+    else:
+        table = Table("recipe", "what it is for")
+        for name in shipped_recipes():
+            table.add_row(name, load_recipe(name).description)
+        console.print(table)
+
+
+def _sampling(model: QuantizedModel) -> Sampling:
+    if model.sampling is None:
+        raise ArgumentError("this model was saved without the way to sample it; use it through its own pipeline")
+    return Sampling(**model.sampling)  # type: ignore[arg-type]  # written by to_dict
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    columns = (
+        TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(),
+        TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as progress:
+        tasks: dict[str, Any] = {}
+
+        def on_progress(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total)
+            progress.update(tasks[stage], completed=done, total=total)
+
+        yield on_progress
+
+
+def _print_report(report: dict[str, Any], console: Console, *, layers: bool = False) -> None:
+    console.print(f"[bold]{report['title']}[/]: {report['model']['parameters'] / 1e6:.2f} M parameters")
+    folded = [site for site in report["sites"] if site["status"] == "folded"]
+    if folded:
+        table = Table("balanced site", "channels", "b", "folded into")
+        for site in folded:
+            where = ", ".join(dict.fromkeys(path.rpartition(".")[0] for path in site["folded_into"]))
+            spread = f"{min(site['b']):.3g} .. {max(site['b']):.3g}" if "b" in site else "-"
+            table.add_row(site["name"], f"{site['variables']}/{site['channels']}", spread, where)
+        console.print(table)
+    refused = Counter(site["reason"].partition(": ")[2] for site in report["sites"] if site["status"] == "refused")
+    for reason, count in refused.items():
+        console.print(f"{count} sites not folded: {reason}")
+    if layers:
+        table = Table("layer", "weights", "activations", "SQNR dB")
+        for layer in report["layers"]:
+            bits = [f"int{layer['weight_bits']}", f"uint{layer['activation_bits']}"]
+            shown = bits if layer["status"] == "integer" else ["float", "float"]
+            table.add_row(layer["name"], *shown, "-" if layer["sqnr_db"] is None else f"{layer['sqnr_db']:.1f}")
+        console.print(table)
+    counts = Counter(layer["status"] for layer in report["layers"])
+    console.print(
+        f"linears: {counts['integer']} integer, {counts['float']} float; "
+        f"sites: {len(folded)} folded, {len(report['sites']) - len(folded)} not"
+    )
+    if report["evaluation"]:
+        console.print(f"eps SQNR (simulated): [bold]{report['evaluation']['sqnr_db']:.2f} dB[/]")
+    if report["size"]:
+        size = report["size"]
+        console.print(
+            f"on disk: {size['artifact_bytes'] / 1e6:.2f} MB, float32 {size['float32_bytes'] / 1e6:.2f} MB "
+            f"({size['ratio']:.3f}x); quantized layers alone {size['quantized_layers_ratio']:.3f}x"
+        )
+    for note in report["notes"]:
+        console.print(f"[yellow]note:[/] {note}")

@@ -1,0 +1,134 @@
+"""``ptq4dit-ao``: quantize, sample, inspect, bench.
+
+Exit codes: 0 done, 1 it could not be done (the message says why), 2 the command line is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+
+from ptq4dit_ao import __version__
+from ptq4dit_ao.errors import PTQ4DiTError
+
+EXAMPLES = """\
+examples:
+  ptq4dit-ao quantize digits_w8a8 --output out/digits            the shipped model, end to end
+  ptq4dit-ao quantize my.yaml --model ./DiT-XL-2-256 --output q  a diffusers pipeline on disk
+  ptq4dit-ao sample out/digits --backend fbgemm                  a grid of samples, integer kernels
+  ptq4dit-ao inspect out/digits                                  layers, bits, sites, kernel proof
+  ptq4dit-ao bench out/digits                                    latency against the float model
+
+Recipes are YAML files; `ptq4dit-ao recipes` lists the shipped ones and `ptq4dit-ao recipes NAME` prints one.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    parser = argparse.ArgumentParser(
+        prog="ptq4dit-ao",
+        description="Post-training quantization of Diffusion Transformers: balanced, folded, integer.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "-v", "--verbose", action="count", default=0, help="say what is being done; twice, for every site"
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    p = commands.add_parser(
+        "quantize", parents=[common], help="calibrate, balance, convert and save",
+        description="Quantize a model as a recipe says. Writes the quantized model, report.json and report.html.",
+    )  # fmt: skip
+    p.add_argument("recipe", help="a recipe file, or the name of a shipped one (digits_w8a8, dit_w4a8, ...)")
+    p.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
+    p.add_argument(
+        "--model", metavar="MODEL",
+        help="'reference' (the shipped digits DiT), a diffusers folder, or package.module:function; "
+        "default: what the recipe names",
+    )  # fmt: skip
+
+    p = commands.add_parser(
+        "sample", parents=[common], help="draw a grid of images",
+        description="Sample a quantized model on a backend and write a PNG, one row a class.",
+    )  # fmt: skip
+    p.add_argument("directory", type=Path, metavar="DIR", help="a quantized model")
+    p.add_argument("--backend", default="fbgemm", help="reference, fbgemm or x86_inductor (default: %(default)s)")
+    p.add_argument("--output", type=Path, default=Path("samples.png"), metavar="PNG", help="default: %(default)s")
+    p.add_argument("--steps", type=_positive, default=50, help="sampling steps (default: %(default)s)")
+    p.add_argument("--guidance", type=float, help="guidance scale; default: the recipe's")
+    p.add_argument("--per-class", type=_positive, default=10, metavar="N", help="images a class (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
+
+    p = commands.add_parser(
+        "inspect", parents=[common], help="show layers, bits, sites and kernel proof",
+        description="Show what is in a quantized model, and prove which kernels run it.",
+    )  # fmt: skip
+    p.add_argument("directory", type=Path, metavar="DIR", help="a quantized model")
+    p.add_argument("--backend", default="fbgemm", help="backend to prove (default: %(default)s); 'none' for no proof")
+
+    p = commands.add_parser(
+        "bench", parents=[common], help="measure latency, interleaved",
+        description="Time the quantized model on each backend beside the float model, interleaved rounds.",
+    )  # fmt: skip
+    p.add_argument("directory", type=Path, metavar="DIR", help="a quantized model")
+    p.add_argument("--model", metavar="MODEL", help="the float model, as for quantize; default: what the recipe names")
+    p.add_argument("--batch", type=_positive, default=2, help="default: %(default)s")
+    p.add_argument("--rounds", type=_positive, default=20, help="timed rounds (default: %(default)s)")
+    p.add_argument("--backends", nargs="+", default=["fbgemm", "x86_inductor"], help="default: %(default)s")
+    p.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
+
+    p = commands.add_parser("recipes", parents=[common], help="list shipped recipes, or print one")
+    p.add_argument("name", nargs="?", help="recipe to print")
+    p.add_argument("--schema", action="store_true", help="print the JSON Schema of recipe files, for editors")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    console, errors = Console(), Console(stderr=True)
+    level = [logging.WARNING, logging.INFO, logging.DEBUG][min(args.verbose, 2)]
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=errors)])
+    logging.getLogger("ptq4dit_ao").setLevel(level)
+    if not args.verbose:
+        quiet_imports()
+    try:
+        from ptq4dit_ao.cli import commands  # heavy: not for --help
+
+        getattr(commands, args.command)(args, console)
+    except PTQ4DiTError as error:
+        errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        return 1
+    except KeyboardInterrupt:
+        errors.print("interrupted; nothing half-written was left behind")
+        return 1
+    return 0
+
+
+def quiet_imports() -> None:
+    """Silence other packages' warnings: none is about what the user asked for."""
+    warnings.filterwarnings("ignore")
+    for name in ("torch", "torchao", "torch.utils._pytree", "diffusers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,20 @@
+"""The maths of PTQ4DiT: tensors in, tensors out. No model, no graph, no state."""
+
+from ptq4dit_ao.core.balance import balance_vector, clip_balance
+from ptq4dit_ao.core.metrics import sqnr_db
+from ptq4dit_ao.core.qparams import affine_qparams, fake_quantize
+from ptq4dit_ao.core.salience import AGGREGATIONS, aggregate_salience, channel_salience
+from ptq4dit_ao.core.ssc import spearman, ssc_weights
+
+__all__ = [
+    "AGGREGATIONS",
+    "affine_qparams",
+    "aggregate_salience",
+    "balance_vector",
+    "channel_salience",
+    "clip_balance",
+    "fake_quantize",
+    "spearman",
+    "sqnr_db",
+    "ssc_weights",
+]

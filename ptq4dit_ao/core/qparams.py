@@ -1,0 +1,51 @@
+"""Uniform affine quantization: ``q = clamp(round(x / scale) + zero_point, quant_min, quant_max)``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ptq4dit_ao.errors import ArgumentError
+
+
+def affine_qparams(
+    minimum: Tensor,
+    maximum: Tensor,
+    quant_min: int,
+    quant_max: int,
+    *,
+    symmetric: bool = False,
+    eps: float = 2**-12,
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point that cover [minimum, maximum] and represent 0 exactly; any shape, elementwise.
+
+    The conventions are those of torchao's observers, so that graphs from either lower alike: affine
+    ``scale = (max - min) / (quant_max - quant_min)``; symmetric ``scale = max|x| / ((quant_max - quant_min) / 2)``
+    with zero point 0 for signed ranges and the middle of the range for unsigned ones. ``scale >= eps``.
+
+    Returns:
+        ``(scale, zero_point)`` as float32 and int64.
+
+    Raises:
+        ArgumentError: the quantized range is empty, or a bound is not finite.
+    """
+    if quant_min >= quant_max:
+        raise ArgumentError(f"quant_min {quant_min} must be below quant_max {quant_max}")
+    if not (minimum.isfinite().all() and maximum.isfinite().all()):
+        raise ArgumentError("cannot quantize a range with NaN or infinite bounds; check the calibration data")
+    low, high = minimum.to(torch.float64).clamp(max=0.0), maximum.to(torch.float64).clamp(min=0.0)
+    if symmetric:
+        scale = torch.maximum(-low, high) / ((quant_max - quant_min) / 2)
+        middle = 0 if quant_min < 0 else (quant_min + quant_max + 1) // 2
+        zero_point = torch.full_like(scale, middle)
+    else:
+        scale = (high - low) / (quant_max - quant_min)
+        zero_point = quant_min - (low / scale.clamp(min=eps)).round()
+    # float32 before the zero point is used with it: both must agree with what the kernel multiplies by.
+    return scale.clamp(min=eps).to(torch.float32), zero_point.clamp(quant_min, quant_max).to(torch.int64)
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """Quantize and dequantize; ``scale`` and ``zero_point`` broadcast against ``x``. Rounds half to even."""
+    q = ((x / scale).round() + zero_point).clamp(quant_min, quant_max)
+    return (q - zero_point) * scale

@@ -1,0 +1,43 @@
+"""Every exception a user can meet. Each message names the thing, its value and the way out."""
+
+from __future__ import annotations
+
+
+class PTQ4DiTError(Exception):
+    """Base of all errors raised on purpose; the CLI prints them without a traceback and exits with 1."""
+
+
+class ArgumentError(PTQ4DiTError, ValueError):
+    """An argument of a public function is out of range or contradicts another."""
+
+
+class RecipeError(PTQ4DiTError, ValueError):
+    """A recipe file cannot be read or asks for something that does not exist."""
+
+
+class ExportError(PTQ4DiTError):
+    """A model cannot be captured, or a captured graph has a form this library does not read."""
+
+
+class BalanceError(PTQ4DiTError):
+    """Balancing was asked for but cannot be done, or would change what the model computes."""
+
+
+class CalibrationError(PTQ4DiTError):
+    """Calibration data is missing, too little, or not finite."""
+
+
+class OverrideError(PTQ4DiTError, ValueError):
+    """A per-module override matches no layer of the model, or contradicts another override."""
+
+
+class LoweringError(PTQ4DiTError):
+    """A quantized graph cannot run on the asked-for backend, or fewer layers run as integers than promised."""
+
+
+class ArtifactError(PTQ4DiTError):
+    """A saved model is missing, incomplete, altered, or of a format this version does not read."""
+
+
+class MissingDependencyError(PTQ4DiTError, ImportError):
+    """An optional package is not installed."""

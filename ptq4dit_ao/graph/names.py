@@ -1,0 +1,96 @@
+"""Names in exported graphs: attributes, layers, inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from ptq4dit_ao.errors import ArgumentError
+
+LINEAR = torch.ops.aten.linear.default
+
+
+def get_attribute(module: nn.Module, path: str) -> Any:
+    """The object at a dotted path."""
+    owner: Any = module
+    for name in path.split("."):
+        owner = getattr(owner, name)
+    return owner
+
+
+def set_tensor(module: nn.Module, path: str, value: Tensor) -> None:
+    """Put a new tensor at a dotted path, as what the old one was (parameter or buffer); never writes into it.
+
+    ``ep.module()`` shares storage with the user's model, so parameters are replaced, not changed.
+    """
+    *parents, name = path.split(".")
+    owner = get_attribute(module, ".".join(parents)) if parents else module
+    if name in owner._parameters:
+        owner._parameters[name] = nn.Parameter(value, requires_grad=False)
+    elif name in owner._buffers:
+        owner._buffers[name] = value
+    else:
+        setattr(owner, name, value)
+
+
+def is_linear(node: Node) -> bool:
+    """A linear whose weight is a parameter or buffer of the model."""
+    return node.op == "call_function" and node.target is LINEAR and _weight_node(node) is not None
+
+
+def linears(graph_module: GraphModule) -> list[Node]:
+    """Every linear with a weight of its own, in execution order."""
+    return [node for node in graph_module.graph.nodes if is_linear(node)]
+
+
+def weight_path(node: Node) -> str:
+    """Attribute path of a linear's weight, looking through observers and quantize/dequantize nodes."""
+    weight = _weight_node(node)
+    assert weight is not None, f"{node.name} has no weight attribute"
+    return str(weight.target)
+
+
+def layer_name(node: Node) -> str:
+    """The module name of a linear, such as ``transformer_blocks.0.attn1.to_q``."""
+    return weight_path(node).removesuffix(".weight")
+
+
+def data_input(node: Node) -> Node:
+    """The tensor a linear reads, looking through an observer."""
+    source = node.args[0]
+    assert isinstance(source, Node)
+    while source.op == "call_module":
+        (source,) = source.all_input_nodes
+    return source
+
+
+def _weight_node(node: Node) -> Node | None:
+    source = node.args[1] if len(node.args) > 1 else None
+    while isinstance(source, Node) and source.op == "call_module" and len(source.all_input_nodes) == 1:
+        (source,) = source.all_input_nodes
+    return source if isinstance(source, Node) and source.op == "get_attr" else None
+
+
+def placeholders(graph_module: GraphModule) -> list[Node]:
+    return [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+
+
+TIMESTEP_NAMES = ("timestep", "timesteps", "t")
+
+
+def timestep_placeholder(graph_module: GraphModule, name: str | None = None) -> Node | None:
+    """The graph input that holds the timestep; without a name, one that is called like it, if there is one.
+
+    Raises:
+        ArgumentError: the graph has no input of that name.
+    """
+    inputs = placeholders(graph_module)
+    wanted = TIMESTEP_NAMES if name is None else (name,)
+    found = [node for node in inputs if node.target in wanted or node.name in wanted]
+    if name is not None and not found:
+        names = ", ".join(repr(node.name) for node in inputs)
+        raise ArgumentError(f"timestep_input is {name!r}, but the graph's inputs are {names}")
+    return found[0] if found else None

@@ -1,0 +1,121 @@
+"""Id arrays of tensors: broadcasting, reshaping, slicing.
+
+An id array has as many axes as its tensor; an axis of length 1 means "the same variable all along". Batch and token
+axes stay at length 1 throughout, so that the arrays are about as large as the channel count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.fx import Node
+
+from ptq4dit_ao.graph.variables import Ids
+
+Shape = tuple[int, ...]
+
+
+def tensor_of(node: Node) -> torch.Tensor | None:
+    """The fake tensor that export recorded for a node, if the node is a single tensor."""
+    value = node.meta.get("val")
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def shape_of(node: Node) -> Shape:
+    """The node's shape at the exported example, symbolic sizes by their hints."""
+    value = tensor_of(node)
+    assert value is not None, f"{node.name} is not a tensor"
+    return tuple(hint(size) for size in value.shape)
+
+
+def symbolic_axes(node: Node) -> list[int]:
+    """Axes whose size may differ from call to call."""
+    value = tensor_of(node)
+    assert value is not None
+    return [axis for axis, size in enumerate(value.shape) if isinstance(size, torch.SymInt)]
+
+
+def hint(size: object) -> int:
+    """A size as a number: itself, or the size it had in the example inputs."""
+    if isinstance(size, torch.SymInt):
+        return int(size.node.hint)
+    if isinstance(size, Node):
+        return hint(size.meta["val"])
+    assert isinstance(size, int)
+    return size
+
+
+def normalize_axis(axis: int, ndim: int) -> int:
+    return axis + ndim if axis < 0 else axis
+
+
+def align_groups(source: Shape, target: Shape) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Split two shapes of one element count into the shortest runs of axes with equal products."""
+    groups, i, j = [], 0, 0
+    while i < len(source) or j < len(target):
+        start_i, start_j = i, j
+        left = source[i] if i < len(source) else 1
+        right = target[j] if j < len(target) else 1
+        i, j = min(i + 1, len(source)), min(j + 1, len(target))
+        while left != right:
+            if left < right:
+                left *= source[i]
+                i += 1
+            else:
+                right *= target[j]
+                j += 1
+        groups.append(((start_i, i), (start_j, j)))
+    return groups
+
+
+def reshape_ids(ids: Ids, source: Shape, target: Shape) -> Ids:
+    """The id array of ``tensor.reshape(target)``; its own inverse with the shapes exchanged."""
+    expanded: list[int] = []
+    result: list[int] = []
+    for (i0, i1), (j0, j1) in align_groups(source, target):
+        uniform = all(size == 1 for size in ids.shape[i0:i1])
+        expanded += [1] * (i1 - i0) if uniform else source[i0:i1]
+        result += [1] * (j1 - j0) if uniform else target[j0:j1]
+    return np.broadcast_to(ids, expanded).reshape(result)
+
+
+def broadcast_ids(ids: Ids, ndim: int) -> Ids:
+    """Prepend axes of length 1 up to ``ndim``, as broadcasting does."""
+    return ids.reshape((1,) * (ndim - ids.ndim) + ids.shape)
+
+
+def embed_ids(part: Ids, axis: int, start: int, whole: Ids) -> Ids:
+    """``whole`` with ``part`` laid over ``[start, start + len)`` of ``axis``."""
+    shape = np.broadcast_shapes(
+        _without(part.shape, axis),
+        _without(whole.shape, axis),
+    )
+    whole = np.broadcast_to(whole, _with(shape, axis, whole.shape[axis])).copy()
+    window = [slice(None)] * whole.ndim
+    window[axis] = slice(start, start + part.shape[axis])
+    whole[tuple(window)] = part
+    return whole
+
+
+def take_axis(ids: Ids, axis: int, start: int, length: int) -> Ids:
+    """Ids of a contiguous slice; an axis that is uniform stays so."""
+    if ids.shape[axis] == 1:
+        return ids
+    return ids.take(range(start, start + length), axis=axis)
+
+
+def part_sizes(total: int, chunks: int) -> list[int]:
+    """Sizes that ``torch.chunk`` gives."""
+    size = math.ceil(total / chunks)
+    return [min(size, total - start) for start in range(0, total, size)]
+
+
+def _without(shape: Sequence[int], axis: int) -> Shape:
+    return _with(tuple(shape), axis, 1)
+
+
+def _with(shape: Sequence[int], axis: int, size: int) -> Shape:
+    return (*shape[:axis], size, *shape[axis + 1 :])

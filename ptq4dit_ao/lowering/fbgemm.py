@@ -1,0 +1,125 @@
+"""``fbgemm``: eager integer linears on x86, no compiler, ready in seconds.
+
+Each quantized linear becomes one integer kernel call on packed weights: oneDNN's where torch was built with it
+(faster), else FBGEMM's. Float work around the linears stays eager.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from ptq4dit_ao.lowering.lower import Backend, register
+from ptq4dit_ao.lowering.match import QuantizedLinear
+
+
+class OneDNNLinear(nn.Module):
+    """uint8 (N, ..., C_in) -> float (N, ..., C_out)."""
+
+    def __init__(self, linear: QuantizedLinear) -> None:
+        super().__init__()
+        self.x_scale, self.x_zero_point = linear.x_scale, linear.x_zero_point
+        self.weight = torch.ops.onednn.qlinear_prepack(linear.weight.contiguous(), None)
+        self.scale = linear.weight_scale.to(torch.float32)
+        self.zero_point = torch.zeros(len(linear.weight), dtype=torch.int32)
+        self.bias = None if linear.bias is None else linear.bias.to(torch.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.onednn.qlinear_pointwise(
+            x, self.x_scale, self.x_zero_point, self.weight, self.scale, self.zero_point, self.bias,
+            1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
+
+
+class Quantize(nn.Module):
+    """float -> uint8, ``clamp(round(x / scale) + zero_point)`` in as few passes as eager mode allows."""
+
+    def __init__(self, linear: QuantizedLinear) -> None:
+        super().__init__()
+        self.inverse_scale, self.zero_point = 1.0 / linear.x_scale, linear.x_zero_point
+        self.low, self.high = linear.x_range
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x * self.inverse_scale
+        return q.round_().add_(self.zero_point).clamp_(self.low, self.high).to(torch.uint8)
+
+
+class FBGEMMLinear(nn.Module):
+    """float (N, ..., C_in) -> float (N, ..., C_out); quantizes its input inside."""
+
+    def __init__(self, linear: QuantizedLinear) -> None:
+        super().__init__()
+        self.x_scale, self.x_zero_point = linear.x_scale, linear.x_zero_point
+        weight = torch._make_per_channel_quantized_tensor(
+            linear.weight, linear.weight_scale.double(), linear.weight_zero_point.long(), 0
+        )
+        bias = None if linear.bias is None else linear.bias.to(torch.float32)
+        self.packed = torch.ops.quantized.linear_prepack(weight, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            x, self.x_scale, self.x_zero_point, self.packed
+        )
+
+
+def has_onednn() -> bool:
+    """Was torch built with oneDNN's integer linear?"""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
+
+
+def refuse(linear: QuantizedLinear) -> str | None:
+    """Why these kernels cannot carry a linear."""
+    if linear.x_dtype != torch.uint8 or linear.weight.dtype != torch.int8:
+        return f"needs uint8 activations and int8 weights, got {linear.x_dtype} and {linear.weight.dtype}"
+    if linear.weight_zero_point.any():
+        return "needs symmetric weights"
+    if linear.x_range != (0, 255) and not has_onednn():
+        return f"FBGEMM quantizes to the full 8 bits, got {linear.x_range}"
+    return None
+
+
+def build(graph: GraphModule, linears: Sequence[QuantizedLinear]) -> GraphModule:
+    """Replace every linear by a kernel call."""
+    onednn = has_onednn()
+    quantizers: dict[Node, Node] = {}
+    for i, linear in enumerate(linears):
+        source = linear.x
+        if onednn:
+            if linear.quantize not in quantizers:
+                quantizers[linear.quantize] = _call(graph, f"_quantize_{i}", Quantize(linear), linear.x, linear.quantize)
+            source = quantizers[linear.quantize]
+        module = OneDNNLinear(linear) if onednn else FBGEMMLinear(linear)
+        linear.node.replace_all_uses_with(_call(graph, f"_integer_linear_{i}", module, source, linear.node))
+        graph.graph.erase_node(linear.node)
+    graph.graph.eliminate_dead_code()
+    _drop_unused_tensors(graph)
+    graph.recompile()
+    return graph
+
+
+def _call(graph: GraphModule, name: str, module: nn.Module, source: Node, before: Node) -> Node:
+    graph.add_submodule(name, module)
+    with graph.graph.inserting_before(before):
+        return graph.graph.call_module(name, (source,))
+
+
+def _drop_unused_tensors(graph: GraphModule) -> None:
+    """Free the unpacked weights: the packed copies serve."""
+    graph.delete_all_unused_submodules()
+    used = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
+    for name in [name for name in (*graph._buffers, *graph._parameters) if name not in used]:
+        delattr(graph, name)
+
+
+register(
+    Backend(
+        name="fbgemm",
+        summary="eager int8 kernels for x86 (oneDNN or FBGEMM), no compiler, ready in seconds",
+        integer=True,
+        refuse=refuse,
+        build=build,
+    )
+)

@@ -1,0 +1,60 @@
+"""Kernel proof: run the lowered model under the profiler and count the integer matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from ptq4dit_ao.errors import LoweringError
+
+INTEGER_GEMMS = (
+    "onednn::qlinear_pointwise",
+    "quantized::linear_with_input_q_dq_qweight_dq_output_fp32",
+)
+"""Profiler names of the kernels that multiply integers by integers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelProof:
+    """What really ran, in one call of the lowered model."""
+
+    backend: str
+    promised: int
+    """Quantized linears in the graph; 0 for a backend that only simulates."""
+    kernels: dict[str, int] = field(default_factory=dict)
+    """Integer kernel -> calls."""
+    float_layers: tuple[tuple[str, str], ...] = ()
+    """Linears that compute in float: (name, why)."""
+
+    @property
+    def integer_gemms(self) -> int:
+        return sum(self.kernels.values())
+
+    def __str__(self) -> str:
+        kernels = ", ".join(f"{name} x{count}" for name, count in self.kernels.items()) or "no integer kernels"
+        return f"{self.backend}: {self.integer_gemms}/{self.promised} quantized linears on integer GEMMs ({kernels})"
+
+
+def count_integer_gemms(model: Callable[..., object], inputs: Sequence[Tensor]) -> dict[str, int]:
+    """Integer GEMM calls of one run of ``model``; compilation, if any, happens before."""
+    with torch.no_grad():
+        model(*inputs)
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            model(*inputs)
+    calls = {event.key: event.count for event in profiler.key_averages()}
+    return {name: calls[name] for name in INTEGER_GEMMS if name in calls}
+
+
+def check_proof(proof: KernelProof, *, allow_float_fallback: bool) -> None:
+    """Raises LoweringError if fewer linears than promised ran as integers."""
+    if proof.integer_gemms >= proof.promised or allow_float_fallback:
+        return
+    why = "; ".join(f"{name}: {reason}" for name, reason in proof.float_layers[:3])
+    raise LoweringError(
+        f"backend {proof.backend!r} ran {proof.integer_gemms} of {proof.promised} quantized linears on integer "
+        f"kernels{f' ({why})' if why else ''}; pass allow_float_fallback=True to accept that, or use another backend"
+    )

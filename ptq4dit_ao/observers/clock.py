@@ -1,0 +1,55 @@
+"""The timestep of the batch in flight, read from the graph's own timestep input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e import ObserverBase
+
+from ptq4dit_ao.errors import CalibrationError
+
+
+class TimestepClock:
+    """Shared by all observers of one prepared model: one observer sets it, the others read it."""
+
+    def __init__(self) -> None:
+        self.current: Tensor | None = None
+
+    def rows(self, batch: int, where: str) -> Tensor:
+        """One timestep per row of a tensor with ``batch`` rows: (batch,) float64.
+
+        Raises:
+            CalibrationError: the rows cannot be told apart.
+        """
+        if self.current is None:
+            return torch.zeros(batch, dtype=torch.float64)
+        t = self.current.detach().reshape(-1).to("cpu", torch.float64)
+        if len(t) == batch:
+            return t
+        if len(t) and bool((t == t[0]).all()):
+            return t[:1].expand(batch)
+        raise CalibrationError(
+            f"{where}: a tensor of {batch} rows was computed from {len(t)} samples with different timesteps; "
+            "calibrate this model with one timestep per batch"
+        )
+
+
+class TimestepObserver(ObserverBase):
+    """Sets the clock; leaves no trace in the converted graph."""
+
+    def __init__(self, clock: TimestepClock) -> None:
+        super().__init__(dtype=torch.float32)
+        self.clock = clock
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        self.clock.current = timestep
+        return timestep
+
+    def calculate_qparams(self, **kwargs: object) -> tuple[Tensor, Tensor]:
+        raise AssertionError("timesteps are not quantized")
+
+    def convert(self, model: GraphModule, node: Node) -> None:
+        """Called by ``convert_pt2e``."""
+        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        model.graph.erase_node(node)

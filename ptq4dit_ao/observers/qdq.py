@@ -1,0 +1,80 @@
+"""How a tensor is quantized, and the quantize/dequantize nodes that say so in a graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.ao.quantization.fx._decomposed import quantized_decomposed_lib  # noqa: F401  (registers the ops)
+from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e.quantizer import QuantizationSpec
+
+from ptq4dit_ao.core import affine_qparams
+
+quantized = torch.ops.quantized_decomposed
+
+DEFAULT_EPS = 2**-12
+"""Smallest scale, as in torchao's x86 configuration."""
+
+_SYMMETRIC = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
+_PER_CHANNEL = (torch.per_channel_symmetric, torch.per_channel_affine)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantSpec:
+    """What a torchao ``QuantizationSpec`` asks for, without its observer; ``channel_axis`` None is per tensor."""
+
+    dtype: torch.dtype
+    quant_min: int
+    quant_max: int
+    symmetric: bool
+    channel_axis: int | None
+    eps: float
+
+    @classmethod
+    def of(cls, spec: QuantizationSpec, *, eps: float = DEFAULT_EPS) -> QuantSpec:
+        """Read a torchao spec; a missing range means all of its dtype."""
+        bounds = torch.iinfo(spec.dtype)
+        return cls(
+            dtype=spec.dtype,
+            quant_min=bounds.min if spec.quant_min is None else spec.quant_min,
+            quant_max=bounds.max if spec.quant_max is None else spec.quant_max,
+            symmetric=spec.qscheme in _SYMMETRIC,
+            channel_axis=spec.ch_axis if spec.qscheme in _PER_CHANNEL else None,
+            eps=eps,
+        )
+
+    def qparams(self, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point for a range."""
+        return affine_qparams(
+            minimum, maximum, self.quant_min, self.quant_max, symmetric=self.symmetric, eps=self.eps
+        )
+
+
+def insert_qdq(model: GraphModule, observer: Node, spec: QuantSpec, scale: Tensor, zero_point: Tensor) -> None:
+    """Replace an observer node by ``dequantize(quantize(x))``, in the form torchao's own convert writes."""
+    source = observer.args[0]
+    assert isinstance(source, Node)
+    graph = model.graph
+    with graph.inserting_before(observer):
+        if spec.channel_axis is None:
+            kind, arguments = "per_tensor", (float(scale), int(zero_point))
+        else:
+            device = source.meta["val"].device if "val" in source.meta else "cpu"
+            buffers = (("scale", scale), ("zero_point", zero_point))
+            arguments = (*(_buffer(model, f"_{observer.name}_{n}", v.to(device)) for n, v in buffers), spec.channel_axis)
+            kind = "per_channel"
+        arguments = (*arguments, spec.quant_min, spec.quant_max, spec.dtype)
+        value = source.meta.get("val")
+        kwargs = {} if value is None or value.dtype == torch.float32 else {"out_dtype": value.dtype}
+        q = graph.call_function(getattr(quantized, f"quantize_{kind}").default, (source, *arguments))
+        dq = graph.call_function(getattr(quantized, f"dequantize_{kind}").default, (q, *arguments), kwargs)
+    observer.replace_all_uses_with(dq)
+    graph.erase_node(observer)
+
+
+def _buffer(model: GraphModule, name: str, value: Tensor) -> Node:
+    model.register_buffer(name, value)
+    node = model.graph.get_attr(name)
+    return node

@@ -1,0 +1,129 @@
+"""Minimum and maximum per (timestep, channel): all that CSB, SSC and exact post-balance ranges need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ptq4dit_ao.errors import CalibrationError
+
+
+class ChannelStatistics:
+    """State of O(timesteps x channels), merged by elementwise min/max: the order of batches does not matter."""
+
+    def __init__(self, channels: int) -> None:
+        self._row: dict[float, int] = {}
+        self._minimum = torch.empty(0, channels)
+        self._maximum = torch.empty(0, channels)
+
+    @property
+    def channels(self) -> int:
+        return self._minimum.shape[1]
+
+    @property
+    def timesteps(self) -> Tensor:
+        """Distinct timesteps seen, ascending: (T,) float64."""
+        return torch.tensor(sorted(self._row), dtype=torch.float64)
+
+    @property
+    def minimum(self) -> Tensor:
+        """(T, C) float32, rows as in :attr:`timesteps`."""
+        return self._minimum[self._order()]
+
+    @property
+    def maximum(self) -> Tensor:
+        """(T, C) float32, rows as in :attr:`timesteps`."""
+        return self._maximum[self._order()]
+
+    @property
+    def salience(self) -> Tensor:
+        """``max |x|`` per timestep and channel: (T, C) float32."""
+        return torch.maximum(self.minimum.abs(), self.maximum.abs())
+
+    def update(self, timesteps: Tensor, minimum: Tensor, maximum: Tensor) -> None:
+        """Take in rows: timesteps (N,), minimum and maximum (N, C)."""
+        keys = timesteps.to(torch.float64).tolist()
+        for key in keys:
+            self._row.setdefault(key, len(self._row))
+        new = len(self._row) - len(self._minimum)
+        if new:
+            shape = (new, self.channels)
+            self._minimum = torch.cat([self._minimum, torch.full(shape, torch.inf)])
+            self._maximum = torch.cat([self._maximum, torch.full(shape, -torch.inf)])
+        rows = torch.tensor([self._row[key] for key in keys]).unsqueeze(1).expand(-1, self.channels)
+        self._minimum.scatter_reduce_(0, rows, minimum.to("cpu", torch.float32), "amin")
+        self._maximum.scatter_reduce_(0, rows, maximum.to("cpu", torch.float32), "amax")
+
+    def merge(self, other: ChannelStatistics) -> None:
+        """Take in what another observer of the same tensor saw.
+
+        Raises:
+            CalibrationError: the channel counts differ.
+        """
+        if other.channels != self.channels:
+            raise CalibrationError(f"cannot merge statistics of {other.channels} channels into {self.channels}")
+        self.update(other.timesteps, other.minimum, other.maximum)
+
+    def _order(self) -> list[int]:
+        return [self._row[key] for key in sorted(self._row)]
+
+
+class SalienceStatistics(Mapping[str, ChannelStatistics]):
+    """Statistics of a model's balance sites, by the name of the first layer that reads the tensor."""
+
+    def __init__(self, tables: Mapping[str, ChannelStatistics] | None = None) -> None:
+        self._tables = dict(tables or {})
+
+    def __getitem__(self, name: str) -> ChannelStatistics:
+        return self._tables[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tables)
+
+    def __len__(self) -> int:
+        return len(self._tables)
+
+    def merge(self, other: SalienceStatistics) -> None:
+        """Take in the statistics of another run over the same model, such as another process's share.
+
+        Raises:
+            CalibrationError: the sites differ.
+        """
+        if set(other) != set(self):
+            odd = sorted(set(other) ^ set(self))[0]
+            raise CalibrationError(f"cannot merge statistics of different models: {odd!r} is in one of them only")
+        for name, table in self._tables.items():
+            table.merge(other[name])
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file: three tensors per site."""
+        tensors = {}
+        for name, table in self._tables.items():
+            tensors[f"{name}/timesteps"] = table.timesteps
+            tensors[f"{name}/minimum"] = table.minimum.contiguous()
+            tensors[f"{name}/maximum"] = table.maximum.contiguous()
+        save_file(tensors, path, metadata={"format": "ptq4dit-ao salience statistics", "version": "1"})
+
+    @classmethod
+    def load(cls, path: str | Path) -> SalienceStatistics:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            CalibrationError: the file is missing or is something else.
+        """
+        try:
+            tensors = load_file(path)
+            names = dict.fromkeys(key.rpartition("/")[0] for key in tensors)
+            tables = {}
+            for name in names:
+                minimum = tensors[f"{name}/minimum"]
+                tables[name] = ChannelStatistics(minimum.shape[1])
+                tables[name].update(tensors[f"{name}/timesteps"], minimum, tensors[f"{name}/maximum"])
+        except (OSError, SafetensorError, KeyError, IndexError) as error:
+            raise CalibrationError(f"{path} holds no salience statistics ({error}); run calibration again") from error
+        return cls(tables)

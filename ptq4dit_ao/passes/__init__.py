@@ -1,0 +1,20 @@
+"""Graph passes: solve for the balancing vectors, insert them, fold them away."""
+
+from ptq4dit_ao.passes.balance import BalanceSettings, SiteOutcome, balance_sites
+from ptq4dit_ao.passes.balance_first import balance, collect_salience
+from ptq4dit_ao.passes.fold import fold_balance
+from ptq4dit_ao.passes.insert import insert_balance
+from ptq4dit_ao.passes.result import BalanceResult, attach_result, balance_result
+
+__all__ = [
+    "BalanceResult",
+    "BalanceSettings",
+    "SiteOutcome",
+    "attach_result",
+    "balance",
+    "balance_result",
+    "balance_sites",
+    "collect_salience",
+    "fold_balance",
+    "insert_balance",
+]

@@ -1,0 +1,145 @@
+"""From statistics to a balanced graph: CSB and SSC per site, folded one site after another."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ptq4dit_ao.core import aggregate_salience, balance_vector, clip_balance, ssc_weights
+from ptq4dit_ao.core.salience import AGGREGATIONS, Aggregation
+from ptq4dit_ao.errors import ArgumentError, CalibrationError
+from ptq4dit_ao.graph import Consumer, Site
+from ptq4dit_ao.graph.names import get_attribute
+from ptq4dit_ao.observers import SalienceStatistics
+from ptq4dit_ao.passes.fold import FOLD_FORMS, FoldForm, fold_balance
+from ptq4dit_ao.passes.insert import insert_balance
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalanceSettings:
+    """How b is computed and folded.
+
+    ``max_scale`` bounds b to [1/max_scale, max_scale]; ``min_timesteps`` is how many distinct timesteps SSC needs.
+    """
+
+    aggregation: Aggregation = "ssc"
+    alpha: float = 0.5
+    max_scale: float = 1000.0
+    fold_form: FoldForm = "constant"
+    min_timesteps: int = 2
+
+    def __post_init__(self) -> None:
+        _check_choice("aggregation", self.aggregation, AGGREGATIONS)
+        _check_choice("fold_form", self.fold_form, FOLD_FORMS)
+        balance_vector(torch.ones(1), torch.ones(1), self.alpha)
+        clip_balance(torch.ones(1), self.max_scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteOutcome:
+    """What balancing did to one site; vectors are per variable, (V,), or per timestep, (T,)."""
+
+    site: Site
+    b: Tensor
+    clipped: Tensor
+    salience_x: Tensor
+    salience_w: Tensor
+    timesteps: Tensor
+    salience_t: Tensor
+    """Largest salience of any channel, per timestep."""
+    rho: Tensor
+    eta: Tensor
+
+
+def balance_sites(
+    model: GraphModule, sites: Sequence[Site], statistics: SalienceStatistics, settings: BalanceSettings
+) -> dict[str, SiteOutcome]:
+    """Balance and fold every site without refusal, in place, from the output towards the input.
+
+    The order matters: folding an attention output changes rows of V's weight, whose salience the QKV site before it
+    is about to read.
+
+    Raises:
+        CalibrationError: a site was not observed, or at too few timesteps.
+    """
+    outcomes: dict[str, SiteOutcome] = {}
+    for site in reversed([site for site in sites if site.refusal is None]):
+        outcome = _solve(model, site, statistics, settings)
+        insert_balance(model, site, outcome.b)
+        fold_balance(model, site, outcome.b, settings.fold_form)
+        outcomes[site.name] = outcome
+        logger.debug("%s: b in [%.3g, %.3g]", site.name, outcome.b.min(), outcome.b.max())
+    model.recompile()
+    logger.info("balanced and folded %d of %d sites", len(outcomes), len(sites))
+    return dict(reversed(outcomes.items()))
+
+
+def _solve(
+    model: GraphModule, site: Site, statistics: SalienceStatistics, settings: BalanceSettings
+) -> SiteOutcome:
+    timesteps, salience_t = _activation_salience(site, statistics)
+    if settings.aggregation == "ssc" and len(timesteps) < settings.min_timesteps:
+        raise CalibrationError(
+            f"{site.name} was observed at {len(timesteps)} timestep(s); aggregation 'ssc' needs at least "
+            f"{settings.min_timesteps}: calibrate on more timesteps, or use aggregation 'max'"
+        )
+    salience_w = _weight_salience(model, site)
+    eta, rho = ssc_weights(salience_t, salience_w)
+    salience_x = aggregate_salience(salience_t, salience_w, settings.aggregation)
+    b, clipped = clip_balance(balance_vector(salience_x, salience_w, settings.alpha), settings.max_scale)
+    return SiteOutcome(
+        site=site,
+        b=b,
+        clipped=clipped,
+        salience_x=salience_x,
+        salience_w=salience_w,
+        timesteps=timesteps,
+        salience_t=salience_t.amax(1),
+        rho=rho,
+        eta=eta,
+    )
+
+
+def _activation_salience(site: Site, statistics: SalienceStatistics) -> tuple[Tensor, Tensor]:
+    """Timesteps (T,) and salience per variable (T, V), the largest over all tensors and channels that share it."""
+    timesteps, total = None, None
+    for key, consumer in site.inputs.items():
+        table = statistics.get(key)
+        if table is None or len(table.timesteps) == 0:
+            raise CalibrationError(
+                f"{key!r} was never run: call the prepared model on calibration samples before converting"
+            )
+        part = _per_variable(table.salience.to(torch.float64), consumer, site.num_variables)
+        if timesteps is not None and not torch.equal(timesteps, table.timesteps):
+            raise CalibrationError(f"{site.name}: its inputs were observed at different timesteps; calibrate again")
+        timesteps, total = table.timesteps, part if total is None else torch.maximum(total, part)
+    assert timesteps is not None and total is not None
+    return timesteps, total
+
+
+def _weight_salience(model: GraphModule, site: Site) -> Tensor:
+    """Salience per variable (V,), the largest over all consumers' weight columns."""
+    parts = []
+    for consumer in site.consumers:
+        weight = get_attribute(model, consumer.weight).detach().to("cpu", torch.float64)
+        parts.append(_per_variable(weight.abs().amax(0, keepdim=True), consumer, site.num_variables)[0])
+    return torch.stack(parts).amax(0)
+
+
+def _per_variable(channels: Tensor, consumer: Consumer, num_variables: int) -> Tensor:
+    """Largest of the channels of each variable: (T, C) -> (T, V)."""
+    index = torch.from_numpy(consumer.variables).expand(len(channels), -1)
+    table = torch.zeros(len(channels), num_variables + 1, dtype=channels.dtype)
+    return table.scatter_reduce_(1, index, channels, "amax")[:, 1:]
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ArgumentError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")

@@ -1,0 +1,122 @@
+"""The balance-first door: measure a float graph, balance it, hand it to any quantizer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from ptq4dit_ao.errors import BalanceError
+from ptq4dit_ao.graph import Site, find_sites
+from ptq4dit_ao.graph.names import layer_name, linears, timestep_placeholder
+from ptq4dit_ao.observers import ChannelStatistics, SalienceStatistics, TimestepClock
+from ptq4dit_ao.observers.hooks import channel_range, check_finite
+from ptq4dit_ao.passes.balance import BalanceSettings, balance_sites
+from ptq4dit_ao.passes.result import BalanceResult, attach_result
+
+
+@torch.no_grad()
+def collect_salience(
+    exported: GraphModule,
+    samples: Iterable[Sequence[Tensor]],
+    *,
+    exclude: Sequence[str] = (),
+    timestep_input: str | None = None,
+) -> SalienceStatistics:
+    """Run a float graph on calibration samples and record every balance site's input.
+
+    Args:
+        exported: from :func:`~ptq4dit_ao.export_transformer`; not changed.
+        samples: input tuples.
+        exclude: patterns of layer names (``fnmatch``) not to balance.
+        timestep_input: name of the graph input that holds the timestep, if it is not an obvious one.
+
+    Raises:
+        BalanceError: nothing can be balanced.
+        CalibrationError: a sample makes a site's input NaN or infinite.
+    """
+    recorder = _SalienceRecorder(exported, _sites(exported, exclude), timestep_input)
+    for inputs in samples:
+        recorder.run(*inputs)
+    return SalienceStatistics(recorder.tables)
+
+
+def balance(
+    exported: GraphModule,
+    statistics: SalienceStatistics,
+    settings: BalanceSettings | None = None,
+    *,
+    exclude: Sequence[str] = (),
+    sites: Sequence[Site] | None = None,
+) -> GraphModule:
+    """A graph that computes the same, with salience balanced and folded; ready for any quantizer.
+
+    Args:
+        exported: not changed; the result shares the tensors that balancing leaves alone.
+        statistics: from :func:`collect_salience` on this graph.
+        settings: defaults to the paper's.
+        exclude: as given to :func:`collect_salience`.
+        sites: of this graph, if they are known already.
+
+    Raises:
+        BalanceError: nothing can be balanced.
+        CalibrationError: the statistics belong to another model, or have too few timesteps.
+    """
+    settings = settings or BalanceSettings()
+    sites = _sites(exported, exclude) if sites is None else sites
+    model = GraphModule(exported, copy.deepcopy(exported.graph))
+    outcomes = balance_sites(model, sites, statistics, settings)
+    result = BalanceResult(
+        sites=tuple(sites),
+        outcomes=outcomes,
+        statistics=statistics,
+        settings=settings,
+        layers={node.name: layer_name(node) for node in linears(exported)},
+    )
+    attach_result(model, result)
+    return model
+
+
+def _sites(exported: GraphModule, exclude: Sequence[str]) -> list[Site]:
+    only = {
+        node.name
+        for node in linears(exported)
+        if not any(fnmatchcase(layer_name(node), pattern) for pattern in exclude)
+    }
+    sites = find_sites(exported, only)
+    if all(site.refusal is not None for site in sites):
+        reasons = "; ".join(f"{site.name}: {site.refusal}" for site in sites[:3]) or "it has no linear layer"
+        raise BalanceError(f"nothing in this graph can be balanced ({reasons})")
+    return sites
+
+
+class _SalienceRecorder(Interpreter):
+    """Runs the graph node by node and looks at the sites' inputs as they pass."""
+
+    def __init__(self, exported: GraphModule, sites: Sequence[Site], timestep_input: str | None) -> None:
+        super().__init__(exported)
+        self.clock = TimestepClock()
+        self.timestep = timestep_placeholder(exported, timestep_input)
+        self.tables: dict[str, ChannelStatistics] = {}
+        self.keys: dict[str, list[str]] = {}
+        for site in sites:
+            if site.refusal is None:
+                for key, consumer in site.inputs.items():
+                    self.tables[key] = ChannelStatistics(len(consumer.variables))
+                    self.keys.setdefault(consumer.input, []).append(key)
+
+    def run_node(self, n: Node) -> object:
+        value = super().run_node(n)
+        if n is self.timestep:
+            assert isinstance(value, Tensor)
+            self.clock.current = value
+        for key in self.keys.get(n.name, ()):
+            assert isinstance(value, Tensor)
+            low, high = channel_range(value)
+            check_finite(low, high, value, key, self.clock)
+            self.tables[key].update(self.clock.rows(len(low), key), low, high)
+        return value

@@ -1,0 +1,39 @@
+"""Small edits of graphs and their tensors: computed in float64, stored in the tensor's own dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from ptq4dit_ao.graph.names import get_attribute, set_tensor
+from ptq4dit_ao.graph.variables import Ids
+
+
+def scale_of(b: Tensor, variables: Ids | Sequence[int]) -> Tensor:
+    """``b`` spread over channels: variables of any shape, 1-based, 0 meaning 1 -> float64 of that shape."""
+    padded = torch.cat([torch.ones(1, dtype=torch.float64), b.detach().to("cpu", torch.float64)])
+    return padded[torch.from_numpy(np.asarray(variables, dtype=np.int64))]
+
+
+def replace_tensor(model: GraphModule, paths: Sequence[str], change: Callable[[Tensor], Tensor]) -> None:
+    """Put ``change(tensor)`` where a tensor (and its aliases) stood; the old tensor, perhaps shared, is untouched."""
+    old = get_attribute(model, paths[0]).detach()
+    new = change(old.to(torch.float64).cpu()).to(old.device, old.dtype)
+    for path in paths:
+        set_tensor(model, path, new)
+
+
+def add_constant(model: GraphModule, name: str, value: Tensor, *, like: Node) -> Node:
+    """A buffer of the dtype and device of node ``like``, read at the graph's insertion point."""
+    example = like.meta["val"]
+    path = f"_ptq4dit_{name}_{sum(1 for key in model._buffers if key.startswith('_ptq4dit_'))}"
+    tensor = value.to(example.device, example.dtype)
+    model.register_buffer(path, tensor)
+    node = model.graph.get_attr(path)
+    # Annotators and propagation read shapes from here.
+    node.meta["val"] = example.fake_mode.from_tensor(tensor, static_shapes=True)
+    return node

@@ -1,0 +1,78 @@
+"""Fold explicit balancing away: what :mod:`.insert` put before the consumers moves into existing parameters.
+
+The re-parameterisation of PTQ4DiT (section 3.3), for any graph that scale propagation could read:
+
+* rows of a linear (adaLN's shift and scale, V) and affine norms: ``W / b``, ``bias / b``;
+* the constant of ``1 + scale``: ``1 -> 1/b`` as a tensor. The paper's form, which keeps the 1 and stores
+  ``(1 + bias)/b - 1``, is exact too but loses digits of 16-bit parameters and needs a bias; it is for writing back
+  to checkpoints.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from ptq4dit_ao.errors import BalanceError
+from ptq4dit_ao.graph import ScalarEdit, Site
+from ptq4dit_ao.passes.bias_form import shift_bias
+from ptq4dit_ao.passes.edit import add_constant, replace_tensor, scale_of
+from ptq4dit_ao.passes.insert import MARK
+
+FoldForm = Literal["constant", "bias"]
+FOLD_FORMS: tuple[str, ...] = get_args(FoldForm)
+
+
+def fold_balance(model: GraphModule, site: Site, b: Tensor, form: FoldForm = "constant") -> None:
+    """Remove a site's balancing nodes and make its producers deliver ``x / b``.
+
+    Args:
+        model: as :func:`.insert_balance` left it; changed in place.
+        site: a site without refusal.
+        b: (num_variables,) float64, the vector that was inserted.
+        form: where the 1 of ``1 + scale`` goes.
+
+    Raises:
+        BalanceError: the site is refused, or its scalars do not sit behind a bias (form "bias").
+    """
+    if site.refusal is not None:
+        raise BalanceError(f"{site.name} cannot be folded: {site.refusal}")
+    nodes = {node.name: node for node in model.graph.nodes}
+    for edit in site.parameters:
+        replace_tensor(model, edit.paths, lambda p, e=edit: p / scale_of(b, e.variables))
+    for scalar in site.scalars:
+        if form == "bias":
+            shift_bias(model, nodes[scalar.node], scalar.index, scale_of(b, scalar.variables))
+        else:
+            _divide_scalar(model, nodes[scalar.node], scalar, b)
+    _remove_balance(model, site)
+
+
+def _divide_scalar(model: GraphModule, node: Node, scalar: ScalarEdit, b: Tensor) -> None:
+    value, scale = node.args[scalar.index], scale_of(b, scalar.variables)
+    if isinstance(value, Node):  # another site was here first
+        replace_tensor(model, (str(value.target),), lambda c: c / scale)
+        return
+    assert isinstance(value, (int, float))
+    with model.graph.inserting_before(node):
+        node.update_arg(scalar.index, add_constant(model, "constant", value / scale, like=node))
+    node.target = _TENSOR_OVERLOAD.get(node.target, node.target)
+
+
+_TENSOR_OVERLOAD: dict[object, torch._ops.OpOverload] = {
+    torch.ops.aten.add.Scalar: torch.ops.aten.add.Tensor,
+    torch.ops.aten.sub.Scalar: torch.ops.aten.sub.Tensor,
+}
+
+
+def _remove_balance(model: GraphModule, site: Site) -> None:
+    for node in list(model.graph.nodes):
+        if node.meta.get(MARK) == site.name:
+            source, inverse = node.args
+            node.replace_all_uses_with(source)
+            model.graph.erase_node(node)
+            model.graph.erase_node(inverse)
+            delattr(model, str(inverse.target))

@@ -1,0 +1,14 @@
+"""The torchao quantizer: annotate, observe, balance, fold, convert; called by torchao's own functions."""
+
+from ptq4dit_ao.quantizer.linear import LinearQuantizer
+from ptq4dit_ao.quantizer.overrides import PAPER_LAYERS, SAFE_LAYERS, Override
+from ptq4dit_ao.quantizer.ptq4dit import PTQ4DiTQuantizer, salience_statistics
+
+__all__ = [
+    "PAPER_LAYERS",
+    "SAFE_LAYERS",
+    "LinearQuantizer",
+    "Override",
+    "PTQ4DiTQuantizer",
+    "salience_statistics",
+]

@@ -1,0 +1,144 @@
+"""Bits and exceptions per layer, written into the annotations of any base quantizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e.quantizer import QuantizationSpec
+from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
+
+from ptq4dit_ao.errors import ArgumentError, OverrideError
+from ptq4dit_ao.graph.names import layer_name, linears
+
+MIN_BITS, MAX_BITS = 2, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Override:
+    """What differs for the layers whose module name matches ``pattern`` (``fnmatch``: ``*`` crosses dots).
+
+    Of several matching overrides the later one wins, field by field. ``None`` leaves a field as it is.
+    """
+
+    pattern: str
+    skip: bool | None = None
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+    balance: bool | None = None
+    must_match: bool = True
+    """Refuse a model in which no layer matches."""
+
+    def __post_init__(self) -> None:
+        fields = (self.skip, self.weight_bits, self.activation_bits, self.balance)
+        if all(value is None for value in fields):
+            raise OverrideError(f"override {self.pattern!r} changes nothing; set skip, bits or balance")
+        if self.skip and any(value is not None for value in fields[1:]):
+            raise OverrideError(f"override {self.pattern!r} skips a layer and sets its bits or balance; do one of them")
+        for name in ("weight_bits", "activation_bits"):
+            if (bits := getattr(self, name)) is not None:
+                check_bits(name, bits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """What one linear gets."""
+
+    layer: str
+    skip: bool = False
+    weight_bits: int = 8
+    activation_bits: int = 8
+    balance: bool = True
+
+
+def plan_layers(
+    model: GraphModule, *, weight_bits: int, activation_bits: int, overrides: Sequence[Override]
+) -> dict[str, LayerPlan]:
+    """Node name of each linear -> its plan.
+
+    Raises:
+        OverrideError: an override matches no layer.
+    """
+    plans = {}
+    matched: set[str] = set()
+    for node in linears(model):
+        plan = LayerPlan(layer=layer_name(node), weight_bits=weight_bits, activation_bits=activation_bits)
+        for override in overrides:
+            if fnmatchcase(plan.layer, override.pattern):
+                matched.add(override.pattern)
+                plan = _apply(plan, override)
+        plans[node.name] = plan
+    for override in overrides:
+        if override.must_match and override.pattern not in matched:
+            names = [plan.layer for plan in plans.values()]
+            near = difflib.get_close_matches(override.pattern, names, n=1, cutoff=0.3)
+            hint = f"; the nearest layer is {near[0]!r}" if near else ""
+            raise OverrideError(
+                f"override {override.pattern!r} matches none of the model's {len(names)} linear layers{hint}"
+            )
+    return plans
+
+
+def _apply(plan: LayerPlan, override: Override) -> LayerPlan:
+    changes = {
+        name: value
+        for name in ("skip", "weight_bits", "activation_bits", "balance")
+        if (value := getattr(override, name)) is not None
+    }
+    if "skip" not in changes and not override.skip and any(k.endswith("bits") for k in changes):
+        changes["skip"] = False  # asking for bits brings a layer back that an earlier override skipped
+    return dataclasses.replace(plan, **changes)
+
+
+def apply_plan(node: Node, plan: LayerPlan) -> None:
+    """Rewrite a linear's annotation; a base that did not annotate it is left alone."""
+    annotation = node.meta.get(Q_ANNOTATION_KEY)
+    if annotation is None:
+        return
+    if plan.skip:
+        del node.meta[Q_ANNOTATION_KEY]
+        return
+    x, weight = node.args[:2]
+    for source, bits in ((x, plan.activation_bits), (weight, plan.weight_bits)):
+        spec = annotation.input_qspec_map.get(source)
+        if isinstance(spec, QuantizationSpec):
+            annotation.input_qspec_map[source] = with_bits(spec, bits)
+
+
+def with_bits(spec: QuantizationSpec, bits: int) -> QuantizationSpec:
+    """The spec with the range of ``bits`` in the same dtype; 8 bits keep the base's own range."""
+    if bits == MAX_BITS or spec.dtype not in (torch.int8, torch.uint8):
+        return spec
+    half = 2 ** (bits - 1)
+    low, high = (-half, half - 1) if spec.dtype == torch.int8 else (0, 2 * half - 1)
+    return dataclasses.replace(spec, quant_min=low, quant_max=high)
+
+
+def check_bits(name: str, bits: int) -> None:
+    """Raises ArgumentError unless ``bits`` is an integer from 2 to 8."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
+        raise ArgumentError(f"{name} is {bits!r}; it must be an integer from {MIN_BITS} to {MAX_BITS}")
+
+
+def _skip(*patterns: str) -> tuple[Override, ...]:
+    return tuple(Override(pattern=pattern, skip=True, must_match=False) for pattern in patterns)
+
+
+_EMBEDDERS = (
+    "*timestep_embedder*", "*time_embed*", "*t_embedder*", "*class_embedder*", "*y_embedder*",
+    "*x_embedder*", "pos_embed*", "patch_embed*",
+)  # fmt: skip
+_FINAL = ("proj_out", "proj_out_1", "proj_out_2", "norm_out*", "final_layer*")
+
+SAFE_LAYERS = _skip(*_EMBEDDERS, *_FINAL)
+"""Embedders and the final layer stay float: few parameters, run once a step, and most sensitive."""
+
+PAPER_LAYERS: tuple[Override, ...] = tuple(
+    Override(pattern=pattern, weight_bits=8, must_match=False) for pattern in _FINAL
+)
+"""As PTQ4DiT: all linears are quantized, embedders too; the last layer keeps 8 bits."""

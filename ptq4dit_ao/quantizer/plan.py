@@ -1,0 +1,73 @@
+"""What a prepared model carries in its observers: how to balance it when it is converted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ptq4dit_ao.errors import CalibrationError
+from ptq4dit_ao.graph import Site
+from ptq4dit_ao.observers import SalienceObserver, SalienceStatistics
+from ptq4dit_ao.passes import BalanceResult, BalanceSettings, SiteOutcome, attach_result, balance_sites
+from ptq4dit_ao.passes.edit import scale_of
+
+@dataclass
+class BalancePlan:
+    """The :class:`~ptq4dit_ao.observers.ConvertHook` of one prepared model.
+
+    Holds names, never fx nodes, so that a prepared model can be deep-copied.
+    """
+
+    sites: tuple[Site, ...]
+    settings: BalanceSettings | None
+    layers: dict[str, str]
+    """Node name of every linear -> its layer's name."""
+    observers: dict[str, list[SalienceObserver]] = field(default_factory=dict)
+    """Site input key -> its observers (more than one if layers ask for different bits)."""
+    _done: bool = False
+
+    def before_convert(self, model: GraphModule) -> None:
+        """Balance and fold, once."""
+        if self._done:
+            return
+        self._done = True
+        statistics = self.statistics()
+        outcomes: dict[str, SiteOutcome] = {}
+        if self.settings is not None:
+            outcomes = balance_sites(model, self.sites, statistics, self.settings)
+        for site in self.sites:
+            if site.name in outcomes:
+                self._set_balance(site, outcomes[site.name].b)
+        result = BalanceResult(
+            sites=self.sites,
+            outcomes=outcomes,
+            statistics=statistics,
+            settings=self.settings,
+            layers=self.layers,
+        )
+        attach_result(model, result)
+
+    def statistics(self) -> SalienceStatistics:
+        """What the observers have seen so far."""
+        return SalienceStatistics({key: observers[0].statistics for key, observers in self.observers.items()})
+
+    def resume(self, statistics: SalienceStatistics) -> None:
+        """Add earlier statistics of the same model.
+
+        Raises:
+            CalibrationError: they belong to another model.
+        """
+        if set(statistics) != set(self.observers):
+            odd = sorted(set(statistics) ^ set(self.observers))[0]
+            raise CalibrationError(f"these statistics belong to another model: {odd!r} is on one side only")
+        for key, observers in self.observers.items():
+            for observer in observers:
+                observer.statistics.merge(statistics[key])
+
+    def _set_balance(self, site: Site, b: Tensor) -> None:
+        for key, consumer in site.inputs.items():
+            for observer in self.observers.get(key, []):
+                observer.balance = scale_of(b, consumer.variables).to(torch.float64)

@@ -1,0 +1,248 @@
+"""``PTQ4DiTQuantizer``: any torchao quantizer, on a balanced and folded graph."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e import ObserverOrFakeQuantize
+from torchao.quantization.pt2e.quantizer import EdgeOrNode, QuantizationSpec, Quantizer
+from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
+
+from ptq4dit_ao.core.salience import Aggregation
+from ptq4dit_ao.errors import ArgumentError, BalanceError, CalibrationError
+from ptq4dit_ao.graph import Site, find_sites
+from ptq4dit_ao.graph.names import TIMESTEP_NAMES, layer_name, linears, placeholders, timestep_placeholder
+from ptq4dit_ao.observers import (
+    RangeObserver,
+    SalienceObserver,
+    SalienceStatistics,
+    TimestepClock,
+    TimestepObserver,
+    WeightObserver,
+)
+from ptq4dit_ao.observers.qdq import DEFAULT_EPS, QuantSpec
+from ptq4dit_ao.passes import BalanceSettings
+from ptq4dit_ao.passes.fold import FoldForm
+from ptq4dit_ao.quantizer.linear import LinearQuantizer
+from ptq4dit_ao.quantizer.overrides import SAFE_LAYERS, LayerPlan, Override, apply_plan, check_bits, plan_layers
+from ptq4dit_ao.quantizer.plan import BalancePlan
+
+logger = logging.getLogger(__name__)
+
+
+class PTQ4DiTQuantizer(Quantizer):
+    """Balance, fold and quantize an exported diffusion transformer with torchao's own PT2E functions.
+
+    ::
+
+        prepared = prepare_pt2e(exported, PTQ4DiTQuantizer(weight_bits=4))
+        for x, t, y in samples:
+            prepared(x, t, y)
+        quantized = convert_pt2e(prepared)
+
+    Calibration records minimum and maximum per timestep and channel; ``convert_pt2e`` computes the balancing vectors,
+    folds them into parameters that exist, and quantizes what comes out. The converted graph has no op that the base
+    quantizer alone would not have left.
+
+    Args:
+        base: the quantizer that decides what is quantized to what; ``None`` takes :class:`LinearQuantizer`.
+        weight_bits: 2 to 8, of every linear weight, per output channel.
+        activation_bits: 2 to 8, of every linear input, per tensor.
+        aggregation: how salience over timesteps becomes one vector: ``ssc``, ``max`` (SmoothQuant) or ``mean``;
+            ``none`` does not balance.
+        alpha: ``b = s(X)^alpha / s(W)^(1 - alpha)``.
+        max_scale: bound on b, to [1/max_scale, max_scale].
+        fold_form: where the 1 of ``1 + scale`` goes; see :mod:`ptq4dit_ao.passes.fold`.
+        layers: which layers differ by default; :data:`SAFE_LAYERS` or :data:`PAPER_LAYERS`.
+        overrides: exceptions by module name, applied after ``layers``.
+        timestep_input: name of the graph input that holds the timestep; found by itself if it is called
+            ``timestep``, ``timesteps`` or ``t``.
+
+    Raises:
+        ArgumentError: an argument is out of range.
+        BalanceError: (from ``prepare_pt2e``) nothing in the model can be balanced.
+        OverrideError: (from ``prepare_pt2e``) an override matches no layer.
+        CalibrationError: (from the calibration loop or ``convert_pt2e``) samples are missing, too few or not finite.
+    """
+
+    def __init__(
+        self,
+        base: Quantizer | None = None,
+        *,
+        weight_bits: int = 8,
+        activation_bits: int = 8,
+        aggregation: Aggregation | str = "ssc",
+        alpha: float = 0.5,
+        max_scale: float = 1000.0,
+        fold_form: FoldForm = "constant",
+        layers: Sequence[Override] = SAFE_LAYERS,
+        overrides: Sequence[Override] = (),
+        timestep_input: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_bits("weight_bits", weight_bits)
+        check_bits("activation_bits", activation_bits)
+        self._base = LinearQuantizer() if base is None else base
+        self._bits = {"weight_bits": weight_bits, "activation_bits": activation_bits}
+        self._settings = (
+            None
+            if aggregation == "none"
+            else BalanceSettings(
+                aggregation=aggregation,  # type: ignore[arg-type]  # checked there
+                alpha=alpha,
+                max_scale=max_scale,
+                fold_form=fold_form,
+            )
+        )
+        self._overrides = (*layers, *overrides)
+        self._timestep_input = timestep_input
+        self._layers: dict[str, LayerPlan] = {}
+
+    def transform_for_annotation(self, model: GraphModule) -> GraphModule:
+        """Called by ``prepare_pt2e``."""
+        return self._base.transform_for_annotation(model)
+
+    def annotate(self, model: GraphModule) -> GraphModule:
+        """Called by ``prepare_pt2e``: the base annotates, then bits and exceptions are applied."""
+        self._layers = plan_layers(model, **self._bits, overrides=self._overrides)
+        model = self._base.annotate(model)
+        for node in linears(model):
+            apply_plan(node, self._layers[node.name])
+        return model
+
+    def validate(self, model: GraphModule) -> None:
+        """Called by ``prepare_pt2e``."""
+        self._base.validate(model)
+
+    def prepare_obs_or_fq_callback(
+        self, model: GraphModule, edge_or_node_to_obs_or_fq: dict[EdgeOrNode, ObserverOrFakeQuantize]
+    ) -> None:
+        """Called by ``prepare_pt2e``: swap the observers of linears for ours, which balance when converted."""
+        self._base.prepare_obs_or_fq_callback(model, edge_or_node_to_obs_or_fq)
+        quantized = [node for node in linears(model) if _activation_spec(node) is not None]
+        if not quantized:
+            raise BalanceError("no linear layer is left to quantize; check 'layers', the overrides and the base quantizer")
+        plan = BalancePlan(
+            sites=self._sites(model, quantized),
+            settings=self._settings,
+            layers={name: layer.layer for name, layer in self._layers.items()},
+        )
+        clock = TimestepClock()
+        swap = _Swap(model, plan, clock, edge_or_node_to_obs_or_fq)
+        for node in quantized:
+            swap.linear(node)
+        self._observe_timestep(model, clock)
+
+    def _sites(self, model: GraphModule, quantized: list[Node]) -> tuple[Site, ...]:
+        """The sites whose every consumer may be balanced."""
+        if self._settings is None:
+            return ()
+        only = {node.name for node in quantized if self._layers[node.name].balance}
+        sites = find_sites(model, only)
+        found = [s for s in sites if s.refusal is None]
+        if not found:
+            reasons = "; ".join(f"{s.name}: {s.refusal}" for s in sites[:3]) or "every layer is excluded"
+            raise BalanceError(
+                f"none of the {len(quantized)} quantized linears can be balanced ({reasons}); "
+                "use aggregation='none' to quantize without balancing"
+            )
+        for site in sites:
+            logger.debug("%s: %s", site.name, site.refusal or f"{site.num_variables} of {site.channels} channels")
+        return tuple(sites)
+
+    def _observe_timestep(self, model: GraphModule, clock: TimestepClock) -> None:
+        timestep = timestep_placeholder(model, self._timestep_input)
+        if timestep is None:
+            if self._settings is None or self._settings.aggregation == "max":
+                return
+            raise ArgumentError(
+                f"the graph has no input called {' or '.join(map(repr, TIMESTEP_NAMES))}; its inputs are "
+                f"{', '.join(repr(node.name) for node in placeholders(model))}: name the one that holds the timestep "
+                "with timestep_input=..., or use aggregation='max'"
+            )
+        model.add_submodule("ptq4dit_timestep", TimestepObserver(clock))
+        with model.graph.inserting_after(placeholders(model)[-1]):
+            model.graph.call_module("ptq4dit_timestep", (timestep,))
+
+
+class _Swap:
+    """Replaces the base's observers, keeping which edges share one."""
+
+    def __init__(
+        self,
+        model: GraphModule,
+        plan: BalancePlan,
+        clock: TimestepClock,
+        observers: dict[EdgeOrNode, ObserverOrFakeQuantize],
+    ) -> None:
+        self.plan, self.clock, self.observers = plan, clock, observers
+        self.ours: set[ObserverOrFakeQuantize] = set()
+        self.site_input = {
+            (consumer.node, consumer.input): (key, len(consumer.variables))
+            for site in plan.sites
+            if site.refusal is None
+            for key, first in site.inputs.items()
+            for consumer in site.consumers
+            if consumer.input == first.input
+        }
+
+    def linear(self, node: Node) -> None:
+        x, weight = node.args[:2]
+        assert isinstance(x, Node) and isinstance(weight, Node)
+        specs: Mapping[Node, object] = node.meta[Q_ANNOTATION_KEY].input_qspec_map
+        activation = _activation_spec(node)
+        assert activation is not None
+        if activation.is_dynamic:
+            raise ArgumentError(
+                f"{layer_name(node)!r}: the base quantizer asks for dynamic activations, which have no calibrated "
+                "range; balance first (collect_salience, balance), then use the base by itself"
+            )
+        self._swap((x, node), activation, lambda spec: self._activation_observer(node, x, spec))
+        weight_spec = specs.get(weight)
+        if isinstance(weight_spec, QuantizationSpec):
+            self._swap((weight, node), weight_spec, lambda spec: WeightObserver(spec, self.plan))
+
+    def _swap(self, edge: tuple[Node, Node], spec: QuantizationSpec, make) -> None:
+        old = self.observers[edge]
+        if old in self.ours:  # shared with an edge that came before
+            return
+        new = make(QuantSpec.of(spec, eps=float(getattr(old, "eps", DEFAULT_EPS))))
+        self.ours.add(new)
+        for key, observer in self.observers.items():
+            if observer is old:
+                self.observers[key] = new
+
+    def _activation_observer(self, node: Node, x: Node, spec: QuantSpec) -> ObserverOrFakeQuantize:
+        layer = layer_name(node)
+        found = self.site_input.get((node.name, x.name))
+        if found is None:
+            return RangeObserver(spec, self.plan, layer, self.clock)
+        key, channels = found
+        observer = SalienceObserver(spec, self.plan, layer, self.clock, channels)
+        self.plan.observers.setdefault(key, []).append(observer)
+        return observer
+
+
+def _activation_spec(node: Node) -> QuantizationSpec | None:
+    annotation = node.meta.get(Q_ANNOTATION_KEY)
+    spec = None if annotation is None else annotation.input_qspec_map.get(node.args[0])
+    return spec if isinstance(spec, QuantizationSpec) else None
+
+
+def _plan_of(prepared: GraphModule) -> BalancePlan:
+    for module in prepared.modules():
+        plan = getattr(module, "hook", None)
+        if isinstance(plan, BalancePlan):
+            return plan
+    raise CalibrationError("this model was not prepared with PTQ4DiTQuantizer")
+
+
+def salience_statistics(prepared: GraphModule) -> SalienceStatistics:
+    """The statistics a prepared model has gathered so far, to save or merge.
+
+    Raises:
+        CalibrationError: the model was not prepared with :class:`PTQ4DiTQuantizer`.
+    """
+    return _plan_of(prepared).statistics()

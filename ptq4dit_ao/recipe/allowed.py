@@ -1,0 +1,97 @@
+"""The JSON Schema of a model, the part of it that stands at a key path, and what that part allows, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
+
+from pydantic import BaseModel
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core import core_schema
+
+Node = Mapping[str, object]
+
+_BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+
+
+class _WithoutNull(GenerateJsonSchema):
+    """A file never holds null: a key that is not set is left out. ``None`` exists in Python only."""
+
+    def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
+        return self.generate_inner(schema["schema"])
+
+    def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
+        if schema.get("default", ...) is None:
+            return self.generate_inner(schema["schema"])
+        return super().default_schema(schema)
+
+
+def model_json_schema(model: type[BaseModel]) -> dict[str, object]:
+    """The JSON Schema of any recipe model, as a file may hold it."""
+    return model.model_json_schema(schema_generator=_WithoutNull)
+
+
+def node_at(root: Node, path: Sequence[str | int]) -> Node:
+    """The schema of what stands at ``path`` (keys and list indices), references resolved."""
+    node = _resolved(root, root)
+    for part in path:
+        node = _resolved(root, _below(node, part))
+    return node
+
+
+def choices(node: Node) -> list[str]:
+    """The names that ``node`` knows: keys of a mapping or the values of an enumeration."""
+    return list(cast(Sequence[str], node.get("properties") or node.get("enum") or []))
+
+
+def allowed(node: Node) -> str:
+    """What a value may be, as it reads after "it must be"."""
+    if "const" in node:
+        return f"{str(node['const']).lower()}, or left out"
+    if "enum" in node:
+        return f"one of {', '.join(choices(node))}"
+    if "type" not in node:
+        return " or ".join(allowed(branch) for branch in _branches(node))
+    return _TYPES[str(node["type"])](node)
+
+
+def _resolved(root: Node, node: Node) -> Node:
+    reference = node.get("$ref")
+    if reference is None:
+        return node
+    definitions = cast(Mapping[str, Node], root["$defs"])
+    return definitions[str(reference).removeprefix("#/$defs/")]
+
+
+def _below(node: Node, part: str | int) -> Node:
+    if isinstance(part, str):
+        return cast(Mapping[str, Node], node["properties"])[part]
+    lists = [branch for branch in (node, *_branches(node)) if "items" in branch]
+    return cast(Node, lists[0]["items"])
+
+
+def _branches(node: Node) -> Sequence[Node]:
+    return cast(Sequence[Node], node.get("oneOf") or node.get("anyOf") or [])
+
+
+def _range(node: Node, noun: str) -> str:
+    if "minimum" in node and "maximum" in node:
+        return f"{noun} from {node['minimum']} to {node['maximum']}"
+    bounds = " and ".join(f"{sign} {node[key]}" for key, sign in _BOUNDS.items() if key in node)
+    return f"{noun} {bounds}".rstrip()
+
+
+def _list(node: Node) -> str:
+    words = ["a", "non-empty" if "minItems" in node else "", "list of", "different" if "uniqueItems" in node else ""]
+    items = cast(Node, node["items"])
+    noun = _range(items, "numbers") if items.get("type") == "number" else "mappings"
+    return " ".join(word for word in (*words, noun) if word)
+
+
+_TYPES: dict[str, Callable[[Node], str]] = {
+    "integer": lambda node: _range(node, "a whole number"),
+    "number": lambda node: _range(node, "a number"),
+    "string": lambda node: "non-empty text" if "minLength" in node else "text, in quotes where needed",
+    "array": _list,
+    "object": lambda node: f"a mapping (keys: {', '.join(choices(node))})",
+}

@@ -1,0 +1,12 @@
+"""The JSON Schema of a recipe file, for editors; ``recipes/recipe.schema.json`` is this, written out."""
+
+from __future__ import annotations
+
+from ptq4dit_ao.recipe.allowed import model_json_schema
+from ptq4dit_ao.recipe.schema import RecipeFile
+
+
+def recipe_json_schema() -> dict[str, object]:
+    """The JSON Schema (draft 2020-12) that every recipe file must meet; ``version`` is const 1."""
+    dialect = "https://json-schema.org/draft/2020-12/schema"
+    return {"$schema": dialect, **model_json_schema(RecipeFile), "title": "PTQ4DiT recipe"}

@@ -1,0 +1,187 @@
+"""What a recipe may say: frozen models that refuse unknown keys and values of a near-miss type (``"8"``, ``true``).
+
+Every default lives here and nowhere else. ``RecipeFile`` is the same recipe as it stands in one YAML file, where
+``version`` must be written out and ``extends`` may name a base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from ptq4dit_ao.errors import RecipeError
+from ptq4dit_ao.recipe.problems import describe, show, version_problem
+from ptq4dit_ao.recipe.values import (
+    Aggregation,
+    Bits,
+    Count,
+    FoldForm,
+    LayerPreset,
+    OnlyFalse,
+    OnlyTrue,
+    Seed,
+    Timesteps,
+    Version,
+    as_tuple,
+)
+from ptq4dit_ao.recipe.yaml_text import write_yaml
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Weights(_Section):
+    """How weights are quantized."""
+
+    bits: Bits = Field(default=8, description="Width of a weight in bits, 2 to 8.")
+
+
+class Activations(_Section):
+    """How activations are quantized."""
+
+    bits: Bits = Field(default=8, description="Width of an activation in bits, 2 to 8.")
+
+
+class Balance(_Section):
+    """How extreme channels are shared out between activation and weight before quantization (CSB and SSC)."""
+
+    aggregation: Aggregation = Field(
+        default="ssc",
+        description="How the activation salience of several timesteps becomes one: 'ssc' weighs timesteps by Spearman's "
+        "rho with the weight salience (the lower, the more), 'max' and 'mean' ignore the weights, 'none' turns "
+        "balancing off (plain min-max baseline).",
+    )
+    alpha: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Balancing exponent, 0 to 1; 0.5 is the geometric mean of activation and weight salience.",
+    )
+    max_scale: float = Field(
+        default=1000.0, gt=1, description="A balancing factor is clipped into [1/max_scale, max_scale]; above 1."
+    )
+    fold_form: FoldForm = Field(
+        default="constant", description="How the factors are folded into the adaLN modulation: 'constant' or 'bias'."
+    )
+
+
+_NOT_WITH_SKIP = ("weight_bits", "activation_bits", "balance")
+
+
+class Override(_Section):
+    """A different treatment for the modules whose name matches 'pattern': either ``skip``, or any of the others."""
+
+    # The two rules of `_asks_for_one_thing`, for editors: exactly one of "skip" and "any of the rest".
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [{"required": ["skip"]}, {"anyOf": [{"required": [name]} for name in _NOT_WITH_SKIP]}]
+        }
+    )
+
+    pattern: str = Field(
+        min_length=1, description="Shell-style pattern (fnmatch) over module names, as in 'transformer_blocks.0.*'."
+    )
+    skip: OnlyTrue | None = Field(
+        default=None, description="true: leave these modules in float. Excludes the other keys."
+    )
+    weight_bits: Bits | None = Field(default=None, description="Width of a weight in bits, 2 to 8.")
+    activation_bits: Bits | None = Field(default=None, description="Width of an activation in bits, 2 to 8.")
+    balance: OnlyFalse | None = Field(default=None, description="false: quantize these modules without balancing them.")
+
+    @model_validator(mode="after")
+    def _asks_for_one_thing(self) -> Self:
+        others = [name for name in _NOT_WITH_SKIP if getattr(self, name) is not None]
+        if self.skip and others:
+            raise PydanticCustomError(
+                "recipe_rule",
+                "pattern '{pattern}' asks for skip and for {others}; a skipped module stays float, keep one or the other",
+                {"pattern": self.pattern, "others": ", ".join(others)},
+            )
+        if not self.skip and not others:
+            raise PydanticCustomError(
+                "recipe_rule",
+                "pattern '{pattern}' asks for nothing; add one of skip, {others}",
+                {"pattern": self.pattern, "others": ", ".join(_NOT_WITH_SKIP)},
+            )
+        return self
+
+
+class Calibration(_Section):
+    """What the activation statistics are taken from."""
+
+    timesteps: Timesteps = Field(
+        default=25, description="How many timesteps to observe, or the list of them (numbers >= 0, all different)."
+    )
+    samples: Count = Field(default=16, description="Images per timestep.")
+    steps: Count = Field(default=50, description="Steps of the sampler that draws the images.")
+    guidance: float = Field(default=1.5, ge=0, description="Classifier-free guidance scale of that sampler, 0 or more.")
+    seed: Seed = Field(default=0, description="Seed of labels and starting noise, 0 to 2^32 - 1.")
+
+
+class Evaluation(_Section):
+    """What the quantized model is compared with the float model on."""
+
+    timesteps: Timesteps = Field(
+        default=20, description="How many timesteps to compare at, or the list of them (numbers >= 0, all different)."
+    )
+    samples: Count = Field(default=32, description="Images per timestep.")
+    seed: Seed = Field(default=1000, description="Seed of labels and starting noise; keep it apart from calibration's.")
+
+
+class Recipe(_Section):
+    """Everything that decides how a model is quantized. All sections are optional: ``Recipe()`` is W8A8 with SSC.
+
+    Built in Python, a wrong value raises pydantic's ``ValidationError``; read from a dict or a file, ``RecipeError``.
+    """
+
+    version: Version = Field(default=1, description="Version of the recipe format; this release reads 1.")
+    description: str = Field(default="", description="One line on what the recipe is for.")
+    model: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        description="The model: 'reference', a path to a diffusers model folder, or 'package.module:function'.",
+    )
+    weights: Weights = Weights()
+    activations: Activations = Activations()
+    balance: Balance = Balance()
+    layers: LayerPreset = Field(default="safe", description="Preset of layers that stay float: 'safe' or 'paper'.")
+    overrides: Annotated[tuple[Override, ...], BeforeValidator(as_tuple)] = Field(
+        default=(), description="Exceptions for single modules; where several patterns match, the later one wins."
+    )
+    calibration: Calibration = Calibration()
+    evaluation: Evaluation = Evaluation()
+
+    def to_dict(self) -> dict[str, object]:
+        """The whole recipe, defaults included, as a dict that ``json.dump`` takes and ``from_dict`` reads back."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    def to_yaml(self) -> str:
+        """``to_dict`` as the text of a recipe file."""
+        return write_yaml(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, object]) -> Self:
+        """Read ``to_dict`` back; a ``RecipeError`` lists every problem."""
+        if not isinstance(data, Mapping):
+            raise RecipeError(f"recipe: {show(data)} is not a mapping; give what Recipe.to_dict returned")
+        problem = version_problem(data)
+        if problem:
+            raise RecipeError(f"recipe: {problem.text}")
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise RecipeError("\n".join(f"recipe: {p.text}" for p in describe(error, cls, data))) from None
+
+
+class RecipeFile(Recipe):
+    """A recipe as it stands in one YAML file, before its base is merged in."""
+
+    version: Version = Field(description="Version of the recipe format; this release reads 1.")
+    extends: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        description="The recipe this one builds on: a path relative to this file, or the name of a shipped recipe. "
+        "Mappings are merged key by key; scalars and lists replace those of the base.",
+    )

@@ -1,0 +1,39 @@
+"""The recipes that come with the package."""
+
+from __future__ import annotations
+
+import importlib.resources
+from pathlib import Path
+
+import ptq4dit_ao
+from ptq4dit_ao.errors import RecipeError
+from ptq4dit_ao.recipe.problems import did_you_mean
+
+_SUFFIX = ".yaml"
+
+
+def shipped_recipes() -> list[str]:
+    """The names that ``load_recipe`` and ``extends`` take without a path, sorted."""
+    return sorted(path.stem for path in _folder().glob(f"*{_SUFFIX}"))
+
+
+def shipped_recipe_path(name: str) -> Path:
+    """The file of a shipped recipe, named with or without ``.yaml``."""
+    names = shipped_recipes()
+    stem = name.removesuffix(_SUFFIX)
+    if stem not in names:
+        raise RecipeError(f"no shipped recipe is called {name!r}{did_you_mean(stem, names)}{listed_recipes()}")
+    return _folder() / f"{stem}{_SUFFIX}"
+
+
+def listed_recipes() -> str:
+    """The end of a message about a recipe that is not there."""
+    return f" (shipped recipes: {', '.join(shipped_recipes())})"
+
+
+def _folder() -> Path:
+    """``ptq4dit_ao.recipes`` once installed; in a source checkout, the folder beside the package."""
+    try:
+        return Path(str(importlib.resources.files("ptq4dit_ao.recipes")))
+    except ModuleNotFoundError:
+        return Path(ptq4dit_ao.__path__[0]).parent / "recipes"

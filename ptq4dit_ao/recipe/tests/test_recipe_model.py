@@ -1,0 +1,136 @@
+"""Recipes built in Python, and their round trip through dict, JSON and YAML."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
+
+import ptq4dit_ao.recipe
+from ptq4dit_ao.recipe import Activations, Balance, Calibration, Evaluation, Override, Recipe, Weights, load_recipe
+from ptq4dit_ao.recipe.yaml_text import read_yaml
+
+BITS = st.integers(2, 8)
+COUNTS = st.integers(1, 10**6)
+SEEDS = st.integers(0, 2**32 - 1)
+NUMBERS = st.floats(0, 1e9)
+TIMESTEPS = COUNTS | st.lists(NUMBERS, min_size=1, max_size=4, unique=True)
+# The characters that YAML gives a meaning to, with some that it escapes.
+TEXTS = st.text("a1e-+.:#'\"\n\t \\é\x85\u2028\U0001f600{}[]*&!|>%@`~,?<=", max_size=8)
+NON_EMPTY = TEXTS.filter(bool)
+
+SKIPS = st.builds(Override, pattern=NON_EMPTY, skip=st.just(True))
+CHANGES = st.builds(
+    Override,
+    pattern=NON_EMPTY,
+    weight_bits=BITS,
+    activation_bits=st.none() | BITS,
+    balance=st.none() | st.just(False),
+)
+RECIPES = st.builds(
+    Recipe,
+    description=TEXTS,
+    model=st.none() | NON_EMPTY | st.sampled_from(["on", "1e-5", "true", "08", "null"]),
+    weights=st.builds(Weights, bits=BITS),
+    activations=st.builds(Activations, bits=BITS),
+    balance=st.builds(
+        Balance,
+        aggregation=st.sampled_from(["ssc", "max", "mean", "none"]),
+        alpha=st.floats(0, 1),
+        max_scale=st.floats(1, exclude_min=True, allow_infinity=False),
+        fold_form=st.sampled_from(["constant", "bias"]),
+    ),
+    layers=st.sampled_from(["safe", "paper"]),
+    overrides=st.lists(SKIPS | CHANGES, max_size=3),
+    calibration=st.builds(Calibration, timesteps=TIMESTEPS, samples=COUNTS, steps=COUNTS, guidance=NUMBERS, seed=SEEDS),
+    evaluation=st.builds(Evaluation, timesteps=TIMESTEPS, samples=COUNTS, seed=SEEDS),
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(RECIPES)
+def test_round_trip(recipe: Recipe) -> None:
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict(), allow_nan=False))) == recipe
+    assert Recipe.from_dict(read_yaml(recipe.to_yaml(), "x.yaml").value) == recipe
+
+
+def test_a_written_recipe_loads(write: Callable[[str, str], Path]) -> None:
+    recipe = Recipe(model="on", overrides=(Override(pattern="a.*", balance=False),), balance=Balance(alpha=1e-5))
+    assert load_recipe(write("x.yaml", recipe.to_yaml())) == recipe
+
+
+def test_to_dict_holds_every_default_and_no_null() -> None:
+    assert Recipe(overrides=(Override(pattern="a", skip=True),)).to_dict() == {
+        "version": 1,
+        "description": "",
+        "weights": {"bits": 8},
+        "activations": {"bits": 8},
+        "balance": {"aggregation": "ssc", "alpha": 0.5, "max_scale": 1000.0, "fold_form": "constant"},
+        "layers": "safe",
+        "overrides": [{"pattern": "a", "skip": True}],
+        "calibration": {"timesteps": 25, "samples": 16, "steps": 50, "guidance": 1.5, "seed": 0},
+        "evaluation": {"timesteps": 20, "samples": 32, "seed": 1000},
+    }
+
+
+def test_yaml_keeps_the_order_of_the_model() -> None:
+    assert Recipe().to_yaml().startswith("version: 1\ndescription: ''\nweights:\n  bits: 8\nactivations:\n")
+
+
+def test_lists_stand_for_tuples() -> None:
+    built = Recipe.model_validate({"overrides": [Override(pattern="a", skip=True)], "calibration": {"timesteps": [1]}})
+    assert (built.overrides, built.calibration.timesteps) == ((Override(pattern="a", skip=True),), (1.0,))
+
+
+def test_recipes_are_frozen_and_hashable() -> None:
+    recipe = Recipe(calibration=Calibration(timesteps=(1, 2)))
+    assert hash(recipe) == hash(Recipe.from_dict(recipe.to_dict()))
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.layers = "paper"
+
+
+@pytest.mark.parametrize(
+    ("model", "values", "message"),
+    [
+        (Weights, {"bits": "8"}, "valid integer"),
+        (Weights, {"bits": 9}, "less than or equal to 8"),
+        (Weights, {"width": 4}, "Extra inputs are not permitted"),
+        (Recipe, {"version": True}, "Input should be of type int"),
+        (Override, {"pattern": "a"}, "pattern 'a' asks for nothing"),
+        (Override, {"pattern": "a", "skip": 1}, "Input should be of type bool"),
+        (Calibration, {"timesteps": [3, 3]}, "3 stands more than once"),
+    ],
+)
+def test_wrong_values_are_refused_when_built(model: type[BaseModel], values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        model(**values)
+
+
+def test_public_names() -> None:
+    assert ptq4dit_ao.recipe.__all__ == [
+        "Activations",
+        "Balance",
+        "Calibration",
+        "Evaluation",
+        "Override",
+        "Recipe",
+        "Weights",
+        "load_recipe",
+        "recipe_json_schema",
+        "shipped_recipe_path",
+        "shipped_recipes",
+    ]
+
+
+def test_import_is_light() -> None:
+    code = "import sys, ptq4dit_ao.recipe; sys.exit(sorted({'torch', 'numpy'} & sys.modules.keys()) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,116 @@
+"""The recipes that come with the package, and the JSON Schema beside them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema  # type: ignore[import-untyped]
+import pytest
+
+import ptq4dit_ao
+from ptq4dit_ao.errors import RecipeError
+from ptq4dit_ao.recipe import Recipe, load_recipe, recipe_json_schema, shipped_recipe_path, shipped_recipes
+from ptq4dit_ao.recipe.yaml_text import read_yaml
+
+REGENERATE = (
+    'python -c "import json, ptq4dit_ao.recipe as r; print(json.dumps(r.recipe_json_schema(), indent=2))" '
+    "> recipes/recipe.schema.json"
+)
+
+
+def matches_schema(text: str) -> bool:
+    return bool(jsonschema.Draft202012Validator(recipe_json_schema()).is_valid(read_yaml(text, "x.yaml").value))
+
+
+def test_names() -> None:
+    assert shipped_recipes() == ["digits_w4a8", "digits_w8a8", "dit_w4a8", "dit_w8a8", "paper_w4a8", "paper_w8a8"]
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipe(name: str) -> None:
+    text = shipped_recipe_path(name).read_text(encoding="utf-8")
+    assert text.startswith("# yaml-language-server: $schema=recipe.schema.json\n# ")
+    assert matches_schema(text)
+    recipe = load_recipe(name)
+    bits = f"w{recipe.weights.bits}a{recipe.activations.bits}"
+    assert name.endswith(bits)
+    assert recipe.description.startswith(load_recipe(name.replace("w4", "w8")).description.split(",")[0])
+    assert f"{recipe.weights.bits}-bit weights" in recipe.description
+
+
+def test_the_paper_recipe_is_the_paper() -> None:
+    recipe = load_recipe("paper_w4a8")
+    assert (recipe.balance.aggregation, recipe.balance.alpha, recipe.layers) == ("ssc", 0.5, "paper")
+    calibration = recipe.calibration
+    assert (calibration.timesteps, calibration.steps, calibration.samples, calibration.guidance) == (25, 50, 32, 1.5)
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(RecipeError) as caught:
+        shipped_recipe_path("paper_w8a4.yaml")
+    near = "did you mean 'paper_w8a8'?"
+    assert str(caught.value) == f"no shipped recipe is called 'paper_w8a4.yaml'; {near} (shipped recipes: " + (
+        "digits_w4a8, digits_w8a8, dit_w4a8, dit_w8a8, paper_w4a8, paper_w8a8)"
+    )
+
+
+def test_an_installed_package_finds_its_own_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    (folder / "only.yaml").write_text("version: 1\n", encoding="utf-8")
+    monkeypatch.setattr(ptq4dit_ao, "__path__", [str(tmp_path), *ptq4dit_ao.__path__])
+    monkeypatch.delitem(sys.modules, "ptq4dit_ao.recipes", raising=False)
+    try:
+        assert shipped_recipes() == ["only"]
+        assert shipped_recipe_path("only") == folder / "only.yaml"
+    finally:
+        sys.modules.pop("ptq4dit_ao.recipes", None)
+
+
+def test_committed_schema_is_the_generated_one() -> None:
+    committed = shipped_recipe_path("paper_w8a8").with_name("recipe.schema.json").read_text(encoding="utf-8")
+    assert committed == json.dumps(recipe_json_schema(), indent=2) + "\n", f"out of date; run: {REGENERATE}"
+
+
+def test_schema_is_a_schema() -> None:
+    schema = recipe_json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    assert schema["title"] == "PTQ4DiT recipe"
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+
+
+def test_every_key_is_described() -> None:
+    schema: dict[str, Any] = recipe_json_schema()
+    for node in (schema, *schema["$defs"].values()):
+        for key, value in node["properties"].items():
+            assert value.get("description") or "$ref" in value, key
+        assert node["description"]
+
+
+def test_defaults_match_the_schema() -> None:
+    assert matches_schema(Recipe().to_yaml())
+
+
+SCHEMA_REFUSES = [
+    "layers: safe",
+    "version: 2",
+    "version: 1\nlayres: safe",
+    "version: 1\nweights: {bits: '8'}",
+    "version: 1\nbalance: {max_scale: 1}",
+    "version: 1\nbalance: {aggregation: scc}",
+    "version: 1\ncalibration: {timesteps: []}",
+    "version: 1\ncalibration: {timesteps: [1, 1]}",
+    "version: 1\ncalibration: {timesteps: 0}",
+    "version: 1\noverrides: [{pattern: a}]",
+    "version: 1\noverrides: [{pattern: a, skip: true, weight_bits: 4}]",
+    "version: 1\noverrides: [{pattern: a, skip: false}]",
+]
+
+
+@pytest.mark.parametrize("text", SCHEMA_REFUSES)
+def test_editors_refuse_what_the_loader_refuses(text: str) -> None:
+    assert not matches_schema(text)

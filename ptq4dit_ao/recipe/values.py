@@ -1,0 +1,60 @@
+"""The types of single values in a recipe. Models that use them are strict: ``"8"`` is no 8 and ``true`` no 1."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
+
+
+def as_tuple(value: object) -> object:
+    """Let a list stand for a tuple, which strict models refuse; tuples keep the models immutable and hashable."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def exactly(kind: type) -> BeforeValidator:
+    """Literals compare with ``==``, so that ``1`` would pass for ``True``: ask for the type first."""
+
+    def check(value: object) -> object:
+        if type(value) is not kind:
+            raise PydanticCustomError("exact_type", "Input should be of type {kind}", {"kind": kind.__name__})
+        return value
+
+    return BeforeValidator(check)
+
+
+def _all_different(values: tuple[float, ...]) -> tuple[float, ...]:
+    twice = next((value for index, value in enumerate(values) if value in values[:index]), None)
+    if twice is not None:
+        # "recipe_rule" is the error type whose message problems.py takes over as it is.
+        raise PydanticCustomError(
+            "recipe_rule", "{value} stands more than once in the list; keep one of them", {"value": f"{twice:g}"}
+        )
+    return values
+
+
+def _count_or_list(value: object) -> str:
+    return "list" if isinstance(value, list | tuple) else "count"
+
+
+Version = Annotated[Literal[1], exactly(int)]
+Bits = Annotated[int, Field(ge=2, le=8)]
+Count = Annotated[int, Field(ge=1)]
+# 32 bits: the widest seed that both torch and numpy take.
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+TimestepList = Annotated[
+    tuple[Annotated[float, Field(ge=0)], ...],
+    Field(min_length=1, json_schema_extra={"uniqueItems": True}),
+    BeforeValidator(as_tuple),
+    AfterValidator(_all_different),
+]
+# The discriminator decides count or list first, so that a wrong item is reported once and not once per branch.
+Timesteps = Annotated[
+    Annotated[Count, Tag("count")] | Annotated[TimestepList, Tag("list")], Discriminator(_count_or_list)
+]
+Aggregation = Literal["ssc", "max", "mean", "none"]
+FoldForm = Literal["constant", "bias"]
+LayerPreset = Literal["safe", "paper"]
+OnlyTrue = Annotated[Literal[True], exactly(bool)]
+OnlyFalse = Annotated[Literal[False], exactly(bool)]

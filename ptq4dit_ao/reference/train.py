@@ -1,0 +1,150 @@
+"""Train the reference digits DiT and its judge: ``python -m ptq4dit_ao.reference.train --output DIR``.
+
+Deterministic for a given ``--seed``, torch version and thread count. Never run in CI: it takes about an hour
+on one CPU core. scikit-learn provides the data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ptq4dit_ao._optional import require
+from ptq4dit_ao.calibration import as_denoiser, sample
+from ptq4dit_ao.reference.models import IMAGE_SIZE, NUM_CLASSES, SAMPLING, DigitsClassifier, build_reference_dit
+
+EMA_DECAY = 0.9995
+LABEL_DROP = 0.1
+
+
+def load_digits() -> tuple[Tensor, Tensor]:
+    """All 1797 digits: images (N, 1, 8, 8) in [-1, 1] and labels (N,)."""
+    data = require("sklearn.datasets", extra="train").load_digits()
+    images = torch.tensor(data.images, dtype=torch.float32).reshape(-1, 1, IMAGE_SIZE, IMAGE_SIZE)
+    return images / 8.0 - 1.0, torch.tensor(data.target, dtype=torch.long)
+
+
+def jitter(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Random rotation (+-10 degrees), scale (+-8 %) and shift (+-half a pixel); the background stays -1."""
+    n = len(images)
+    angle, scale, dx, dy = (torch.rand(4, n, generator=generator) * 2 - 1).unbind(0)
+    angle, scale = angle * math.radians(10), 1 + 0.08 * scale
+    cos, sin, shift = torch.cos(angle) * scale, torch.sin(angle) * scale, 0.5 * 2 / IMAGE_SIZE
+    theta = torch.stack([torch.stack([cos, -sin, dx * shift], -1), torch.stack([sin, cos, dy * shift], -1)], 1)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images + 1, grid, align_corners=False) - 1
+
+
+def train_classifier(images: Tensor, labels: Tensor, *, seed: int, epochs: int = 60) -> tuple[DigitsClassifier, float]:
+    """Train on 80 % of the digits; returns the model and its accuracy on the held-out 20 %."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(images), generator=generator)
+    train, test = order[: len(order) * 4 // 5], order[len(order) * 4 // 5 :]
+    model = DigitsClassifier()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    for _ in range(epochs):
+        for batch in train[torch.randperm(len(train), generator=generator)].split(64):
+            loss = F.cross_entropy(model(jitter(images[batch], generator)), labels[batch], label_smoothing=0.05)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        schedule.step()
+    accuracy = (model.eval()(images[test]).argmax(1) == labels[test]).float().mean().item()
+    return model, accuracy
+
+
+@torch.no_grad()
+def sample_accuracy(model: nn.Module, classifier: nn.Module, *, per_class: int = 20, seed: int = 0) -> float:
+    """Fraction of CFG-1.5, 50-step samples that the classifier takes for the digit asked for."""
+    labels = torch.arange(NUM_CLASSES).repeat(per_class)
+    images = sample(as_denoiser(model), SAMPLING, labels, generator=torch.Generator().manual_seed(seed))
+    return (classifier(images).argmax(1) == labels).float().mean().item()
+
+
+def train_dit(
+    images: Tensor, labels: Tensor, classifier: nn.Module, *, seed: int, steps: int, batch: int, checkpoint: Path
+) -> nn.Module:
+    """Train with the DDPM noise-prediction loss, min-SNR-5 weights (arXiv 2303.09556) and an EMA of weights."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    model = build_reference_dit().train()
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    compiled = torch.compile(model)
+    alphas_bar = SAMPLING.scheduler(50).alphas_cumprod
+    snr = alphas_bar / (1 - alphas_bar)
+    weight = snr.clamp(max=5) / snr
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2, betas=(0.9, 0.99))
+    warmup = 500
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda i: min(1, (i + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * i / steps)),
+    )
+    start = time.monotonic()
+    running = 0.0
+    for step in range(1, steps + 1):
+        index = torch.randint(len(images), (batch,), generator=generator)
+        x0 = images[index]
+        dropped = torch.rand(batch, generator=generator) < LABEL_DROP
+        y = labels[index].masked_fill(dropped, NUM_CLASSES)
+        # Stratified timesteps: one draw from each of `batch` equal slices of [0, T).
+        t = ((torch.arange(batch) + torch.rand(batch, generator=generator)) * SAMPLING.train_timesteps / batch).long()
+        t = t.clamp(max=SAMPLING.train_timesteps - 1)
+        noise = torch.randn(x0.shape, generator=generator)
+        a = alphas_bar[t].view(-1, 1, 1, 1)
+        predicted = compiled(a.sqrt() * x0 + (1 - a).sqrt() * noise, timestep=t, class_labels=y).sample
+        loss = (weight[t] * (predicted - noise).square().mean((1, 2, 3))).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        decay = min(EMA_DECAY, (1 + step) / (10 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+        running = loss.item() if step == 1 else 0.99 * running + 0.01 * loss.item()
+        if step % 500 == 0:
+            left = (time.monotonic() - start) / step * (steps - step) / 60
+            print(f"step {step}/{steps} loss {running:.4f} left {left:.1f} min", flush=True)
+        if step % 2000 == 0 or step == steps:
+            save_half(ema, checkpoint)
+            print(f"  sample accuracy {sample_accuracy(ema, classifier):.3f}", flush=True)
+    return ema
+
+
+def save_half(model: nn.Module, path: Path) -> None:
+    save_file({k: v.detach().to(torch.float16).contiguous() for k, v in model.state_dict().items()}, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("weights"))
+    parser.add_argument("--steps", type=int, default=14_000)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.output.mkdir(parents=True, exist_ok=True)
+    images, labels = load_digits()
+    classifier, accuracy = train_classifier(images, labels, seed=args.seed)
+    save_half(classifier, args.output / "digits_classifier.safetensors")
+    print(f"classifier: held-out accuracy {accuracy:.4f}", flush=True)
+    model = train_dit(
+        images, labels, classifier,
+        seed=args.seed, steps=args.steps, batch=args.batch, checkpoint=args.output / "digits_dit.safetensors",
+    )  # fmt: skip
+    print(f"DiT: sample accuracy {sample_accuracy(model, classifier, per_class=100, seed=1):.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""The report as JSON-safe data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ptq4dit_ao.graph import Site
+from ptq4dit_ao.lowering import float_linears, quantized_linears
+from ptq4dit_ao.passes import BalanceResult, SiteOutcome, balance_result
+
+_VECTORS = ("b", "salience_x", "salience_w", "timesteps", "salience_t", "rho", "eta")
+_PACKAGES = ("ptq4dit-ao", "torch", "torchao", "diffusers")
+
+
+def build_report(
+    converted: GraphModule,
+    *,
+    title: str,
+    recipe: Mapping[str, object],
+    model: Mapping[str, object],
+    seconds: Mapping[str, float],
+    layer_sqnr_db: Mapping[str, float] | None = None,
+    evaluation: Mapping[str, object] | None = None,
+    size: Mapping[str, object] | None = None,
+) -> dict[str, Any]:
+    """Everything that is known of one quantized model.
+
+    Args:
+        converted: from ``convert_pt2e`` with our quantizer.
+        title: headline.
+        recipe: as ``Recipe.to_dict`` gives it.
+        model: ``name`` and number of ``parameters``.
+        seconds: wall time per stage.
+        layer_sqnr_db: node name -> dB.
+        evaluation: ``sqnr_db``, ``per_timestep`` [[t, dB]], ``samples``, ``seed``.
+        size: ``float32_bytes``, ``artifact_bytes``, ``ratio``.
+    """
+    result = balance_result(converted)
+    settings = result.settings
+    return {
+        "title": title,
+        "model": dict(model),
+        "recipe": dict(recipe),
+        "versions": {name: v for name in _PACKAGES if (v := _version(name)) is not None},
+        "settings": None
+        if settings is None
+        else {
+            "aggregation": settings.aggregation,
+            "alpha": settings.alpha,
+            "max_scale": settings.max_scale,
+            "fold_form": settings.fold_form,
+        },
+        "sites": [_site(site, result.outcomes.get(site.name)) for site in result.sites],
+        "layers": _layers(converted, result, layer_sqnr_db or {}),
+        "evaluation": None if evaluation is None else dict(evaluation),
+        "size": None if size is None else dict(size),
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "notes": _notes(result),
+    }
+
+
+def summary(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The report without its vectors, small enough for an artifact's manifest."""
+    sites = [{key: value for key, value in site.items() if key not in _VECTORS} for site in report["sites"]]
+    return {**report, "sites": sites}
+
+
+def _site(site: Site, outcome: SiteOutcome | None) -> dict[str, Any]:
+    about: dict[str, Any] = {
+        "name": site.name,
+        "layers": list(dict.fromkeys(consumer.layer for consumer in site.consumers)),
+        "channels": site.channels,
+        "variables": site.num_variables,
+        "status": "refused" if outcome is None else "folded",
+        "reason": site.refusal,
+        "folded_into": [path for edit in site.parameters for path in edit.paths],
+        "clipped": 0,
+    }
+    if outcome is not None:
+        about["clipped"] = int(outcome.clipped.sum())
+        about |= {name: _floats(getattr(outcome, name)) for name in _VECTORS}
+    return about
+
+
+def _layers(converted: GraphModule, result: BalanceResult, sqnr: Mapping[str, float]) -> list[dict[str, Any]]:
+    integer = {linear.name: linear for linear in quantized_linears(converted)}
+    names = [*integer, *(node.name for node in float_linears(converted))]
+    order = {node.name: i for i, node in enumerate(converted.graph.nodes)}
+    return [
+        {
+            "name": result.layers.get(name, name),
+            "node": name,
+            "status": "integer" if name in integer else "float",
+            "weight_bits": _bits(integer[name].weight_range) if name in integer else None,
+            "activation_bits": _bits(integer[name].x_range) if name in integer else None,
+            "sqnr_db": _float(sqnr[name]) if name in sqnr else None,
+        }
+        for name in sorted(names, key=order.__getitem__)
+    ]
+
+
+def _notes(result: BalanceResult) -> list[str]:
+    notes = []
+    for name, outcome in result.outcomes.items():
+        if clipped := int(outcome.clipped.sum()):
+            assert result.settings is not None
+            notes.append(
+                f"{name}: {clipped} of {len(outcome.b)} balancing factors were clipped to 1/{result.settings.max_scale:g}"
+                f" .. {result.settings.max_scale:g}"
+            )
+        if constant := int((outcome.rho == 0).sum()):
+            notes.append(f"{name}: Spearman's rho is 0 (or undefined, taken as 0) at {constant} timesteps")
+        if partial := outcome.site.channels - int((outcome.site.consumers[0].variables > 0).sum()):
+            notes.append(f"{name}: {partial} of {outcome.site.channels} channels cannot carry a balancing factor")
+    return notes
+
+
+def _bits(bounds: tuple[int, int]) -> int:
+    return round(math.log2(bounds[1] - bounds[0] + 1))
+
+
+def _floats(values: Tensor) -> list[float | None]:
+    return [_float(value) for value in values.tolist()]
+
+
+def _float(value: float) -> float | None:
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+

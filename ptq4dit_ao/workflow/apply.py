@@ -1,0 +1,109 @@
+"""``apply_recipe``: for use inside somebody's pipeline."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.quantization.pt2e.quantizer import Quantizer
+
+from ptq4dit_ao.errors import CalibrationError
+from ptq4dit_ao.graph import export_transformer
+from ptq4dit_ao.graph.names import placeholders
+from ptq4dit_ao.quantizer import PAPER_LAYERS, SAFE_LAYERS, Override, PTQ4DiTQuantizer
+from ptq4dit_ao.recipe import Recipe
+from ptq4dit_ao.report import build_report
+from ptq4dit_ao.workflow.quantized_model import QuantizedModel, input_specs
+
+LAYER_PRESETS = {"safe": SAFE_LAYERS, "paper": PAPER_LAYERS}
+
+
+def quantizer_from_recipe(recipe: Recipe, base: Quantizer | None = None) -> PTQ4DiTQuantizer:
+    """The quantizer that a recipe describes, around any base."""
+    return PTQ4DiTQuantizer(
+        base,
+        weight_bits=recipe.weights.bits,
+        activation_bits=recipe.activations.bits,
+        aggregation=recipe.balance.aggregation,
+        alpha=recipe.balance.alpha,
+        max_scale=recipe.balance.max_scale,
+        fold_form=recipe.balance.fold_form,
+        layers=LAYER_PRESETS[recipe.layers],
+        overrides=[Override(**override.model_dump()) for override in recipe.overrides],
+    )
+
+
+@torch.no_grad()
+def apply_recipe(
+    model: nn.Module,
+    recipe: Recipe,
+    samples: Iterable[Sequence[Tensor]],
+    *,
+    base: Quantizer | None = None,
+    name: str | None = None,
+    on_sample: Callable[[int], None] | None = None,
+) -> QuantizedModel:
+    """Quantize a denoiser as a recipe says.
+
+    Args:
+        model: an eval-mode module, or the graph that ``export_transformer`` made of it. Not changed.
+        recipe: its ``calibration`` section is the caller's business: it says how to get ``samples``.
+        samples: input tuples in the order of ``forward``, a batch of at least 2 in the first.
+        base: the torchao quantizer to wrap; ours if not given.
+        name: of the model, for the report.
+        on_sample: called with the number of tuples done.
+
+    Raises:
+        ExportError: the model cannot be captured.
+        CalibrationError: there are no samples, or they are not finite, or of too few timesteps.
+        PTQ4DiTError: see :class:`~ptq4dit_ao.PTQ4DiTQuantizer`.
+    """
+    iterator = iter(samples)
+    first = next(iterator, None)
+    if first is None:
+        raise CalibrationError("there are no calibration samples; pass at least one tuple of inputs")
+    clock = Stopwatch()
+    exported = model if isinstance(model, GraphModule) else export_transformer(model, first)
+    # prepare_pt2e changes the graph it is given.
+    exported = GraphModule(exported, copy.deepcopy(exported.graph))
+    clock.lap("export")
+    prepared = prepare_pt2e(exported, quantizer_from_recipe(recipe, base))
+    clock.lap("prepare")
+    for done, inputs in enumerate(itertools.chain([first], iterator), start=1):
+        prepared(*inputs)
+        if on_sample is not None:
+            on_sample(done)
+    clock.lap("calibrate")
+    converted = convert_pt2e(prepared)
+    clock.lap("convert")
+    parameters = sum(p.numel() for p in model.parameters())
+    model_name = name or type(model).__name__
+    report = build_report(
+        converted,
+        title=f"{recipe.description or 'recipe'} on {model_name}",
+        recipe=recipe.to_dict(),
+        model={"name": model_name, "parameters": parameters},
+        seconds=clock.seconds,
+    )
+    names = [node.name for node in placeholders(converted)]
+    return QuantizedModel(graph=converted, recipe=recipe, inputs=input_specs(names, tuple(first)), report=report)
+
+
+class Stopwatch:
+    """Wall time per stage, in seconds."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """End a stage and start the next."""
+        now = time.perf_counter()
+        self.seconds[stage] = now - self._start
+        self._start = now

@@ -1,0 +1,160 @@
+"""The main job: calibrate, balance, convert, evaluate, save."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ptq4dit_ao.calibration import CalibrationSamples, as_denoiser, collect_from_pipeline, sample
+from ptq4dit_ao.calibration.sampling import Denoiser
+from ptq4dit_ao.evaluation import layer_sqnr, paired_error
+from ptq4dit_ao.graph import export_transformer
+from ptq4dit_ao.lowering import quantized_linears
+from ptq4dit_ao.passes import balance, balance_result
+from ptq4dit_ao.recipe import Recipe
+from ptq4dit_ao.report import build_report, write_html
+from ptq4dit_ao.workflow.apply import Stopwatch, apply_recipe
+from ptq4dit_ao.workflow.models import LoadedModel
+from ptq4dit_ao.workflow.quantized_model import QuantizedModel
+
+OnProgress = Callable[[str, int, int], None]
+"""``(stage, done, in all)``."""
+
+BATCH = 32
+GRID_CLASSES = GRID_PER_CLASS = 10
+SHUFFLE_SEED = 0
+
+
+def quantize(
+    model: LoadedModel, recipe: Recipe, output: str | Path, *, on_progress: OnProgress = lambda *_: None
+) -> QuantizedModel:
+    """Quantize a class-conditional DiT and save it with its report.
+
+    Args:
+        model: the float model.
+        recipe: what to do.
+        output: folder for the artifact, ``report.json`` and ``report.html``.
+        on_progress: called as stages advance.
+
+    Raises:
+        PTQ4DiTError: see :func:`~ptq4dit_ao.apply_recipe` and :func:`~ptq4dit_ao.save_quantized`.
+    """
+    clock = Stopwatch()
+    samples = _samples(model, recipe, on_progress)
+    clock.lap("collect samples")
+    batches = -(-len(samples) // BATCH)
+    quantized = apply_recipe(
+        model.transformer,
+        recipe,
+        samples.shuffled(SHUFFLE_SEED).batches(BATCH),
+        name=model.name,
+        on_sample=lambda done: on_progress("calibrate", done, batches),
+    )
+    quantized = dataclasses.replace(quantized, sampling=model.sampling.to_dict())
+    clock.lap("quantize")
+    evaluation, layers = _evaluate(model, quantized, on_progress)
+    images = _grids(model, quantized, on_progress)
+    clock.lap("evaluate")
+    report = build_report(
+        quantized.graph,
+        title=quantized.report["title"],
+        recipe=recipe.to_dict(),
+        model=quantized.report["model"],
+        seconds={**quantized.report["seconds"], **clock.seconds},
+        layer_sqnr_db=layers,
+        evaluation=evaluation,
+    )
+    on_progress("save", 0, 1)
+    quantized = dataclasses.replace(quantized, report=report)
+    size = quantized.save(output)
+    report["size"] = size_of(model.transformer, quantized, size.total_bytes)
+    write_report(report, Path(output), images)
+    on_progress("save", 1, 1)
+    return quantized
+
+
+def _samples(model: LoadedModel, recipe: Recipe, on_progress: OnProgress, *, evaluate: bool = False) -> CalibrationSamples:
+    settings = recipe.evaluation if evaluate else recipe.calibration
+    generator = torch.Generator().manual_seed(settings.seed)
+    labels = torch.randint(model.sampling.null_label, (settings.samples,), generator=generator).tolist()
+    stage = "evaluation samples" if evaluate else "calibration samples"
+    return collect_from_pipeline(
+        model.pipeline,
+        labels,
+        timesteps=settings.timesteps,
+        steps=recipe.calibration.steps,
+        guidance=recipe.calibration.guidance,
+        seed=settings.seed,
+        on_step=lambda done, total: on_progress(stage, done, total),
+    )
+
+
+def _evaluate(
+    model: LoadedModel, quantized: QuantizedModel, on_progress: OnProgress
+) -> tuple[dict[str, object], dict[str, float]]:
+    """Errors of the simulated integer graph: of the output, and of every linear."""
+    samples = _samples(model, quantized.recipe, on_progress, evaluate=True)
+    batches = list(samples.batches(BATCH))
+    exported = export_transformer(model.transformer, batches[0])
+    error = paired_error(exported, quantized.graph, batches)
+    result = balance_result(quantized.graph)
+    balanced = exported if result.settings is None else balance(exported, result.statistics, result.settings, sites=result.sites)
+    mixed = next(samples.shuffled(SHUFFLE_SEED).batches(BATCH))
+    about: dict[str, object] = {
+        "sqnr_db": error.sqnr_db,
+        "per_timestep": [[t, db] for t, db in error.per_timestep.items()],
+        "samples": error.rows,
+        "seed": quantized.recipe.evaluation.seed,
+    }
+    return about, layer_sqnr(balanced, quantized.graph, mixed)
+
+
+def _grids(model: LoadedModel, quantized: QuantizedModel, on_progress: OnProgress) -> tuple[Tensor, Tensor] | None:
+    """Samples of the float and the quantized model from equal noise, if the model draws images."""
+    if model.sampling.channels not in (1, 3):
+        return None
+    labels = torch.arange(GRID_CLASSES).repeat_interleave(GRID_PER_CLASS)
+
+    def draw(stage: str, denoiser: Denoiser) -> Tensor:
+        return sample(
+            denoiser,
+            model.sampling,
+            labels,
+            steps=quantized.recipe.calibration.steps,
+            guidance=quantized.recipe.calibration.guidance,
+            generator=torch.Generator().manual_seed(quantized.recipe.evaluation.seed),
+            on_step=lambda done, total: on_progress(stage, done, total),
+        )
+
+    return draw("sample float", as_denoiser(model.transformer)), draw("sample quantized", quantized.graph)
+
+
+def size_of(model: nn.Module, quantized: QuantizedModel, artifact_bytes: int) -> dict[str, object]:
+    """Bytes before and after: of the whole model, and of the layers that were quantized."""
+    float32 = 4 * sum(p.numel() for p in model.parameters())
+    linears = quantized_linears(quantized.graph)
+    weights = {linear.weight.data_ptr(): linear for linear in linears}.values()
+    before = sum(4 * (w.weight.numel() + len(w.weight)) for w in weights)
+    after = sum(w.weight.numel() * (1 if w.weight_range[1] > 7 else 0.5) + 8 * len(w.weight) for w in weights)
+    return {
+        "float32_bytes": float32,
+        "artifact_bytes": artifact_bytes,
+        "ratio": artifact_bytes / float32,
+        "quantized_layers_float32_bytes": before,
+        "quantized_layers_bytes": int(after),
+        "quantized_layers_ratio": after / before,
+    }
+
+
+def write_report(report: dict[str, object], folder: Path, images: tuple[Tensor, Tensor] | None) -> None:
+    """``report.json`` and ``report.html`` beside the artifact."""
+    partial = folder / "report.json.tmp"
+    partial.write_text(json.dumps(report, indent=1, allow_nan=False))
+    partial.replace(folder / "report.json")
+    float_images, quantized_images = images or (None, None)
+    write_html(report, folder / "report.html", float_images=float_images, quantized_images=quantized_images)
