@@ -82,7 +82,7 @@ def collect_from_pipeline(
     return recorder.samples()
 
 
-class _Enough(Exception):
+class _Enough(Exception):  # noqa: N818  (a signal, not an error)
     """Nothing more to record from this image."""
 
 

@@ -100,7 +100,9 @@ def bench(args: argparse.Namespace, console: Console) -> None:
         results = measure_latency(
             models, inputs, rounds=args.rounds, on_round=lambda done: on_progress("rounds", done, args.rounds + 2)
         )
-    table = Table(title=f"latency, batch {args.batch}, {torch.get_num_threads()} threads, {args.rounds} rounds interleaved")
+    table = Table(
+        title=f"latency, batch {args.batch}, {torch.get_num_threads()} threads, {args.rounds} rounds interleaved"
+    )
     for column in ("model", "median ms", "10-90 %", "speed-up", "integer GEMMs"):
         table.add_column(column, justify="left" if column == "model" else "right")
     base = results["float32 eager"].median_ms
@@ -110,8 +112,15 @@ def bench(args: argparse.Namespace, console: Console) -> None:
         table.add_row(name, f"{r.median_ms:.2f}", spread, f"{base / r.median_ms:.2f}x", gemms)
     console.print(table)
     if args.json:
-        figures = {name: {"median_ms": r.median_ms, "p10_ms": r.low_ms, "p90_ms": r.high_ms} for name, r in results.items()}
-        about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "batch": args.batch, "rounds": args.rounds}
+        figures = {
+            name: {"median_ms": r.median_ms, "p10_ms": r.low_ms, "p90_ms": r.high_ms} for name, r in results.items()
+        }
+        about = {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "batch": args.batch,
+            "rounds": args.rounds,
+        }
         args.json.write_text(json.dumps({"latency": figures, **about}, indent=1) + "\n")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -192,6 +192,7 @@ def site_name(consumers: tuple[Consumer, ...]) -> str:
     layers = list(dict.fromkeys(consumer.layer for consumer in consumers))
     if len(layers) == 1:
         return layers[0]
-    prefix = os.path.commonprefix([layer.split(".") for layer in layers])  # compares item by item
-    rest = ",".join(".".join(layer.split(".")[len(prefix) :]) for layer in layers)
-    return ".".join([*prefix, f"{{{rest}}}"])
+    parts = [layer.split(".") for layer in layers]
+    shared = sum(1 for _ in itertools.takewhile(lambda names: len(set(names)) == 1, zip(*parts, strict=False)))
+    rest = ",".join(".".join(names[shared:]) for names in parts)
+    return ".".join([*parts[0][:shared], f"{{{rest}}}"])

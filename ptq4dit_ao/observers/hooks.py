@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e import ObserverBase
 
-
 from ptq4dit_ao.errors import CalibrationError
 from ptq4dit_ao.graph.names import get_attribute
 from ptq4dit_ao.observers.clock import TimestepClock
@@ -139,5 +138,3 @@ def _not_calibrated(layer: str) -> CalibrationError:
     return CalibrationError(
         f"{layer!r} was never run: call the prepared model on calibration samples before convert_pt2e"
     )
-
-

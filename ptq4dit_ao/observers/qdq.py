@@ -47,9 +47,7 @@ class QuantSpec:
 
     def qparams(self, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point for a range."""
-        return affine_qparams(
-            minimum, maximum, self.quant_min, self.quant_max, symmetric=self.symmetric, eps=self.eps
-        )
+        return affine_qparams(minimum, maximum, self.quant_min, self.quant_max, symmetric=self.symmetric, eps=self.eps)
 
 
 def insert_qdq(model: GraphModule, observer: Node, spec: QuantSpec, scale: Tensor, zero_point: Tensor) -> None:
@@ -63,7 +61,10 @@ def insert_qdq(model: GraphModule, observer: Node, spec: QuantSpec, scale: Tenso
         else:
             device = source.meta["val"].device if "val" in source.meta else "cpu"
             buffers = (("scale", scale), ("zero_point", zero_point))
-            arguments = (*(_buffer(model, f"_{observer.name}_{n}", v.to(device)) for n, v in buffers), spec.channel_axis)
+            arguments = (
+                *(_buffer(model, f"_{observer.name}_{n}", v.to(device)) for n, v in buffers),
+                spec.channel_axis,
+            )
             kind = "per_channel"
         arguments = (*arguments, spec.quant_min, spec.quant_max, spec.dtype)
         value = source.meta.get("val")

@@ -81,9 +81,7 @@ def balance_sites(
     return dict(reversed(outcomes.items()))
 
 
-def _solve(
-    model: GraphModule, site: Site, statistics: SalienceStatistics, settings: BalanceSettings
-) -> SiteOutcome:
+def _solve(model: GraphModule, site: Site, statistics: SalienceStatistics, settings: BalanceSettings) -> SiteOutcome:
     timesteps, salience_t = _activation_salience(site, statistics)
     if settings.aggregation == "ssc" and len(timesteps) < settings.min_timesteps:
         raise CalibrationError(

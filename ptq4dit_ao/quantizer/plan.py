@@ -14,6 +14,7 @@ from ptq4dit_ao.observers import SalienceObserver, SalienceStatistics
 from ptq4dit_ao.passes import BalanceResult, BalanceSettings, SiteOutcome, attach_result, balance_sites
 from ptq4dit_ao.passes.edit import scale_of
 
+
 @dataclass
 class BalancePlan:
     """The :class:`~ptq4dit_ao.observers.ConvertHook` of one prepared model.

@@ -123,7 +123,9 @@ class PTQ4DiTQuantizer(Quantizer):
         self._base.prepare_obs_or_fq_callback(model, edge_or_node_to_obs_or_fq)
         quantized = [node for node in linears(model) if _activation_spec(node) is not None]
         if not quantized:
-            raise BalanceError("no linear layer is left to quantize; check 'layers', the overrides and the base quantizer")
+            raise BalanceError(
+                "no linear layer is left to quantize; check 'layers', the overrides and the base quantizer"
+            )
         plan = BalancePlan(
             sites=self._sites(model, quantized),
             settings=self._settings,

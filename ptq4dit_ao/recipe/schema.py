@@ -51,9 +51,9 @@ class Balance(_Section):
 
     aggregation: Aggregation = Field(
         default="ssc",
-        description="How the activation salience of several timesteps becomes one: 'ssc' weighs timesteps by Spearman's "
-        "rho with the weight salience (the lower, the more), 'max' and 'mean' ignore the weights, 'none' turns "
-        "balancing off (plain min-max baseline).",
+        description="How the activation salience of several timesteps becomes one: 'ssc' weighs timesteps by "
+        "Spearman's rho with the weight salience (the lower, the more), 'max' and 'mean' ignore the weights, 'none' "
+        "turns balancing off (plain min-max baseline).",
     )
     alpha: float = Field(
         default=0.5,
@@ -98,7 +98,7 @@ class Override(_Section):
         if self.skip and others:
             raise PydanticCustomError(
                 "recipe_rule",
-                "pattern '{pattern}' asks for skip and for {others}; a skipped module stays float, keep one or the other",
+                "pattern '{pattern}' asks for skip and for {others}; a skipped module stays float, keep one of them",
                 {"pattern": self.pattern, "others": ", ".join(others)},
             )
         if not self.skip and not others:

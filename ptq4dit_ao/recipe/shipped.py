@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.resources
 from pathlib import Path
 
-import ptq4dit_ao
 from ptq4dit_ao.errors import RecipeError
 from ptq4dit_ao.recipe.problems import did_you_mean
 
@@ -36,4 +35,4 @@ def _folder() -> Path:
     try:
         return Path(str(importlib.resources.files("ptq4dit_ao.recipes")))
     except ModuleNotFoundError:
-        return Path(ptq4dit_ao.__path__[0]).parent / "recipes"
+        return Path(__file__).parents[2] / "recipes"

@@ -25,18 +25,18 @@ NUM_CLASSES = 10
 """Digit classes; label ``NUM_CLASSES`` is the null label of classifier-free guidance."""
 IMAGE_SIZE = 8
 
-DIT_CONFIG = dict(
-    num_attention_heads=4,
-    attention_head_dim=32,
-    in_channels=1,
-    out_channels=1,
-    num_layers=6,
-    sample_size=IMAGE_SIZE,
-    patch_size=2,
-    num_embeds_ada_norm=NUM_CLASSES,
-    norm_type="ada_norm_zero",
-    attention_bias=True,
-)
+DIT_CONFIG = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "in_channels": 1,
+    "out_channels": 1,
+    "num_layers": 6,
+    "sample_size": IMAGE_SIZE,
+    "patch_size": 2,
+    "num_embeds_ada_norm": NUM_CLASSES,
+    "norm_type": "ada_norm_zero",
+    "attention_bias": True,
+}
 
 SAMPLING = Sampling(channels=1, size=IMAGE_SIZE, null_label=NUM_CLASSES, clip=True)
 """How the DiT was trained to be sampled: the linear DDPM schedule over 1000 timesteps, in pixels."""

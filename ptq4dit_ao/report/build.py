@@ -111,8 +111,8 @@ def _notes(result: BalanceResult) -> list[str]:
         if clipped := int(outcome.clipped.sum()):
             assert result.settings is not None
             notes.append(
-                f"{name}: {clipped} of {len(outcome.b)} balancing factors were clipped to 1/{result.settings.max_scale:g}"
-                f" .. {result.settings.max_scale:g}"
+                f"{name}: {clipped} of {len(outcome.b)} balancing factors were clipped to "
+                f"1/{result.settings.max_scale:g} .. {result.settings.max_scale:g}"
             )
         if constant := int((outcome.rho == 0).sum()):
             notes.append(f"{name}: Spearman's rho is 0 (or undefined, taken as 0) at {constant} timesteps")
@@ -138,4 +138,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-

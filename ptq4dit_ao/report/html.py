@@ -156,7 +156,8 @@ def _evaluation(evaluation: Mapping[str, Any] | None) -> str:
         alt += f": lowest {worst:.1f} dB at t = {worst_t:g}, highest {best:.1f} dB at t = {best_t:g}"
     intro = (
         "Signal-to-quantization-noise ratio of the predicted noise, float against quantized on equal inputs "
-        f"({_draws(evaluation)}). Higher is better: at 20\u00a0dB the error is 10\u00a0% of the signal, at 40\u00a0dB 1\u00a0%."
+        f"({_draws(evaluation)}). Higher is better: at 20&nbsp;dB the error is 10&nbsp;% of the signal, "
+        "at 40&nbsp;dB 1&nbsp;%."
     )
     chart = plots.timestep_sqnr_chart(per_timestep, evaluation["sqnr_db"])
     return _section("Predicted noise per timestep", intro, _figure(chart, alt))
@@ -187,10 +188,10 @@ def _salience(sites: Sequence[Entry]) -> str:
     if not folded:
         return ""
     shown = plots.widest_sites(sites)
-    limits = [plots.b_range(site) for site in shown]
+    lows, highs = zip(*map(plots.b_range, shown), strict=True)
     alt = (
         f"Salience of activations and weights per channel before and after balancing at {len(shown)} sites; "
-        f"b lies between {plots.short(min(low for low, _ in limits))} and {plots.short(max(high for _, high in limits))}"
+        f"b lies between {plots.short(min(lows))} and {plots.short(max(highs))}"
     )
     caption = (
         f"{_shown(shown, folded)} Where the peaks of activations (blue) and weights (orange) fall on different "
@@ -231,7 +232,7 @@ def _ssc(sites: Sequence[Entry], settings: Mapping[str, Any] | None) -> str:
 
 def _refusals(sites: Sequence[Entry]) -> str:
     """How often each reason was met, so that a folded table hides none."""
-    reasons = Counter(site["reason"] for site in sites if site["reason"])
+    reasons = Counter(site["reason"] for site in sites if site["status"] == "refused" and site["reason"])
     if not reasons:
         return ""
     lines = [f"{reason} ({count} {'site' if count == 1 else 'sites'})" for reason, count in reasons.most_common()]
@@ -248,11 +249,16 @@ def _sites_table(sites: Sequence[Entry]) -> str:
             _status(site["status"]),
             _site_range(site),
             f"{site['clipped']:,}" if site["status"] == "folded" else "–",
-            _lines([_reason(site), *(f"<code>{escape(name)}</code>" for name in site["folded_into"])]),
+            _outcome(site),
         )
         for site in _first(sites, "refused")
     ]
     return _table("site", columns, rows)
+
+
+def _outcome(site: Entry) -> str:
+    paths = site["folded_into"] if site["status"] == "folded" else ()
+    return "<br>".join(filter(None, [_reason(site), *(f"<code>{escape(path)}</code>" for path in paths)]))
 
 
 def _layers(layers: Sequence[Entry]) -> str:
@@ -263,7 +269,7 @@ def _layers(layers: Sequence[Entry]) -> str:
     parts = []
     if shown:
         alt = (
-            f"Bar chart of the output SQNR of {len(shown)} layers, lowest {shown[0]['sqnr_db']:.1f} dB "
+            f"Bar chart of the SQNR of {len(shown)} layers, lowest {shown[0]['sqnr_db']:.1f} dB "
             f"at {shown[0]['name']}, highest shown {shown[-1]['sqnr_db']:.1f} dB"
         )
         caption = "The layers to keep in float, or to give more bits, stand on top."
@@ -329,6 +335,8 @@ def _image(png: bytes, alt: str) -> str:
 
 def _table(thing: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in <details>; a column whose heading starts with # is set flush right."""
+    if not rows:
+        return ""
     classes = [' class="number"' if column.startswith("#") else "" for column in columns]
     heads = (f'<th scope="col"{kind}>{column.lstrip("#")}</th>' for kind, column in zip(classes, columns, strict=True))
     body = "\n".join(
@@ -357,10 +365,6 @@ def _bullets(lines: Sequence[str]) -> str:
     if rest:
         rest = f"<details><summary>{len(items) - _OPEN_LINES} more</summary><ul>{rest}</ul></details>"
     return f"<ul>{first}</ul>{rest}"
-
-
-def _lines(lines: Iterable[str]) -> str:
-    return "<br>".join(filter(None, lines))
 
 
 def _site_range(site: Entry) -> str:

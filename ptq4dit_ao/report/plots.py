@@ -233,7 +233,7 @@ def ssc_chart(sites: Sequence[Entry]) -> bytes:
 
 
 def layer_chart(layers: Sequence[Entry]) -> bytes:
-    """SQNR of each layer's output as a horizontal bar, in the order given, top to bottom."""
+    """SQNR of each layer as a horizontal bar, in the order given, top to bottom."""
     figure = _figure(0.7 + 0.19 * len(layers))
     axes = figure.subplots()
     _style(axes, "SQNR (dB), higher is better", "")

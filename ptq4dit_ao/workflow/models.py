@@ -60,9 +60,8 @@ def _from_folder(path: Path) -> LoadedModel:
     if (path / "model_index.json").is_file():
         return _wrap(path.name, diffusers.DiTPipeline.from_pretrained(path, local_files_only=True))
     if (path / "config.json").is_file():
-        return _wrap(
-            path.name, diffusers.DiTTransformer2DModel.from_pretrained(path, local_files_only=True, use_safetensors=True)
-        )
+        load = diffusers.DiTTransformer2DModel.from_pretrained
+        return _wrap(path.name, load(path, local_files_only=True, use_safetensors=True))
     raise ArgumentError(f"folder {path} has neither model_index.json nor config.json; it is no diffusers model")
 
 

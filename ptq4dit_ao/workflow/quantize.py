@@ -78,7 +78,9 @@ def quantize(
     return quantized
 
 
-def _samples(model: LoadedModel, recipe: Recipe, on_progress: OnProgress, *, evaluate: bool = False) -> CalibrationSamples:
+def _samples(
+    model: LoadedModel, recipe: Recipe, on_progress: OnProgress, *, evaluate: bool = False
+) -> CalibrationSamples:
     settings = recipe.evaluation if evaluate else recipe.calibration
     generator = torch.Generator().manual_seed(settings.seed)
     labels = torch.randint(model.sampling.null_label, (settings.samples,), generator=generator).tolist()
@@ -103,7 +105,9 @@ def _evaluate(
     exported = export_transformer(model.transformer, batches[0])
     error = paired_error(exported, quantized.graph, batches)
     result = balance_result(quantized.graph)
-    balanced = exported if result.settings is None else balance(exported, result.statistics, result.settings, sites=result.sites)
+    balanced = exported
+    if result.settings is not None:
+        balanced = balance(exported, result.statistics, result.settings, sites=result.sites)
     mixed = next(samples.shuffled(SHUFFLE_SEED).batches(BATCH))
     about: dict[str, object] = {
         "sqnr_db": error.sqnr_db,

@@ -299,9 +299,7 @@ def test_qparams_are_those_of_torchao(scheme, axis):
         "quant_max": quant_max,
         "eps": 2**-12,
     }
-    observer_class, channel = (
-        (MinMaxObserver, {}) if axis is None else (PerChannelMinMaxObserver, {"ch_axis": axis})
-    )
+    observer_class, channel = (MinMaxObserver, {}) if axis is None else (PerChannelMinMaxObserver, {"ch_axis": axis})
     generator = torch.Generator().manual_seed(0)
     for magnitude in (1e-9, 1e-3, 1.0, 300.0):
         x = magnitude * (torch.randn(6, 40, generator=generator) + torch.randn(6, 1, generator=generator))
@@ -309,9 +307,7 @@ def test_qparams_are_those_of_torchao(scheme, axis):
         observer(x)
         expected_scale, expected_zero_point = observer.calculate_qparams()
         rows = x.reshape(1, -1) if axis is None else x.movedim(axis, 0)
-        scale, zero_point = core.affine_qparams(
-            rows.amin(1), rows.amax(1), quant_min, quant_max, symmetric=symmetric
-        )
+        scale, zero_point = core.affine_qparams(rows.amin(1), rows.amax(1), quant_min, quant_max, symmetric=symmetric)
         torch.testing.assert_close(scale, expected_scale, rtol=2**-22, atol=0)  # torchao divides in float32
         assert zero_point.tolist() == expected_zero_point.tolist()
 

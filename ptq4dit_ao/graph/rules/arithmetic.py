@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from ptq4dit_ao.graph.propagation import Propagation, Scalar
 from ptq4dit_ao.graph.rules.table import aten, rule
-from ptq4dit_ao.graph.shapes import broadcast_ids, shape_of
+from ptq4dit_ao.graph.shapes import shape_of
 
 
 @rule(aten.neg.default, aten.relu.default)

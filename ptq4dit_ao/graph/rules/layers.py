@@ -26,7 +26,10 @@ def linear(p: Propagation, node: Node) -> None:
         p.merge(columns, p.uniform(ids, range(ids.ndim - 1)).reshape(-1))
     elif (ids := p.value(columns)) is not None:
         p.merge(x, ids)
-    if any(not is_linear(user) or user.args[1] not in p.index.aliases[columns.weight] for user in p.index.users(columns.weight)):
+    if any(
+        not is_linear(user) or user.args[1] not in p.index.aliases[columns.weight]
+        for user in p.index.users(columns.weight)
+    ):
         p.pin(columns, node, "its weight is also read by another kind of op")
 
 

@@ -44,9 +44,7 @@ def reshape(p: Propagation, node: Node) -> None:
     """Elements keep their order; only the shapes matter."""
     source = _source(node)
     before, after = shape_of(source), shape_of(node)
-    p.link(
-        source, node, lambda ids: reshape_ids(ids, before, after), lambda ids: reshape_ids(ids, after, before)
-    )
+    p.link(source, node, lambda ids: reshape_ids(ids, before, after), lambda ids: reshape_ids(ids, after, before))
 
 
 @rule(aten.permute.default)

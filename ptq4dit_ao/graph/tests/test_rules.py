@@ -299,24 +299,24 @@ def test_rule(op, body, free):
 COMMUTE = "does not commute with a scale per channel"
 
 REFUSALS: dict[str, tuple[Body, str]] = {
-    "the model's input": (lambda m, x: m.out(x), f"placeholder x {COMMUTE}"),
-    "the model's output": (lambda m, x: torch.cat([m.out(h := m.make(x)), h], -1), f"output output {COMMUTE}"),
-    "gelu": (through(F.gelu), f"aten.gelu.default {COMMUTE}"),
-    "softmax": (through(lambda h: h.softmax(-1)), f"aten.softmax.int {COMMUTE}"),
+    "the model's input": (lambda m, x: m.out(x), f"x: a model input {COMMUTE}"),
+    "the model's output": (lambda m, x: torch.cat([m.out(h := m.make(x)), h], -1), f"a model output {COMMUTE}"),
+    "gelu": (through(F.gelu), f"gelu {COMMUTE}"),
+    "softmax": (through(lambda h: h.softmax(-1)), f"softmax {COMMUTE}"),
     "LayerNorm without weight": (lambda m, x: m.out(m.plain(x)), "a norm without a weight has no place for a scale"),
     "input of a norm": (through(lambda h: h + F.layer_norm(h, (C,))), "a norm undoes the scale of its input"),
-    "residual of the input": (lambda m, x: m.out(m.make(x) + x), f"placeholder x {COMMUTE}"),
+    "residual of the input": (lambda m, x: m.out(m.make(x) + x), f"x: a model input {COMMUTE}"),
     "square": (through(lambda h: h * h), "a square does not commute with a scale"),
     "both factors": (through(lambda h: h * h.neg()), "only one factor of a product may carry a scale"),
     "both factors, from one linear": (
         through(lambda h: F.relu(h) * (h + 1)),
         "only one factor of a product may carry a scale",
     ),
-    "divisor": (through(lambda h: h / F.relu(h)), "a divisor would need the inverse scale"),
-    "number over a tensor": (through(lambda h: 1 / h), f"aten.reciprocal.default {COMMUTE}"),
-    "number minus a tensor": (through(lambda h: 1 - h), f"aten.rsub.Scalar {COMMUTE}"),
+    "divisor": (through(lambda h: h / (1 + F.relu(h))), "a divisor would need the inverse scale"),
+    "number over a tensor": (through(lambda h: 1 / h), f"reciprocal {COMMUTE}"),
+    "number minus a tensor": (through(lambda h: 1 - h), f"rsub {COMMUTE}"),
     "both matrices": (through(lambda h: (h @ h.transpose(1, 2)) @ h), "only one factor of a matrix product"),
-    "inner axis": (lambda m, x: m.narrow_half(m.out(h := m.make(x))[..., :D]) + h @ m.vector[:, None], "matrix product"),
+    "inner axis": (lambda m, x: m.out(h := m.make(x)) + h @ m.square, "only one factor of a matrix product"),
     "queries": (
         lambda m, x: m.out(h := m.make(x)) + F.scaled_dot_product_attention(h, x, x),
         "queries and keys pass through a softmax",
@@ -346,13 +346,13 @@ REFUSALS: dict[str, tuple[Body, str]] = {
     ),
     "weight of the producer read by another op": (
         lambda m, x: m.out(m.make(x)) * m.make.weight.sum(),
-        f"aten.sum.default {COMMUTE}",
+        f"sum {COMMUTE}",
     ),
-    "integers": (through(lambda h: h.to(torch.int64).to(torch.float64)), "integer|aten.to.dtype"),
-    "in place": (through(lambda h: h.clone().exp_()), f"aten.exp_.default {COMMUTE}"),
-    "written through a view": (through(lambda h: _written(h.clone())), f"aten.fill_.Scalar {COMMUTE}"),
-    "an op with several results": (lambda m, x: m.out(m.wide2(x).topk(C, -1).values), f"aten.topk.default {COMMUTE}"),
-    "ones like a scaled tensor": (through(lambda h: h + torch.ones_like(h)), "aten.ones_like.default"),
+    "integers": (through(lambda h: h.to(torch.int64).to(torch.float64)), "torch.int64"),
+    "in place": (through(lambda h: h.clone().exp_()), f"exp_ {COMMUTE}"),
+    "written through a view": (through(lambda h: _written(h.clone())), f"fill_ {COMMUTE}"),
+    "an op with several results": (lambda m, x: m.out(m.wide2(x).topk(C, -1).values), f"topk {COMMUTE}"),
+    "ones like a scaled tensor": (through(lambda h: h + torch.ones_like(h)), "ones_like"),
 }
 
 
@@ -403,7 +403,7 @@ def test_two_linears_that_read_one_tensor_are_one_site():
 def test_one_reader_that_cannot_cope_refuses_all_of_them():
     site = solved(lambda m, x: m.out(h := m.make(x)) + m.out2(h) + F.gelu(h), "out")
     assert layers(site) == ["out", "out2"]
-    assert re.search("aten.gelu.default", site.refusal)
+    assert re.search("gelu", site.refusal)
 
 
 def test_a_residual_sum_scales_every_term():
@@ -435,14 +435,14 @@ def test_a_layer_called_twice_is_one_site_with_two_inputs():
 
 def test_a_layer_called_twice_is_refused_if_one_call_cannot_be_scaled():
     site = solved(lambda m, x: m.out(m.make(x)) * m.out(x), "out")
-    assert re.search("placeholder x", site.refusal)
+    assert re.search("a model input", site.refusal)
 
 
 def test_a_producer_called_twice_scales_both_results():
     site = solved(lambda m, x: m.out(m.make(x)) * m.out2(m.make(F.gelu(x))), "out")
     assert layers(site) == ["out", "out2"]
     site = solved(lambda m, x: m.out(m.make(x)) * F.gelu(m.make(F.gelu(x))), "out")
-    assert re.search("aten.gelu.default", site.refusal)
+    assert re.search("gelu", site.refusal)
 
 
 def test_two_layers_that_share_a_weight_share_a_scale():
@@ -454,9 +454,9 @@ def test_two_layers_that_share_a_weight_share_a_scale():
     net.make2.bias = net.make.bias
     model = export_transformer(net, inputs(2, tied))
     sites = find_sites(model)
-    site = site_of(sites, "out")
-    assert len(site.consumers) == 2 and len(site.inputs) == 2
-    assert edited(site) >= {"make.weight", "make2.weight", "make.bias"}
+    site = site_of(sites, "out", "out2")
+    assert len(site.consumers) == len(site.inputs) == 2
+    assert {"make.weight", "make2.weight"} < edited(site)
     assert_fold_preserves(tied, sites, model)
 
 

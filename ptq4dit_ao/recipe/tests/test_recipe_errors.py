@@ -108,7 +108,7 @@ WRONG = {
     "override with both": (
         "overrides: [{pattern: a, skip: true, weight_bits: 4, balance: false}]",
         "overrides[0]: pattern 'a' asks for skip and for weight_bits, balance; "
-        + "a skipped module stays float, keep one or the other",
+        + "a skipped module stays float, keep one of them",
     ),
     "override of a wrong type": (
         "overrides: [skip]",
