@@ -131,7 +131,9 @@ def main() -> None:
         eager = latency["float32 eager"].median_ms / r.median_ms
         against = latency["float32 compiled"].median_ms / r.median_ms if "float32 compiled" in latency else float("nan")
         proof = f"{proofs[name].integer_gemms}/{proofs[name].promised}" if name in proofs else "-"
-        print(f"| {name} | {r.median_ms:.1f} | {r.low_ms:.1f}-{r.high_ms:.1f} | {eager:.2f}x | {against:.2f}x | {proof} |")
+        print(
+            f"| {name} | {r.median_ms:.1f} | {r.low_ms:.1f}-{r.high_ms:.1f} | {eager:.2f}x | {against:.2f}x | {proof} |"
+        )
     if args.json:
         figures = {
             "calibration_overhead": cost, "prepare_s": prepare_s, "convert_s": convert_s, "ready_s": ready,

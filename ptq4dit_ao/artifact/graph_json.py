@@ -65,7 +65,14 @@ def graph_from_json(
     values = {**tensors, **_aliased(doc["aliases"], tensors)}
     _check_names(values, graph)
     frozen = _as_parameters(check_strings(doc["parameters"], "parameters"), values)
-    return GraphModule(_module_tree({**values, **frozen}), graph).eval()
+    return _compile(_module_tree({**values, **frozen}), graph)
+
+
+def _compile(root: torch.nn.Module, graph: Graph) -> GraphModule:
+    try:
+        return GraphModule(root, graph).eval()
+    except Exception as error:  # whatever torch.fx trips over when it prints a call with wrong arguments as source
+        raise ArtifactError(f"torch.fx cannot build the graph ({error!r}); copy or save the model again") from error
 
 
 def _aliased(aliases: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

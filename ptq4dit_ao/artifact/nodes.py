@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ptq4dit_ao.artifact.values import decode_value, encode_value
 from ptq4dit_ao.errors import ArtifactError
 
 _KEYS = {"name", "op", "target", "args", "kwargs"}
+_ARGUMENT_COUNTS = {"placeholder": 0, "get_attr": 0, "output": 1}
 
 
 def node_to_json(node: Node) -> dict[str, Any]:
@@ -23,6 +25,7 @@ def node_to_json(node: Node) -> dict[str, Any]:
         ArtifactError: names the node and what of it has no stored form.
     """
     try:
+        _check_arguments(node.op, node.args, node.kwargs)
         return {
             "name": check_identifier(node.name, "node"),
             "op": node.op,
@@ -60,8 +63,9 @@ def nodes_from_json(entries: Any, device: torch.device | None) -> Graph:
 
 def _add_node(graph: Graph, entry: dict[str, Any], nodes: dict[str, Node], device: torch.device | None) -> Node:
     op, target, args, kwargs = entry["op"], entry["target"], entry["args"], entry["kwargs"]
-    if not isinstance(target, str) or not isinstance(args, list) or not isinstance(kwargs, dict):
-        raise ArtifactError("target, args and kwargs are not a string, a list and an object; save the model again")
+    if [type(v) for v in (op, target, args, kwargs)] != [str, str, list, dict]:
+        raise ArtifactError("op, target, args and kwargs are not str, str, list and object; save the model again")
+    _check_arguments(op, args, kwargs)
     node = graph.create_node(
         op,
         target_from_str(target) if op == "call_function" else _check_target(op, target),
@@ -84,6 +88,16 @@ def _check_target(op: object, target: object) -> str:
         f"op {op!r} (target {target!r}) cannot be stored; a stored graph consists of placeholder, get_attr, "
         f"call_function and output nodes, as torch.export makes it"
     )
+
+
+def _check_arguments(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Only calls take arguments; torch.fx pastes the default of a placeholder into source without quoting it whole."""
+    expected = _ARGUMENT_COUNTS.get(op)
+    if expected is not None and (len(args), len(kwargs)) != (expected, 0):
+        raise ArtifactError(
+            f"{op} nodes take {expected} arguments, found {len(args)} and {len(kwargs)} keywords; capture the model "
+            f"with torch.export, which makes no default values"
+        )
 
 
 def _set_name(node: Node, name: str) -> None:

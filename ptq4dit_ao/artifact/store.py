@@ -70,8 +70,8 @@ def write_artifact(
     graph = dump_json(graph_to_json(gm))
     table, payload = pack_tensors(gm)
     target = Path(directory).resolve()
-    _check_replaceable(target)
     try:
+        _check_replaceable(target)
         with replacing(target) as folder:
             return _write_files(folder, graph, table, payload, about)
     except OSError as error:
@@ -120,7 +120,7 @@ def _read_files(folder: Path, device: torch.device) -> StoredModel:
     doc = load_json(folder / GRAPH)
     try:
         gm = graph_from_json(doc, tensors, device)
-    except ArtifactError as error:
+    except (ArtifactError, RecursionError) as error:
         raise ArtifactError(f"{folder / GRAPH}: {error}") from error
     return StoredModel(
         graph_module=gm,

@@ -20,6 +20,8 @@ def choose_timesteps(available: Sequence[float], wanted: int | Sequence[float]) 
             raise CalibrationError(f"{wanted} calibration timesteps asked for, the sampler has {len(available)} steps")
         positions = np.linspace(0, len(available) - 1, wanted).round().astype(int)
         return [available[i] for i in positions]
+    if not wanted:
+        raise CalibrationError("the list of calibration timesteps is empty; name at least one, or give a count")
     for t in wanted:
         if t not in available:
             nearest = min(available, key=lambda a: abs(a - t))

@@ -49,8 +49,9 @@ def export_transformer(
         with torch.no_grad():
             program = torch.export.export(_tensor_view(model, len(inputs)), inputs, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export raises many types; all mean "cannot be captured"
+        reason = next(iter(str(error).splitlines()), "")  # a bare assert says nothing
         raise ExportError(
-            f"{type(model).__name__} cannot be exported: {type(error).__name__}: {str(error).splitlines()[0]}; "
+            f"{type(model).__name__} cannot be exported: {type(error).__name__}: {reason}; "
             "dynamic_batch=False may help if the model computes with its batch size"
         ) from error
     return program.module(check_guards=False)

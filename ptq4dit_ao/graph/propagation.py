@@ -58,7 +58,7 @@ class GraphIndex:
     def __post_init__(self) -> None:
         self.nodes = {node.name: node for node in self.graph_module.graph.nodes}
         self.slot, self.aliases = {}, {}
-        owner: dict[tuple[int, int, tuple[int, ...], tuple[int, ...]], str] = {}
+        owner: dict[tuple[object, ...], str] = {}
         for node in self.nodes.values():
             slot = node.name
             if node.op == "get_attr":

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch.fx import GraphModule, Node
@@ -96,6 +96,15 @@ def find_sites(graph_module: GraphModule, only: Collection[str] | None = None) -
         covered.update(consumer.node for consumer in site.consumers)
         sites.append(site)
     return sites
+
+
+def refuse_sites(sites: Sequence[Site], nodes: Collection[str], why: str) -> list[Site]:
+    """The sites, refused where one of ``nodes`` is a consumer: it would be balanced along with the others."""
+    refused = []
+    for site in sites:
+        odd = [consumer.node for consumer in site.consumers if consumer.node in nodes]
+        refused.append(replace(site, refusal=f"{odd[0]}: {why}") if odd and site.refusal is None else site)
+    return refused
 
 
 def _propagate(index: GraphIndex, linear: Node) -> Propagation:

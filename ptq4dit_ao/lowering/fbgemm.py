@@ -75,6 +75,8 @@ def has_onednn() -> bool:
 
 def refuse(linear: QuantizedLinear) -> str | None:
     """Why these kernels cannot carry a linear."""
+    if linear.dtype != torch.float32:
+        return f"needs a float32 model, got {linear.dtype}"
     if linear.x_dtype != torch.uint8 or linear.weight.dtype != torch.int8:
         return f"needs uint8 activations and int8 weights, got {linear.x_dtype} and {linear.weight.dtype}"
     if linear.weight_zero_point.any():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ class QuantizedLinear:
     weight_zero_point: Tensor
     weight_range: tuple[int, int]
     bias: Tensor | None
+    dtype: torch.dtype
+    """Of the float model around it."""
 
     @property
     def name(self) -> str:
@@ -55,7 +58,9 @@ def float_linears(graph_module: GraphModule) -> list[Node]:
 
 
 def _match(graph_module: GraphModule, node: Node) -> QuantizedLinear | None:
-    dq_x, dq_w, *rest = node.args
+    # fx types arguments as anything at all; the checks below are what tells.
+    arguments: tuple[Any, ...] = node.args
+    dq_x, dq_w, *rest = arguments
     if not (_calls(dq_x, _DEQUANTIZE) and _calls(dq_w, _DEQUANTIZE_WEIGHT)):
         return None
     q_x, weight, bias = dq_x.args[0], dq_w.args[0], rest[0] if rest else None
@@ -76,6 +81,7 @@ def _match(graph_module: GraphModule, node: Node) -> QuantizedLinear | None:
         weight_zero_point=_tensor(graph_module, dq_w.args[2]),
         weight_range=(dq_w.args[4], dq_w.args[5]),
         bias=None if bias is None else _tensor(graph_module, bias),
+        dtype=dq_x.kwargs.get("out_dtype") or torch.float32,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,8 @@ def insert_qdq(model: GraphModule, observer: Node, spec: QuantSpec, scale: Tenso
     graph = model.graph
     with graph.inserting_before(observer):
         if spec.channel_axis is None:
-            kind, arguments = "per_tensor", (float(scale), int(zero_point))
+            kind = "per_tensor"
+            arguments: tuple[Any, ...] = (float(scale), int(zero_point))
         else:
             device = source.meta["val"].device if "val" in source.meta else "cpu"
             buffers = (("scale", scale), ("zero_point", zero_point))

@@ -67,11 +67,12 @@ def balance_sites(
     is about to read.
 
     Raises:
-        CalibrationError: a site was not observed, or at too few timesteps.
+        CalibrationError: a site was not observed, or at too few timesteps; the graph is untouched then.
     """
+    observed = [(site, _observed(site, statistics, settings)) for site in sites if site.refusal is None]
     outcomes: dict[str, SiteOutcome] = {}
-    for site in reversed([site for site in sites if site.refusal is None]):
-        outcome = _solve(model, site, statistics, settings)
+    for site, (timesteps, salience_t) in reversed(observed):
+        outcome = _solve(model, site, timesteps, salience_t, settings)
         insert_balance(model, site, outcome.b)
         fold_balance(model, site, outcome.b, settings.fold_form)
         outcomes[site.name] = outcome
@@ -81,13 +82,20 @@ def balance_sites(
     return dict(reversed(outcomes.items()))
 
 
-def _solve(model: GraphModule, site: Site, statistics: SalienceStatistics, settings: BalanceSettings) -> SiteOutcome:
+def _observed(site: Site, statistics: SalienceStatistics, settings: BalanceSettings) -> tuple[Tensor, Tensor]:
+    """Timesteps (T,) and activation salience (T, V), enough of them for the aggregation."""
     timesteps, salience_t = _activation_salience(site, statistics)
     if settings.aggregation == "ssc" and len(timesteps) < settings.min_timesteps:
         raise CalibrationError(
             f"{site.name} was observed at {len(timesteps)} timestep(s); aggregation 'ssc' needs at least "
             f"{settings.min_timesteps}: calibrate on more timesteps, or use aggregation 'max'"
         )
+    return timesteps, salience_t
+
+
+def _solve(
+    model: GraphModule, site: Site, timesteps: Tensor, salience_t: Tensor, settings: BalanceSettings
+) -> SiteOutcome:
     salience_w = _weight_salience(model, site)
     eta, rho = ssc_weights(salience_t, salience_w)
     salience_x = aggregate_salience(salience_t, salience_w, settings.aggregation)
@@ -106,9 +114,13 @@ def _solve(model: GraphModule, site: Site, statistics: SalienceStatistics, setti
 
 
 def _activation_salience(site: Site, statistics: SalienceStatistics) -> tuple[Tensor, Tensor]:
-    """Timesteps (T,) and salience per variable (T, V), the largest over all tensors and channels that share it."""
+    """Timesteps (T,) and salience per variable (T, V), the largest over all tensors and channels that share it.
+
+    A tensor without statistics beside others that have some does not count: only layers that stay float read it.
+    """
     timesteps, total = None, None
-    for key, consumer in site.inputs.items():
+    observed = {key: consumer for key, consumer in site.inputs.items() if key in statistics}
+    for key, consumer in (observed or site.inputs).items():
         table = statistics.get(key)
         if table is None or len(table.timesteps) == 0:
             raise CalibrationError(

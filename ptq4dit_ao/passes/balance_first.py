@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from ptq4dit_ao.errors import BalanceError
-from ptq4dit_ao.graph import Site, find_sites
+from ptq4dit_ao.graph import Site, find_sites, refuse_sites
 from ptq4dit_ao.graph.names import layer_name, linears, timestep_placeholder
 from ptq4dit_ao.observers import ChannelStatistics, SalienceStatistics, TimestepClock
 from ptq4dit_ao.observers.hooks import channel_range, check_finite
@@ -82,12 +82,9 @@ def balance(
 
 
 def _sites(exported: GraphModule, exclude: Sequence[str]) -> list[Site]:
-    only = {
-        node.name
-        for node in linears(exported)
-        if not any(fnmatchcase(layer_name(node), pattern) for pattern in exclude)
-    }
-    sites = find_sites(exported, only)
+    nodes = {node.name: layer_name(node) for node in linears(exported)}
+    excluded = {name for name, layer in nodes.items() if any(fnmatchcase(layer, pattern) for pattern in exclude)}
+    sites = refuse_sites(find_sites(exported, nodes.keys() - excluded), excluded, "it is excluded")
     if all(site.refusal is not None for site in sites):
         reasons = "; ".join(f"{site.name}: {site.refusal}" for site in sites[:3]) or "it has no linear layer"
         raise BalanceError(f"nothing in this graph can be balanced ({reasons})")

@@ -10,6 +10,7 @@ The re-parameterisation of PTQ4DiT (section 3.3), for any graph that scale propa
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -42,7 +43,7 @@ def fold_balance(model: GraphModule, site: Site, b: Tensor, form: FoldForm = "co
         raise BalanceError(f"{site.name} cannot be folded: {site.refusal}")
     nodes = {node.name: node for node in model.graph.nodes}
     for edit in site.parameters:
-        replace_tensor(model, edit.paths, lambda p, e=edit: p / scale_of(b, e.variables))
+        replace_tensor(model, edit.paths, partial(torch.mul, 1 / scale_of(b, edit.variables)))
     for scalar in site.scalars:
         if form == "bias":
             shift_bias(model, nodes[scalar.node], scalar.index, scale_of(b, scalar.variables))

@@ -5,6 +5,8 @@ Exact for any site and any positive b, at the price of one multiply per site inp
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -38,7 +40,7 @@ def insert_balance(model: GraphModule, site: Site, b: Tensor) -> None:
             user.replace_input_with(source, balanced)
     for weight in dict.fromkeys((c.weight, tuple(c.variables)) for c in site.consumers):
         path, variables = weight
-        replace_tensor(model, (path,), lambda w, v=variables: w * scale_of(b, v))
+        replace_tensor(model, (path,), partial(torch.mul, scale_of(b, variables)))
 
 
 def _reader(linear: Node, source: Node) -> Node:

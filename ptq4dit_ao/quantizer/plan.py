@@ -34,7 +34,6 @@ class BalancePlan:
         """Balance and fold, once."""
         if self._done:
             return
-        self._done = True
         statistics = self.statistics()
         outcomes: dict[str, SiteOutcome] = {}
         if self.settings is not None:
@@ -50,6 +49,7 @@ class BalancePlan:
             layers=self.layers,
         )
         attach_result(model, result)
+        self._done = True
 
     def statistics(self) -> SalienceStatistics:
         """What the observers have seen so far."""

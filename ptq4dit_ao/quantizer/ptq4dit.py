@@ -12,7 +12,7 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from ptq4dit_ao.core.salience import Aggregation
 from ptq4dit_ao.errors import ArgumentError, BalanceError, CalibrationError
-from ptq4dit_ao.graph import Site, find_sites
+from ptq4dit_ao.graph import Site, find_sites, refuse_sites
 from ptq4dit_ao.graph.names import TIMESTEP_NAMES, layer_name, linears, placeholders, timestep_placeholder
 from ptq4dit_ao.observers import (
     RangeObserver,
@@ -141,8 +141,9 @@ class PTQ4DiTQuantizer(Quantizer):
         """The sites whose every consumer may be balanced."""
         if self._settings is None:
             return ()
-        only = {node.name for node in quantized if self._layers[node.name].balance}
-        sites = find_sites(model, only)
+        excluded = {name for name, plan in self._layers.items() if not plan.balance}
+        only = {node.name for node in quantized} - excluded
+        sites = refuse_sites(find_sites(model, only), excluded, "an override switches its balancing off")
         found = [s for s in sites if s.refusal is None]
         if not found:
             reasons = "; ".join(f"{s.name}: {s.refusal}" for s in sites[:3]) or "every layer is excluded"

@@ -19,7 +19,7 @@ from ptq4dit_ao.calibration import Sampling
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel
 
-M = TypeVar("M", bound=nn.Module)
+M = TypeVar("M")
 
 NUM_CLASSES = 10
 """Digit classes; label ``NUM_CLASSES`` is the null label of classifier-free guidance."""
@@ -86,5 +86,7 @@ def load_reference_classifier() -> DigitsClassifier:
 
 def _load(model: M, name: str) -> M:
     data = files(__package__).joinpath("weights", name).read_bytes()
+    assert isinstance(model, nn.Module)
     model.load_state_dict({k: v.to(torch.float32) for k, v in load_safetensors(data).items()})
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    return model

@@ -11,6 +11,7 @@ import copy
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +78,8 @@ def train_dit(
     """Train with the DDPM noise-prediction loss, min-SNR-5 weights (arXiv 2303.09556) and an EMA of weights."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    model = build_reference_dit().train()
+    model: Any = build_reference_dit()
+    model.train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     compiled = torch.compile(model)
     alphas_bar = SAMPLING.scheduler(50).alphas_cumprod

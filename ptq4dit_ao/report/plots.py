@@ -363,7 +363,7 @@ def _annotate(axes: Axes, text: str, x: float, y: float, **alignment: Any) -> No
 
 
 def _legend(figure: Figure, handles: Sequence[Line2D], names: Sequence[str], **place: Any) -> None:
-    # Names go in afterwards: matplotlib drops those that start with "_" and typesets those that hold "$".
+    # Names go in afterwards, as plain text: "$" would be typeset, and before 3.10 a name that starts with "_" left out.
     legend = figure.legend(handles, ["-"] * len(handles), ncols=2, fontsize=_SMALL, frameon=False, **place)
     for text, name in zip(legend.get_texts(), names, strict=True):
         text.set(text=name, parse_math=False, color=INK)

@@ -212,7 +212,7 @@ def test_tensor_subclasses_are_refused(small: GraphModule) -> None:
         graph_tensors(small)
 
 
-INJECTION = "x): __import__('os').system('touch /tmp/owned') #"
+INJECTION = "x): __import__('os').system('true') #"
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "call": (lambda d: node(d, "linear").update(target="os.system"), r"node 'linear': .* may not call 'os.system'"),
     "file": (lambda d: node(d, "linear").update(target="aten.from_file.default"), r"may not call 'aten.from_file.defa"),
@@ -224,7 +224,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         lambda d: node(d, "linear").update(op="call_module", target="tied"),
         r"op 'call_module' .* cannot be st",
     ),
-    "op": (lambda d: node(d, "linear").update(op=["x"]), r"op \['x'\] .* cannot be stored"),
+    "op": (lambda d: node(d, "linear").update(op=["x"]), r"node 'linear': op, target, args and kwargs are not"),
     "node name": (lambda d: node(d, "linear").update(name=INJECTION), r"node .* is not an identifier"),
     "input name": (lambda d: d["inputs"].__setitem__(0, INJECTION), r"input .* is not an identifier"),
     "keyword": (lambda d: d["in_spec"]["tuple"][1].update(dict={INJECTION: "*"}), r"input .* is not an identifier"),
@@ -244,12 +244,13 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "order": (lambda d: d["nodes"].reverse(), r"refers to node .*, which does not come before it"),
     "no output": (lambda d: d["nodes"].pop(), r"does not end in its only output node"),
-    "dead end": (lambda d: d["nodes"].insert(0, {**d["nodes"][-1], "name": "o", "args": []}), r"its only output node"),
+    "dead end": (lambda d: d["nodes"].insert(0, {**d["nodes"][-1], "name": "o", "args": [1]}), r"its only output node"),
     "outputs": (lambda d: d.update(out_spec="*"), r"the graph has 4 outputs where its signature has 1; save"),
-    "output none": (lambda d: d["nodes"][-1].update(args=[]), r"the graph has 0 outputs where its signature has 4"),
+    "output none": (lambda d: d["nodes"][-1].update(args=[]), r"output nodes take 1 arguments, found 0"),
     "inputs": (lambda d: d["in_spec"]["tuple"][0]["tuple"].append("*"), r"has 3 argument names where .* has 4"),
     "input leaves": (lambda d: d["in_spec"]["tuple"][0]["tuple"][1]["list"].pop(), r"has 3 inputs where .* has 2"),
     "args": (lambda d: d.update(in_spec={"list": []}), r"the inputs nest as .*, not as \(args, kwargs\)"),
+    "output value": (lambda d: d["nodes"][-1].update(args=[1]), r"the graph has 0 outputs where its signature has 4"),
     "nodes": (lambda d: d.update(nodes={}), r"nodes is a dict, not a list"),
     "node": (lambda d: d["nodes"].insert(0, "x"), r"node is a str, not an object"),
     "node key": (
@@ -257,10 +258,32 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         r"node has the unknown 'type'; it is damaged or of a",
     ),
     "node lacks": (lambda d: node(d, "linear").pop("args"), r"node lacks 'args'"),
-    "args type": (lambda d: node(d, "linear").update(args={}), r"node 'linear': target, args and kwargs are not a str"),
+    "default": (
+        lambda d: node(d, "extra_0").update(args=["x: "]),
+        r"node 'extra_0': placeholder nodes take 0 arguments, found 1 and 0 keywords; capture",
+    ),
+    "attribute": (
+        lambda d: node(d, "offset").update(args=[1]),
+        r"node 'offset': get_attr nodes take 0 arguments, found 1",
+    ),
+    "output keyword": (
+        lambda d: d["nodes"][-1].update(kwargs={"a": 1}),
+        r"output nodes take 1 arguments, found 1 and 1 key",
+    ),
+    "operands": (lambda d: node(d, "mul")["args"].pop(), r"torch.fx cannot build the graph \(.*\); copy or save"),
+    "args type": (
+        lambda d: node(d, "linear").update(args={}),
+        r"node 'linear': op, target, args and kwargs are not str",
+    ),
     "key": (lambda d: d.update(code="import os"), r"graph has the unknown 'code'; it is damaged or of a newer version"),
     "lacks": (lambda d: d.pop("nodes"), r"graph lacks 'nodes'; it is damaged"),
 }
+
+
+def test_a_default_value_is_refused(small: GraphModule) -> None:
+    small.graph.find_nodes(op="placeholder")[0].args = (1,)
+    with pytest.raises(ArtifactError, match=r"node 'input_1': placeholder nodes take 0 arguments, found 1"):
+        graph_to_json(small)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

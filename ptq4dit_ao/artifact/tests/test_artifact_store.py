@@ -235,6 +235,14 @@ def test_a_missing_file_is_named(saved: Path, name: str) -> None:
         read_artifact(saved)
 
 
+def test_a_place_that_cannot_be_looked_at_is_an_artifact_error(
+    saved: Path, small: GraphModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "iterdir", _raise(PermissionError(errno.EACCES, "Permission denied")))
+    with pytest.raises(ArtifactError, match=r"cannot write .*Permission denied.*; choose a folder that you may write"):
+        write_artifact(saved, small, {}, [])
+
+
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"there is no folder .*nowhere; check the path, or save the model there"):
         read_artifact(tmp_path / "deep" / "nowhere")
@@ -311,6 +319,14 @@ def test_a_graph_with_a_matching_digest_is_still_checked(saved: Path) -> None:
     edit(saved / "graph.json", lambda doc: doc["nodes"][-2].update(op="call_function", target="os.system"))
     edit(saved / "manifest.json", lambda doc: doc["files"].update({"graph.json": _digest(saved / "graph.json")}))
     with pytest.raises(ArtifactError, match=r"graph.json: node '.*': a stored graph may not call 'os.system'"):
+        read_artifact(saved)
+
+
+def test_a_graph_too_deep_to_read_is_refused(saved: Path) -> None:
+    deep = json.loads('{"tuple": [' * 400 + "]}" * 400)
+    edit(saved / "graph.json", lambda doc: doc["nodes"][-2].update(args=[deep]))
+    edit(saved / "manifest.json", lambda doc: doc["files"].update({"graph.json": _digest(saved / "graph.json")}))
+    with pytest.raises(ArtifactError, match=r"graph.json: maximum recursion depth exceeded"):
         read_artifact(saved)
 
 

@@ -95,9 +95,8 @@ def test_anything_else_is_not_stored(target: object) -> None:
     ],
 )
 def test_anything_else_is_not_loaded(name: str) -> None:
-    with pytest.raises(ArtifactError, match=r"may not call|has no operator") as caught:
+    with pytest.raises(ArtifactError, match=rf"a stored graph may not call '{name}', only tensor operators of aten"):
         target_from_str(name)
-    assert repr(name) in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["aten.no_such.default", "aten.linear.no_such", "aten.__class__.mro"])

@@ -52,14 +52,14 @@ def permute(p: Propagation, node: Node) -> None:
     """``y[i_d0, i_d1, ...] = x[i_0, i_1, ...]``."""
     axes = node.args[1]
     assert isinstance(axes, (list, tuple))
-    _permute(p, node, [int(axis) for axis in axes])  # type: ignore[call-overload]
+    _permute(p, node, [hint(axis) for axis in axes])
 
 
 @rule(aten.transpose.int)
 def transpose(p: Propagation, node: Node) -> None:
     """A permutation of two axes."""
     order = list(range(len(shape_of(node))))
-    first, second = (normalize_axis(int(axis), len(order)) for axis in node.args[1:3])  # type: ignore[arg-type]
+    first, second = (normalize_axis(hint(axis), len(order)) for axis in node.args[1:3])
     order[first], order[second] = order[second], order[first]
     _permute(p, node, order)
 

@@ -108,7 +108,7 @@ def full_report() -> dict:
 
 
 def empty_report() -> dict:
-    nothing = {"settings": None, "evaluation": None, "size": None, "sites": [], "layers": [], "notes": []}
+    nothing: dict = {"settings": None, "evaluation": None, "size": None, "sites": [], "layers": [], "notes": []}
     return full_report() | nothing
 
 
