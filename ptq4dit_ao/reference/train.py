@@ -73,7 +73,15 @@ def sample_accuracy(model: nn.Module, classifier: nn.Module, *, per_class: int =
 
 
 def train_dit(
-    images: Tensor, labels: Tensor, classifier: nn.Module, *, seed: int, steps: int, batch: int, checkpoint: Path
+    images: Tensor,
+    labels: Tensor,
+    classifier: nn.Module,
+    *,
+    seed: int,
+    steps: int,
+    stop: int,
+    batch: int,
+    checkpoint: Path,
 ) -> nn.Module:
     """Train with the DDPM noise-prediction loss, min-SNR-5 weights (arXiv 2303.09556) and an EMA of weights."""
     torch.manual_seed(seed)
@@ -93,7 +101,7 @@ def train_dit(
     )
     start = time.monotonic()
     running = 0.0
-    for step in range(1, steps + 1):
+    for step in range(1, stop + 1):
         index = torch.randint(len(images), (batch,), generator=generator)
         x0 = images[index]
         dropped = torch.rand(batch, generator=generator) < LABEL_DROP
@@ -115,9 +123,9 @@ def train_dit(
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
         running = loss.item() if step == 1 else 0.99 * running + 0.01 * loss.item()
         if step % 500 == 0:
-            left = (time.monotonic() - start) / step * (steps - step) / 60
-            print(f"step {step}/{steps} loss {running:.4f} left {left:.1f} min", flush=True)
-        if step % 2000 == 0 or step == steps:
+            left = (time.monotonic() - start) / step * (stop - step) / 60
+            print(f"step {step}/{stop} loss {running:.4f} left {left:.1f} min", flush=True)
+        if step % 2000 == 0 or step == stop:
             save_half(ema, checkpoint)
             print(f"  sample accuracy {sample_accuracy(ema, classifier):.3f}", flush=True)
     return ema
@@ -130,7 +138,8 @@ def save_half(model: nn.Module, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("weights"))
-    parser.add_argument("--steps", type=int, default=14_000)
+    parser.add_argument("--steps", type=int, default=14_000, help="length of the learning-rate schedule")
+    parser.add_argument("--stop", type=int, default=8_000, help="stop at this step of the schedule (default 8000)")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
@@ -143,7 +152,7 @@ def main() -> None:
     print(f"classifier: held-out accuracy {accuracy:.4f}", flush=True)
     model = train_dit(
         images, labels, classifier,
-        seed=args.seed, steps=args.steps, batch=args.batch, checkpoint=args.output / "digits_dit.safetensors",
+        seed=args.seed, steps=args.steps, stop=args.stop, batch=args.batch, checkpoint=args.output / "digits_dit.safetensors",
     )  # fmt: skip
     print(f"DiT: sample accuracy {sample_accuracy(model, classifier, per_class=100, seed=1):.4f}")
 

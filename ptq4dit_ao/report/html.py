@@ -323,8 +323,8 @@ def _figure(png: bytes, alt: str, caption: str = "") -> str:
 
 def _grid(images: Tensor, title: str, alt: str) -> str:
     count, width = images.shape[0], images.shape[-1]
-    # A width that divides the number of images leaves no ragged row.
-    columns = next((n for n in range(10, 3, -1) if count % n == 0), min(count, 10))
+    # Near to a square, up to ten in a row, and if possible without a ragged last row.
+    columns = next((n for n in range(math.ceil(math.sqrt(count)), 11) if count % n == 0), 10)
     png = plots.image_grid(images, columns, max(1, _GRID_WIDTH_PX // (columns * width)))
     return f'<figure class="grid"><figcaption>{title}</figcaption>{_image(png, alt)}</figure>'
 

@@ -174,7 +174,7 @@ def timestep_sqnr_chart(per_timestep: Sequence[Sequence[float | None]], pooled_d
     axes.plot(timesteps, sqnr, color=BLUE, linewidth=1.6, **_dots(timesteps, "o"))
     if pooled_db is not None:
         axes.axhline(pooled_db, color=INK, linewidth=1, linestyle="--")
-        _annotate(axes, f"pooled over all timesteps: {pooled_db:.1f} dB", 0.995, pooled_db, ha="right", va="bottom")
+        _annotate(axes, f"pooled over all timesteps: {pooled_db:.1f} dB", pooled_db)
     return _png(figure)
 
 
@@ -227,7 +227,7 @@ def ssc_chart(sites: Sequence[Entry]) -> bytes:
     if len(counts) == 1:
         equal = 1 / counts.pop()
         right.axhline(equal, color=INK, linewidth=0.8, linestyle="--")
-        _annotate(right, "equal weights", 0.995, equal, ha="right", va="bottom")
+        _annotate(right, "equal weights", equal)
     _legend(figure, handles, names, loc="outside lower left")
     return _png(figure)
 
@@ -261,7 +261,7 @@ def _salience_pair(before: Axes, after: Axes, site: Entry) -> list[Line2D]:
     low, high = b_range(site)
     before.set_title(_shorten(site["name"], 58), loc="left", fontsize=_TEXT, color=INK, parse_math=False)
     for axes, label in ((before, "before"), (after, f"after, b {short(low)} to {short(high)}")):
-        axes.text(0.98, 0.97, label, transform=axes.transAxes, ha="right", va="top", fontsize=_SMALL, color=INK)
+        _text(axes, label, 0.98, 0.97, transform=axes.transAxes, ha="right", va="top")
     return handles
 
 
@@ -356,10 +356,14 @@ def _log_scale(axes: Axes) -> None:
         axes.minorticks_off()
 
 
-def _annotate(axes: Axes, text: str, x: float, y: float, **alignment: Any) -> None:
-    """Text at a fraction of the width and a value of y."""
+def _annotate(axes: Axes, text: str, y: float) -> None:
+    """Text at the right end of a horizontal line at ``y``."""
+    _text(axes, text, 0.995, y, transform=axes.get_yaxis_transform(), ha="right", va="bottom")
+
+
+def _text(axes: Axes, text: str, x: float, y: float, **place: Any) -> None:
     box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
-    axes.text(x, y, text, transform=axes.get_yaxis_transform(), fontsize=_SMALL, color=INK, bbox=box, **alignment)
+    axes.text(x, y, text, fontsize=_SMALL, color=INK, bbox=box, **place)
 
 
 def _legend(figure: Figure, handles: Sequence[Line2D], names: Sequence[str], **place: Any) -> None:

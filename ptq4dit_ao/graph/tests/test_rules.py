@@ -351,7 +351,7 @@ REFUSALS: dict[str, tuple[Body, str]] = {
     "integers": (through(lambda h: h.to(torch.int64).to(torch.float64)), "torch.int64"),
     "in place": (through(lambda h: h.clone().exp_()), f"exp_ {COMMUTE}"),
     "written through a view": (through(lambda h: _written(h.clone())), f"fill_ {COMMUTE}"),
-    "an op with several results": (lambda m, x: m.out(m.wide2(x).topk(C, -1).values), f"topk {COMMUTE}"),
+    "an op with several results": (lambda m, x: m.out(m.wide2(x).topk(C, -1).values), rf"topk\S* {COMMUTE}"),
     "ones like a scaled tensor": (through(lambda h: h + torch.ones_like(h)), "ones_like"),
 }
 

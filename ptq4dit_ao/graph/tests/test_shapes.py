@@ -47,7 +47,7 @@ def refactored(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[int, ...]:
         target.append(size)
         rest //= size
         assume(len(target) < 7)
-    return tuple([*target, *[1] * draw(st.integers(0, 2))])
+    return (*target, *[1] * draw(st.integers(0, 2)))
 
 
 def full(ids: np.ndarray, shape: tuple[int, ...]) -> Tensor:

@@ -147,7 +147,9 @@ def test_it_is_a_mapping_by_layer():
 def test_merging_models_merges_their_tables():
     statistics = model_statistics()
     more = (np.array([2.0]), np.full((1, CHANNELS), -9, np.float32), np.full((1, CHANNELS), 9, np.float32))
-    statistics.merge(SalienceStatistics({"ff#2": statistics_of([more]), "blocks.0.mlp.fc1": ChannelStatistics(CHANNELS)}))
+    statistics.merge(
+        SalienceStatistics({"ff#2": statistics_of([more]), "blocks.0.mlp.fc1": ChannelStatistics(CHANNELS)})
+    )
     assert statistics["ff#2"].timesteps.tolist() == [1.0, 2.0]
     assert_equal(statistics["blocks.0.mlp.fc1"], statistics_of([ONE_BATCH]))
 
@@ -188,7 +190,9 @@ TABLE = {"x/timesteps": torch.zeros(2).double(), "x/minimum": torch.zeros(2, 4),
 def test_a_file_of_something_else_is_refused(tmp_path, tensors):
     path = tmp_path / "other.safetensors"
     save_file(tensors, path)
-    with pytest.raises(CalibrationError, match=r"other\.safetensors holds no salience statistics .*run calibration again"):
+    with pytest.raises(
+        CalibrationError, match=r"other\.safetensors holds no salience statistics .*run calibration again"
+    ):
         SalienceStatistics.load(path)
 
 
@@ -408,7 +412,9 @@ def test_without_balancing_the_range_is_the_observed_one():
 
 
 def test_a_layer_that_never_ran_is_refused():
-    with pytest.raises(CalibrationError, match="'linear' was never run: call the prepared model on calibration samples"):
+    with pytest.raises(
+        CalibrationError, match="'linear' was never run: call the prepared model on calibration samples"
+    ):
         convert_pt2e(prepared())
     with pytest.raises(CalibrationError, match="was never run: call the prepared model on calibration samples"):
         convert_pt2e(prepared(aggregation="none"))

@@ -18,7 +18,7 @@ from ptq4dit_ao.core.tests import reference
 from ptq4dit_ao.errors import BalanceError
 from ptq4dit_ao.graph import Site, export_transformer, find_sites
 from ptq4dit_ao.graph.names import get_attribute
-from ptq4dit_ao.passes import fold, fold_balance, insert_balance
+from ptq4dit_ao.passes import fold_balance, insert_balance
 from ptq4dit_ao.passes.fold import FOLD_FORMS
 from ptq4dit_ao.passes.insert import MARK
 from ptq4dit_ao.testing.facebook_dit import DiT, randomize_
@@ -57,15 +57,13 @@ def diffusers(depth: int, *, fused: bool = True, bias: bool = True) -> nn.Module
 
 MODELS = {
     "facebook": lambda: facebook(1),
-    "facebook unfused": lambda: facebook(1, fused=False),
-    "facebook without bias": lambda: facebook(1, bias=False),
-    "facebook unfused without bias": lambda: facebook(1, fused=False, bias=False),
-    "facebook 4 blocks": lambda: facebook(4),
+    "facebook, unfused, no bias": lambda: facebook(1, fused=False, bias=False),
+    "facebook, unfused, 4 blocks": lambda: facebook(4, fused=False),
     "diffusers": lambda: diffusers(1),
-    "diffusers unfused without bias": lambda: diffusers(1, fused=False, bias=False),
-    "diffusers 4 blocks": lambda: diffusers(4),
+    "diffusers, unfused, no bias": lambda: diffusers(1, fused=False, bias=False),
+    "diffusers, 4 blocks": lambda: diffusers(4),
 }
-WITH_MODULATION_BIAS = [name for name in MODELS if not (name.startswith("facebook") and "without bias" in name)]
+MODULATION_WITHOUT_BIAS = {name for name in MODELS if name.startswith("facebook") and "no bias" in name}
 
 
 def sample(batch: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,7 +190,8 @@ def test_inserted_balancing_is_exact_by_itself(name):
 
 @pytest.mark.parametrize(
     ("name", "form"),
-    [(name, "constant") for name in MODELS] + [(name, "bias") for name in WITH_MODULATION_BIAS],
+    [(name, "constant") for name in MODELS]
+    + [(name, "bias") for name in MODELS if name not in MODULATION_WITHOUT_BIAS],
 )
 def test_fold_preserves_the_function(name, form):
     model, sites = exported(name)
@@ -246,31 +245,32 @@ def captured(model: GraphModule, names, inputs: tuple[Tensor, ...] | None = None
     return seen
 
 
-def test_forgetting_the_bias_of_one_plus_scale_would_be_caught(monkeypatch):
-    monkeypatch.setattr(fold, "shift_bias", lambda *args: None)
-    model, sites = exported("facebook")
-    fold_all(model, sites, random_b(sites, limit=2), "bias")
+def test_forgetting_the_bias_of_one_plus_scale_would_be_caught():
+    (constant, sites), (naive, _) = exported("facebook"), exported("facebook")
+    b = random_b(sites, limit=2)
+    fold_all(constant, sites, b, "constant")
+    fold_all(naive, sites, b, "bias")
+    naive.load_state_dict(constant.state_dict(), strict=False)  # bias / b, in a graph that still adds 1
     with torch.no_grad():
-        assert relative_error(model(*sample(2)), original_output("facebook", sample(2))) > 1e-2
+        assert relative_error(naive(*sample(2)), original_output("facebook", sample(2))) > 1e-2
 
 
 @pytest.mark.parametrize("name", ["facebook", "diffusers"])
 def test_in_float32_the_fold_costs_no_precision(name):
     """Aggregated over draws: twice the error of the float32 model is allowed."""
     wide_model, sites = _exported(name)
+    narrow = copy.deepcopy(model_of(name)).float()
+    unfolded = export_transformer(narrow, sample(2, dtype=torch.float32))
     folded_error, own_error = [], []
-    for seed in range(6):
-        inputs = sample(4, seed=seed)
-        narrow = copy.deepcopy(model_of(name)).float()
-        model = export_transformer(narrow, sample(2, dtype=torch.float32))
-        narrow_inputs = (inputs[0].float(), *inputs[1:])
+    for seed in range(8):
+        latents, *rest = sample(4, seed=seed)
+        folded = fold_all(copy.deepcopy(unfolded), foldable(sites), random_b(foldable(sites), seed=seed), "constant")
         with torch.no_grad():
-            expected, own = wide_model(*inputs), model(*narrow_inputs)
-            fold_all(model, foldable(find_sites(model)), random_b(foldable(sites), seed=seed), "constant")
-            folded = model(*narrow_inputs)
-        assert folded.dtype == torch.float32
+            expected = wide_model(latents, *rest)
+            own, after = unfolded(latents.float(), *rest), folded(latents.float(), *rest)
+        assert after.dtype == torch.float32
         own_error.append(float((own - expected).square().mean()))
-        folded_error.append(float((folded - expected).square().mean()))
+        folded_error.append(float((after - expected).square().mean()))
     assert np.sqrt(np.mean(folded_error)) <= 2 * np.sqrt(np.mean(own_error))
 
 
@@ -311,7 +311,7 @@ def operations(model: GraphModule) -> Counter:
 
 
 @pytest.mark.parametrize("form", FOLD_FORMS)
-@pytest.mark.parametrize("name", ["facebook 4 blocks", "diffusers 4 blocks"])
+@pytest.mark.parametrize("name", ["facebook, unfused, 4 blocks", "diffusers, 4 blocks"])
 def test_the_folded_graph_has_the_operations_it_had(name, form):
     model, sites = exported(name)
     before, nodes = operations(model), len(model.graph.nodes)
@@ -327,7 +327,7 @@ def test_the_folded_graph_has_the_operations_it_had(name, form):
 
 @pytest.mark.parametrize("form", FOLD_FORMS)
 def test_neighbours_are_untouched(form):
-    model, sites = exported("facebook 4 blocks")
+    model, sites = exported("facebook, unfused, 4 blocks")
     site = next(site for site in sites if site.name == "blocks.2.mlp.fc1")
     before = dict(model.named_parameters()) | dict(model.named_buffers())
     values = {path: value.clone() for path, value in before.items()}
@@ -337,15 +337,17 @@ def test_neighbours_are_untouched(form):
     assert changed == {"blocks.2.mlp.fc1.weight", *adaln}
     assert all(torch.equal(value, values[path]) for path, value in before.items())  # replaced, never written into
     rows = get_attribute(model, "blocks.2.adaLN_modulation.1.weight").reshape(6, WIDTH, WIDTH)
-    same = [torch.equal(rows[i], values["blocks.2.adaLN_modulation.1.weight"].reshape(6, WIDTH, WIDTH)[i]) for i in range(6)]
+    same = [
+        torch.equal(rows[i], values["blocks.2.adaLN_modulation.1.weight"].reshape(6, WIDTH, WIDTH)[i]) for i in range(6)
+    ]
     assert same == [True, True, True, False, False, True]
 
 
-def test_a_fold_by_one_changes_no_number():
+@pytest.mark.parametrize("form", FOLD_FORMS)
+def test_a_fold_by_one_changes_no_number(form):
     model, sites = exported("facebook")
     before = {path: value.clone() for path, value in model.named_parameters()}
-    for form in FOLD_FORMS:
-        fold_all(model, sites, {site.name: torch.ones(site.num_variables).double() for site in sites}, form)
+    fold_all(model, sites, {site.name: torch.ones(site.num_variables).double() for site in sites}, form)
     assert all(torch.equal(get_attribute(model, path), value) for path, value in before.items())
 
 
@@ -416,23 +418,31 @@ class Modulation(nn.Module):
         return self.out(self.norm(x) * (1 + self.scale(c)).unsqueeze(1))
 
 
+@cache
+def modulation(dtype: torch.dtype) -> tuple[nn.Module, GraphModule]:
+    """In float64, and as a graph in ``dtype``."""
+    net = randomize_(Modulation().double(), seed=0).eval()
+    inputs = torch.zeros(2, 4, 64, dtype=dtype), torch.zeros(2, 64, dtype=dtype)
+    return net, export_transformer(copy.deepcopy(net).to(dtype), inputs)
+
+
 def one_plus_scale_error(dtype: torch.dtype, limit: float, form: str | None) -> float:
-    """Largest relative error of ``1 + scale`` times b, over several draws of b."""
-    net = randomize_(Modulation(), seed=0)
-    generator = torch.Generator().manual_seed(0)
-    x, c = torch.randn(2, 4, 64, generator=generator).to(dtype), torch.randn(2, 64, generator=generator).to(dtype)
-    narrow = net.to(dtype).eval()
-    expected = 1 + nn.functional.linear(c.double(), narrow.scale.weight.double(), narrow.scale.bias.double())
+    """Largest relative error of ``1 + scale``, times b, over several draws of b; no ``form`` does not fold."""
+    net, graph = modulation(dtype)
+    (site,) = foldable(find_sites(graph))
+    (add,) = [scalar.node for scalar in site.scalars]
     errors = []
-    for seed in range(5):
-        model = export_transformer(narrow, (x, c))
-        (site,) = foldable(find_sites(model))
+    for seed in range(8):
+        model = copy.deepcopy(graph)
         b = random_b([site], limit, seed)
-        (add,) = [scalar.node for scalar in site.scalars]
         if form is not None:
             fold_all(model, [site], b, form)
-        actual = captured(model, {add}, (x, c))[add].double() * (1 if form is None else b[site.name])
-        keep = expected.abs() > 0.5  # relative errors of a sum that cancels say nothing about the fold
+        c = torch.randn(8, 64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        expected = 1 + net.scale(c.double())
+        actual = captured(model, {add}, (torch.zeros(8, 4, 64, dtype=dtype), c))[add].double()
+        if form is not None:
+            actual = actual * b[site.name]
+        keep = expected.abs() > 0.5  # a sum that cancels by itself says nothing about the fold
         errors.append(float(((actual - expected).abs() / expected.abs())[keep].max()))
     return max(errors)
 
@@ -440,7 +450,7 @@ def one_plus_scale_error(dtype: torch.dtype, limit: float, form: str | None) -> 
 def test_in_bfloat16_the_constant_form_keeps_the_digits_that_the_bias_form_loses():
     unfolded = one_plus_scale_error(torch.bfloat16, 1.0, None)
     constant, bias = (one_plus_scale_error(torch.bfloat16, 100.0, form) for form in FOLD_FORMS)
-    assert constant <= 2 * unfolded
+    assert constant <= 2.5 * unfolded
     assert bias >= 10 * constant
 
 
@@ -461,7 +471,7 @@ def test_a_refused_site_is_not_folded():
 
 
 def test_the_bias_form_needs_a_bias():
-    model, sites = exported("facebook without bias")
+    model, sites = exported("facebook, unfused, no bias")
     b = random_b(sites)
     with pytest.raises(
         BalanceError,
@@ -470,15 +480,23 @@ def test_the_bias_form_needs_a_bias():
         fold_all(model, sites, b, "bias")
 
 
+def test_the_bias_form_does_not_follow_the_constant_form():
+    model, sites = exported("facebook")
+    b = random_b(sites)
+    fold_all(model, sites, b, "constant")
+    with pytest.raises(BalanceError, match="use fold_form 'constant'"):
+        fold_all(model, sites, b, "bias")
+
+
 def test_a_bias_form_that_is_refused_leaves_the_model_as_it_was():
-    model, sites = exported("facebook without bias")
+    model, sites = exported("facebook, unfused, no bias")
     b = random_b(sites)
     insert_balance(model, sites[0], b[sites[0].name])
     with pytest.raises(BalanceError, match="no bias"):
         fold_balance(model, sites[0], b[sites[0].name], "bias")
     fold_balance(model, sites[0], b[sites[0].name], "constant")
     model.recompile()
-    assert_same_function(model, "facebook without bias")
+    assert_same_function(model, "facebook, unfused, no bias")
 
 
 # Modulation in other forms
@@ -515,7 +533,9 @@ def halves(f):
 BODIES = {
     "one minus": lambda m, x, c, d: m.out(modulate(m, x, 1 + m.scale(-c), m.other(d))),
     "scale minus a number": lambda m, x, c, d: m.out(modulate(m, x, m.scale(c) - 1, m.other(d))),
-    "a number of its own weight": lambda m, x, c, d: m.out(modulate(m, x, torch.add(m.scale(c), 1, alpha=3), m.other(d))),
+    "a number of its own weight": lambda m, x, c, d: m.out(
+        modulate(m, x, torch.add(m.scale(c), 1, alpha=3), m.other(d))
+    ),
     "another number": lambda m, x, c, d: m.out(modulate(m, x, m.scale(c) + 0.25, m.other(d))),
     "two numbers": lambda m, x, c, d: m.out(modulate(m, x, m.scale(c) + 1 + 2, m.other(d))),
     "one modulation layer called twice": lambda m, x, c, d: m.out(
@@ -524,7 +544,7 @@ BODIES = {
     "one layer for scale and shift": lambda m, x, c, d: m.out(modulate(m, x, 1 + m.scale(c), m.scale(d))),
     "one scale read twice": lambda m, x, c, d: m.out(modulate(m, x, 1 + (s := m.scale(c)), s + m.other(d))),
     "a cast": halves(lambda h: h.to(torch.float64).clone()),
-    "a real cast": halves(lambda h: h.to(torch.float32).to(torch.float64)),
+    "through float32": halves(lambda h: h.to(torch.float32).to(torch.float64)),
     "a cast to another's type": halves(lambda h: h.type_as(h.detach())),
     "a view over the batch": halves(lambda h: h.view(-1, WIDTH).view(-1, 2 * WIDTH)),
     "a permutation": halves(lambda h: h.unflatten(1, (2, WIDTH)).transpose(1, 2).flatten(1)),
@@ -532,26 +552,31 @@ BODIES = {
 }
 
 
-@pytest.mark.parametrize("form", FOLD_FORMS)
-@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
-def test_any_modulation_is_folded_exactly_or_refused(body, form):
-    """The bias form may decline what it cannot follow, by an error that names the way out."""
-    net = randomize_(Any(body).double(), seed=3).eval()
+@cache
+def exported_body(name: str) -> tuple[nn.Module, tuple[Tensor, ...], GraphModule]:
+    net = randomize_(Any(BODIES[name]).double(), seed=3).eval()
     generator = torch.Generator().manual_seed(4)
-    inputs = [torch.randn(3, *shape, generator=generator).double() for shape in ((TOKENS, WIDTH), (WIDTH,), (WIDTH,))]
-    # Powers of two, so that a cast to float32 on the way rounds alike before and after.
-    model = export_transformer(net, inputs)
+    inputs = tuple(
+        torch.randn(3, *shape, generator=generator).double() for shape in ((TOKENS, WIDTH), (WIDTH,), (WIDTH,))
+    )
+    return net, inputs, export_transformer(net, inputs)
+
+
+@pytest.mark.parametrize("form", FOLD_FORMS)
+@pytest.mark.parametrize("name", BODIES)
+def test_any_modulation_is_folded_exactly_or_refused(name, form):
+    """The bias form may decline what it cannot follow, by an error that names the way out."""
+    net, inputs, graph = exported_body(name)
+    model = copy.deepcopy(graph)
     sites = foldable(find_sites(model))
     assert sites
-    b = {name: value.log2().round().exp2() for name, value in random_b(sites).items()}
-    expected = net(*inputs)
     try:
-        fold_all(model, sites, b, form)
+        fold_all(model, sites, random_b(sites, limit=100), form)
     except BalanceError as error:
         assert form == "bias"
         assert "use fold_form 'constant'" in str(error)
         return
-    assert relative_error(model(*inputs), expected) <= 1e-12
+    assert relative_error(model(*inputs), net(*inputs)) <= (1e-4 if name == "through float32" else 1e-12)
 
 
 # Names of the constants

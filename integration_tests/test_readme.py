@@ -1,0 +1,65 @@
+"""The README's code runs as written, and its commands exist."""
+
+from __future__ import annotations
+
+import configparser
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from ptq4dit_ao.cli.main import build_parser
+from ptq4dit_ao.recipe import load_recipe, shipped_recipes
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_python_snippets_run_in_order(tiny_dit, tiny_samples, tmp_path, monkeypatch):
+    snippets = blocks("python")
+    assert len(snippets) == 3
+    monkeypatch.chdir(tmp_path)
+    scope = {"model": tiny_dit, "samples": tiny_samples}
+    snippets[0] = snippets[0].replace('"x86_inductor"', '"fbgemm"')  # the same call without a compiler
+    with torch.no_grad():
+        for snippet in snippets:
+            exec(compile(snippet, "README.md", "exec"), scope)
+        expected = tiny_dit(*tiny_samples[-1], return_dict=False)[0]
+    assert scope["fast"].proof.integer_gemms == scope["fast"].proof.promised > 0
+    assert scope["noise"].shape == expected.shape
+    assert torch.allclose(scope["balanced"](*tiny_samples[-1]), expected, atol=1e-4)
+    assert scope["denoiser"].proof.integer_gemms > 0
+
+
+def test_the_snippet_is_ten_lines_or_so():
+    assert len([line for line in blocks("python")[0].splitlines() if line.strip()]) <= 10
+
+
+def test_the_shown_recipe_is_valid(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text(blocks("yaml")[0])
+    assert load_recipe(path).weights.bits == 4
+
+
+@pytest.mark.parametrize("command", re.findall(r"^\$ ptq4dit-ao ([^#\n]+)", README, flags=re.MULTILINE))
+def test_the_commands_parse(command):
+    args = build_parser().parse_args(command.split())
+    if args.command == "quantize" and not args.recipe.endswith(".yaml"):
+        assert args.recipe in shipped_recipes()
+
+
+def test_the_environments_exist():
+    tox = configparser.ConfigParser()
+    tox.read(ROOT / "tox.ini")
+    for name in re.findall(r"tox run -e (\w+)", README):
+        assert f"testenv:{name}" in tox
+
+
+def test_the_links_lead_somewhere():
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link

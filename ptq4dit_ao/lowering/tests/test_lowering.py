@@ -1,0 +1,286 @@
+"""One set of tests for every backend: it computes what the graph says, and its proof tells the truth."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from ptq4dit_ao.errors import LoweringError
+from ptq4dit_ao.graph import export_transformer
+from ptq4dit_ao.graph.names import LINEAR
+from ptq4dit_ao.lowering import (
+    KernelProof,
+    LoweredModel,
+    QuantizedLinear,
+    available_backends,
+    fbgemm,
+    float_linears,
+    lower,
+    quantized_linears,
+)
+from ptq4dit_ao.quantizer import PTQ4DiTQuantizer
+
+lowering = importlib.import_module("ptq4dit_ao.lowering.lower")  # the name is also that of a function
+
+BACKENDS = ["reference", "fbgemm", pytest.param("x86_inductor", marks=pytest.mark.x86)]
+BITS = {"W8A8": (8, 8), "W4A8": (4, 8), "W6A6": (6, 6)}
+LINEARS = 14
+"""Quantized linears of the tiny DiT: seven a block."""
+
+ONEDNN = "onednn::qlinear_pointwise"
+FBGEMM = "quantized::linear_with_input_q_dq_qweight_dq_output_fp32"
+
+needs_onednn = pytest.mark.skipif(not fbgemm.has_onednn(), reason="this torch has no oneDNN")
+
+
+def sqnr_db(expected: Tensor, actual: Tensor) -> float:
+    noise = (expected.double() - actual.double()).square().sum()
+    return math.inf if noise == 0 else 10 * math.log10(expected.double().square().sum() / noise)
+
+
+def batch_of(rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    return torch.randn(rows, 4, 8, 8, generator=generator), torch.arange(rows) * 70, torch.arange(rows) % 10
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=BITS)
+def converted(request, quantized) -> GraphModule:
+    weight_bits, activation_bits = BITS[request.param]
+    return quantized(weight_bits=weight_bits, activation_bits=activation_bits)
+
+
+@pytest.fixture
+def changed(quantized) -> GraphModule:
+    """A W8A8 graph that a test may change."""
+    return copy.deepcopy(quantized())
+
+
+# -- every backend -------------------------------------------------------------------------------------------------
+
+
+def test_a_backend_computes_what_the_graph_says(backend, converted):
+    lowered = lower(converted, backend)
+    for rows in (4, 1, 7):  # exported at 4
+        expected, actual = converted(*batch_of(rows)), lowered(*batch_of(rows))
+        assert actual.shape == expected.shape and actual.dtype == torch.float32
+        # A value that falls between two steps may be rounded the other way, hence not infinite.
+        assert sqnr_db(expected, actual) > 60
+
+
+def test_the_proof_counts_every_quantized_linear(backend, converted):
+    proof = lower(converted, backend, example_inputs=batch_of(2)).proof
+    assert proof.backend == backend and proof.float_layers == ()
+    assert len(quantized_linears(converted)) == LINEARS
+    assert proof.promised == proof.integer_gemms == (0 if backend == "reference" else LINEARS)
+    text = "no integer kernels" if backend == "reference" else f"{LINEARS}/{LINEARS} quantized linears on integer GEMMs"
+    assert text in str(proof) and str(proof).startswith(f"{backend}: ")
+
+
+def test_lowering_leaves_the_graph_as_it_was(backend, changed):
+    code, tensors = changed.code, {name: tensor.clone() for name, tensor in changed.state_dict().items()}
+    lower(changed, backend)
+    assert changed.code == code
+    assert changed.state_dict().keys() == tensors.keys()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in changed.state_dict().items())
+
+
+def test_a_lowered_model_needs_no_gradient(backend, quantized):
+    x, t, y = batch_of(2)
+    output = lower(quantized(), backend)(x.requires_grad_(), t, y)
+    assert not output.requires_grad and output.grad_fn is None
+
+
+class Odd(nn.Module):
+    """Linears with and without bias on tensors of two and three axes, one of them transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.columns, self.last = nn.Linear(8, 6), nn.Linear(6, 8, bias=False), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = self.columns(nn.functional.gelu(self.rows(x)).transpose(1, 2))  # (N, 6, 6) read across
+        return self.last(nn.functional.gelu(h[:, 0]))
+
+
+def test_odd_shapes(backend, convert):
+    torch.manual_seed(0)
+    samples = [(torch.randn(4, 6, 8), torch.arange(4)) for _ in range(2)]
+    exported = export_transformer(Odd().eval(), samples[0])
+    converted = convert(exported, PTQ4DiTQuantizer(aggregation="none"), samples)
+    lowered = lower(converted, backend)
+    assert lowered.proof.integer_gemms in (0, 3)
+    assert sqnr_db(converted(*samples[0]), lowered(*samples[0])) > 60
+
+
+def test_made_up_example_inputs_need_shapes(backend, changed):
+    for node in changed.graph.nodes:
+        node.meta.clear()
+    with pytest.raises(LoweringError, match=r"does not say what input 'hidden_states' looks like; pass example_inputs"):
+        lower(changed, backend)
+    assert isinstance(lower(changed, backend, example_inputs=batch_of(2)), LoweredModel)
+
+
+# -- the registry ----------------------------------------------------------------------------------------------------
+
+
+def test_backends_are_listed_with_what_they_are():
+    assert list(available_backends()) == ["fbgemm", "reference", "x86_inductor"]
+    assert all(len(summary) > 20 for summary in available_backends().values())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fbgem", "backend 'fbgem' is unknown; there are 'fbgemm', 'reference', 'x86_inductor'; did you mean 'fbgemm'"),
+        ("cuda", r"backend 'cuda' is unknown; there are 'fbgemm', 'reference', 'x86_inductor'$"),
+    ],
+)
+def test_an_unknown_backend(quantized, name, message):
+    with pytest.raises(LoweringError, match=message):
+        lower(quantized(), name)
+
+
+# -- an honest proof -------------------------------------------------------------------------------------------------
+
+
+def register(monkeypatch, build) -> None:
+    honest = lowering.BACKENDS["fbgemm"]
+    monkeypatch.setitem(lowering.BACKENDS, "other", dataclasses.replace(honest, name="other", build=build))
+
+
+def test_a_backend_that_does_nothing_is_caught(quantized, monkeypatch):
+    register(monkeypatch, lambda graph, linears: graph)
+    with pytest.raises(LoweringError, match=r"'other' ran 0 of 14 quantized linears on integer kernels; pass allow_"):
+        lower(quantized(), "other")
+    proof = lower(quantized(), "other", allow_float_fallback=True).proof
+    assert (proof.integer_gemms, proof.promised, proof.kernels) == (0, LINEARS, {})
+    assert str(proof) == "other: 0/14 quantized linears on integer GEMMs (no integer kernels)"
+
+
+def test_a_backend_that_forgets_one_linear_is_caught(quantized, monkeypatch):
+    register(monkeypatch, lambda graph, linears: fbgemm.build(graph, linears[:-1]))
+    with pytest.raises(LoweringError, match="ran 13 of 14 quantized linears on integer kernels"):
+        lower(quantized(), "other")
+
+
+def test_what_is_counted_is_what_runs(quantized, monkeypatch):
+    monkeypatch.setattr(lowering, "count_integer_gemms", lambda run, inputs: {ONEDNN: 13})
+    with pytest.raises(LoweringError, match="ran 13 of 14"):
+        lower(quantized(), "fbgemm")
+
+
+def asymmetric(graph: GraphModule) -> str:
+    """Shift the zero points of one weight; returns its linear's name."""
+    linear = quantized_linears(graph)[3]
+    linear.weight_zero_point.fill_(1)
+    return linear.name
+
+
+def test_asymmetric_weights_are_refused_or_run_in_float(changed):
+    name = asymmetric(changed)
+    message = rf"'fbgemm' cannot carry 1 of 14 quantized linears \({name}: needs symmetric weights\); pass allow_float"
+    with pytest.raises(LoweringError, match=message):
+        lower(changed, "fbgemm")
+    lowered = lower(changed, "fbgemm", allow_float_fallback=True)
+    assert lowered.proof.float_layers == ((name, "needs symmetric weights"),)
+    assert (lowered.proof.integer_gemms, lowered.proof.promised) == (LINEARS - 1, LINEARS)
+    assert sqnr_db(changed(*batch_of(4)), lowered(*batch_of(4))) > 60
+
+
+def test_a_broken_promise_gives_its_reasons():
+    reasons = (("linear_3", "needs symmetric weights"),)
+    proof = KernelProof(backend="fbgemm", promised=2, kernels={ONEDNN: 1}, float_layers=reasons)
+    importlib.import_module("ptq4dit_ao.lowering.proof").check_proof(proof, allow_float_fallback=True)
+    with pytest.raises(LoweringError, match=r"ran 1 of 2 .* kernels \(linear_3: needs symmetric weights\)"):
+        importlib.import_module("ptq4dit_ao.lowering.proof").check_proof(proof, allow_float_fallback=False)
+
+
+# -- fbgemm ----------------------------------------------------------------------------------------------------------
+
+
+@needs_onednn
+def test_onednn_is_used_where_torch_has_it(quantized):
+    lowered = lower(quantized(), "fbgemm")
+    assert lowered.proof.kernels == {ONEDNN: LINEARS}
+    # q, k and v read one tensor, which is quantized once.
+    assert sum(isinstance(module, fbgemm.Quantize) for module in lowered.modules()) == LINEARS - 2 * 2
+
+
+def test_without_onednn_the_kernels_are_fbgemms(quantized, monkeypatch):
+    monkeypatch.setattr(fbgemm, "has_onednn", lambda: False)
+    for bits in (8, 4):
+        converted = quantized(weight_bits=bits, activation_bits=8)
+        lowered = lower(converted, "fbgemm")
+        assert lowered.proof.kernels == {FBGEMM: LINEARS}
+        assert sqnr_db(converted(*batch_of(7)), lowered(*batch_of(7))) > 50
+    with pytest.raises(LoweringError, match=r"FBGEMM quantizes to the full 8 bits, got \(0, 63\)"):
+        lower(quantized(weight_bits=6, activation_bits=6), "fbgemm")
+
+
+def test_packed_weights_replace_the_unpacked_ones(quantized):
+    converted = quantized()
+    lowered = lower(converted, "fbgemm")
+    kept = {name for name, tensor in lowered.run.named_buffers() if tensor.dtype == torch.int8 and tensor.ndim == 2}
+    assert not kept & {name for name, _ in converted.named_buffers()}
+    assert not [node for node in lowered.run.graph.nodes if "dequantize" in str(node.target)]
+
+
+def test_sixteen_bit_models_are_refused(convert):
+    torch.manual_seed(0)
+    samples = [(torch.randn(4, 6, 8, dtype=torch.bfloat16), torch.arange(4)) for _ in range(2)]
+    exported = export_transformer(Odd().eval().bfloat16(), samples[0])
+    converted = convert(exported, PTQ4DiTQuantizer(aggregation="none"), samples)
+    with pytest.raises(LoweringError, match=r"cannot carry 3 of 3 .*needs a float32 model, got torch.bfloat16"):
+        lower(converted, "fbgemm")
+    assert lower(converted, "reference")(*samples[0]).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"x_dtype": torch.int8}, "needs uint8 activations and int8 weights, got torch.int8 and torch.int8"),
+        ({"weight": torch.zeros(2, 2, dtype=torch.uint8)}, "got torch.uint8 and torch.uint8"),
+        ({"weight_zero_point": torch.tensor([0, 1])}, "needs symmetric weights"),
+    ],
+)
+def test_what_fbgemm_cannot_carry(quantized, changes, reason):
+    linear = quantized_linears(quantized())[0]
+    assert fbgemm.refuse(linear) is None
+    assert reason in (fbgemm.refuse(dataclasses.replace(linear, **changes)) or "")
+
+
+# -- matching ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_linear_is_quantized_or_float(quantized):
+    converted = quantized()
+    integer, rest = quantized_linears(converted), float_linears(converted)
+    linears = [node for node in converted.graph.nodes if node.target is LINEAR]
+    assert [node for node in linears if node in rest] == rest and len(rest) == len(linears) - LINEARS > 0
+    assert [linear.node for linear in integer] == [node for node in linears if node not in rest]
+
+
+def test_a_match_holds_what_the_graph_holds(quantized):
+    converted = quantized(weight_bits=4, activation_bits=8)
+    for linear in quantized_linears(converted):
+        assert isinstance(linear, QuantizedLinear)
+        dequantize, dequantize_weight, bias = linear.node.args
+        assert dequantize.args[0] is linear.quantize and linear.quantize.args[0] is linear.x
+        assert linear.quantize.args[1:] == (
+            linear.x_scale, linear.x_zero_point, *linear.x_range, linear.x_dtype,
+        )  # fmt: skip
+        assert torch.equal(linear.weight, getattr(converted, dequantize_weight.args[0].target))
+        assert linear.weight_range == (-8, 7) and linear.weight.shape[0] == len(linear.weight_scale) == len(linear.bias)
+        assert linear.dtype == torch.float32 and bias.op == "get_attr"
