@@ -3,11 +3,12 @@
 from ptq4dit_ao.artifact.graph_json import graph_from_json, graph_tensors, graph_to_json
 from ptq4dit_ao.artifact.int4 import pack_int4, unpack_int4
 from ptq4dit_ao.artifact.manifest import ArtifactSize
-from ptq4dit_ao.artifact.store import StoredModel, read_artifact, write_artifact
+from ptq4dit_ao.artifact.store import StoredModel, check_target, read_artifact, write_artifact
 
 __all__ = [
     "ArtifactSize",
     "StoredModel",
+    "check_target",
     "graph_from_json",
     "graph_tensors",
     "graph_to_json",

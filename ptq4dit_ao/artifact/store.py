@@ -95,6 +95,15 @@ def read_artifact(directory: str | Path, device: str | torch.device = "cpu") -> 
         raise ArtifactError(f"cannot read {folder} ({error}); check that you may read its files") from error
 
 
+def check_target(directory: str | Path) -> None:
+    """Ask before a long computation whether its result may go to ``directory``.
+
+    Raises:
+        ArtifactError: the folder holds something else than a saved model.
+    """
+    _check_replaceable(Path(directory).resolve())
+
+
 def _write_files(
     folder: Path,
     graph: bytes,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -107,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ptq4dit_ao.cli import commands  # heavy: not for --help
 
         getattr(commands, args.command)(args, console)
-    except PTQ4DiTError as error:
+    except (PTQ4DiTError, OSError) as error:  # a path that cannot be read or written is the user's to mend
         errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         return 1
     except KeyboardInterrupt:
@@ -119,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def quiet_imports() -> None:
     """Silence other packages' warnings: none is about what the user asked for."""
     warnings.filterwarnings("ignore")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # it sets its logger's level when it is imported
     for name in ("torch", "torchao", "torch.utils._pytree", "diffusers"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -189,8 +189,12 @@ class Propagation:
         rule = self._rules.get(node.target)
         if rule is not None:
             rule(self, node)
-            return
-        why = f"{_op_name(node)} does not commute with a scale per channel"
+        else:
+            self.refuse(node)
+
+    def refuse(self, node: Node) -> None:
+        """No rule: everything around the node keeps its scale."""
+        why = f"{op_name(node)} does not commute with a scale per channel"
         for slot in [node, *node.all_input_nodes]:
             self.pin(slot, node, why)
             self.pin(Columns(self.index.slot[slot.name]), node, why)
@@ -210,12 +214,14 @@ class Propagation:
         single = [axis for axis, size in enumerate(value.shape) if hint(size) == 1]
         ids = self.uniform(ids, {*single, *symbolic_axes(node)})
         assert all(i in (1, s) for i, s in zip(ids.shape, shape_of(node), strict=True)), (node.name, ids.shape)
-        if not value.dtype.is_floating_point:
+        if not value.dtype.is_floating_point and self.variables.is_free(ids):
             self.variables.pin(ids)
+            self.pins.append((node.name, f"a tensor of {value.dtype} cannot be scaled"))
         return np.ascontiguousarray(ids)
 
 
-def _op_name(node: Node) -> str:
+def op_name(node: Node) -> str:
+    """What to call a node's operation in a report."""
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._opname
     return {"placeholder": "a model input", "output": "a model output"}.get(node.op, str(node.target))

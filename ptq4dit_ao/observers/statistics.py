@@ -121,9 +121,13 @@ class SalienceStatistics(Mapping[str, ChannelStatistics]):
             names = dict.fromkeys(key.rpartition("/")[0] for key in tensors)
             tables = {}
             for name in names:
-                minimum = tensors[f"{name}/minimum"]
+                timesteps, minimum, maximum = (
+                    tensors[f"{name}/{part}"] for part in ("timesteps", "minimum", "maximum")
+                )
+                if timesteps.shape != minimum.shape[:1] or minimum.shape != maximum.shape:
+                    raise ValueError(f"the tables of {name!r} differ in shape")
                 tables[name] = ChannelStatistics(minimum.shape[1])
-                tables[name].update(tensors[f"{name}/timesteps"], minimum, tensors[f"{name}/maximum"])
-        except (OSError, SafetensorError, KeyError, IndexError) as error:
+                tables[name].update(timesteps, minimum, maximum)
+        except (OSError, SafetensorError, KeyError, IndexError, ValueError) as error:
             raise CalibrationError(f"{path} holds no salience statistics ({error}); run calibration again") from error
         return cls(tables)

@@ -1,4 +1,4 @@
-"""The paper's form of the adaLN fold: ``c + (W x + bias)`` scaled by 1/b is ``c + (W/b x + (bias + c)/b - c)``.
+"""The paper's form of the adaLN fold: ``c + (W x + bias)`` divided by b is ``c + (W/b x + (bias + c)/b - c)``.
 
 Forgetting the ``(c + ...) - c`` is the classic bug.
 """
@@ -7,41 +7,61 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 from torch.utils._pytree import tree_map
 
 from ptq4dit_ao.errors import BalanceError
 from ptq4dit_ao.graph.names import is_linear, weight_path
+from ptq4dit_ao.graph.propagation import op_name
 from ptq4dit_ao.graph.rules import IGNORED
-from ptq4dit_ao.graph.rules.movement import MOVEMENT
+from ptq4dit_ao.graph.rules.movement import COPIES, MOVEMENT
 from ptq4dit_ao.graph.shapes import hint, shape_of
-from ptq4dit_ao.passes.edit import replace_tensor
 
 
-def shift_bias(model: GraphModule, add: Node, index: int, scale: Tensor) -> None:
-    """Add ``c/b - c`` to the bias behind ``add``, whose linear's rows have been divided by b: exact where b is 1.
+def bias_shift(add: Node, index: int, scale: Tensor) -> tuple[str, Tensor]:
+    """What to add to the bias behind ``add`` once its linear's rows are divided by b: exactly 0 where b is 1.
+
+    For ``k y + c`` with a linear's rearranged output y, that is ``(c/b - c) / k``.
 
     Args:
-        model: its bias is replaced.
-        add: ``c + modulation``, the number c at position ``index``.
+        add: an add or sub, a number at position ``index``.
         scale: b, broadcastable to the add's shape, float64.
 
+    Returns:
+        The bias's attribute path, and (C_out,) float64.
+
     Raises:
-        BalanceError: the other summand is not a rearrangement of one linear's output with a bias, or is read twice.
+        BalanceError: the other operand is not a rearrangement of one linear's output with a bias of its own.
     """
     constant, operand = add.args[index], add.args[1 - index]
-    assert isinstance(constant, (int, float)) and isinstance(operand, Node)
+    if not isinstance(constant, (int, float)):
+        raise BalanceError(f"{add.name}: its number is a tensor already; use fold_form 'constant'")
+    assert isinstance(operand, Node)
     chain = _chain_to_linear(add, operand)
     linear = chain[0]
     bias = linear.args[2] if len(linear.args) > 2 else None
     if not isinstance(bias, Node):
         raise BalanceError(f"{weight_path(linear)} has no bias to fold into; use fold_form 'constant'")
+    readers = [
+        user for node in add.graph.nodes if node.op == "get_attr" and node.target == bias.target for user in node.users
+    ]
+    if readers != [linear]:
+        raise BalanceError(f"{bias.target} is used {len(readers)} times; use fold_form 'constant'")
+    number, weight = _terms(add, index)
     size = shape_of(linear)
-    channels = torch.arange(size[-1]).expand(size)
-    rows = _replay(chain[1:], linear, channels)
+    rows = _replay(chain[1:], linear, torch.arange(size[-1]).expand(size).contiguous())
     shift = torch.zeros(size[-1], dtype=torch.float64)
-    shift[rows.reshape(-1)] = (constant / scale - constant).expand(rows.shape).reshape(-1)
-    replace_tensor(model, (str(bias.target),), lambda p: p + shift)
+    shift[rows.reshape(-1)] = ((number / scale - number) / weight).expand(rows.shape).reshape(-1)
+    return str(bias.target), shift
+
+
+def _terms(add: Node, index: int) -> tuple[float, float]:
+    """``(c, k)`` of ``k y + c``, for ``a + alpha b`` and ``a - alpha b``."""
+    alpha = add.args[2] if len(add.args) > 2 else add.kwargs.get("alpha", 1)
+    constant = add.args[index]
+    assert isinstance(alpha, (int, float)) and isinstance(constant, (int, float))
+    second = alpha if "add" in op_name(add) else -alpha
+    return (constant * second, 1.0) if index == 1 else (constant, second)
 
 
 def _chain_to_linear(add: Node, operand: Node) -> list[Node]:
@@ -72,6 +92,9 @@ def _replay(chain: list[Node], source: Node, value: Tensor) -> Tensor:
     """Run movement ops on ``value`` in place of ``source``, symbolic sizes by their hints."""
     values: dict[Node, object] = {source: value}
     for node in chain:
+        if node.target in COPIES:  # indices would not survive a cast
+            values[node] = values[node.args[0]]  # type: ignore[index]
+            continue
         args = tree_map(lambda a: values[a] if a in values else hint(a) if isinstance(a, Node) else a, node.args)
         values[node] = node.target(*args)  # type: ignore[operator]
     result = values[chain[-1]] if chain else value

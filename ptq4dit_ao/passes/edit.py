@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -30,7 +31,7 @@ def replace_tensor(model: GraphModule, paths: Sequence[str], change: Callable[[T
 def add_constant(model: GraphModule, name: str, value: Tensor, *, like: Node) -> Node:
     """A buffer of the dtype and device of node ``like``, read at the graph's insertion point."""
     example = like.meta["val"]
-    path = f"_ptq4dit_{name}_{sum(1 for key in model._buffers if key.startswith('_ptq4dit_'))}"
+    path = next(path for i in itertools.count() if not hasattr(model, path := f"_ptq4dit_{name}_{i}"))
     tensor = value.to(example.device, example.dtype)
     model.register_buffer(path, tensor)
     node = model.graph.get_attr(path)

@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 
 from ptq4dit_ao.errors import BalanceError
 from ptq4dit_ao.graph import ScalarEdit, Site
-from ptq4dit_ao.passes.bias_form import shift_bias
+from ptq4dit_ao.passes.bias_form import bias_shift
 from ptq4dit_ao.passes.edit import add_constant, replace_tensor, scale_of
 from ptq4dit_ao.passes.insert import MARK
 
@@ -42,12 +42,15 @@ def fold_balance(model: GraphModule, site: Site, b: Tensor, form: FoldForm = "co
     if site.refusal is not None:
         raise BalanceError(f"{site.name} cannot be folded: {site.refusal}")
     nodes = {node.name: node for node in model.graph.nodes}
+    shifts = []
+    if form == "bias":  # looked up first: a refusal leaves the model as it was
+        shifts = [bias_shift(nodes[s.node], s.index, scale_of(b, s.variables)) for s in site.scalars]
     for edit in site.parameters:
         replace_tensor(model, edit.paths, partial(torch.mul, 1 / scale_of(b, edit.variables)))
-    for scalar in site.scalars:
-        if form == "bias":
-            shift_bias(model, nodes[scalar.node], scalar.index, scale_of(b, scalar.variables))
-        else:
+    for path, shift in shifts:
+        replace_tensor(model, (path,), partial(torch.add, shift))
+    if form == "constant":
+        for scalar in site.scalars:
             _divide_scalar(model, nodes[scalar.node], scalar, b)
     _remove_balance(model, site)
 
@@ -60,7 +63,11 @@ def _divide_scalar(model: GraphModule, node: Node, scalar: ScalarEdit, b: Tensor
     assert isinstance(value, (int, float))
     with model.graph.inserting_before(node):
         node.update_arg(scalar.index, add_constant(model, "constant", value / scale, like=node))
-    node.target = _TENSOR_OVERLOAD.get(node.target, node.target)
+    if node.target in _TENSOR_OVERLOAD:
+        node.target = _TENSOR_OVERLOAD[node.target]
+        if len(node.args) > 2:  # positional in the scalar overload only
+            node.kwargs = {**node.kwargs, "alpha": node.args[2]}
+            node.args = node.args[:2]
 
 
 _TENSOR_OVERLOAD: dict[object, torch._ops.OpOverload] = {

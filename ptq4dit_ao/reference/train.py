@@ -152,7 +152,8 @@ def main() -> None:
     print(f"classifier: held-out accuracy {accuracy:.4f}", flush=True)
     model = train_dit(
         images, labels, classifier,
-        seed=args.seed, steps=args.steps, stop=args.stop, batch=args.batch, checkpoint=args.output / "digits_dit.safetensors",
+        seed=args.seed, steps=args.steps, stop=args.stop, batch=args.batch,
+        checkpoint=args.output / "digits_dit.safetensors",
     )  # fmt: skip
     print(f"DiT: sample accuracy {sample_accuracy(model, classifier, per_class=100, seed=1):.4f}")
 

@@ -57,12 +57,18 @@ def load_model(spec: str) -> LoadedModel:
 
 def _from_folder(path: Path) -> LoadedModel:
     diffusers = require("diffusers", extra="diffusers")
+    options: dict[str, Any] = {"local_files_only": True}
     if (path / "model_index.json").is_file():
-        return _wrap(path.name, diffusers.DiTPipeline.from_pretrained(path, local_files_only=True))
-    if (path / "config.json").is_file():
-        load = diffusers.DiTTransformer2DModel.from_pretrained
-        return _wrap(path.name, load(path, local_files_only=True, use_safetensors=True))
-    raise ArgumentError(f"folder {path} has neither model_index.json nor config.json; it is no diffusers model")
+        kind = diffusers.DiTPipeline
+    elif (path / "config.json").is_file():
+        kind, options = diffusers.DiTTransformer2DModel, {**options, "use_safetensors": True}
+    else:
+        raise ArgumentError(f"folder {path} has neither model_index.json nor config.json; it is no diffusers model")
+    try:
+        model = kind.from_pretrained(path, **options)
+    except (OSError, KeyError, RuntimeError, ValueError) as error:  # what diffusers raises for files it cannot use
+        raise ArgumentError(f"folder {path} cannot be loaded as a {kind.__name__}: {error}") from error
+    return _wrap(path.name, model)
 
 
 def _call(module: str, function: str) -> object:

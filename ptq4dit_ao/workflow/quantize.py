@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ptq4dit_ao.artifact import check_target
 from ptq4dit_ao.calibration import CalibrationSamples, as_denoiser, collect_from_pipeline, sample
 from ptq4dit_ao.calibration.sampling import Denoiser
 from ptq4dit_ao.evaluation import layer_sqnr, paired_error
@@ -44,6 +45,7 @@ def quantize(
     Raises:
         PTQ4DiTError: see :func:`~ptq4dit_ao.apply_recipe` and :func:`~ptq4dit_ao.save_quantized`.
     """
+    check_target(output)
     clock = Stopwatch()
     samples = _samples(model, recipe, on_progress)
     clock.lap("collect samples")

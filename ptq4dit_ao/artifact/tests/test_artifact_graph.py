@@ -96,10 +96,20 @@ def test_tied_tensors_stay_one(small: GraphModule) -> None:
         linear.args = (linear.args[0], small.graph.get_attr("layer.weight"), linear.args[2])
     small.recompile()
     assert graph_to_json(small)["aliases"] == {"layer.weight": "tied.weight"}
+    assert "layer.weight" not in graph_tensors(small)
     back = reloaded(small)
     assert back.get_parameter("tied.weight") is back.get_parameter("layer.weight")
     args, kwargs = models.small_args()
     assert torch.equal(back(*args, **kwargs)["x"], small(*args, **kwargs)["x"])
+
+
+def test_other_views_of_the_same_memory_are_not_tied(small: GraphModule) -> None:
+    weight = small.get_parameter("tied.weight")
+    small.get_submodule("blocks.a-b").weight = torch.nn.Parameter(weight.T)
+    small.register_buffer("offset", weight.detach()[0])
+    assert graph_to_json(small)["aliases"] == {}
+    args, kwargs = models.small_args()
+    assert torch.equal(reloaded(small)(*args, **kwargs)["x"], small(*args, **kwargs)["x"])
 
 
 def test_constants_that_nothing_reads_are_left_out(small: GraphModule) -> None:
@@ -245,6 +255,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "order": (lambda d: d["nodes"].reverse(), r"refers to node .*, which does not come before it"),
     "no output": (lambda d: d["nodes"].pop(), r"does not end in its only output node"),
     "dead end": (lambda d: d["nodes"].insert(0, {**d["nodes"][-1], "name": "o", "args": [1]}), r"its only output node"),
+    "late": (
+        lambda d: d["nodes"].append({**node(d, "offset"), "name": "late"}),
+        r"does not end in its only output node",
+    ),
     "outputs": (lambda d: d.update(out_spec="*"), r"the graph has 4 outputs where its signature has 1; save"),
     "output none": (lambda d: d["nodes"][-1].update(args=[]), r"output nodes take 1 arguments, found 0"),
     "inputs": (lambda d: d["in_spec"]["tuple"][0]["tuple"].append("*"), r"has 3 argument names where .* has 4"),

@@ -241,7 +241,8 @@ def test_recording_leaves_no_hook_and_no_gradient(pipeline):
     assert not any(tensor.requires_grad for tensor in samples.inputs.values())
 
 
-def test_recorded_samples_run_the_exported_graph(pipeline):
+def test_recorded_samples_run_the_exported_graph():
+    pipeline = diffusers_pipeline()
     samples = collect_from_pipeline(pipeline, LABELS, timesteps=2, steps=STEPS).shuffled(0)
     inputs = next(samples.batches(5))
     exported = export_transformer(pipeline.transformer.requires_grad_(False), inputs)
@@ -327,9 +328,8 @@ def test_clipped_samples_stay_in_range():
     assert sample(far, PIXELS, labels, steps=3).abs().max() > 1
 
 
-def test_a_bare_transformer_is_called_like_a_pipeline(pipeline):
-    transformer = tiny_transformer(num_embeds_ada_norm=10, out_channels=4)
-    bare = SamplingPipeline(transformer, Sampling.of(transformer))
+def test_a_bare_transformer_is_called_like_a_pipeline():
+    bare = bare_pipeline()
     images = [
         bare(class_labels=[1, 2], guidance_scale=2.0, generator=torch.Generator().manual_seed(0), num_inference_steps=2)
         for _ in range(2)

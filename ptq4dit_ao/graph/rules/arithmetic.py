@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from ptq4dit_ao.graph.propagation import Propagation, Scalar
 from ptq4dit_ao.graph.rules.table import aten, rule
-from ptq4dit_ao.graph.shapes import shape_of
+from ptq4dit_ao.graph.shapes import shape_of, tensor_of
 
 
 @rule(aten.neg.default, aten.relu.default)
@@ -28,7 +28,9 @@ def dropout(p: Propagation, node: Node) -> None:
 @rule(aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar, aten.sub.Scalar)
 def add(p: Propagation, node: Node) -> None:
     """``x/b + y/b = (x + y)/b``; a Python number c becomes the tensor c/b, such as the 1 of ``1 + scale``."""
-    p.equate(node, *(arg for arg in node.args[:2] if isinstance(arg, Node)))
+    p.equate(node, *_tensors(node))
+    if any(isinstance(arg, Node) and tensor_of(arg) is None for arg in node.args[:2]):
+        p.pin(node, node, "a number known only at run time cannot be scaled")
     ids = p.value(node)
     for index, arg in enumerate(node.args[:2]):
         if ids is not None and isinstance(arg, (int, float)) and arg != 0:
@@ -38,22 +40,22 @@ def add(p: Propagation, node: Node) -> None:
 @rule(aten.mul.Tensor, aten.mul.Scalar)
 def mul(p: Propagation, node: Node) -> None:
     """``(x/b) y = (x y)/b``: one factor carries the scale and the other must not."""
-    factors = [(i, arg) for i, arg in enumerate(node.args[:2]) if isinstance(arg, Node)]
-    if len(factors) == 1 or factors[0][1] is factors[1][1]:
-        _only_factor(p, node, [arg for _, arg in factors])
+    factors = _tensors(node)
+    if len(factors) == 1 or factors[0] is factors[1]:
+        _only_factor(p, node, factors)
         return
     # A parameter absorbs a scale offline, and a small tensor (modulation) leads to one; try these before the rest.
-    order = sorted(factors, key=lambda f: (f[1].op != "get_attr", math.prod(shape_of(f[1]))))
-    _product(p, node, [i for i, _ in order])
+    order = sorted((0, 1), key=lambda i: (factors[i].op != "get_attr", math.prod(shape_of(factors[i]))))
+    _product(p, node, order)
 
 
 @rule(aten.div.Tensor, aten.div.Scalar)
 def div(p: Propagation, node: Node) -> None:
     """``(x/b) / y = (x/y)/b``; a scaled denominator is refused."""
     numerator, denominator = node.args[:2]
-    if isinstance(denominator, Node):
+    if isinstance(denominator, Node) and tensor_of(denominator) is not None:
         p.pin(denominator, node, "a divisor would need the inverse scale")
-    if isinstance(numerator, Node):
+    if isinstance(numerator, Node) and tensor_of(numerator) is not None:
         p.equate(numerator, node)
     else:
         p.pin(node, node, "a number over a tensor does not commute with a scale")
@@ -64,6 +66,10 @@ def matmul(p: Propagation, node: Node) -> None:
     """``A (V diag(1/b)) = (A V) diag(1/b)``: columns of the right factor, rows of the left; never the inner axis."""
     left, right = node.args[:2]
     assert isinstance(left, Node) and isinstance(right, Node)
+    if min(len(shape_of(left)), len(shape_of(right))) < 2:
+        for slot in (left, right, node):
+            p.pin(slot, node, "products of vectors are not read")
+        return
     out = p.value(node)
     by_rows = out.shape[-1] == 1 and out.shape[-2] > 1 if out is not None else p.live(left)
     carrier, other, uniform = (left, right, -1) if by_rows else (right, left, -2)
@@ -92,6 +98,11 @@ def attention(p: Propagation, node: Node) -> None:
         ids = p.value(source)
         if ids is not None:
             p.merge(target, p.uniform(ids, [ids.ndim - 2]))
+
+
+def _tensors(node: Node) -> list[Node]:
+    """The tensors among the first two arguments; sizes known only at run time are nodes, too."""
+    return [arg for arg in node.args[:2] if isinstance(arg, Node) and tensor_of(arg) is not None]
 
 
 def _only_factor(p: Propagation, node: Node, factors: list[Node]) -> None:

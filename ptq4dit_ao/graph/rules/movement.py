@@ -7,7 +7,7 @@ import operator
 import numpy as np
 from torch.fx import Node
 
-from ptq4dit_ao.graph.propagation import Propagation
+from ptq4dit_ao.graph.propagation import Propagation, op_name
 from ptq4dit_ao.graph.rules.table import RULES, aten, rule
 from ptq4dit_ao.graph.shapes import embed_ids, hint, normalize_axis, part_sizes, reshape_ids, shape_of, take_axis
 from ptq4dit_ao.graph.variables import Ids
@@ -123,7 +123,12 @@ def unbind(p: Propagation, node: Node) -> None:
 @rule(operator.getitem)
 def getitem(p: Propagation, node: Node) -> None:
     """A part of what a splitting op made: that op's rule links it."""
-    p._apply(_source(node))
+    source = _source(node)
+    if source.target in RULES:
+        RULES[source.target](p, source)
+    else:
+        p.refuse(source)
+        p.pin(node, source, f"{op_name(source)} does not commute with a scale per channel")
 
 
 @rule(aten.cat.default)
@@ -204,3 +209,6 @@ def _defaults(given: tuple[object, ...], defaults: tuple) -> list:
 
 MOVEMENT = frozenset(op for op, function in RULES.items() if function.__module__ == __name__) - {aten.cat.default}
 """Ops that rearrange the elements of one tensor."""
+
+COPIES = frozenset(op for op, function in RULES.items() if function is copy)
+"""Those among them that leave every element where it is."""

@@ -1,0 +1,354 @@
+"""The command line: every command runs, every user error is one line and exit code 1, and a bad line is 2."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ptq4dit_ao
+from ptq4dit_ao.cli import commands
+from ptq4dit_ao.cli.main import main
+from ptq4dit_ao.recipe import shipped_recipe_path, shipped_recipes
+from ptq4dit_ao.workflow import load_quantized
+
+COMMANDS = ["quantize", "sample", "inspect", "bench", "recipes"]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+MODELS = """
+from diffusers import DiTTransformer2DModel
+
+from ptq4dit_ao.testing.facebook_dit import randomize_
+
+
+def pixels(channels=1):
+    model = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=channels, out_channels=channels, num_layers=1,
+        sample_size=8, patch_size=2, num_embeds_ada_norm=10,
+    )
+    return randomize_(model, seed=0)
+
+
+def latents():
+    return pixels(channels=4)
+"""
+
+RECIPE = """
+version: 1
+extends: digits_w8a8
+description: A tiny model
+model: models_for_the_command_line:pixels
+calibration: {timesteps: 2, samples: 2, steps: 2}
+evaluation: {timesteps: 2, samples: 2}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was(monkeypatch):
+    """Wide lines, and logging afterwards as it was before."""
+    monkeypatch.setenv("COLUMNS", "300")
+    root = logging.getLogger()
+    handlers, levels = root.handlers[:], {name: log.level for name, log in _loggers().items()}
+    yield
+    root.handlers[:] = handlers
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+def _loggers() -> dict[str, logging.Logger]:
+    names = ["ptq4dit_ao", "torch", "torchao", "torch.utils._pytree", "diffusers"]
+    return {name: logging.getLogger(name) for name in names}
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    """A folder with a recipe, and the models it names importable."""
+    folder = tmp_path_factory.mktemp("workshop")
+    (folder / "models_for_the_command_line.py").write_text(MODELS)
+    (folder / "tiny.yaml").write_text(RECIPE)
+    sys.path.insert(0, str(folder))
+    yield folder
+    sys.path.remove(str(folder))
+
+
+@pytest.fixture(scope="module")
+def quantized(workshop) -> Path:
+    """The tiny model, quantized by the command line."""
+    assert main(["quantize", str(workshop / "tiny.yaml"), "--output", str(workshop / "tiny")]) == 0
+    return workshop / "tiny"
+
+
+@pytest.fixture
+def run(capsys):
+    """``run(*arguments) -> (exit code, stdout, stderr)``."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as leave:
+            code = leave.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+# -- the grammar -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
+def test_help(run, command):
+    code, out, err = run(*command, "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"usage: {' '.join(['ptq4dit-ao', *command])}")
+    if not command:
+        assert all(name in out for name in COMMANDS) and "examples:" in out
+
+
+def test_version(run):
+    assert run("--version") == (0, f"{ptq4dit_ao.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "the following arguments are required: COMMAND"),
+        ("quantise digits_w8a8", "invalid choice: 'quantise'"),
+        ("quantize digits_w8a8", "the following arguments are required: --output"),
+        ("quantize --output x", "the following arguments are required: recipe"),
+        ("sample x --steps 0", "argument --steps: 0 is not a positive number"),
+        ("sample x --steps few", "argument --steps: invalid _positive value: 'few'"),
+        ("bench x --rounds -3", "argument --rounds: -3 is not a positive number"),
+        ("inspect x --fast", "unrecognized arguments: --fast"),
+    ],
+)
+def test_a_wrong_command_line(run, line, message):
+    code, out, err = run(*line.split())
+    assert (code, out) == (2, "") and "usage: ptq4dit-ao" in err
+    assert message in err
+
+
+# -- user errors -----------------------------------------------------------------------------------------------------
+
+
+def assert_fails(result: tuple[int, str, str], message: str) -> None:
+    code, _, err = result
+    lines = err.splitlines()
+    assert code == 1 and len(lines) == 1, err
+    assert lines[0].startswith("error: ") and message in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("quantize digits_w8a9 --output x", "neither a file nor a shipped recipe; did you mean 'digits_w8a8'?"),
+        ("quantize missing.yaml --output x", "'missing.yaml': neither a file nor a shipped recipe"),
+        ("quantize dit_w8a8 --output x", "recipe 'dit_w8a8' names no model; say which with --model"),
+        ("quantize dit_w8a8 --output x --model referense", "model 'referense' is neither 'reference', nor a folder"),
+        ("quantize dit_w8a8 --output x --model no_such:model", "cannot be loaded: No module named 'no_such'"),
+        ("inspect missing", "there is no folder missing"),
+        ("sample missing", "there is no folder missing"),
+        ("bench missing", "there is no folder missing"),
+        ("recipes digits", "no shipped recipe is called 'digits'; did you mean 'digits_w8a8'?"),
+    ],
+)  # fmt: skip
+def test_user_errors(run, line, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert_fails(run(*line.split()), message)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_holds_no_model(run, tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    assert_fails(run("inspect", tmp_path), "has no graph.json")
+    (tmp_path / "config.json").write_text("{")
+    assert_fails(
+        run("quantize", "dit_w8a8", "--model", tmp_path, "--output", tmp_path / "out"), "is not a valid JSON file"
+    )
+
+
+def test_an_altered_model(run, quantized, tmp_path):
+    for path in quantized.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    with (tmp_path / "graph.json").open("r+b") as file:
+        file.write(b"[")
+    assert_fails(run("inspect", tmp_path), "graph.json was altered")
+
+
+@pytest.mark.parametrize("command", ["sample", "inspect", "bench"])
+def test_an_unknown_backend(run, quantized, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    option = "--backends" if command == "bench" else "--backend"
+    assert_fails(run(command, quantized, option, "fbgem"), "backend 'fbgem' is unknown")
+    assert_fails(run(command, quantized, option, "fbgem"), "did you mean 'fbgemm'?")
+
+
+def test_recipe_problems_are_all_listed(run, tmp_path):
+    (tmp_path / "bad.yaml").write_text("version: 1\nweights: {bits: 9}\nlayers: all\n")
+    code, out, err = run("quantize", tmp_path / "bad.yaml", "--output", tmp_path / "out")
+    assert (code, out) == (1, "") and "Traceback" not in err
+    assert "bad.yaml:2" in err and "bad.yaml:3" in err
+
+
+def test_the_output_folder_is_looked_at_before_the_work(run, workshop):
+    code, out, err = run("quantize", workshop / "tiny.yaml", "--output", workshop)
+    assert code == 1 and "calibration samples" not in out
+    assert "exists and is not a saved ptq4dit-ao model" in err and len(err.splitlines()) == 1
+
+
+def test_a_picture_that_cannot_be_written(run, quantized, tmp_path):
+    result = run("sample", quantized, "--steps", 1, "--per-class", 1, "--backend", "reference", "--output", tmp_path)
+    assert_fails(result, "Is a directory")
+
+
+def test_a_model_saved_without_its_way_of_sampling(run, quantized, tmp_path):
+    model = load_quantized(quantized)
+    object.__setattr__(model, "sampling", None)
+    model.save(tmp_path / "bare")
+    assert_fails(run("sample", tmp_path / "bare"), "saved without the way to sample it")
+
+
+def test_latents_are_not_drawn(run, quantized, tmp_path):
+    model = load_quantized(quantized)
+    model.sampling["channels"] = 4
+    model.save(tmp_path / "latent")
+    assert_fails(run("sample", tmp_path / "latent"), "denoises 4-channel latents, which its VAE must decode")
+
+
+def test_a_model_that_does_not_know_its_float_form(run, quantized, tmp_path):
+    model = load_quantized(quantized)
+    object.__setattr__(model, "recipe", model.recipe.model_copy(update={"model": None}))
+    model.save(tmp_path / "orphan")
+    assert_fails(run("bench", tmp_path / "orphan"), "does not know its float model; say which with --model")
+
+
+def test_an_interrupt_is_no_traceback(run, quantized, monkeypatch):
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "inspect", interrupt)
+    code, _, err = run("inspect", quantized)
+    assert code == 1 and err.startswith("interrupted")
+
+
+# -- the commands ----------------------------------------------------------------------------------------------------
+
+
+def test_quantize_leaves_a_model_and_two_reports(quantized):
+    names = {path.name for path in quantized.iterdir()}
+    assert names == {"manifest.json", "graph.json", "weights.safetensors", "report.json", "report.html"}
+    report = json.loads((quantized / "report.json").read_text())
+    assert report["title"] == "A tiny model on models_for_the_command_line:pixels"
+    assert report["evaluation"]["sqnr_db"] > 30 and len(report["evaluation"]["per_timestep"]) == 2
+    assert report["size"]["artifact_bytes"] > 0
+    assert all(layer["sqnr_db"] is None or layer["sqnr_db"] > 25 for layer in report["layers"])
+    assert load_quantized(quantized).sampling["channels"] == 1
+
+
+def test_inspect_shows_layers_sites_and_the_proof(run, quantized):
+    code, out, err = run("inspect", quantized)
+    assert (code, err) == (0, "")
+    assert "A tiny model on models_for_the_command_line:pixels: 0.01 M parameters" in out
+    for name in ("transformer_blocks.0.attn1.{to_q,to_k,to_v}", "transformer_blocks.0.ff.net.2", "proj_out_2"):
+        assert name in out
+    assert "linears: 7 integer, 6 float; sites: 3 folded, 2 not" in out
+    assert "gelu does not commute with a scale per channel" in out
+    assert "fbgemm: 7/7 quantized linears on integer GEMMs" in out and "ready in" in out
+
+
+def test_inspect_without_a_proof(run, quantized):
+    code, out, _ = run("inspect", quantized, "--backend", "none")
+    assert code == 0 and "quantized linears on" not in out and "linears: 7 integer" in out
+
+
+def test_sample_draws_a_grid(run, quantized, tmp_path):
+    pictures = []
+    for seed in (0, 0, 1):
+        path = tmp_path / "samples.png"
+        code, out, err = run(
+            "sample", quantized, "--backend", "fbgemm", "--steps", 2, "--per-class", 1, "--seed", seed, "--output", path
+        )
+        assert (code, err) == (0, "")
+        assert "10 images in" in out and "fbgemm: 7/7 quantized linears" in out
+        pictures.append(path.read_bytes())
+    assert pictures[0].startswith(PNG)
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
+def test_guidance_of_the_command_line_wins(run, quantized, tmp_path, monkeypatch):
+    seen = []
+    draw = commands.draw
+    monkeypatch.setattr(
+        commands, "draw", lambda *args, **kwargs: seen.append(kwargs["guidance"]) or draw(*args, **kwargs)
+    )
+    for options in ((), ("--guidance", "0")):
+        run("sample", quantized, "--steps", 1, "--per-class", 1, "--output", tmp_path / "x.png", *options)
+    assert seen == [1.5, 0.0]
+
+
+def test_bench_compares_with_the_float_model(run, quantized, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    figures = tmp_path / "figures.json"
+    code, out, _ = run("bench", quantized, "--backends", "reference", "fbgemm", "--rounds", 2, "--json", figures)
+    assert code == 0
+    for name in ("float32 eager", "float32 compiled", "reference", "fbgemm"):
+        assert name in out
+    assert "7/7" in out and "1.00x" in out
+    written = json.loads(figures.read_text())
+    assert written["rounds"] == 2 and written["batch"] == 2 and written["threads"] == torch.get_num_threads()
+    assert written["latency"].keys() == {"float32 eager", "float32 compiled", "reference", "fbgemm"}
+    assert all(0 < row["p10_ms"] <= row["median_ms"] <= row["p90_ms"] for row in written["latency"].values())
+
+
+def test_recipes_are_listed_and_printed(run):
+    code, out, err = run("recipes")
+    assert (code, err) == (0, "") and all(name in out for name in shipped_recipes())
+    assert "The shipped digits model, 4-bit weights and 8-bit activations" in out
+    code, out, _ = run("recipes", "paper_w4a8")
+    assert code == 0 and out == shipped_recipe_path("paper_w4a8").read_text()
+    code, out, _ = run("recipes", "--schema")
+    assert code == 0 and json.loads(out)["title"] == "PTQ4DiT recipe"
+
+
+def test_verbosity(run, quantized):
+    assert "on integer GEMMs" not in run("inspect", quantized, "--backend", "fbgemm")[2]
+    assert logging.getLogger("ptq4dit_ao").level == logging.WARNING
+    run("inspect", quantized, "--backend", "none", "-v")
+    assert logging.getLogger("ptq4dit_ao").level == logging.INFO
+    run("inspect", quantized, "--backend", "none", "-vvv")
+    assert logging.getLogger("ptq4dit_ao").level == logging.DEBUG
+
+
+# -- the package -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", ["ptq4dit_ao", "ptq4dit_ao.cli.main"])
+def test_importing_is_quick(module):
+    script = f"import sys, {module}; print(sorted({{'torch', 'diffusers', 'nncf', 'torchao'}} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_python_dash_m():
+    command = [sys.executable, "-m", "ptq4dit_ao", "recipes", "--help"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout.startswith("usage: ptq4dit-ao recipes")
+
+
+@pytest.mark.parametrize("name", ptq4dit_ao.__all__)
+def test_public_names_resolve(name):
+    value = getattr(ptq4dit_ao, name)
+    assert callable(value) and value.__doc__ and name in dir(ptq4dit_ao)
+    assert getattr(importlib.import_module(value.__module__), name) is value
+
+
+def test_other_names_do_not():
+    with pytest.raises(AttributeError, match="module 'ptq4dit_ao' has no attribute 'quantise'"):
+        _ = ptq4dit_ao.quantise
+    assert sorted(ptq4dit_ao.__all__) == ptq4dit_ao.__all__

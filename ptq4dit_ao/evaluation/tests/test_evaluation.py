@@ -1,0 +1,110 @@
+"""Paired errors and latency: against sums written out, and on models whose answers and speeds are known."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import pytest
+import torch
+from torch import Tensor
+
+from ptq4dit_ao.errors import ArgumentError
+from ptq4dit_ao.evaluation import layer_sqnr, measure_latency, paired_error
+from ptq4dit_ao.passes import balance, balance_result
+
+
+def noisy(relative: float):
+    """A model whose error is a fixed part of its answer at even timesteps, ten times that at odd ones."""
+
+    def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return x * (1 + relative * torch.where(t % 2 == 1, 10.0, 1.0)).view(-1, 1)
+
+    return model
+
+
+def batches() -> list[tuple[Tensor, Tensor, Tensor]]:
+    x = torch.ones(6, 3)
+    return [(x[:4], torch.tensor([2, 3, 2, 8]), torch.zeros(4)), (x[4:], torch.tensor([3, 8]), torch.zeros(2))]
+
+
+def test_error_is_pooled_over_batches_and_split_by_timestep():
+    error = paired_error(noisy(0), noisy(0.01), iter(batches()))
+    assert error.rows == 6
+    assert error.per_timestep == pytest.approx({2: 40.0, 3: 20.0, 8: 40.0}, abs=1e-4)
+    assert list(error.per_timestep) == [2, 3, 8]
+    # Pooled energies, not averaged decibels: four rows at 1 % and two at 10 %.
+    assert error.sqnr_db == pytest.approx(10 * math.log10(6 / (4 * 1e-4 + 2 * 1e-2)), abs=1e-4)
+
+
+def test_equal_models_have_no_error():
+    error = paired_error(noisy(0.1), noisy(0.1), batches())
+    assert error.sqnr_db == math.inf and set(error.per_timestep.values()) == {math.inf}
+
+
+def test_the_timestep_may_be_another_input():
+    swapped = [(x, y, t) for x, t, y in batches()]
+    error = paired_error(lambda x, y, t: x, lambda x, y, t: 1.1 * x, swapped, timestep_index=2)
+    assert list(error.per_timestep) == [2, 3, 8] and error.sqnr_db == pytest.approx(20, abs=1e-4)
+
+
+def test_models_of_another_dtype_are_compared_in_full_precision():
+    error = paired_error(noisy(0), lambda *inputs: noisy(0)(*inputs).bfloat16() * 1.5, batches())
+    assert error.sqnr_db == pytest.approx(10 * math.log10(4), abs=1e-6)
+
+
+def test_outputs_of_different_shapes_are_refused():
+    with pytest.raises(ArgumentError, match=r"shapes differ: reference \(\d, 3\), got \(\d, 2\)"):
+        paired_error(noisy(0), lambda x, t, y: x[:, :2], batches())
+
+
+# -- layer by layer --------------------------------------------------------------------------------------------------
+
+
+def test_a_graph_against_itself(tiny_exported, tiny_samples):
+    errors = layer_sqnr(tiny_exported, tiny_exported, tiny_samples[0])
+    assert len(errors) == 22 and set(errors.values()) == {math.inf}
+
+
+def test_layers_are_compared_with_the_balanced_graph(quantized, tiny_exported, tiny_samples):
+    coarse, fine = quantized(weight_bits=4), quantized(weight_bits=8)
+    result = balance_result(fine)
+    balanced = balance(tiny_exported, result.statistics, result.settings, sites=result.sites)
+    by_bits = {bits: layer_sqnr(balanced, model, tiny_samples[0]) for bits, model in ((4, coarse), (8, fine))}
+    for name, db in by_bits[8].items():
+        if "timestep_embedder" in result.layers[name] or result.layers[name] == "proj_out_1":
+            assert db == by_bits[4][name] == math.inf  # float, and nothing before them is quantized
+        else:
+            assert 25 < db < 80 and by_bits[4][name] < db - 3, name
+    # Against the graph before balancing, V is another tensor: it is off by its balancing vector.
+    unbalanced = layer_sqnr(tiny_exported, fine, tiny_samples[0])
+    values = [name for name in by_bits[8] if result.layers[name].endswith("to_v")]
+    assert len(values) == 2 and all(unbalanced[name] < 20 for name in values)
+
+
+# -- latency ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_round_runs_every_model_once():
+    order, rounds = [], []
+
+    def model(name: str):
+        def run(x: Tensor) -> None:
+            assert not torch.is_grad_enabled()
+            order.append((name, x.item()))
+
+        return run
+
+    inputs = (torch.tensor(7.0),)
+    results = measure_latency({"a": model("a"), "b": model("b")}, inputs, rounds=3, warmup=1, on_round=rounds.append)
+    assert order == [("a", 7.0), ("b", 7.0)] * 4
+    assert rounds == [1, 2, 3, 4]
+    assert {name: result.rounds for name, result in results.items()} == {"a": 3, "b": 3}
+
+
+def test_latency_is_in_milliseconds_and_warm_up_does_not_count():
+    naps = iter([0.2, 0.02, 0.03, 0.01])
+    (result,) = measure_latency({"a": lambda: time.sleep(next(naps))}, (), rounds=3, warmup=1).values()
+    assert 20 <= result.median_ms < 190
+    assert 10 <= result.low_ms <= result.median_ms <= result.high_ms
+    assert result.low_ms < 190

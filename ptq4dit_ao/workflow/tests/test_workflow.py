@@ -1,0 +1,371 @@
+"""A recipe in, a model on disk out: the same whichever way it goes in, and to the bit what comes back."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
+
+from ptq4dit_ao.artifact import write_artifact
+from ptq4dit_ao.calibration import Sampling, SamplingPipeline
+from ptq4dit_ao.errors import ArgumentError, ArtifactError, CalibrationError, OverrideError
+from ptq4dit_ao.graph import export_transformer
+from ptq4dit_ao.graph.names import layer_name, linears
+from ptq4dit_ao.quantizer import LinearQuantizer
+from ptq4dit_ao.recipe import Activations, Balance, Override, Recipe, Weights
+from ptq4dit_ao.reference.models import DIT_CONFIG, SAMPLING
+from ptq4dit_ao.report import summary
+from ptq4dit_ao.testing.facebook_dit import randomize_
+from ptq4dit_ao.workflow import QuantizedModel, apply_recipe, load_model, load_quantized, save_quantized
+from ptq4dit_ao.workflow.quantized_model import InputSpec
+
+size_of = importlib.import_module("ptq4dit_ao.workflow.quantize").size_of  # the name is also that of a function
+
+BITS = {"W8A8": 8, "W4A8": 4}
+
+
+def batch_of(rows: int, channels: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    return torch.randn(rows, channels, 8, 8, generator=generator), torch.arange(rows) * 70, torch.arange(rows) % 10
+
+
+@pytest.fixture(scope="module")
+def apply(tiny_exported, tiny_samples) -> Callable[[Recipe], QuantizedModel]:
+    """``apply(recipe)`` on the tiny DiT's graph, once per recipe."""
+    made: dict[str, QuantizedModel] = {}
+
+    def run(recipe: Recipe) -> QuantizedModel:
+        key = recipe.to_yaml()
+        if key not in made:
+            made[key] = apply_recipe(tiny_exported, recipe, tiny_samples, name="tiny")
+        return made[key]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def digits_block() -> tuple[DiTTransformer2DModel, GraphModule]:
+    """One block of the digits DiT with random weights."""
+    model = randomize_(DiTTransformer2DModel(**{**DIT_CONFIG, "num_layers": 1}), seed=0).eval().requires_grad_(False)
+    return model, export_transformer(model, batch_of(4, channels=1))
+
+
+# -- apply_recipe ----------------------------------------------------------------------------------------------------
+
+
+def test_a_module_and_its_graph_give_the_same_model(digits_block):
+    model, exported = digits_block
+    samples, seen = [batch_of(rows, channels=1) for rows in (4, 5, 6)], []
+    from_module = apply_recipe(model, Recipe(), iter(samples), on_sample=seen.append)
+    from_graph = apply_recipe(exported, Recipe(), samples)
+    assert seen == [1, 2, 3]
+    assert from_module.graph.code == from_graph.graph.code
+    first, second = from_module.graph.state_dict(), from_graph.graph.state_dict()
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert from_module.inputs == from_graph.inputs
+    assert [spec.name for spec in from_graph.inputs] == ["hidden_states", "timestep", "class_labels"]
+    assert [spec.dtype for spec in from_graph.inputs] == [torch.float32, torch.int64, torch.int64]
+
+
+def test_the_float_model_is_not_changed(tiny_dit, tiny_exported, apply):
+    before = copy.deepcopy(tiny_dit.state_dict())
+    code = tiny_exported.code
+    apply(Recipe(weights=Weights(bits=5)))
+    assert tiny_exported.code == code
+    assert all(torch.equal(value, before[name]) for name, value in tiny_dit.state_dict().items())
+
+
+def test_every_setting_of_a_recipe_arrives(apply):
+    recipe = Recipe(
+        description="all of it",
+        weights=Weights(bits=4),
+        activations=Activations(bits=7),
+        balance=Balance(aggregation="max", alpha=0.6, max_scale=1.5, fold_form="bias"),
+        layers="paper",
+        overrides=[
+            Override(pattern="*.to_q", weight_bits=6),
+            Override(pattern="transformer_blocks.1.ff.net.2", skip=True),
+            Override(pattern="transformer_blocks.0.ff.net.0.proj", balance=False),
+        ],
+    )
+    model = apply(recipe)
+    layers = {layer["name"]: (layer["weight_bits"], layer["activation_bits"]) for layer in model.report["layers"]}
+    assert layers["transformer_blocks.0.attn1.to_q"] == (6, 7)
+    assert layers["transformer_blocks.0.attn1.to_k"] == (4, 7)
+    assert layers["transformer_blocks.1.ff.net.2"] == (None, None)
+    assert layers["proj_out_2"] == (8, 7)
+    assert model.report["settings"] == {"aggregation": "max", "alpha": 0.6, "max_scale": 1.5, "fold_form": "bias"}
+    folded = {site["name"]: site for site in model.report["sites"] if site["status"] == "folded"}
+    assert len(folded) == 6 and "transformer_blocks.0.ff.net.0.proj" not in folded
+    assert any(site["clipped"] for site in folded.values())
+    assert all(1 / 1.501 < value < 1.501 for site in folded.values() for value in site["b"])
+    assert not any("_ptq4dit_" in name for name, _ in model.graph.named_buffers())  # bias form: no constants
+    assert model.recipe == recipe
+
+
+def test_a_recipe_without_balancing(apply):
+    report = apply(Recipe(balance=Balance(aggregation="none"))).report
+    assert report["settings"] is None and report["sites"] == []
+    assert sum(layer["status"] == "integer" for layer in report["layers"]) == 14
+
+
+class FirstBlock(LinearQuantizer):
+    """Leaves the second block alone."""
+
+    def annotate(self, model: GraphModule) -> GraphModule:
+        super().annotate(model)
+        for node in linears(model):
+            if layer_name(node).startswith("transformer_blocks.1."):
+                del node.meta[Q_ANNOTATION_KEY]
+        return model
+
+
+def test_any_base_may_be_wrapped(tiny_exported, tiny_samples):
+    report = apply_recipe(tiny_exported, Recipe(), tiny_samples, base=FirstBlock()).report
+    integer = [layer["name"] for layer in report["layers"] if layer["status"] == "integer"]
+    assert len(integer) == 7 and all(name.startswith("transformer_blocks.0.") for name in integer)
+    assert {site["name"][:21] for site in report["sites"] if site["status"] == "folded"} == {"transformer_blocks.0."}
+
+
+def test_no_samples(tiny_exported):
+    with pytest.raises(CalibrationError, match="there are no calibration samples; pass at least one tuple of inputs"):
+        apply_recipe(tiny_exported, Recipe(), [])
+
+
+def test_an_override_of_the_recipe_that_matches_nothing(tiny_exported, tiny_samples):
+    recipe = Recipe(overrides=[Override(pattern="blocks.*", skip=True)])
+    with pytest.raises(OverrideError, match=r"'blocks\.\*' matches none of the model's 22 linear layers"):
+        apply_recipe(tiny_exported, recipe, tiny_samples)
+
+
+# -- the report ------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_says_what_happened(apply, tiny_dit):
+    model = apply(Recipe(description="tiny W8A8"))
+    report = model.report
+    assert report["title"] == "tiny W8A8 on tiny"
+    assert report["model"] == {"name": "tiny", "parameters": sum(p.numel() for p in tiny_dit.parameters())}
+    assert report["recipe"] == model.recipe.to_dict()
+    assert report["versions"]["torch"] == torch.__version__
+    assert list(report["seconds"]) == ["export", "prepare", "calibrate", "convert"]
+    assert (report["evaluation"], report["size"], report["notes"]) == (None, None, [])
+    json.dumps(report, allow_nan=False)
+
+
+def test_the_report_lists_every_layer_and_site(apply):
+    report = apply(Recipe()).report
+    layers = {layer["name"]: layer for layer in report["layers"]}
+    assert len(report["layers"]) == 22
+    assert {layer["status"] for layer in report["layers"] if "transformer_blocks.1.attn1" in layer["name"]} == {
+        "integer"
+    }
+    assert layers["proj_out_2"] == {
+        "name": "proj_out_2", "node": "linear_21", "status": "float",
+        "weight_bits": None, "activation_bits": None, "sqnr_db": None,
+    }  # fmt: skip
+    sites = {site["name"]: site for site in report["sites"]}
+    site = sites["transformer_blocks.1.attn1.{to_q,to_k,to_v}"]
+    assert (site["status"], site["channels"], site["variables"], site["reason"]) == ("folded", 32, 32, None)
+    assert len(site["b"]) == len(site["salience_x"]) == len(site["salience_w"]) == 32
+    assert len(site["timesteps"]) == len(site["eta"]) == len(site["rho"]) == len(site["salience_t"]) > 2
+    assert site["folded_into"] == ["transformer_blocks.1.norm1.linear.weight", "transformer_blocks.1.norm1.linear.bias"]
+    refused = sites["transformer_blocks.0.ff.net.2"]
+    assert refused["status"] == "refused" and "gelu does not commute with a scale" in refused["reason"]
+
+
+def test_the_summary_leaves_the_vectors_out(apply):
+    report = apply(Recipe()).report
+    short = summary(report)
+    assert [site["name"] for site in short["sites"]] == [site["name"] for site in report["sites"]]
+    assert not any(isinstance(value, list) and len(value) > 8 for site in short["sites"] for value in site.values())
+    assert "b" in report["sites"][3]
+
+
+# -- on disk ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=BITS)
+def recipe(request) -> Recipe:
+    return Recipe(weights=Weights(bits=BITS[request.param]))
+
+
+@pytest.mark.parametrize("backend", ["reference", "fbgemm"])
+def test_what_comes_back_is_the_same_to_the_bit(apply, recipe, backend, tmp_path):
+    model = apply(recipe)
+    save_quantized(model, tmp_path / "model")
+    loaded = load_quantized(tmp_path / "model")
+    before, after = model.lower(backend), loaded.lower(backend)
+    assert after.proof == before.proof
+    for rows in (4, 1, 6):  # exported at 4
+        assert torch.equal(before(*batch_of(rows)), after(*batch_of(rows)))
+        assert torch.equal(model.graph(*batch_of(rows)), loaded.graph(*batch_of(rows)))
+
+
+def test_everything_else_comes_back_too(apply, tmp_path):
+    sampling = Sampling(channels=4, size=8, null_label=10, clip=False).to_dict()
+    model = apply(Recipe(description="with sampling"))
+    model = QuantizedModel(
+        graph=model.graph, recipe=model.recipe, inputs=model.inputs, report=model.report, sampling=sampling
+    )
+    size = model.save(tmp_path / "model")
+    loaded = load_quantized(tmp_path / "model")
+    assert (loaded.recipe, loaded.inputs, loaded.sampling) == (model.recipe, model.inputs, sampling)
+    assert loaded.report == json.loads(json.dumps(summary(model.report)))
+    assert size.total_bytes == sum(path.stat().st_size for path in (tmp_path / "model").iterdir())
+
+
+def test_loading_needs_neither_diffusers_nor_the_float_model(apply, tmp_path):
+    model = apply(Recipe(weights=Weights(bits=4)))
+    model.save(tmp_path / "model")
+    script = """
+        import sys
+
+        sys.modules["diffusers"] = sys.modules["transformers"] = None  # an import of either fails
+        import torch
+
+        from ptq4dit_ao import load_quantized
+
+        inputs = torch.load(sys.argv[1])
+        lowered = load_quantized(sys.argv[2]).lower("fbgemm")
+        torch.save(lowered(*inputs), sys.argv[1])
+    """
+    exchange = tmp_path / "tensors.pt"
+    torch.save(batch_of(3), exchange)
+    command = [sys.executable, "-c", textwrap.dedent(script), str(exchange), str(tmp_path / "model")]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    assert torch.equal(torch.load(exchange), model.lower("fbgemm")(*batch_of(3)))
+
+
+def test_a_folder_that_was_written_some_other_way(apply, tmp_path):
+    write_artifact(tmp_path / "model", apply(Recipe()).graph, {"about": 1}, [])
+    with pytest.raises(ArtifactError, match=r"was not saved with save_quantized: its metadata holds \['about'\]"):
+        load_quantized(tmp_path / "model")
+    with pytest.raises(ArtifactError, match="there is no folder"):
+        load_quantized(tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    "data", [{}, {"name": "x", "shape": [1], "dtype": "float33"}, {"name": "x", "shape": [1], "dtype": "nn"}]
+)
+def test_input_signatures_that_cannot_be_read(data):
+    with pytest.raises(ArtifactError, match="is not one this version reads; quantize again"):
+        InputSpec.from_dict(data)
+
+
+@pytest.mark.parametrize(("bits", "limit"), [(8, 0.30), (4, 0.18)])
+def test_quantized_layers_are_small_on_disk(bits, limit, digits_block, tmp_path):
+    """int8 or packed int4 weights, scales and biases, against float32."""
+    model, exported = digits_block
+    samples = [batch_of(rows, channels=1) for rows in (4, 5)]
+    quantized = apply_recipe(exported, Recipe(weights=Weights(bits=bits)), samples)
+    artifact = quantized.save(tmp_path / "model")
+    block = model.transformer_blocks[0]
+    layers = [m for part in (block.norm1.linear, block.attn1, block.ff) for m in part.modules()]
+    parameters = [p for layer in layers if isinstance(layer, nn.Linear) for p in layer.parameters()]
+    before = sum(4 * p.numel() for p in parameters)
+    rest = sum(4 * p.numel() for p in (*model.parameters(), *model.buffers())) - before
+    after = _tensor_bytes(tmp_path / "model" / "weights.safetensors") - rest
+    assert after <= limit * before
+    # What is said of it is what is there, but for two balancing constants.
+    size = size_of(model, quantized, artifact.total_bytes)
+    assert size["quantized_layers_float32_bytes"] == before
+    assert size["quantized_layers_bytes"] == pytest.approx(after, abs=4 * 2 * 128)
+    assert size["quantized_layers_ratio"] <= limit
+    assert size["ratio"] == artifact.total_bytes / size["float32_bytes"]
+
+
+def _tensor_bytes(path) -> int:
+    with safe_open(path, "pt") as file:
+        return sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118  (not a mapping)
+
+
+# -- models by name --------------------------------------------------------------------------------------------------
+
+TINY = {
+    "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "num_layers": 1, "sample_size": 4,
+    "num_embeds_ada_norm": 10,
+}  # fmt: skip
+
+
+def tiny_transformer() -> DiTTransformer2DModel:
+    return DiTTransformer2DModel(**TINY)
+
+
+def test_the_reference_model():
+    loaded = load_model("reference")
+    assert (loaded.name, loaded.sampling) == ("reference", SAMPLING)
+    assert isinstance(loaded.pipeline, SamplingPipeline) and loaded.transformer is loaded.pipeline.transformer
+
+
+def test_a_bare_transformer_in_a_folder(tmp_path):
+    saved = tiny_transformer()
+    saved.save_pretrained(tmp_path / "mine")
+    loaded = load_model(str(tmp_path / "mine"))
+    assert loaded.name == "mine" and isinstance(loaded.pipeline, SamplingPipeline)
+    assert loaded.sampling == Sampling(channels=4, size=4, null_label=10, clip=False)
+    assert not loaded.transformer.training and not any(p.requires_grad for p in loaded.transformer.parameters())
+    assert torch.equal(loaded.transformer.proj_out_1.weight, saved.proj_out_1.weight)
+
+
+def test_a_pipeline_in_a_folder(tmp_path):
+    vae = AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4)
+    DiTPipeline(tiny_transformer(), vae, DDIMScheduler()).save_pretrained(tmp_path / "whole")
+    loaded = load_model(str(tmp_path / "whole"))
+    assert isinstance(loaded.pipeline, DiTPipeline) and loaded.sampling.null_label == 10
+
+
+def test_a_function_that_makes_a_model(tmp_path, monkeypatch):
+    (tmp_path / "made_here.py").write_text(
+        "from diffusers import DiTTransformer2DModel\n"
+        f"def tiny():\n    return DiTTransformer2DModel(**{TINY!r})\n"
+        "def none():\n    return None\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load_model("made_here:tiny").name == "made_here:tiny"
+    with pytest.raises(ArgumentError, match="'made_here:none' is a NoneType; expected a diffusers DiT transformer"):
+        load_model("made_here:none")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("referense", "model 'referense' is neither 'reference', nor a folder, nor 'package.module:function'"),
+        ("a b:c", "model 'a b:c' is neither 'reference'"),
+        ("no_such_module:make", "model 'no_such_module:make' cannot be loaded: No module named 'no_such_module'"),
+        ("json:make", "model 'json:make' cannot be loaded: module 'json' has no attribute 'make'"),
+        ("builtins:list", "model 'builtins:list' is a list; expected a diffusers DiT transformer, or a pipeline"),
+    ],
+)
+def test_names_of_no_model(spec, message):
+    with pytest.raises(ArgumentError, match=message):
+        load_model(spec)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, r"has neither model_index.json nor config.json; it is no diffusers model"),
+        ({"config.json": "{"}, "cannot be loaded as a DiTTransformer2DModel: .* is not a valid JSON file"),
+        ({"config.json": "{}"}, "cannot be loaded as a DiTTransformer2DModel: Error no file named diffusion_pytorch_"),
+        ({"model_index.json": "{}"}, "cannot be loaded as a DiTPipeline: '_class_name'"),
+        ({"model_index.json": '{"_class_name": "DiTPipeline"}'}, r"expected \['scheduler', 'transformer', 'vae'\]"),
+    ],
+)
+def test_folders_that_hold_no_model(files, message, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ArgumentError, match=message):
+        load_model(str(tmp_path))
