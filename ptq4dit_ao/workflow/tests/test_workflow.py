@@ -79,12 +79,12 @@ def test_a_module_and_its_graph_give_the_same_model(digits_block):
     assert [spec.dtype for spec in from_graph.inputs] == [torch.float32, torch.int64, torch.int64]
 
 
-def test_the_float_model_is_not_changed(tiny_dit, tiny_exported, apply):
-    before = copy.deepcopy(tiny_dit.state_dict())
-    code = tiny_exported.code
-    apply(Recipe(weights=Weights(bits=5)))
-    assert tiny_exported.code == code
-    assert all(torch.equal(value, before[name]) for name, value in tiny_dit.state_dict().items())
+def test_the_float_model_is_not_changed(tiny_exported, tiny_samples, duplicate):
+    exported = duplicate(tiny_exported)
+    graph, tensors = str(exported.graph), copy.deepcopy(exported.state_dict())
+    apply_recipe(exported, Recipe(weights=Weights(bits=5)), tiny_samples)
+    assert str(exported.graph) == graph
+    assert all(torch.equal(value, tensors[name]) for name, value in exported.state_dict().items())
 
 
 def test_every_setting_of_a_recipe_arrives(apply):
