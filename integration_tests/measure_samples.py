@@ -21,7 +21,7 @@ from ptq4dit_ao.calibration.sampling import Denoiser
 from ptq4dit_ao.reference import SAMPLING
 
 PER_CLASS = 20
-SHOWN_PER_CLASS = 6
+SHOWN_PER_CLASS = 2
 
 
 def draw(denoiser: Denoiser) -> Tensor:
@@ -45,11 +45,12 @@ def main() -> None:
             pipeline, labels, timesteps=c.timesteps, steps=c.steps, guidance=c.guidance, seed=c.seed
         )
         images[title] = draw(apply_recipe(model, recipe, samples.shuffled(0).batches(32)).graph)
-    figure = Figure(figsize=(9, 5.2), layout="constrained")
+    figure = Figure(figsize=(9, 7.2), layout="constrained")
     FigureCanvasAgg(figure)
     labels = torch.arange(10).repeat_interleave(PER_CLASS)
-    for axes, (title, x) in zip(figure.subplots(1, 3), images.items(), strict=True):
-        grid = x.view(10, PER_CLASS, 8, 8)[:, :SHOWN_PER_CLASS].permute(0, 2, 1, 3).reshape(80, 8 * SHOWN_PER_CLASS)
+    for axes, (title, x) in zip(figure.subplots(3, 1), images.items(), strict=True):
+        tiles = torch.nn.functional.pad(x.view(10, PER_CLASS, 8, 8)[:, :SHOWN_PER_CLASS], (1, 1, 1, 1), value=-0.4)
+        grid = tiles.permute(1, 2, 0, 3).reshape(10 * SHOWN_PER_CLASS, 100)  # a column a class
         axes.imshow(grid, cmap="gray", vmin=-1, vmax=1)
         axes.set_title(title)
         axes.set_axis_off()

@@ -41,3 +41,9 @@ class ArtifactError(PTQ4DiTError):
 
 class MissingDependencyError(PTQ4DiTError, ImportError):
     """An optional package is not installed."""
+
+
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raises ArgumentError unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise ArgumentError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")

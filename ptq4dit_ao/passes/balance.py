@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from ptq4dit_ao.core import aggregate_salience, balance_vector, clip_balance, ssc_weights
 from ptq4dit_ao.core.salience import AGGREGATIONS, Aggregation
-from ptq4dit_ao.errors import ArgumentError, CalibrationError
+from ptq4dit_ao.errors import CalibrationError, check_choice
 from ptq4dit_ao.graph import Consumer, Site
 from ptq4dit_ao.graph.names import get_attribute
 from ptq4dit_ao.observers import SalienceStatistics
@@ -36,8 +36,8 @@ class BalanceSettings:
     min_timesteps: int = 2
 
     def __post_init__(self) -> None:
-        _check_choice("aggregation", self.aggregation, AGGREGATIONS)
-        _check_choice("fold_form", self.fold_form, FOLD_FORMS)
+        check_choice("aggregation", self.aggregation, AGGREGATIONS)
+        check_choice("fold_form", self.fold_form, FOLD_FORMS)
         balance_vector(torch.ones(1), torch.ones(1), self.alpha)
         clip_balance(torch.ones(1), self.max_scale)
 
@@ -148,8 +148,3 @@ def _per_variable(channels: Tensor, consumer: Consumer, num_variables: int) -> T
     index = torch.from_numpy(consumer.variables).expand(len(channels), -1)
     table = torch.zeros(len(channels), num_variables + 1, dtype=channels.dtype)
     return table.scatter_reduce_(1, index, channels, "amax")[:, 1:]
-
-
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ArgumentError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ptq4dit_ao.errors import BalanceError
+from ptq4dit_ao.errors import BalanceError, check_choice
 from ptq4dit_ao.graph import ScalarEdit, Site
 from ptq4dit_ao.passes.bias_form import bias_shift
 from ptq4dit_ao.passes.edit import add_constant, replace_tensor, scale_of
@@ -37,8 +37,10 @@ def fold_balance(model: GraphModule, site: Site, b: Tensor, form: FoldForm = "co
         form: where the 1 of ``1 + scale`` goes.
 
     Raises:
+        ArgumentError: ``form`` is unknown.
         BalanceError: the site is refused, or its scalars do not sit behind a bias (form "bias").
     """
+    check_choice("fold form", form, FOLD_FORMS)
     if site.refusal is not None:
         raise BalanceError(f"{site.name} cannot be folded: {site.refusal}")
     nodes = {node.name: node for node in model.graph.nodes}

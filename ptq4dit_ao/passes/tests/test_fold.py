@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from ptq4dit_ao.core.tests import reference
-from ptq4dit_ao.errors import BalanceError
+from ptq4dit_ao.errors import ArgumentError, BalanceError
 from ptq4dit_ao.graph import Site, export_transformer, find_sites
 from ptq4dit_ao.graph.names import get_attribute
 from ptq4dit_ao.passes import fold_balance, insert_balance
@@ -621,5 +621,13 @@ def test_inserting_after_a_fold_leaves_other_inserted_sites_alone():
     assert_same_function(model, "facebook")
     for site in others[:2]:
         fold_balance(model, site, b[site.name])
+    model.recompile()
+    assert_same_function(model, "facebook")
+
+
+def test_an_unknown_form_is_refused_before_anything_is_touched():
+    model, sites = exported("facebook")
+    with pytest.raises(ArgumentError, match="fold form is 'constants'; choose one of constant, bias"):
+        fold_balance(model, sites[0], random_b(sites)[sites[0].name], "constants")
     model.recompile()
     assert_same_function(model, "facebook")
