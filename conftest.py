@@ -97,3 +97,8 @@ def quantized(tiny_exported, tiny_samples, convert) -> Callable[..., GraphModule
         return convert(tiny_exported, PTQ4DiTQuantizer(**options), tiny_samples)
 
     return make
+
+
+def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
+    """Functions by name: their default id holds an address, which differs between parallel workers."""
+    return getattr(val, "__qualname__", None)
