@@ -36,7 +36,6 @@ aten, decomposed = torch.ops.aten, torch.ops.quantized_decomposed
         math.trunc,
         torch.sym_max,
     ],
-    ids=str,
 )
 def test_what_exported_graphs_call_comes_back(target: object) -> None:
     assert target_from_str(target_to_str(target)) is target
@@ -59,7 +58,6 @@ def test_what_exported_graphs_call_comes_back(target: object) -> None:
         print,
         [],
     ],
-    ids=str,
 )
 def test_anything_else_is_not_stored(target: object) -> None:
     with pytest.raises(ArtifactError, match=r"may not call .*, only tensor operators .* rewrite the model"):
