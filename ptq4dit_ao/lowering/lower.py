@@ -88,7 +88,8 @@ def lower(
         raise LoweringError(f"backend {backend!r} is unknown; there are {', '.join(map(repr, BACKENDS))}{hint}")
     graph = copy.deepcopy(converted)
     linears = quantized_linears(graph)
-    refused = [(linear.name, why) for linear in linears if (why := chosen.refuse(linear)) is not None]
+    reasons = {linear.name: chosen.refuse(linear) for linear in linears}
+    refused = [(name, why) for name, why in reasons.items() if why is not None]
     if refused and not allow_float_fallback:
         name, why = refused[0]
         raise LoweringError(
@@ -96,7 +97,7 @@ def lower(
             "pass allow_float_fallback=True to run those in float, or use another backend"
         )
     inputs = _example_inputs(converted) if example_inputs is None else tuple(example_inputs)
-    run = chosen.build(graph, [linear for linear in linears if chosen.refuse(linear) is None])
+    run = chosen.build(graph, [linear for linear in linears if reasons[linear.name] is None])
     proof = KernelProof(
         backend=backend,
         promised=len(linears) if chosen.integer else 0,
