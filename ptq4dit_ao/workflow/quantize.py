@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from ptq4dit_ao.artifact import check_target
 from ptq4dit_ao.calibration import CalibrationSamples, as_denoiser, collect_from_pipeline, sample
@@ -49,9 +50,11 @@ def quantize(
     clock = Stopwatch()
     samples = _samples(model, recipe, on_progress)
     clock.lap("collect samples")
+    exported = export_transformer(model.transformer, next(samples.batches(BATCH)))
+    clock.lap("export")
     batches = -(-len(samples) // BATCH)
     quantized = apply_recipe(
-        model.transformer,
+        exported,
         recipe,
         samples.shuffled(SHUFFLE_SEED).batches(BATCH),
         name=model.name,
@@ -59,7 +62,7 @@ def quantize(
     )
     quantized = dataclasses.replace(quantized, sampling=model.sampling.to_dict())
     clock.lap("quantize")
-    evaluation, layers = _evaluate(model, quantized, on_progress)
+    evaluation, layers = _evaluate(model, exported, quantized, on_progress)
     images = _grids(model, quantized, on_progress)
     clock.lap("evaluate")
     report = build_report(
@@ -99,12 +102,11 @@ def _samples(
 
 
 def _evaluate(
-    model: LoadedModel, quantized: QuantizedModel, on_progress: OnProgress
+    model: LoadedModel, exported: GraphModule, quantized: QuantizedModel, on_progress: OnProgress
 ) -> tuple[dict[str, object], dict[str, float]]:
     """Errors of the simulated integer graph: of the output, and of every linear."""
     samples = _samples(model, quantized.recipe, on_progress, evaluate=True)
     batches = list(samples.batches(BATCH))
-    exported = export_transformer(model.transformer, batches[0])
     error = paired_error(exported, quantized.graph, batches)
     result = balance_result(quantized.graph)
     balanced = exported
