@@ -1,0 +1,5 @@
+"""Tiny models of every diffusion transformer in diffusers, with random parameters: nothing is downloaded."""
+
+from ptq4dit_ao.testing.zoo.family import FAMILIES, Family, iter_families
+
+__all__ = ["FAMILIES", "Family", "iter_families"]
