@@ -1,6 +1,27 @@
 """Read exported graphs: capture, names, and the scale propagation that finds where a balancing vector folds."""
 
 from ptq4dit_ao.graph.export import export_transformer
-from ptq4dit_ao.graph.sites import Consumer, ParameterEdit, ScalarEdit, Site, find_sites, refuse_sites
+from ptq4dit_ao.graph.sites import (
+    Consumer,
+    CutEdit,
+    NormEdit,
+    ParameterEdit,
+    ScalarEdit,
+    Site,
+    SitePolicy,
+    find_sites,
+    refuse_sites,
+)
 
-__all__ = ["Consumer", "ParameterEdit", "ScalarEdit", "Site", "export_transformer", "find_sites", "refuse_sites"]
+__all__ = [
+    "Consumer",
+    "CutEdit",
+    "NormEdit",
+    "ParameterEdit",
+    "ScalarEdit",
+    "Site",
+    "SitePolicy",
+    "export_transformer",
+    "find_sites",
+    "refuse_sites",
+]

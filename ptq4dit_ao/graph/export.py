@@ -4,72 +4,151 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves
 
 from ptq4dit_ao.errors import ExportError
+from ptq4dit_ao.graph.capture import exportable
+from ptq4dit_ao.graph.constants import fold_constant_weights
+from ptq4dit_ao.graph.names import linears
+from ptq4dit_ao.graph.signature import CallSignature, flatten_call
 
 MAX_BATCH = 4096
 """Upper bound of the exported batch; export checks it at every call, so it is generous."""
 
+AGREEMENT = 0.5
+"""Exponent of the dtype's resolution: how far, relative to its size, the graph's output may be from the model's."""
 
+
+@torch.no_grad()
 def export_transformer(
-    model: nn.Module, example_inputs: Sequence[Tensor], *, dynamic_batch: bool = True
+    model: nn.Module,
+    example_inputs: Sequence[Tensor] | Mapping[str, Any],
+    *,
+    dynamic_batch: bool = True,
+    check: bool = True,
 ) -> GraphModule:
-    """``torch.export`` a denoiser to a graph of aten ops that is called with the same positional tensors.
+    """``torch.export`` a denoiser to a graph of aten ops that is called with the same tensors, by position.
 
-    A model that takes ``return_dict`` (diffusers) is captured with ``return_dict=False`` and returns its first
-    output. The model is not changed; the graph shares its parameters.
+    A model that takes ``return_dict`` (diffusers) is captured with ``return_dict=False``. The graph returns the
+    model's output, or a tuple where there are several tensors. The model is not changed; the graph shares its
+    parameters. Functions of diffusers that cannot be captured are replaced by equal ones meanwhile.
 
     Args:
         model: an eval-mode module.
-        example_inputs: tensors in the order of ``forward``; their first axis is the batch, of at least 2.
-        dynamic_batch: let the batch differ from call to call.
+        example_inputs: tensors in the order of ``forward``; or its keyword arguments, of which the tensors (also those
+            in lists) become the graph's inputs, in the order of ``forward``, and everything else is fixed.
+        dynamic_batch: let the batch, the first axis of the first tensor, differ from call to call. Of keyword
+            arguments, every tensor with a first axis of that size is taken to carry the batch.
+        check: run the model and the graph on the example and compare. Without it, layers that build their tables in
+            the first call must have been called before.
 
     Raises:
-        ExportError: the inputs do not share a batch axis, or the model cannot be captured.
+        ExportError: the inputs do not share a batch axis, the model cannot be captured, or the graph computes something
+            else than the model.
     """
-    inputs = tuple(example_inputs)
-    shapes = None
-    if dynamic_batch:
-        sizes = {tuple(x.shape[:1]) for x in inputs}
-        if len(sizes) != 1 or sizes == {()} or inputs[0].shape[0] < 2:
-            raise ExportError(
-                f"example inputs have batch sizes {sorted(tuple(x.shape) for x in inputs)}; a dynamic batch needs "
-                "the same first axis, of at least 2, in every input (or pass dynamic_batch=False)"
-            )
-        batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
-        shapes = tuple({0: batch} for _ in inputs)
     if model.training:
         raise ExportError(f"{type(model).__name__} is in training mode; call .eval() before exporting it")
+    if not isinstance(example_inputs, Mapping):
+        names = inspect.signature(model.forward).parameters
+        _check_batch(example_inputs, dynamic_batch)
+        example_inputs = dict(zip(names, example_inputs, strict=False))
+    signature, tensors = flatten_call(model, example_inputs)
+    inputs = tuple(tensors.values())
+    if not inputs:
+        raise ExportError("the example inputs hold no tensor; the first one gives the batch")
+    # Before the export: a table that is built in the first call would be captured as a fake tensor, and stay one.
+    expected = _view(model, signature)(*inputs) if check and not _on_meta(model) else None
     try:
-        with torch.no_grad():
-            program = torch.export.export(_tensor_view(model, len(inputs)), inputs, dynamic_shapes=shapes, strict=False)
+        with exportable(model):
+            program = torch.export.export(
+                _view(model, signature), inputs, dynamic_shapes=_shapes(inputs, dynamic_batch), strict=False
+            )
     except Exception as error:  # torch.export raises many types; all mean "cannot be captured"
-        reason = next(iter(str(error).splitlines()), "")  # a bare assert says nothing
+        raise ExportError(_explain(model, error, dynamic_batch)) from error
+    graph_module = program.module(check_guards=False)
+    fold_constant_weights(graph_module)
+    if not linears(graph_module):
         raise ExportError(
-            f"{type(model).__name__} cannot be exported: {type(error).__name__}: {reason}; "
-            "dynamic_batch=False may help if the model computes with its batch size"
-        ) from error
-    return program.module(check_guards=False)
+            f"the graph of {type(model).__name__} has no linear layer; was it exported under torch.autocast, which "
+            "hides the layers?"
+        )
+    if expected is not None:
+        _compare(model, expected, graph_module(*inputs))
+    return graph_module
 
 
-def _tensor_view(model: nn.Module, num_inputs: int) -> nn.Module:
-    """A shallow copy whose ``forward`` takes positional tensors and returns one; parameter names stay."""
-    names = list(inspect.signature(model.forward).parameters)
+def _check_batch(inputs: Sequence[Tensor], dynamic_batch: bool) -> None:
+    sizes = {tuple(x.shape[:1]) for x in inputs}
+    if dynamic_batch and (len(sizes) != 1 or sizes == {()} or inputs[0].shape[0] < 2):
+        raise ExportError(
+            f"example inputs have batch sizes {sorted(tuple(x.shape) for x in inputs)}; a dynamic batch needs "
+            "the same first axis, of at least 2, in every input (or pass dynamic_batch=False)"
+        )
+
+
+def _shapes(inputs: Sequence[Tensor], dynamic_batch: bool) -> tuple[dict[int, object], ...] | None:
+    if not dynamic_batch:
+        return None
+    size = inputs[0].shape[:1]
+    if not size or size[0] < 2:
+        raise ExportError(
+            f"the first example input has shape {tuple(inputs[0].shape)}; a dynamic batch needs at least 2 rows "
+            "(or pass dynamic_batch=False)"
+        )
+    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
+    return tuple({0: batch} if x.shape[:1] == size else {} for x in inputs)
+
+
+def _view(model: nn.Module, signature: CallSignature) -> nn.Module:
+    """A shallow copy whose ``forward`` takes positional tensors and returns tensors; parameter names stay."""
     view = copy.copy(model)
+    options = {"return_dict": False} if "return_dict" in inspect.signature(model.forward).parameters else {}
 
-    def forward(*tensors: Tensor) -> Tensor:
-        arguments = dict(zip(names, tensors, strict=False))
-        if "return_dict" in names:
-            return model.forward(**arguments, return_dict=False)[0]
-        return model.forward(**arguments)
+    def forward(*tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        output = model.forward(**{**signature.bind(tensors), **options})
+        found = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        return found[0] if len(found) == 1 else tuple(found)
 
     forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # gives the graph's inputs their names
-        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names[:num_inputs]]
+        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in signature.names]
     )
     view.forward = forward  # type: ignore[method-assign]
     return view
+
+
+def _on_meta(model: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def _explain(model: nn.Module, error: Exception, dynamic_batch: bool) -> str:
+    reason = next(iter(str(error).strip().splitlines()), "")  # a bare assert says nothing
+    text = str(error)
+    if "specialized it to be a constant" in text or "Constraints violated" in text:
+        advice = "the model computes with its batch size: pass dynamic_batch=False, and always call it with this batch"
+    elif "data-dependent" in text or "GuardOnDataDependent" in type(error).__name__ or "Unbacked" in text:
+        advice = "a size depends on values in the inputs: pad them to one length, and leave out masks that remove nothing"
+    else:
+        advice = "dynamic_batch=False may help if the model computes with its batch size"
+    return f"{type(model).__name__} cannot be exported: {type(error).__name__}: {reason}; " + (
+        advice if dynamic_batch or "data" in advice else "capture the part of it that can be"
+    )
+
+
+def _compare(model: nn.Module, expected: Any, got: Any) -> None:
+    """Raises ExportError if the graph's outputs are not the model's."""
+    for i, (one, other) in enumerate(zip(tree_leaves(expected), tree_leaves(got), strict=True)):
+        if not one.is_floating_point():
+            continue
+        error = float((one.double() - other.double()).norm() / one.double().norm().clamp_min(1e-300))
+        if not error <= torch.finfo(one.dtype).eps ** AGREEMENT:
+            raise ExportError(
+                f"the graph of {type(model).__name__} does not compute what the model does: output {i} differs by "
+                f"{error:.2g} of its size; a size or a value of the example inputs is not the one the model was "
+                "configured for, or its output is random"
+            )

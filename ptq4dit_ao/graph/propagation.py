@@ -10,7 +10,9 @@ A *slot* is where ids live:
 
 * a node's name: an activation, or a parameter (all ``get_attr`` nodes of one tensor share a slot),
 * :class:`Columns`: the input channels of a linear's weight, which are *multiplied*,
-* :class:`Scalar`: a Python number among an op's arguments, such as the 1 of ``1 + scale``.
+* :class:`Scalar`: a Python number among an op's arguments, such as the 1 of ``1 + scale``,
+* :class:`NewWeight`: the weight that a norm without one may be given,
+* :class:`Cut`: a small operand at one place where it is read, to be multiplied there; only where cutting is allowed.
 """
 
 from __future__ import annotations
@@ -42,7 +44,22 @@ class Scalar:
     index: int
 
 
-Slot = str | Columns | Scalar
+@dataclass(frozen=True)
+class NewWeight:
+    """The missing weight of norm ``node``."""
+
+    node: str
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Positional argument ``index`` of node ``node``, multiplied just before ``node`` reads it."""
+
+    node: str
+    index: int
+
+
+Slot = str | Columns | Scalar | NewWeight | Cut
 Rule = Callable[["Propagation", Node], None]
 
 
@@ -77,8 +94,12 @@ class GraphIndex:
 class Propagation:
     """One fixpoint, over the region that the seeds reach."""
 
-    def __init__(self, index: GraphIndex, rules: dict[object, Rule], ignored: frozenset[object]) -> None:
+    def __init__(
+        self, index: GraphIndex, rules: dict[object, Rule], ignored: frozenset[object], *, cut: bool = False
+    ) -> None:
         self.index = index
+        self.cut = cut
+        """May small operands be multiplied at run time where they meet a larger tensor?"""
         self.variables = ScaleVariables()
         self.values: dict[Slot, Ids] = {}
         self.pins: list[tuple[str, str]] = []
@@ -101,7 +122,8 @@ class Propagation:
     def merge(self, slot: Slot | Node, ids: Ids) -> None:
         """Join ``ids`` into a slot. Axes along which a node's tensor has size 1 or no fixed size become uniform."""
         key = self._key(slot)
-        ids = self._fit(self.index.nodes[key], ids) if isinstance(key, str) else ids
+        node = self._tensor_node(key)
+        ids = self._fit(node, ids) if node is not None else ids
         present = self.values.get(key)
         if present is None:
             self.values[key] = ids
@@ -177,11 +199,11 @@ class Propagation:
                     self._apply(node)
 
     def _around(self, slot: Slot) -> list[Node]:
-        if isinstance(slot, Scalar):
-            return []
         if isinstance(slot, Columns):
             return list(self.index.users(slot.weight))
-        return [*self.index.aliases[slot], *self.index.users(slot)]
+        if isinstance(slot, str):
+            return [*self.index.aliases[slot], *self.index.users(slot)]
+        return []
 
     def _apply(self, node: Node) -> None:
         if node.op == "get_attr" or node.target in self._ignored:
@@ -203,6 +225,16 @@ class Propagation:
 
     def _key(self, slot: Slot | Node) -> Slot:
         return self.index.slot[slot.name] if isinstance(slot, Node) else slot
+
+    def _tensor_node(self, key: Slot) -> Node | None:
+        """The node whose tensor a slot's ids must fit, if the slot stands for a tensor of the graph."""
+        if isinstance(key, str):
+            return self.index.nodes[key]
+        if isinstance(key, Cut):
+            operand = self.index.nodes[key.node].args[key.index]
+            assert isinstance(operand, Node)
+            return operand
+        return None
 
     def _fit(self, node: Node, ids: Ids) -> Ids:
         value = tensor_of(node)

@@ -3,20 +3,46 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 from torch.fx import GraphModule, Node
 
+from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.graph.names import data_input, layer_name, linears, weight_path
-from ptq4dit_ao.graph.propagation import Columns, GraphIndex, Propagation, Scalar
+from ptq4dit_ao.graph.propagation import Columns, Cut, GraphIndex, NewWeight, Propagation, Scalar
 from ptq4dit_ao.graph.rules import IGNORED, RULES
 from ptq4dit_ao.graph.shapes import shape_of
 from ptq4dit_ao.graph.variables import PINNED, Ids
 
 MAX_ATTEMPTS = 16
 """Ways of sending the scale through the products of one site's region that are tried before it is given up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SitePolicy:
+    """Which folds are worth having; every one that is found is exact.
+
+    Attributes:
+        couple_blocks: allow one vector for linears that follow one another in the network, as where every block's
+            cross-attention reads one caption projection.
+        vector_multiply: allow one multiply per call on a modulation vector (N, C), where the layer that makes it
+            serves all blocks (adaLN-single). Everything else costs nothing at run time.
+        min_variables: refuse a site with fewer free scales than this.
+    """
+
+    couple_blocks: bool = False
+    vector_multiply: bool = True
+    min_variables: int = 4
+
+    def __post_init__(self) -> None:
+        if self.min_variables < 1:
+            raise ArgumentError(f"min_variables is {self.min_variables}; it must be at least 1")
+
+
+SiteKind = Literal["offline", "vector multiply", "partial", "refused"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +76,23 @@ class ScalarEdit:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NormEdit:
+    """Give the norm ``node``, which has no weight, the weight 1 / b[variables]."""
+
+    node: str
+    variables: Ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutEdit:
+    """Multiply ``node.args[index]`` by 1 / b[variables] where ``node`` reads it."""
+
+    node: str
+    index: int
+    variables: Ids
+
+
+@dataclass(frozen=True, kw_only=True)
 class Site:
     """One balancing vector: its consumers, and the edits that make their inputs arrive divided by it.
 
@@ -62,7 +105,20 @@ class Site:
     num_variables: int
     parameters: tuple[ParameterEdit, ...] = ()
     scalars: tuple[ScalarEdit, ...] = ()
+    norms: tuple[NormEdit, ...] = ()
+    cuts: tuple[CutEdit, ...] = ()
+    couples_blocks: bool = False
+    """Are the consumers of several blocks, or does one read what another one made?"""
     refusal: str | None = None
+
+    @property
+    def kind(self) -> SiteKind:
+        """How the site folds, for reports: what it costs, and whether all channels take part."""
+        if self.refusal is not None:
+            return "refused"
+        if self.cuts:
+            return "vector multiply"
+        return "offline" if all(consumer.variables.all() for consumer in self.consumers) else "partial"
 
     @property
     def channels(self) -> int:
@@ -79,20 +135,23 @@ class Site:
         return first
 
 
-def find_sites(graph_module: GraphModule, only: Collection[str] | None = None) -> list[Site]:
+def find_sites(
+    graph_module: GraphModule, only: Collection[str] | None = None, policy: SitePolicy | None = None
+) -> list[Site]:
     """Group the linears of an exported graph into balance sites, in execution order.
 
     Args:
         graph_module: as ``torch.export.export(..., strict=False).module(check_guards=False)`` gives it.
         only: names of the linear nodes to start from; a site may draw in others that share its scale.
+        policy: which folds to take; the default adds at most a multiply of a vector.
     """
-    index = GraphIndex(graph_module)
+    search = _Search(GraphIndex(graph_module), policy or SitePolicy())
     sites: list[Site] = []
     covered: set[str] = set()
-    for node in linears(graph_module):
+    for node in search.linears:
         if node.name in covered or (only is not None and node.name not in only):
             continue
-        site = _site(index, node, _propagate(index, node))
+        site = search.site(node)
         covered.update(consumer.node for consumer in site.consumers)
         sites.append(site)
     return sites
@@ -107,25 +166,135 @@ def refuse_sites(sites: Sequence[Site], nodes: Collection[str], why: str) -> lis
     return refused
 
 
-def _propagate(index: GraphIndex, linear: Node) -> Propagation:
-    """The fixpoint with the most free channels over the ways to pass products; the first full one wins."""
-    source = data_input(linear)
-    channels = shape_of(source)[-1]
-    best: tuple[int, Propagation] | None = None
-    choices: dict[str, int] | None = {}
-    for _ in range(MAX_ATTEMPTS):
-        assert choices is not None
-        p = Propagation(index, RULES, IGNORED)
-        p.choices = dict(choices)
-        p.seed(source, channels)
-        p.run()
-        free = int((p.seeded(p.values[index.slot[source.name]]) != PINNED).sum())
-        if best is None or free > best[0]:
-            best = (free, p)
-        if free == channels or (choices := _next_choices(p)) is None:
-            break
-    assert best is not None
-    return best[1]
+@dataclass(frozen=True)
+class _Plan:
+    """A fixpoint, and what it is worth."""
+
+    p: Propagation
+    free: int
+    members: dict[Node, Ids]
+    """Linears that take part -> ids of their input channels."""
+    couples: bool
+
+
+class _Search:
+    """Looks for the best plan of each site."""
+
+    def __init__(self, index: GraphIndex, policy: SitePolicy) -> None:
+        self.index, self.policy = index, policy
+        self.linears = linears(index.graph_module)
+        self.position = {node: i for i, node in enumerate(index.nodes.values())}
+        self.columns = {node: Columns(index.slot[_weight(node).name]) for node in self.linears}
+        self.readers: dict[Columns, list[Node]] = {}
+        self.siblings: dict[Node, list[Node]] = {}
+        for node, columns in self.columns.items():
+            self.readers.setdefault(columns, []).append(node)
+            self.siblings.setdefault(data_input(node), []).append(node)
+        self.coupled: set[str] = set()
+        """Linears known to share their offline scale with others before or after them."""
+
+    def site(self, linear: Node) -> Site:
+        """The plan with the most free channels; among equals one that couples no blocks, then the cheaper one."""
+        channels = shape_of(data_input(linear))[-1]
+        plans = []
+        if linear.name not in self.coupled or self.policy.couple_blocks:
+            plans.append(self._plan(linear, cut=False))
+            if plans[0].couples:
+                self.coupled.update(node.name for node in plans[0].members)
+        if self.policy.vector_multiply and not (plans and plans[0].free == channels and not plans[0].couples):
+            plans.append(self._plan(linear, cut=True))
+        if not plans:
+            plans.append(self._plan(linear, cut=False))
+        allowed = [plan for plan in plans if not plan.couples or self.policy.couple_blocks]
+        if any(plan.free for plan in allowed):
+            return self._site(max(allowed, key=lambda plan: (plan.free, not plan.couples, not plan.p.cut)))
+        return self._site(plans[0])
+
+    def _plan(self, linear: Node, *, cut: bool) -> _Plan:
+        """The fixpoint with the most free channels over the ways to pass products; the first full one wins."""
+        source = data_input(linear)
+        channels = shape_of(source)[-1]
+        best: tuple[int, Propagation] | None = None
+        choices: dict[str, int] | None = {}
+        for _ in range(MAX_ATTEMPTS):
+            assert choices is not None
+            p = Propagation(self.index, RULES, IGNORED, cut=cut)
+            p.choices = dict(choices)
+            p.seed(source, channels)
+            p.run()
+            free = int((p.seeded(p.values[self.index.slot[source.name]]) != PINNED).sum())
+            if best is None or free > best[0]:
+                best = (free, p)
+            if free == channels or (choices := _next_choices(p)) is None:
+                break
+        assert best is not None
+        free, p = best
+        members = self._members(p, source)
+        return _Plan(p=p, free=free, members=members, couples=free > 0 and self._couples(list(members)))
+
+    def _members(self, p: Propagation, source: Node) -> dict[Node, Ids]:
+        live = [node for slot, nodes in self.readers.items() if slot in p.values and p.live(slot) for node in nodes]
+        members = sorted({*live, *self.siblings[source]}, key=self.position.__getitem__)
+        return {
+            node: p.values.get(self.columns[node], np.zeros(shape_of(_weight(node))[1], dtype=np.int64))
+            for node in members
+        }
+
+    def _couples(self, members: list[Node]) -> bool:
+        """Are these, in execution order, of several blocks, or is one computed from another's output?"""
+        if len({block for node in members if (block := block_name(layer_name(node)))}) > 1:
+            return True
+        last = self.position[members[-1]]
+        wanted, seen, queue = set(members), set(members), list(members)
+        while queue:
+            for user in queue.pop().users:
+                if user in wanted:
+                    return True
+                if user not in seen and self.position[user] < last:
+                    seen.add(user)
+                    queue.append(user)
+        return False
+
+    def _site(self, plan: _Plan) -> Site:
+        p = plan.p
+        free = np.unique(np.concatenate([p.seeded(ids) for ids in plan.members.values()]))
+        free = free[free != PINNED]
+
+        def renumber(ids: Ids) -> Ids:
+            roots = p.seeded(ids)
+            return np.where(roots != PINNED, np.searchsorted(free, roots) + 1, PINNED)
+
+        consumers = tuple(
+            Consumer(
+                node=node.name,
+                layer=layer_name(node),
+                weight=weight_path(node),
+                input=data_input(node).name,
+                variables=renumber(ids),
+            )
+            for node, ids in plan.members.items()
+        )
+        site = Site(
+            name=site_name(consumers), consumers=consumers, num_variables=len(free), couples_blocks=plan.couples
+        )
+        refusal = self._refusal(plan, site)
+        return replace(site, refusal=refusal) if refusal else replace(site, **_edits(self.index, p, renumber))
+
+    def _refusal(self, plan: _Plan, site: Site) -> str | None:
+        if plan.free == 0:
+            node, why = plan.p.pins[0] if plan.p.pins else ("its input", "no channel is free to carry a scale")
+            return f"{node}: {why}"
+        if plan.couples and not self.policy.couple_blocks:
+            return (
+                f"{site.consumers[0].node}: {len(site.consumers)} linears, up to {site.consumers[-1].layer}, would share "
+                "one scale; couple_blocks allows that"
+            )
+        if site.num_variables < self.policy.min_variables:
+            return (
+                f"{site.consumers[0].node}: only {site.num_variables} of {site.channels} channels could differ in "
+                f"scale; min_variables is {self.policy.min_variables}"
+            )
+        return None
 
 
 def _next_choices(p: Propagation) -> dict[str, int] | None:
@@ -139,50 +308,26 @@ def _next_choices(p: Propagation) -> dict[str, int] | None:
     return None
 
 
-def _site(index: GraphIndex, seed: Node, p: Propagation) -> Site:
-    slots = {node: Columns(index.slot[_weight(node).name]) for node in linears(index.graph_module)}
-    siblings = {slots[node] for node in slots if data_input(node) is data_input(seed)}
-    members = {
-        node: p.values.get(slot, np.zeros(shape_of(_weight(node))[1], dtype=np.int64))
-        for node, slot in slots.items()
-        if p.live(slot) or slot in siblings
-    }
-    free = np.unique(np.concatenate([p.seeded(ids) for ids in members.values()]))
-    free = free[free != PINNED]
-
-    def renumber(ids: Ids) -> Ids:
-        roots = p.seeded(ids)
-        return np.where(roots != PINNED, np.searchsorted(free, roots) + 1, PINNED)
-
-    consumers = tuple(
-        Consumer(
-            node=node.name,
-            layer=layer_name(node),
-            weight=weight_path(node),
-            input=data_input(node).name,
-            variables=renumber(ids),
-        )
-        for node, ids in members.items()
-    )
-    name = site_name(consumers)
-    if len(free) == 0:
-        return Site(name=name, consumers=consumers, num_variables=0, refusal=_refusal(p))
-    parameters, scalars = _edits(index, p, renumber)
-    return Site(name=name, consumers=consumers, num_variables=len(free), parameters=parameters, scalars=scalars)
-
-
-def _edits(index: GraphIndex, p: Propagation, renumber) -> tuple[tuple[ParameterEdit, ...], tuple[ScalarEdit, ...]]:
-    parameters, scalars = [], []
+def _edits(index: GraphIndex, p: Propagation, renumber: Callable[[Ids], Ids]) -> dict[str, Any]:
+    """The fields of a site that say what to change."""
+    parameters, scalars, norms, cuts = [], [], [], []
     for slot, ids in p.values.items():
         variables = renumber(ids)
         if not variables.any():
             continue
         if isinstance(slot, Scalar):
             scalars.append(ScalarEdit(node=slot.node, index=slot.index, variables=variables))
+        elif isinstance(slot, NewWeight):
+            norms.append(NormEdit(node=slot.node, variables=variables))
+        elif isinstance(slot, Cut):
+            cuts.append(CutEdit(node=slot.node, index=slot.index, variables=variables))
         elif isinstance(slot, str) and index.nodes[slot].op == "get_attr":
             paths = tuple(dict.fromkeys(str(node.target) for node in index.aliases[slot]))
             parameters.append(ParameterEdit(paths=paths, variables=variables))
-    return tuple(parameters), tuple(scalars)
+    return {
+        name: tuple(edits)
+        for name, edits in (("parameters", parameters), ("scalars", scalars), ("norms", norms), ("cuts", cuts))
+    }
 
 
 def _weight(linear: Node) -> Node:
@@ -191,9 +336,10 @@ def _weight(linear: Node) -> Node:
     return weight
 
 
-def _refusal(p: Propagation) -> str:
-    node, why = p.pins[0] if p.pins else ("its input", "no channel is free to carry a scale")
-    return f"{node}: {why}"
+def block_name(layer: str) -> str | None:
+    """The block that a layer belongs to: its module path up to the first number, None if there is none."""
+    parts = layer.split(".")
+    return next((".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()), None)
 
 
 def site_name(consumers: tuple[Consumer, ...]) -> str:

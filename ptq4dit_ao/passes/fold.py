@@ -3,6 +3,8 @@
 The re-parameterisation of PTQ4DiT (section 3.3), for any graph that scale propagation could read:
 
 * rows of a linear (adaLN's shift and scale, V) and affine norms: ``W / b``, ``bias / b``;
+* a norm without a weight gets ``1/b`` as one; a modulation vector that serves all blocks is multiplied by ``1/b``
+  where it is read, the only thing here that costs an op, on (N, C) numbers;
 * the constant of ``1 + scale``: ``1 -> 1/b`` as a tensor. The paper's form, which keeps the 1 and stores
   ``(1 + bias)/b - 1``, is exact too but loses digits of 16-bit parameters and needs a bias; it is for writing back
   to checkpoints.
@@ -54,6 +56,10 @@ def fold_balance(model: GraphModule, site: Site, b: Tensor, form: FoldForm = "co
     if form == "constant":
         for scalar in site.scalars:
             _divide_scalar(model, nodes[scalar.node], scalar, b)
+    for norm in site.norms:
+        _divide_norm(model, nodes[norm.node], scale_of(b, norm.variables))
+    for cut in site.cuts:
+        _cut(model, nodes[cut.node], cut.index, scale_of(b, cut.variables))
     _remove_balance(model, site)
 
 
@@ -76,6 +82,28 @@ _TENSOR_OVERLOAD: dict[object, torch._ops.OpOverload] = {
     torch.ops.aten.add.Scalar: torch.ops.aten.add.Tensor,
     torch.ops.aten.sub.Scalar: torch.ops.aten.sub.Tensor,
 }
+
+
+def _divide_norm(model: GraphModule, node: Node, scale: Tensor) -> None:
+    """Give a norm the weight 1/b."""
+    weight = node.args[2] if len(node.args) > 2 else None
+    if isinstance(weight, Node):  # another site was here first
+        replace_tensor(model, (str(weight.target),), lambda w: w / scale)
+        return
+    with model.graph.inserting_before(node):
+        weight = add_constant(model, "norm", 1 / scale, like=node)
+    node.args = (*node.args[:2], weight, *node.args[3:])
+
+
+def _cut(model: GraphModule, node: Node, index: int, scale: Tensor) -> None:
+    """Multiply an operand by 1/b where ``node`` reads it."""
+    operand = node.args[index]
+    assert isinstance(operand, Node)
+    with model.graph.inserting_before(node):
+        inverse = add_constant(model, "cut", 1 / scale, like=operand)
+        product = model.graph.call_function(torch.ops.aten.mul.Tensor, (operand, inverse))
+    product.meta.update(operand.meta)
+    node.update_arg(index, product)
 
 
 def _remove_balance(model: GraphModule, site: Site) -> None:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 from torch.fx import Node
 
-from ptq4dit_ao.graph.propagation import Propagation, Scalar
+from ptq4dit_ao.graph.propagation import Cut, Propagation, Scalar
 from ptq4dit_ao.graph.rules.table import aten, rule
-from ptq4dit_ao.graph.shapes import shape_of, tensor_of
+from ptq4dit_ao.graph.shapes import hint, normalize_axis, shape_of, tensor_of
+from ptq4dit_ao.graph.variables import Ids
+
+SMALL = 4
+"""A tensor at least so many times smaller than another counts as modulation of it."""
 
 
 @rule(aten.neg.default, aten.relu.default)
@@ -28,7 +33,7 @@ def dropout(p: Propagation, node: Node) -> None:
 @rule(aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar, aten.sub.Scalar)
 def add(p: Propagation, node: Node) -> None:
     """``x/b + y/b = (x + y)/b``; a Python number c becomes the tensor c/b, such as the 1 of ``1 + scale``."""
-    p.equate(node, *_tensors(node))
+    p.equate(node, *(operand(p, node, index) for index in _tensors(node)))
     if any(isinstance(arg, Node) and tensor_of(arg) is None for arg in node.args[:2]):
         p.pin(node, node, "a number known only at run time cannot be scaled")
     ids = p.value(node)
@@ -41,27 +46,67 @@ def add(p: Propagation, node: Node) -> None:
 def mul(p: Propagation, node: Node) -> None:
     """``(x/b) y = (x y)/b``: one factor carries the scale and the other must not."""
     factors = _tensors(node)
-    if len(factors) == 1 or factors[0] is factors[1]:
-        _only_factor(p, node, factors)
+    if len(factors) == 1:
+        p.equate(node, *(_argument(node, index) for index in factors))
+        return
+    if node.args[0] is node.args[1]:
+        for slot in (_argument(node, 0), node):
+            p.pin(slot, node, "a square does not commute with a scale")
         return
     # A parameter absorbs a scale offline, and a small tensor (modulation) leads to one; try these before the rest.
-    order = sorted((0, 1), key=lambda i: (factors[i].op != "get_attr", math.prod(shape_of(factors[i]))))
+    # Where small tensors may be cut, that costs a multiply: first try what may be free, the large one.
+    sizes = [math.prod(shape_of(_argument(node, index))) for index in (0, 1)]
+    order = sorted((0, 1), key=lambda i: (_argument(node, i).op != "get_attr", -sizes[i] if p.cut else sizes[i]))
     _product(p, node, order)
 
 
 @rule(aten.div.Tensor, aten.div.Scalar)
 def div(p: Propagation, node: Node) -> None:
     """``(x/b) / y = (x/y)/b``; a scaled denominator is refused."""
-    numerator, denominator = node.args[:2]
-    if isinstance(denominator, Node) and tensor_of(denominator) is not None:
-        p.pin(denominator, node, "a divisor would need the inverse scale")
-    if isinstance(numerator, Node) and tensor_of(numerator) is not None:
-        p.equate(numerator, node)
-    else:
+    for index in _tensors(node):
+        if index == 1:
+            p.pin(_argument(node, 1), node, "a divisor would need the inverse scale")
+        else:
+            p.equate(_argument(node, 0), node)
+    if 0 not in _tensors(node):
         p.pin(node, node, "a number over a tensor does not commute with a scale")
 
 
-@rule(aten.matmul.default, aten.bmm.default)
+@rule(aten.where.self)
+def where(p: Propagation, node: Node) -> None:
+    """Either operand, element by element: both are scaled alike."""
+    _, one, other = node.args
+    assert isinstance(one, Node) and isinstance(other, Node)
+    p.equate(node, one, other)
+
+
+@rule(aten.masked_fill.Scalar)
+def masked_fill(p: Propagation, node: Node) -> None:
+    """``0 / b = 0``: filling with zero commutes with a scale."""
+    if node.args[2] == 0:
+        p.equate(_argument(node, 0), node)
+    else:
+        p.refuse(node)
+
+
+@rule(aten.sum.dim_IntList, aten.mean.dim)
+def total(p: Propagation, node: Node) -> None:
+    """``sum_t x_t / b = (sum_t x_t) / b``: uniform along the axes that are summed."""
+    source = _argument(node, 0)
+    ndim = len(shape_of(source))
+    axes = node.args[1] if len(node.args) > 1 and node.args[1] else list(range(ndim))
+    assert isinstance(axes, (list, tuple))
+    summed = sorted(normalize_axis(hint(axis), ndim) for axis in axes)
+    kept = len(shape_of(node)) == ndim
+
+    def forward(ids: Ids) -> Ids:
+        one = p.uniform(ids, summed)
+        return one if kept else one.squeeze(tuple(summed))
+
+    p.link(source, node, forward, lambda ids: ids if kept else np.expand_dims(ids, summed))
+
+
+@rule(aten.matmul.default, aten.bmm.default, aten.mm.default)
 def matmul(p: Propagation, node: Node) -> None:
     """``A (V diag(1/b)) = (A V) diag(1/b)``: columns of the right factor, rows of the left; never the inner axis."""
     left, right = node.args[:2]
@@ -90,35 +135,90 @@ def attention(p: Propagation, node: Node) -> None:
     for arg in (*node.args[3:], *node.kwargs.values()):
         if isinstance(arg, Node):
             p.pin(arg, node, "an attention mask passes through a softmax")
-    if shape_of(v)[-3:-2] != shape_of(node)[-3:-2]:
-        p.pin(v, node, "grouped-query attention inside the op is not read yet")
-        p.pin(node, node, "grouped-query attention inside the op is not read yet")
+    groups = shape_of(node)[-3] // shape_of(v)[-3] if len(shape_of(v)) > 2 else 1
+
+    def forward(ids: Ids) -> Ids:
+        one = p.uniform(ids, [ids.ndim - 2])
+        return np.repeat(one, groups, -3) if groups > 1 and one.shape[-3] > 1 else one
+
+    def backward(ids: Ids) -> Ids:
+        one = p.uniform(ids, [ids.ndim - 2])
+        if groups > 1 and one.shape[-3] > 1:  # grouped queries: heads in a row share one of V's
+            one = one.reshape(*one.shape[:-3], -1, groups, *one.shape[-2:])
+            one = p.uniform(one, [one.ndim - 3]).squeeze(-3)
+        return one
+
+    p.link(v, node, forward, backward)
+
+
+@rule(aten.einsum.default)
+def einsum(p: Propagation, node: Node) -> None:
+    """One operand carries the scale along the axes that survive; the same for every value of those summed away."""
+    equation, operands = node.args[:2]
+    assert isinstance(equation, str) and isinstance(operands, (list, tuple))
+    left, arrow, out = equation.replace(" ", "").partition("->")
+    letters = left.split(",")
+    plain = arrow and all(name.isalpha() and len(set(name)) == len(name) for name in [*letters, out] if name)
+    if not plain or len(operands) > 2:
+        p.refuse(node)
         return
-    for source, target in ((node, v), (v, node)):
-        ids = p.value(source)
-        if ids is not None:
-            p.merge(target, p.uniform(ids, [ids.ndim - 2]))
-
-
-def _tensors(node: Node) -> list[Node]:
-    """The tensors among the first two arguments; sizes known only at run time are nodes, too."""
-    return [arg for arg in node.args[:2] if isinstance(arg, Node) and tensor_of(arg) is not None]
-
-
-def _only_factor(p: Propagation, node: Node, factors: list[Node]) -> None:
-    if len(factors) == 1:
-        p.equate(factors[0], node)
+    candidates = [i for i, operand in enumerate(operands) if p.live(operand)] or list(range(len(operands)))
+    if not p.live(node) and not any(p.live(operand) for operand in operands):
         return
-    for slot in (factors[0], node):
-        p.pin(slot, node, "a square does not commute with a scale")
+    order = candidates + [i for i in range(len(operands)) if i not in candidates]
+    chosen = p.choose(node, order)
+    for i, operand in enumerate(operands):
+        if i != chosen:
+            p.pin(operand, node, "only one factor of a product may carry a scale")
+
+    def forward(ids: Ids) -> Ids:
+        one = p.uniform(ids, [axis for axis, name in enumerate(letters[chosen]) if name not in out])
+        return _along(one, letters[chosen], out)
+
+    def backward(ids: Ids) -> Ids:
+        one = p.uniform(ids, [axis for axis, name in enumerate(out) if name not in letters[chosen]])
+        return _along(one, out, letters[chosen])
+
+    p.link(operands[chosen], node, forward, backward)
+
+
+def operand(p: Propagation, node: Node, index: int) -> Node | Cut:
+    """Where the scale of a tensor argument lives: in the tensor, or, cut, only at this place where it is read.
+
+    A cut multiplies a tensor far smaller than what it meets: modulation, never an activation.
+    """
+    tensor = _argument(node, index)
+    if not p.cut or tensor.op == "get_attr" or SMALL * math.prod(shape_of(tensor)) > math.prod(shape_of(node)):
+        return tensor
+    p.pin(tensor, node, "it is multiplied where it is read")
+    return Cut(node.name, index)
+
+
+def _along(ids: Ids, names: str, wanted: str) -> Ids:
+    """Axes by name: those that ``wanted`` lacks have length 1 and go, new ones of length 1 come."""
+    kept = [name for name in names if name in wanted]
+    ids = ids.reshape([size for size, name in zip(ids.shape, names, strict=True) if name in wanted])
+    ids = ids.transpose([kept.index(name) for name in wanted if name in kept])
+    return ids.reshape(
+        [ids.shape[[n for n in wanted if n in kept].index(name)] if name in kept else 1 for name in wanted]
+    )
+
+
+def _tensors(node: Node) -> list[int]:
+    """Which of the first two arguments are tensors; sizes known only at run time are nodes, too."""
+    return [i for i, arg in enumerate(node.args[:2]) if isinstance(arg, Node) and tensor_of(arg) is not None]
+
+
+def _argument(node: Node, index: int) -> Node:
+    argument = node.args[index]
+    assert isinstance(argument, Node)
+    return argument
 
 
 def _product(p: Propagation, node: Node, candidates: list[int]) -> None:
-    live = [i for i in candidates if p.live(node.args[i])]  # type: ignore[arg-type]
+    live = [i for i in candidates if p.live(_argument(node, i))]
     if not live and not p.live(node):
         return
     chosen = p.choose(node, live + [i for i in candidates if i not in live])
-    carrier, other = node.args[chosen], node.args[1 - chosen]
-    assert isinstance(carrier, Node) and isinstance(other, Node)
-    p.equate(carrier, node)
-    p.pin(other, node, "only one factor of a product may carry a scale")
+    p.equate(operand(p, node, chosen), node)
+    p.pin(_argument(node, 1 - chosen), node, "only one factor of a product may carry a scale")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch.fx import Node
 
 from ptq4dit_ao.graph.names import is_linear
-from ptq4dit_ao.graph.propagation import Columns, Propagation
+from ptq4dit_ao.graph.propagation import Columns, NewWeight, Propagation
 from ptq4dit_ao.graph.rules.table import aten, rule
+from ptq4dit_ao.graph.shapes import shape_of
+from ptq4dit_ao.graph.variables import Ids
 
 
 @rule(aten.linear.default)
@@ -35,14 +39,91 @@ def linear(p: Propagation, node: Node) -> None:
 
 @rule(aten.layer_norm.default, aten.rms_norm.default)
 def norm(p: Propagation, node: Node) -> None:
-    """``norm(x) (w/b) + c/b``: an affine norm absorbs; its input, normalised away, cannot carry anything."""
-    x, parameters = node.args[0], [arg for arg in node.args[2:4] if isinstance(arg, Node)]
+    """``norm(x) (w/b) + c/b``: an affine norm absorbs; its input, normalised away, cannot carry anything.
+
+    A norm without a weight can be given ``1/b`` as one.
+    """
+    x = node.args[0]
     assert isinstance(x, Node)
     p.pin(x, node, "a norm undoes the scale of its input")
-    if parameters and isinstance(node.args[2], Node):
-        p.equate(node, *parameters)
-    else:
-        p.pin(node, node, "a norm without a weight has no place for a scale")
+    _affine(p, node, len(node.args[1]))  # type: ignore[arg-type]
+
+
+@rule(aten.group_norm.default)
+def group_norm(p: Propagation, node: Node) -> None:
+    """As any norm; its weight goes along the second axis."""
+    x = node.args[0]
+    assert isinstance(x, Node)
+    p.pin(x, node, "a norm undoes the scale of its input")
+    weight, bias = _parameters(node)
+    if weight is None:
+        p.pin(node, node, "a group norm without a weight has no place for a scale")
+        return
+    _channels(p, node, 1, [weight, bias])
+
+
+@rule(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+def convolution(p: Propagation, node: Node) -> None:
+    """Absorbs in the rows like a linear; its channels are the second axis. Its input is not balanced."""
+    x, weight = node.args[:2]
+    bias = node.args[2] if len(node.args) > 2 else None
+    assert isinstance(x, Node) and isinstance(weight, Node)
+    for slot in (x, Columns(p.index.slot[weight.name])):
+        p.pin(slot, node, "a convolution reads it")
+    if weight.op != "get_attr" or len(shape_of(node)) != len(shape_of(weight)):
+        p.pin(node, node, "the weight is computed, not a parameter, or there is no batch")
+        p.pin(weight, node, "the weight is computed, not a parameter, or there is no batch")
+        return
+    ids = p.value(weight)
+    if ids is not None:
+        rows = p.uniform(ids, range(1, ids.ndim)).reshape(-1)
+        p.merge(node, rows.reshape(-1, *(1 for _ in ids.shape[2:])))
+    _channels(p, node, 1, [bias] if isinstance(bias, Node) else [])
+    ids = p.value(node)
+    if ids is not None:
+        p.merge(weight, ids.reshape(-1, *(1 for _ in shape_of(weight)[1:])))
+
+
+@rule(aten.embedding.default)
+def embedding(p: Propagation, node: Node) -> None:
+    """``(W diag(1/b))[i] = W[i] diag(1/b)``: the table's columns absorb."""
+    weight, indices = node.args[:2]
+    assert isinstance(weight, Node) and isinstance(indices, Node)
+
+    def columns(ids: Ids) -> Ids:
+        return p.uniform(ids, range(ids.ndim - 1)).reshape(-1)
+
+    p.link(weight, node, columns, lambda ids: columns(ids).reshape(1, -1))
+
+
+def _affine(p: Propagation, node: Node, axes: int) -> None:
+    """Weight and bias along the last ``axes`` axes, or a new weight in their place."""
+    weight, bias = _parameters(node)
+    p.equate(node, *(parameter for parameter in (weight, bias) if parameter is not None))
+    ids = p.value(node)
+    if weight is None and ids is not None:
+        p.merge(NewWeight(node.name), p.uniform(ids, range(ids.ndim - axes)).reshape(ids.shape[ids.ndim - axes :]))
+
+
+def _parameters(node: Node) -> tuple[Node | None, Node | None]:
+    """Weight and bias of a norm."""
+    weight, bias = (arg if isinstance(arg, Node) else None for arg in (*node.args[2:4], None, None)[:2])
+    return weight, bias
+
+
+def _channels(p: Propagation, node: Node, axis: int, parameters: Sequence[Node | None]) -> None:
+    """The output along ``axis`` and vectors of parameters hold the same ids."""
+    ndim = len(shape_of(node))
+    present = [parameter for parameter in parameters if parameter is not None]
+    vectors = [p.value(parameter) for parameter in present]
+    ids = p.value(node)
+    known = next((v for v in vectors if v is not None), None)
+    if ids is not None:
+        known = p.uniform(ids, [i for i in range(ndim) if i != axis]).reshape(-1)
+    if known is not None:
+        p.merge(node, known.reshape(-1, *(1 for _ in range(ndim - axis - 1))))
+        for parameter in present:
+            p.merge(parameter, known)
 
 
 def _rows(p: Propagation, node: Node, weight: Node, bias: Node | None) -> None:

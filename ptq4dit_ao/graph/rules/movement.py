@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch.fx import Node
 
 from ptq4dit_ao.graph.propagation import Propagation, op_name
 from ptq4dit_ao.graph.rules.table import RULES, aten, rule
-from ptq4dit_ao.graph.shapes import embed_ids, hint, normalize_axis, part_sizes, reshape_ids, shape_of, take_axis
+from ptq4dit_ao.graph.shapes import (
+    broadcast_ids,
+    embed_ids,
+    hint,
+    normalize_axis,
+    part_sizes,
+    reshape_ids,
+    shape_of,
+    take_axis,
+    tensor_of,
+)
 from ptq4dit_ao.graph.variables import Ids
 
 
@@ -23,6 +36,7 @@ from ptq4dit_ao.graph.variables import Ids
     aten.clone.default,
     aten.alias.default,
     aten.detach.default,
+    aten.lift_fresh_copy.default,
 )
 def copy(p: Propagation, node: Node) -> None:
     """``f(x / b) = f(x) / b``: the same elements, perhaps in another dtype."""
@@ -33,6 +47,8 @@ def copy(p: Propagation, node: Node) -> None:
     aten.view.default,
     aten.reshape.default,
     aten._unsafe_view.default,
+    aten.view_as.default,
+    aten.reshape_as.default,
     aten.flatten.using_ints,
     aten.unflatten.int,
     aten.squeeze.default,
@@ -50,12 +66,20 @@ def reshape(p: Propagation, node: Node) -> None:
 @rule(aten.permute.default)
 def permute(p: Propagation, node: Node) -> None:
     """``y[i_d0, i_d1, ...] = x[i_0, i_1, ...]``."""
-    axes = node.args[1]
-    assert isinstance(axes, (list, tuple))
-    _permute(p, node, [hint(axis) for axis in axes])
+    _permute(p, node, [hint(axis) for axis in _listed(node.args[1])])
 
 
-@rule(aten.transpose.int)
+@rule(aten.movedim.int, aten.movedim.intlist)
+def movedim(p: Propagation, node: Node) -> None:
+    """Some axes go to new places, the others keep their order."""
+    ndim = len(shape_of(node))
+    origin, target = ([normalize_axis(hint(axis), ndim) for axis in _listed(arg)] for arg in node.args[1:3])
+    placed = dict(zip(target, origin, strict=True))
+    others = iter(axis for axis in range(ndim) if axis not in origin)
+    _permute(p, node, [placed[axis] if axis in placed else next(others) for axis in range(ndim)])
+
+
+@rule(aten.transpose.int, aten.swapaxes.default)
 def transpose(p: Propagation, node: Node) -> None:
     """A permutation of two axes."""
     order = list(range(len(shape_of(node))))
@@ -70,7 +94,7 @@ def matrix_transpose(p: Propagation, node: Node) -> None:
     _permute(p, node, list(range(len(shape_of(node))))[::-1])
 
 
-@rule(aten.expand.default)
+@rule(aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
 def expand(p: Propagation, node: Node) -> None:
     """Copies along an axis share their variables: the source's axis has length 1."""
     p.equate(_source(node), node)
@@ -84,11 +108,113 @@ def slice_(p: Propagation, node: Node) -> None:
     axis = normalize_axis(axis, len(shape_of(source)))
     size = shape_of(source)[axis]
     positions = range(*slice(_hint(start), _hint(end), _hint(step)).indices(size))
-    if positions.step != 1:
-        p.pin(node, node, "slices with a step are not read")
-        p.pin(source, node, "slices with a step are not read")
+    if positions.step == 1:
+        _part(p, source, node, axis, positions.start, len(positions))
+    else:
+        _gather(p, node, {axis: np.asarray(positions)})
+
+
+@rule(aten.narrow.default)
+def narrow(p: Propagation, node: Node) -> None:
+    """A slice by start and length."""
+    source = _source(node)
+    axis, start, length = (hint(arg) for arg in node.args[1:4])
+    axis = normalize_axis(axis, len(shape_of(source)))
+    _part(p, source, node, axis, start % shape_of(source)[axis], length)
+
+
+@rule(aten.repeat.default)
+def repeat(p: Propagation, node: Node) -> None:
+    """Whole axes again and again: copies share their variables."""
+    counts = [hint(count) for count in _listed(node.args[1])]
+    sizes = [size // count for size, count in zip(shape_of(node), counts, strict=True)]
+    _gather(p, node, {axis: np.tile(np.arange(sizes[axis]), count) for axis, count in enumerate(counts) if count > 1})
+
+
+@rule(aten.repeat_interleave.self_int)
+def repeat_interleave(p: Propagation, node: Node) -> None:
+    """Every position several times in a row, as grouped-query attention repeats its heads."""
+    source = _source(node)
+    count, axis = hint(node.args[1]), _defaults(node.args[2:], (node.kwargs.get("dim"),))[0]
+    if axis is None:
+        p.refuse(node)
+    else:
+        axis = normalize_axis(axis, len(shape_of(source)))
+        _gather(p, node, {axis: np.repeat(np.arange(shape_of(source)[axis]), count)})
+
+
+@rule(aten.flip.default)
+def flip(p: Propagation, node: Node) -> None:
+    """The positions of some axes in reverse order."""
+    shape = shape_of(node)
+    axes = [normalize_axis(hint(axis), len(shape)) for axis in _listed(node.args[1])]
+    _gather(p, node, {axis: np.arange(shape[axis])[::-1] for axis in axes})
+
+
+@rule(aten.roll.default)
+def roll(p: Propagation, node: Node) -> None:
+    """The positions of some axes, turned round."""
+    shape = shape_of(node)
+    shifts, axes = (_listed(arg) for arg in _defaults(node.args[1:], ([], [])))
+    if not axes:
+        p.refuse(node)
+    turned = {normalize_axis(hint(axis), len(shape)): hint(shift) for axis, shift in zip(axes, shifts, strict=False)}
+    _gather(p, node, {axis: np.roll(np.arange(shape[axis]), shift) for axis, shift in turned.items()})
+
+
+@rule(aten.index.Tensor)
+def index(p: Propagation, node: Node) -> None:
+    """Positions of one axis picked at run time: that axis is uniform."""
+    indices = _listed(node.args[1])
+    axes = [axis for axis, chosen in enumerate(indices) if chosen is not None]
+    picked = indices[axes[0]]
+    assert isinstance(picked, Node)
+    value = tensor_of(picked)
+    if len(axes) > 1 or value is None or (value.dtype is torch.bool and value.dim() > 1):
+        p.refuse(node)  # the result's axes would not be the source's
+    else:
+        _pick(p, node, axes[0], value.dim())
+
+
+@rule(aten.index_select.default)
+def index_select(p: Propagation, node: Node) -> None:
+    """Positions of one axis picked at run time: that axis is uniform."""
+    _pick(p, node, normalize_axis(hint(node.args[1]), len(shape_of(node))), 1)
+
+
+@rule(aten.pad.default, aten.constant_pad_nd.default)
+def pad(p: Propagation, node: Node) -> None:
+    """The source is a part of the result; what stands beside it scales freely if it is 0, else not at all."""
+    source = _source(node)
+    widths = [hint(width) for width in _listed(node.args[1])]
+    last = 2 if node.target is aten.constant_pad_nd.default else 3
+    value = _defaults(node.args[last:], (node.kwargs.get("value", 0),))[0] or 0
+    mode = "constant" if last == 2 else _defaults(node.args[2:3], (node.kwargs.get("mode", "constant"),))[0]
+    if mode != "constant" or min(widths) < 0:
+        p.refuse(node)
         return
-    _part(p, source, node, axis, positions.start, len(positions))
+    shape = shape_of(source)
+    before = {len(shape) - 1 - i // 2: widths[i] for i in range(0, len(widths), 2)}
+    padded = [axis for axis in before if shape_of(node)[axis] != shape[axis]]
+
+    def forward(ids: Ids) -> Ids:
+        for axis in padded:
+            if ids.shape[axis] == 1 and value == 0:
+                continue
+            whole = (*ids.shape[:axis], shape_of(node)[axis], *ids.shape[axis + 1 :])
+            outside = p.variables.fresh(whole) if value == 0 else np.zeros(whole, dtype=np.int64)
+            ids = embed_ids(np.repeat(ids, shape[axis] // ids.shape[axis], axis), axis, before[axis], outside)
+        return ids
+
+    def backward(ids: Ids) -> Ids:
+        inside = ids
+        for axis in padded:
+            inside = take_axis(inside, axis, before[axis], shape[axis])
+        if value != 0:
+            p.merge(node, forward(inside))
+        return inside
+
+    p.link(source, node, forward, backward)
 
 
 @rule(aten.select.int)
@@ -131,11 +257,19 @@ def getitem(p: Propagation, node: Node) -> None:
         p.pin(node, source, f"{op_name(source)} does not commute with a scale per channel")
 
 
+@rule(aten.stack.default)
+def stack(p: Propagation, node: Node) -> None:
+    """Each operand is a slice of length 1 of the result, without its axis."""
+    axis = normalize_axis(_defaults(node.args[1:], (0,))[0], len(shape_of(node)))
+    for position, operand in enumerate(_listed(node.args[0])):
+        assert isinstance(operand, Node)
+        _part(p, node, operand, axis, position, 1, drop_axis=True)
+
+
 @rule(aten.cat.default)
 def cat(p: Propagation, node: Node) -> None:
     """Each operand is a slice of the result."""
-    operands = node.args[0]
-    assert isinstance(operands, (list, tuple))
+    operands = _listed(node.args[0])
     axis = normalize_axis(_defaults(node.args[1:], (0,))[0], len(shape_of(node)))
     start = 0
     for operand in operands:
@@ -176,6 +310,42 @@ def _part(
         p.link(whole, part, forward, backward)
 
 
+def _gather(p: Propagation, node: Node, positions: dict[int, NDArray[np.int64]]) -> None:
+    """Along each of these axes, element j of the result is element ``positions[axis][j]`` of the source."""
+    source = _source(node)
+    ndim = len(shape_of(node))
+    shape = (1,) * (ndim - len(shape_of(source))) + shape_of(source)
+
+    def forward(ids: Ids) -> Ids:
+        ids = broadcast_ids(ids, ndim)
+        for axis, where in positions.items():
+            ids = ids.take(where, axis) if ids.shape[axis] > 1 else ids
+        return ids
+
+    def backward(ids: Ids) -> Ids:
+        varies = [axis in positions and size > 1 for axis, size in enumerate(ids.shape)]
+        whole = p.variables.fresh(tuple(np.where(varies, shape, ids.shape).tolist()))
+        p.variables.union(forward(whole), ids)
+        return whole
+
+    p.link(source, node, forward, backward)
+
+
+def _pick(p: Propagation, node: Node, axis: int, ndim: int) -> None:
+    """``ndim`` axes of the result, in the place of one of the source, hold any of its positions: all are uniform."""
+    where = [axis + i for i in range(ndim)]
+
+    def forward(ids: Ids) -> Ids:
+        one = p.uniform(ids, [axis])
+        return one.reshape(*one.shape[:axis], *(1 for _ in where), *one.shape[axis + 1 :])
+
+    def backward(ids: Ids) -> Ids:
+        one = p.uniform(ids, where)
+        return one.reshape(*one.shape[:axis], 1, *one.shape[axis + ndim :])
+
+    p.link(_source(node), node, forward, backward)
+
+
 def _split_sizes(node: Node) -> tuple[int, list[int]]:
     shape = shape_of(_source(node))
     axis = normalize_axis(_defaults(node.args[2:], (0,))[0], len(shape))
@@ -193,6 +363,11 @@ def _source(node: Node) -> Node:
     return source
 
 
+def _listed(value: object) -> list[Any]:
+    """A list argument; a single number stands for a list of one."""
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
 def _index(part: Node) -> int:
     index = part.args[1]
     assert isinstance(index, int)
@@ -207,7 +382,10 @@ def _defaults(given: tuple[object, ...], defaults: tuple) -> list:
     return [*given, *defaults[len(given) :]]
 
 
-MOVEMENT = frozenset(op for op, function in RULES.items() if function.__module__ == __name__) - {aten.cat.default}
+SEVERAL = frozenset(op for op, function in RULES.items() if function in (cat, stack, pad, index, index_select))
+"""Those that read several tensors, or add elements of their own."""
+
+MOVEMENT = frozenset(op for op, function in RULES.items() if function.__module__ == __name__) - SEVERAL
 """Ops that rearrange the elements of one tensor."""
 
 COPIES = frozenset(op for op, function in RULES.items() if function is copy)
