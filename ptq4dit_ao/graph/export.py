@@ -132,7 +132,9 @@ def _explain(model: nn.Module, error: Exception, dynamic_batch: bool) -> str:
     if "specialized it to be a constant" in text or "Constraints violated" in text:
         advice = "the model computes with its batch size: pass dynamic_batch=False, and always call it with this batch"
     elif "data-dependent" in text or "GuardOnDataDependent" in type(error).__name__ or "Unbacked" in text:
-        advice = "a size depends on values in the inputs: pad them to one length, and leave out masks that remove nothing"
+        advice = (
+            "a size depends on values in the inputs: pad them to one length, and leave out masks that remove nothing"
+        )
     else:
         advice = "dynamic_batch=False may help if the model computes with its batch size"
     return f"{type(model).__name__} cannot be exported: {type(error).__name__}: {reason}; " + (

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -211,22 +212,26 @@ class _Search:
         return self._site(plans[0])
 
     def _plan(self, linear: Node, *, cut: bool) -> _Plan:
-        """The fixpoint with the most free channels over the ways to pass products; the first full one wins."""
+        """The fixpoint with the most free channels over the ways to pass products; the first full one wins.
+
+        Breadth first: one other choice near the seed is tried before many far away.
+        """
         source = data_input(linear)
         channels = shape_of(source)[-1]
         best: tuple[int, Propagation] | None = None
-        choices: dict[str, int] | None = {}
-        for _ in range(MAX_ATTEMPTS):
-            assert choices is not None
+        queue: deque[dict[str, int]] = deque([{}])
+        attempts = 0
+        while queue and attempts < MAX_ATTEMPTS and (best is None or best[0] < channels):
+            attempts += 1
+            given = queue.popleft()
             p = Propagation(self.index, RULES, IGNORED, cut=cut)
-            p.choices = dict(choices)
+            p.choices = dict(given)
             p.seed(source, channels)
             p.run()
             free = int((p.seeded(p.values[self.index.slot[source.name]]) != PINNED).sum())
             if best is None or free > best[0]:
                 best = (free, p)
-            if free == channels or (choices := _next_choices(p)) is None:
-                break
+            queue.extend(_alternatives(p, len(given)))
         assert best is not None
         free, p = best
         members = self._members(p, source)
@@ -297,15 +302,14 @@ class _Search:
         return None
 
 
-def _next_choices(p: Propagation) -> dict[str, int] | None:
-    """Change the latest product that still has another factor to try (depth-first)."""
+def _alternatives(p: Propagation, fixed: int) -> Iterator[dict[str, int]]:
+    """Other ways through one product each, the ones nearest the seed first; those before it stay."""
     names = list(p.candidates)
-    for i in reversed(range(len(names))):
-        candidates = p.candidates[names[i]]
-        position = candidates.index(p.choices[names[i]]) + 1
-        if position < len(candidates):
-            return {**{name: p.choices[name] for name in names[:i]}, names[i]: candidates[position]}
-    return None
+    for i in range(fixed, len(names)):
+        before = {name: p.choices[name] for name in names[:i]}
+        for candidate in p.candidates[names[i]]:
+            if candidate != p.choices[names[i]]:
+                yield {**before, names[i]: candidate}
 
 
 def _edits(index: GraphIndex, p: Propagation, renumber: Callable[[Ids], Ids]) -> dict[str, Any]:
