@@ -16,7 +16,7 @@ SMALL = 4
 """A tensor at least so many times smaller than another counts as modulation of it."""
 
 
-@rule(aten.neg.default, aten.relu.default)
+@rule(aten.neg.default, aten.relu.default, aten.leaky_relu.default)
 def homogeneous(p: Propagation, node: Node) -> None:
     """``f(x / b) = f(x) / b`` for b > 0."""
     source = node.args[0]
@@ -80,11 +80,11 @@ def where(p: Propagation, node: Node) -> None:
     p.equate(node, one, other)
 
 
-@rule(aten.masked_fill.Scalar)
+@rule(aten.masked_fill.Scalar, aten.where.ScalarOther)
 def masked_fill(p: Propagation, node: Node) -> None:
     """``0 / b = 0``: filling with zero commutes with a scale."""
     if node.args[2] == 0:
-        p.equate(_argument(node, 0), node)
+        p.equate(_argument(node, 0 if node.target is aten.masked_fill.Scalar else 1), node)
     else:
         p.refuse(node)
 

@@ -266,7 +266,7 @@ def stack(p: Propagation, node: Node) -> None:
         _part(p, node, operand, axis, position, 1, drop_axis=True)
 
 
-@rule(aten.cat.default)
+@rule(aten.cat.default, aten.concat.default)
 def cat(p: Propagation, node: Node) -> None:
     """Each operand is a slice of the result."""
     operands = _listed(node.args[0])

@@ -62,12 +62,17 @@ def per_sample(ids: Tensor, batch: int) -> Tensor:
     return ids.repeat(batch, *[1] * ids.ndim)
 
 
+def pixels(g: Generator, batch: int, count: int, *, most: int = 1024) -> Tensor:
+    """(batch, count) lengths in pixels, multiples of 16, which bfloat16 can hold."""
+    return 16.0 * torch.randint(0, most // 16, (batch, count), generator=g)
+
+
 def size_conditions(g: Generator, batch: int) -> Inputs:
     """SDXL's micro-conditions: size before the crop, size wanted, and where it was cropped."""
     return {
-        "original_size": torch.randint(256, 1024, (batch, 2), generator=g).float(),
-        "target_size": torch.randint(256, 1024, (batch, 2), generator=g).float(),
-        "crop_coords": torch.randint(0, 64, (batch, 2), generator=g).float(),
+        "original_size": 256 + pixels(g, batch, 2),
+        "target_size": 256 + pixels(g, batch, 2),
+        "crop_coords": pixels(g, batch, 2, most=128),
     }
 
 
@@ -114,7 +119,7 @@ def _pixart_inputs(batch: int, g: Generator) -> Inputs:
 
 def _pixart_alpha_1024_inputs(batch: int, g: Generator) -> Inputs:
     sizes = {
-        "resolution": torch.randint(512, 1024, (batch, 2), generator=g).float(),
+        "resolution": 512 + pixels(g, batch, 2),
         "aspect_ratio": timesteps(g, batch, 0.5, 2.0)[:, None],
     }
     return {**_pixart_inputs(batch, g), "added_cond_kwargs": sizes}
@@ -308,7 +313,7 @@ def _hunyuan_dit_inputs(batch: int, g: Generator) -> Inputs:
         "text_embedding_mask": mask(g, batch, TEXT),
         "encoder_hidden_states_t5": noise(g, batch, 8, 16),
         "text_embedding_mask_t5": mask(g, batch, 8),
-        "image_meta_size": torch.randint(0, 1024, (batch, 6), generator=g).float(),
+        "image_meta_size": pixels(g, batch, 6),
         "style": torch.zeros(batch, dtype=torch.long),
         "image_rotary_emb": get_2d_rotary_pos_embed(16, ((0, 0), (GRID, GRID)), (GRID, GRID), output_type="pt"),
     }
@@ -505,10 +510,16 @@ def _bria_fibo2_inputs(batch: int, g: Generator) -> Inputs:
         "hidden_states": noise(g, batch, 4, 8, 8),
         "timestep": fractions(g, batch),
         "encoder_hidden_states": noise(g, batch, 3, TEXT, TEXT_WIDTH),
-    }  # no mask: the lengths of the prompts are read on the host, which export cannot follow
+    }  # no mask: its sums are read on the host, which export cannot follow
 
 
-@family("bria_fibo2", "image", _bria_fibo2_inputs, note="unpadded prompts, squeezed into gist tokens")
+@family(
+    "bria_fibo2",
+    "image",
+    _bria_fibo2_inputs,
+    dynamic_batch=False,
+    note="makes a list as long as the batch, which fixes it; gist tokens, prompts without padding",
+)
 def _bria_fibo2() -> nn.Module:
     return _diffusers().BriaFibo2Transformer2DModel(
         in_channels=4,
@@ -566,7 +577,7 @@ def _hunyuan_image_inputs(batch: int, g: Generator) -> Inputs:
     }
 
 
-@family("hunyuan_image", "image", _hunyuan_image_inputs)
+@family("hunyuan_image", "image", _hunyuan_image_inputs, note="without glyph text, whose mask decides shapes")
 def _hunyuan_image() -> nn.Module:
     return _diffusers().HunyuanImageTransformer2DModel(
         in_channels=8,

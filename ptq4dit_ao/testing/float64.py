@@ -1,0 +1,53 @@
+"""A captured graph in float64 throughout: casts to 32 and 16 bits inside the model hide what a fold changes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils._pytree import tree_map
+
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
+SAME = {"type_as", "to"}
+
+
+def in_float64(graph_module: GraphModule) -> GraphModule:
+    """A copy whose parameters, constants, inputs and casts are float64 (complex128) instead of narrower ones."""
+    model = copy.deepcopy(graph_module).to(torch.float64)
+    for part in model.modules():
+        for name, value in [*vars(part).items(), *part._buffers.items()]:
+            if isinstance(value, Tensor):
+                setattr(part, name, wide(value))
+        if isinstance(part, GraphModule):
+            for node in part.graph.nodes:
+                node.args, node.kwargs = tree_map(_widen, node.args), tree_map(_widen, node.kwargs)
+                if node.target is torch.ops.aten.to.dtype_layout:
+                    node.kwargs = {key: value for key, value in node.kwargs.items() if key != "layout"}
+                if node.target is torch.ops.aten._assert_tensor_metadata.default:
+                    node.args, node.kwargs = node.args[:1], {}
+            part.recompile()
+    inputs = [node.meta["val"] for node in model.graph.nodes if node.op == "placeholder"]
+    with torch.no_grad(), inputs[0].fake_mode:
+        inputs = [wide(value) for value in inputs]
+    with torch.no_grad():
+        FakeTensorProp(model, inputs[0].fake_mode).propagate_dont_convert_inputs(*inputs)
+    return model
+
+
+def wide(value: Any) -> Any:
+    """A floating tensor in float64, anything else as it is."""
+    if isinstance(value, Tensor) and value.dtype in NARROW:
+        return value.to(torch.float64)
+    if isinstance(value, Tensor) and value.is_complex():
+        return value.to(torch.complex128)
+    return value
+
+
+def _widen(value: Any) -> Any:
+    if value in NARROW:
+        return torch.float64
+    return torch.complex128 if value is torch.complex64 else value
