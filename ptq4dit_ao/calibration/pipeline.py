@@ -3,124 +3,257 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ptq4dit_ao.calibration.samples import CalibrationSamples
-from ptq4dit_ao.calibration.timesteps import choose_timesteps
-from ptq4dit_ao.errors import CalibrationError
-
-
-class ClassConditionalPipeline(Protocol):
-    """What is used of a pipeline such as diffusers' ``DiTPipeline``."""
-
-    transformer: nn.Module
-    scheduler: Any
-
-    def __call__(
-        self,
-        class_labels: list[int],
-        guidance_scale: float,
-        generator: torch.Generator,
-        num_inference_steps: int,
-    ) -> object: ...
+from ptq4dit_ao.calibration.samples import CalibrationSamples, join_calls
+from ptq4dit_ao.calibration.timesteps import StepSelection, choose_timesteps
+from ptq4dit_ao.errors import ArgumentError, CalibrationError
+from ptq4dit_ao.graph.names import TIMESTEP_NAMES
+from ptq4dit_ao.graph.signature import CallSignature, flatten_call
 
 
 @torch.no_grad()
 def collect_from_pipeline(
-    pipeline: ClassConditionalPipeline,
-    labels: Sequence[int],
+    pipeline: Any,
+    prompts: Sequence[int] | Sequence[str] | None,
     *,
     timesteps: int | Sequence[float],
     steps: int = 50,
-    guidance: float = 4.0,
+    guidance: float | None = 4.0,
     seed: int = 0,
     batch_size: int = 16,
+    component: str = "transformer",
+    call: Mapping[str, object] | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> CalibrationSamples:
-    """Generate one image per label and keep the transformer's inputs at the chosen timesteps.
+    """Generate one sample per prompt and keep the transformer's inputs at the chosen timesteps.
 
-    With guidance each image gives two rows per timestep, conditional and unconditional. Memory is bounded by
-    ``2 * len(labels) * number of timesteps`` rows; an image is given up after the last chosen timestep.
+    With guidance each prompt gives two rows per timestep, conditional and unconditional, be it in one call of the
+    transformer or in two. Memory is bounded by ``2 * len(prompts) * number of timesteps`` rows; a sample is given up
+    after the last chosen timestep.
 
     Args:
-        pipeline: anything that calls ``pipeline.transformer`` while denoising.
-        labels: classes to draw.
-        timesteps: how many, evenly spaced over the sampler's, or which.
+        pipeline: anything that calls a module of its own while denoising, as diffusers' pipelines do.
+        prompts: classes or texts, given to the pipeline as ``class_labels`` or ``prompt``; None if ``call`` says
+            everything, which is one call of the pipeline.
+        timesteps: how many, evenly spaced over ``steps``, or which, as the transformer receives them: for some flow
+            models that is in [0, 1].
         steps: sampling steps.
-        guidance: classifier-free guidance scale.
+        guidance: classifier-free guidance scale; None leaves it to the pipeline.
         seed: of the initial noise; equal seeds record equal samples.
-        batch_size: images per pipeline call.
+        batch_size: prompts per pipeline call.
+        component: the attribute of the pipeline that is recorded.
+        call: more arguments for every call of the pipeline, passed as they are; they go before those above.
         on_step: called with (steps done, steps in all).
 
     Raises:
-        CalibrationError: the timesteps do not occur, or the transformer was not called.
+        CalibrationError: the timesteps do not occur, the component does not exist or was not called, or its calls do
+            not fit together.
+        ArgumentError: the pipeline does not take such prompts, or the component takes what cannot be captured.
     """
-    pipeline.scheduler.set_timesteps(steps)
-    available = [float(t) for t in pipeline.scheduler.timesteps]
-    chosen = set(choose_timesteps(available, timesteps))
-    last = max(i for i, t in enumerate(available) if t in chosen)
-    batches = [list(labels[i : i + batch_size]) for i in range(0, len(labels), batch_size)]
-    generator = torch.Generator().manual_seed(seed)
-    recorder = _Recorder(pipeline.transformer, available, chosen, last)
-    if on_step is not None:
-        recorder.on_call = lambda done: on_step(done, len(batches) * (last + 1))
-    with recorder:
-        for batch in batches:
+    module, call = _component(pipeline, component), dict(call or {})
+    parameters = inspect.signature(pipeline.__call__).parameters
+    selection = StepSelection(timesteps, steps)
+    batches = _batches(pipeline, parameters, prompts, batch_size, call)
+    length = _steps_per_run(pipeline, selection, whole_schedule="class_labels" in parameters and not call)
+    options: dict[str, object] = {
+        "num_inference_steps": steps,
+        "generator": torch.Generator().manual_seed(seed),
+        "output_type": "latent",  # or the VAE, which may be missing, would decode what nobody looks at
+        **({} if guidance is None else {"guidance_scale": guidance}),
+    }
+    arguments = {name: value for name, value in options.items() if name in parameters} | call
+    with _Recorder(module, component, selection) as recorder:
+        for index, batch in enumerate(batches):
+
+            def report(done: int, before: int = index * length) -> None:
+                if on_step is not None:
+                    on_step(before + min(done, length), len(batches) * length)
+
+            recorder.start(report)
             try:
-                pipeline(
-                    class_labels=batch,
-                    guidance_scale=guidance,
-                    generator=generator,
-                    num_inference_steps=steps,
-                )
+                pipeline(**arguments, **batch)
             except _Enough:
-                recorder.step = 0
+                getattr(pipeline, "maybe_free_model_hooks", lambda: None)()  # its last line, which offloads
+            recorder.finish()
+            report(length)
     return recorder.samples()
 
 
+def _component(pipeline: object, name: str) -> nn.Module:
+    module = getattr(pipeline, name, None)
+    if isinstance(module, nn.Module):
+        return module
+    others = [repr(key) for key, value in vars(pipeline).items() if isinstance(value, nn.Module)]
+    raise CalibrationError(
+        f"{type(pipeline).__name__} has no module {name!r} to record; give component= one of its modules: "
+        f"{', '.join(others) or 'it has none'}"
+    )
+
+
+def _batches(
+    pipeline: object,
+    parameters: Mapping[str, inspect.Parameter],
+    prompts: Sequence[int] | Sequence[str] | None,
+    size: int,
+    call: Mapping[str, object],
+) -> list[dict[str, object]]:
+    """For each call of the pipeline, the argument that holds its prompts."""
+    if prompts is None:
+        return [{}]
+    if isinstance(prompts, str):
+        raise ArgumentError(f"prompts is the string {prompts!r}; give a list of them")
+    kinds = ("prompt", "class_labels") if prompts and isinstance(prompts[0], str) else ("class_labels", "prompt")
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    name = next((kind for kind in kinds if kind in parameters), kinds[0] if takes_all else None)
+    if name is None:
+        raise ArgumentError(
+            f"{type(pipeline).__name__} takes neither class_labels nor a prompt; it takes {', '.join(parameters)}: "
+            "give prompts=None and these in call"
+        )
+    if name in call:
+        raise ArgumentError(f"{name!r} is in call, and prompts are given, too; leave one of them out")
+    return [{name: list(prompts[i : i + size])} for i in range(0, len(prompts), size)]
+
+
+def _steps_per_run(pipeline: Any, selection: StepSelection, *, whole_schedule: bool) -> int:
+    """How many steps a run takes until it is given up, as far as that is known.
+
+    A class-conditional pipeline passes on its scheduler's timesteps if they are integers, so that a wrong list is
+    refused here. Others scale them, or set the scheduler with arguments of their own.
+    """
+    if selection.last is not None:
+        return selection.last + 1
+    scheduler = getattr(pipeline, "scheduler", None)
+    if not whole_schedule or scheduler is None:
+        return selection.steps
+    scheduler.set_timesteps(selection.steps)
+    if scheduler.timesteps.is_floating_point():
+        return selection.steps
+    available = list(dict.fromkeys(float(t) for t in scheduler.timesteps))
+    return 1 + available.index(choose_timesteps(available, selection.wanted)[-1])
+
+
 class _Enough(Exception):  # noqa: N818  (a signal, not an error)
-    """Nothing more to record from this image."""
+    """Nothing more to record from this run."""
+
+
+class _Call(NamedTuple):
+    timestep: float
+    signature: CallSignature
+    tensors: dict[str, Tensor]
 
 
 class _Recorder:
-    """A forward hook that keeps the tensors among a module's arguments, by name."""
+    """A forward pre-hook that keeps a module's arguments at the selected timesteps."""
 
-    def __init__(self, module: nn.Module, available: list[float], chosen: set[float], last: int) -> None:
-        self.module, self.available, self.chosen, self.last = module, available, chosen, last
+    def __init__(self, module: nn.Module, component: str, selection: StepSelection) -> None:
+        self.module, self.component, self.selection = module, component, selection
         self.names = list(inspect.signature(module.forward).parameters)
-        self.rows: dict[str, list[Tensor]] = {}
-        self.step = self.calls = 0
-        self.on_call: Callable[[int], None] = lambda done: None
+        self.calls: list[_Call] = []
+        self.before = 0
+        """Calls recorded in earlier runs."""
+        self.report: Callable[[int], None] = lambda done: None
 
     def __enter__(self) -> _Recorder:
-        self._before = self.module.register_forward_pre_hook(self._record, with_kwargs=True)
-        self._after = self.module.register_forward_hook(self._count)
+        self._hook = self.module.register_forward_pre_hook(self._record, with_kwargs=True, prepend=True)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._before.remove()
-        self._after.remove()
+        self._hook.remove()
+
+    def start(self, report: Callable[[int], None]) -> None:
+        """Begin a run; ``report`` is told the number of finished steps."""
+        self.report, self.before = report, len(self.calls)
+        self.selection.start()
+
+    def finish(self) -> None:
+        """End a run, and drop what only seemed to be at a wanted timestep."""
+        if not self.selection.visited:
+            raise self._nothing()
+        chosen = self.selection.chosen()
+        self.calls[self.before :] = [call for call in self.calls[self.before :] if call.timestep in chosen]
 
     def samples(self) -> CalibrationSamples:
-        if not self.rows:
-            raise CalibrationError("the pipeline never called its transformer; nothing was recorded")
-        return CalibrationSamples({name: torch.cat(tensors) for name, tensors in self.rows.items()})
+        if not self.calls:
+            raise self._nothing()
+        return join_calls([(call.signature, call.tensors) for call in self.calls])
+
+    def _nothing(self) -> CalibrationError:
+        return CalibrationError(f"the pipeline never called its {self.component}; nothing was recorded")
 
     def _record(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        if self.available[self.step] not in self.chosen:
-            return
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        for name in self.names:
-            value = given.get(name)
-            if isinstance(value, Tensor):
-                self.rows.setdefault(name, []).append(value.detach().cpu().clone())
-
-    def _count(self, module: nn.Module, args: object, output: object) -> None:
-        self.step, self.calls = self.step + 1, self.calls + 1
-        self.on_call(self.calls)
-        if self.step > self.last:
+        given.pop("return_dict", None)
+        t = _timestep(module, given)
+        if self.selection.is_over(t):
             raise _Enough
+        finished = len(self.selection.visited)
+        if finished and t not in self.selection.visited:
+            self.report(finished)
+        if self.selection.visit(t):
+            signature, tensors = flatten_call(module, given)
+            first = self.calls[0] if self.calls else None
+            if first is not None:
+                _check_structure(first.signature, signature)
+                _check_shapes(first.tensors, tensors)
+            else:
+                _check_batch(module, tensors, given)
+            known = {} if first is None else first.tensors
+            self.calls.append(_Call(t, signature, {name: _keep(x, known.get(name)) for name, x in tensors.items()}))
+
+
+def _check_batch(module: nn.Module, tensors: Mapping[str, Tensor], given: Mapping[str, object]) -> None:
+    """Raises CalibrationError unless the first tensor is an argument of its own, and has an axis."""
+    name = next(iter(tensors), None)
+    if name is None or not isinstance(given.get(name), Tensor):
+        raise CalibrationError(
+            f"{type(module).__name__} received {', '.join(given)}, of which the first to hold tensors is no tensor "
+            "itself; samples in lists have no batch axis, so they cannot be joined"
+        )
+    if tensors[name].ndim == 0:
+        raise CalibrationError(f"{type(module).__name__} received {name!r}, a tensor without a batch axis, first")
+
+
+def _keep(tensor: Tensor, known: Tensor | None) -> Tensor:
+    """A copy on the CPU; position ids and the like, which are equal in all calls, are kept once."""
+    tensor = tensor.detach().cpu()
+    return known if known is not None and torch.equal(tensor, known) else tensor.clone()
+
+
+def _timestep(module: nn.Module, given: Mapping[str, object]) -> float:
+    """The time of a call. In a batch or per token (frames that are given have time 0), the latest one."""
+    t = next((given[name] for name in TIMESTEP_NAMES if given.get(name) is not None), None)
+    if t is None:
+        raise CalibrationError(
+            f"{type(module).__name__} received {', '.join(given)}, but no {', '.join(TIMESTEP_NAMES)} to tell steps by"
+        )
+    return float(t.max() if isinstance(t, Tensor) else t)  # type: ignore[arg-type]
+
+
+def _check_structure(first: CallSignature, other: CallSignature) -> None:
+    """Raises CalibrationError unless all but the tensors is equal, types included (1 is not True here)."""
+    for name in {**first.arguments, **other.arguments}:
+        values = [reprlib.repr(c.arguments[name]) if name in c.arguments else "missing" for c in (first, other)]
+        if repr(first.arguments.get(name)) != repr(other.arguments.get(name)) or values.count("missing") == 1:
+            raise CalibrationError(
+                f"argument {name!r} is {values[0]} in one call and {values[1]} in another; only tensors may differ: "
+                "record calls that agree in it"
+            )
+
+
+def _check_shapes(first: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    """Raises CalibrationError where two calls differ in more than the first axis."""
+    for name, tensor in first.items():
+        kinds = [(x.dtype, x.ndim, x.shape[1:]) for x in (tensor, other[name])]
+        if kinds[0] != kinds[1]:
+            shapes = [f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in (tensor, other[name])]
+            raise CalibrationError(
+                f"input {name!r} is {shapes[0]} in one call and {shapes[1]} in another; rows need one shape: pad all "
+                "prompts to one length, and draw all samples at one size"
+            )

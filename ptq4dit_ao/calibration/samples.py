@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,49 +13,169 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ptq4dit_ao.errors import CalibrationError
+from ptq4dit_ao.graph.names import TIMESTEP_NAMES
+from ptq4dit_ao.graph.signature import CONSTANTS, CallSignature, TensorName
 
 _FORMAT = "ptq4dit-ao calibration samples"
 
 
 class CalibrationSamples:
-    """Inputs of a denoiser, one tensor per input in the order of its ``forward``; all (N, ...)."""
+    """Inputs of a denoiser, one tensor per input in the order of its ``forward``; all (N, ...).
 
-    def __init__(self, inputs: Mapping[str, Tensor]) -> None:
+    Args:
+        inputs: what differs from row to row.
+        shared: what every batch takes as it is, such as position ids.
+        signature: how ``forward`` takes both; without it, by position.
+
+    Raises:
+        CalibrationError: the numbers of rows differ, or the signature is of other tensors.
+    """
+
+    def __init__(
+        self,
+        inputs: Mapping[str, Tensor],
+        shared: Mapping[str, Tensor] | None = None,
+        signature: CallSignature | None = None,
+    ) -> None:
         sizes = {name: len(tensor) for name, tensor in inputs.items()}
         if not sizes or len(set(sizes.values())) != 1 or 0 in sizes.values():
             raise CalibrationError(f"calibration inputs need one common, non-zero number of rows, got {sizes}")
-        self.inputs = dict(inputs)
+        self.inputs, self.shared, self.signature = dict(inputs), dict(shared or {}), signature
+        names = [*self.inputs, *self.shared]
+        if signature is not None and sorted(signature.names) != sorted(names):
+            raise CalibrationError(f"the signature takes {signature.names}, but there are tensors for {names}")
 
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, ...]]:
-        """Tuples of inputs, ``size`` rows each; the last may be smaller."""
+        """Tuples of inputs, ``size`` rows each; the last may be smaller. Shared tensors only with a signature."""
+        names = list(self.inputs) if self.signature is None else self.signature.names
         for start in range(0, len(self), size):
-            yield tuple(tensor[start : start + size] for tensor in self.inputs.values())
+            rows = {name: tensor[start : start + size] for name, tensor in self.inputs.items()}
+            yield tuple(rows[name] if name in rows else self.shared[name] for name in names)
+
+    def example(self, size: int) -> dict[str, Any] | tuple[Tensor, ...]:
+        """The first ``size`` rows for ``export_transformer``: keyword arguments, or a tuple without a signature.
+
+        Raises:
+            CalibrationError: a shared tensor has a first axis of that size, which an export would take for the batch.
+        """
+        batch = next(self.batches(size))
+        if self.signature is None:
+            return batch
+        rows = min(size, len(self))
+        taken = [name for name, tensor in self.shared.items() if tensor.shape[:1] == (rows,)]
+        if taken:
+            raise CalibrationError(
+                f"the shared input {taken[0]!r} has {rows} rows, too; give an example of another size"
+            )
+        return self.signature.bind(batch)
 
     def shuffled(self, seed: int) -> CalibrationSamples:
         """The same rows in a seeded random order, so that batches mix timesteps."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        return CalibrationSamples({name: tensor[order] for name, tensor in self.inputs.items()})
+        rows = {name: tensor[order] for name, tensor in self.inputs.items()}
+        return CalibrationSamples(rows, self.shared, self.signature)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""
-        tensors = {name: tensor.contiguous() for name, tensor in self.inputs.items()}
-        save_file(tensors, path, metadata={"format": _FORMAT, "inputs": ",".join(self.inputs)})
+        tensors = {name: tensor.contiguous() for name, tensor in {**self.inputs, **self.shared}.items()}
+        metadata = {"format": _FORMAT, "inputs": ",".join(self.inputs)}
+        if self.signature is not None:
+            arguments = {name: _to_json(value) for name, value in self.signature.arguments.items()}
+            metadata["signature"] = json.dumps(arguments)
+        save_file(tensors, path, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> CalibrationSamples:
         """Read what :meth:`save` wrote.
 
         Raises:
-            CalibrationError: the file is missing or is something else.
+            CalibrationError: the file is missing, is something else, or is damaged.
         """
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise CalibrationError(f"{path} is not a file of calibration samples")
-                return cls({name: file.get_tensor(name) for name in metadata["inputs"].split(",")})
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
         except (OSError, SafetensorError) as error:
             raise CalibrationError(f"cannot read calibration samples from {path}: {error}") from error
+        if metadata.get("format") != _FORMAT:
+            raise CalibrationError(f"{path} is not a file of calibration samples")
+        try:
+            inputs = {name: tensors.pop(name) for name in metadata["inputs"].split(",")}
+            signature = _signature_from_json(metadata["signature"]) if "signature" in metadata else None
+        except (KeyError, ValueError, RecursionError) as error:
+            raise CalibrationError(
+                f"the calibration samples in {path} are damaged ({error}); record them again"
+            ) from error
+        return cls(inputs, tensors, signature)
+
+
+def join_calls(calls: Sequence[tuple[CallSignature, Mapping[str, Tensor]]]) -> CalibrationSamples:
+    """Samples from recorded calls of one structure, whose tensors differ at most in their first axis.
+
+    The first axis of the first tensor is the batch. Tensors that have it in every call are rows. So is the timestep,
+    and what differs from call to call, if it has one value for the whole batch. The others are shared.
+
+    Raises:
+        CalibrationError: a tensor differs from call to call, but has no row for each sample.
+    """
+    signature, first = calls[0]
+    batches = [len(next(iter(tensors.values()))) for _, tensors in calls]
+    inputs: dict[str, Tensor] = {}
+    shared: dict[str, Tensor] = {}
+    for name in first:
+        column = [tensors[name] for _, tensors in calls]
+        equal = all(tensor is column[0] or torch.equal(tensor, column[0]) for tensor in column)
+        single = all(tensor.ndim == 0 or len(tensor) == 1 for tensor in column)
+        if all(tensor.shape[:1] == (batch,) for tensor, batch in zip(column, batches, strict=True)):
+            inputs[name] = torch.cat(column)
+        elif single and (not equal or name in TIMESTEP_NAMES):  # () or (1, ...) -> (batch, ...)
+            inputs[name] = torch.cat([x.expand(n, *x.shape[1:]) for x, n in zip(column, batches, strict=True)])
+        elif equal:
+            shared[name] = column[0]
+        else:
+            shapes = sorted({tuple(tensor.shape) for tensor in column})
+            raise CalibrationError(
+                f"input {name!r} differs from call to call, but its first axis is not the batch: shapes {shapes}, "
+                f"batches of {sorted(set(batches))}; record calls that agree in it"
+            )
+    return CalibrationSamples(inputs, shared, signature)
+
+
+def _to_json(value: Any) -> Any:
+    """Containers and tensors as an object with one key, the kind, so that tuples and lists stay apart."""
+    if isinstance(value, TensorName):
+        return {"tensor": value.name}
+    if isinstance(value, Mapping):
+        odd = [key for key in value if not isinstance(key, str)]
+        if odd:
+            raise CalibrationError(f"an argument is a dict with the key {odd[0]!r}; only string keys can be saved")
+        return {"dict": {key: _to_json(part) for key, part in value.items()}}
+    if isinstance(value, (list, tuple)):
+        return {"tuple" if isinstance(value, tuple) else "list": [_to_json(part) for part in value]}
+    return value
+
+
+def _from_json(value: Any) -> Any:
+    """Raises ValueError for anything but what :func:`_to_json` gives."""
+    if isinstance(value, CONSTANTS):
+        return value
+    if isinstance(value, dict) and len(value) == 1:
+        ((kind, content),) = value.items()
+        if kind == "tensor" and isinstance(content, str):
+            return TensorName(content)
+        if kind == "dict" and isinstance(content, dict):
+            return {key: _from_json(part) for key, part in content.items()}
+        if kind in ("list", "tuple") and isinstance(content, list):
+            parts = [_from_json(part) for part in content]
+            return tuple(parts) if kind == "tuple" else parts
+    raise ValueError(f"unknown structure {json.dumps(value)} in the signature")
+
+
+def _signature_from_json(text: str) -> CallSignature:
+    arguments = json.loads(text)
+    if not isinstance(arguments, dict):
+        raise ValueError(f"unknown structure {text} in the signature")
+    return CallSignature({name: _from_json(value) for name, value in arguments.items()})

@@ -1,29 +1,122 @@
-"""Which of a sampler's timesteps to calibrate on."""
+"""Which of a sampler's steps to calibrate on, told by the timestep that the transformer receives."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from ptq4dit_ao.errors import CalibrationError
 
+RELATIVE_TOLERANCE = 1e-4
+"""How near a visited timestep must be to one asked for: float32 arithmetic, and decimals as people write them."""
+
 
 def choose_timesteps(available: Sequence[float], wanted: int | Sequence[float]) -> list[float]:
-    """A count takes evenly spaced ones from first to last; a list is checked.
+    """A count takes evenly spaced ones from first to last; a list is checked, and takes the nearest.
 
     Raises:
         CalibrationError: more are wanted than there are, or one does not occur.
     """
     if isinstance(wanted, int):
-        if not 1 <= wanted <= len(available):
-            raise CalibrationError(f"{wanted} calibration timesteps asked for, the sampler has {len(available)} steps")
-        positions = np.linspace(0, len(available) - 1, wanted).round().astype(int)
-        return [available[i] for i in positions]
+        return [available[i] for i in spaced_positions(wanted, len(available))]
+    found = {nearest_timestep(available, t) for t in _not_empty(wanted)}
+    return [t for t in available if t in found]
+
+
+def spaced_positions(count: int, steps: int) -> list[int]:
+    """``count`` of ``range(steps)``, evenly spaced from first to last.
+
+    Raises:
+        CalibrationError: there are not as many.
+    """
+    if not 1 <= count <= steps:
+        raise CalibrationError(f"{count} calibration timesteps asked for, the sampler has {steps} steps")
+    return [int(i) for i in np.linspace(0, steps - 1, count).round()]
+
+
+def nearest_timestep(available: Iterable[float], t: float) -> float:
+    """The one of ``available`` that is ``t``, up to rounding.
+
+    Raises:
+        CalibrationError: none is.
+    """
+    nearest = min(available, key=lambda a: abs(a - t))
+    if not _is_close(nearest, t):
+        raise CalibrationError(f"the sampler never visits timestep {t:g}; the nearest it visits is {nearest:g}")
+    return nearest
+
+
+class StepSelection:
+    """Tells the wanted steps of a sampler, in one run after another, by the timesteps of its calls.
+
+    Calls at one timestep are one step: guidance in two passes, or a solver that evaluates twice (Heun).
+
+    Args:
+        wanted: how many, evenly spaced over ``steps``; or which timesteps.
+        steps: how many the sampler is asked to take.
+
+    Raises:
+        CalibrationError: more are wanted than there are, or none.
+    """
+
+    def __init__(self, wanted: int | Sequence[float], steps: int) -> None:
+        self.steps = steps
+        self.positions = spaced_positions(wanted, steps) if isinstance(wanted, int) else None
+        self.wanted = [] if isinstance(wanted, int) else _not_empty(wanted)
+        self.visited: dict[float, int] = {}
+        """Position of every timestep of this run."""
+
+    @property
+    def last(self) -> int | None:
+        """Position of the last wanted step, if it is known before the run."""
+        return None if self.positions is None else self.positions[-1]
+
+    def start(self) -> None:
+        """Begin a run."""
+        self.visited = {}
+
+    def is_over(self, t: float) -> bool:
+        """Has this run passed all wanted steps when it arrives at ``t``?"""
+        if t in self.visited:
+            return False
+        if self.positions is not None:
+            return len(self.visited) > self.positions[-1]
+        seen = all(any(_is_close(v, w) for v in self.visited) for w in self.wanted)
+        return seen and not any(_is_close(t, w) for w in self.wanted)
+
+    def visit(self, t: float) -> bool:
+        """Is a call at ``t`` to be recorded? Of a list, whatever is close is; :meth:`chosen` says what to keep."""
+        position = self.visited.setdefault(t, len(self.visited))
+        if self.positions is not None:
+            return position in self.positions
+        return any(_is_close(t, w) for w in self.wanted)
+
+    def chosen(self) -> set[float]:
+        """The wanted ones among the timesteps of a run that has ended.
+
+        Raises:
+            CalibrationError: one did not occur.
+        """
+        if self.positions is None:
+            return {nearest_timestep(self.visited, t) for t in self.wanted}
+        taken = len(self.visited)
+        if taken <= self.positions[-1]:
+            missing = next(p for p in self.positions if p >= taken)
+            raise CalibrationError(
+                f"{len(self.positions)} calibration timesteps spread over {self.steps} steps include step "
+                f"{missing + 1}, but the sampler took {taken}; give steps={taken} (and, if the pipeline is to be asked "
+                f"for {self.steps}, call={{'num_inference_steps': {self.steps}}})"
+            )
+        return {t for t, position in self.visited.items() if position in self.positions}
+
+
+def _not_empty(wanted: Sequence[float]) -> list[float]:
     if not wanted:
         raise CalibrationError("the list of calibration timesteps is empty; name at least one, or give a count")
-    for t in wanted:
-        if t not in available:
-            nearest = min(available, key=lambda a: abs(a - t))
-            raise CalibrationError(f"the sampler never visits timestep {t:g}; the nearest it visits is {nearest:g}")
-    return [t for t in available if t in set(wanted)]
+    return list(wanted)
+
+
+def _is_close(t: float, wanted: float) -> bool:
+    return math.isclose(t, wanted, rel_tol=RELATIVE_TOLERANCE)

@@ -37,8 +37,8 @@ def _constants(graph_module: GraphModule) -> set[Node]:
         if node.op == "get_attr":
             if isinstance(get_attribute(graph_module, str(node.target)), torch.Tensor):
                 found.add(node)
-        elif node.op == "call_function" and node.all_input_nodes and tensor_of(node) is not None:
-            if all(source in found for source in node.all_input_nodes) and not symbolic_axes(node):
+        elif node.op == "call_function" and tensor_of(node) is not None and not symbolic_axes(node):
+            if node.all_input_nodes and found.issuperset(node.all_input_nodes):
                 found.add(node)
     return found
 

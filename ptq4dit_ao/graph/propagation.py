@@ -214,9 +214,9 @@ class Propagation:
         else:
             self.refuse(node)
 
-    def refuse(self, node: Node) -> None:
+    def refuse(self, node: Node, why: str | None = None) -> None:
         """No rule: everything around the node keeps its scale."""
-        why = f"{op_name(node)} does not commute with a scale per channel"
+        why = why or f"{op_name(node)} does not commute with a scale per channel"
         for slot in [node, *node.all_input_nodes]:
             self.pin(slot, node, why)
             self.pin(Columns(self.index.slot[slot.name]), node, why)
@@ -249,7 +249,7 @@ class Propagation:
         if not value.dtype.is_floating_point and self.variables.is_free(ids):
             self.variables.pin(ids)
             self.pins.append((node.name, f"a tensor of {value.dtype} cannot be scaled"))
-        return np.ascontiguousarray(ids)
+        return ids.copy()  # np.ascontiguousarray would give a tensor without axes one
 
 
 def op_name(node: Node) -> str:

@@ -6,8 +6,11 @@ axes stay at length 1 throughout, so that the arrays are about as large as the c
 
 from __future__ import annotations
 
+import functools
 import math
+import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +20,8 @@ from ptq4dit_ao.graph.variables import Ids
 
 Shape = tuple[int, ...]
 
+PRIMES = (4099, 4111, 4127, 4129, 4133, 4139, 4153, 4157, 4159, 4177, 4201, 4211, 4217)
+
 
 def tensor_of(node: Node) -> torch.Tensor | None:
     """The fake tensor that export recorded for a node, if the node is a single tensor."""
@@ -25,7 +30,7 @@ def tensor_of(node: Node) -> torch.Tensor | None:
 
 
 def shape_of(node: Node) -> Shape:
-    """The node's shape at the exported example, symbolic sizes by their hints."""
+    """The node's shape, symbolic sizes by numbers that stand for them."""
     value = tensor_of(node)
     assert value is not None, f"{node.name} is not a tensor"
     return tuple(hint(size) for size in value.shape)
@@ -38,14 +43,41 @@ def symbolic_axes(node: Node) -> list[int]:
     return [axis for axis, size in enumerate(value.shape) if isinstance(size, torch.SymInt)]
 
 
+@functools.lru_cache(maxsize=4096)
+def _evaluate(expression: Any) -> int:
+    """A symbolic size with a prime for each of its symbols, so that no two sizes are equal by accident."""
+    symbols = sorted(expression.free_symbols, key=str)
+    return int(expression.subs({symbol: PRIMES[zlib.crc32(str(symbol).encode()) % len(PRIMES)] for symbol in symbols}))
+
+
 def hint(size: object) -> int:
-    """A size as a number: itself, or the size it had in the example inputs."""
+    """A size as a number: itself, or, for one that differs from call to call, one that stands for it."""
     if isinstance(size, torch.SymInt):
-        return int(size.node.hint)
+        return _evaluate(size.node.expr)
     if isinstance(size, Node):
         return hint(size.meta["val"])
     assert isinstance(size, int)
     return size
+
+
+def example_shape(node: Node) -> Shape:
+    """The node's shape at the exported example."""
+    value = tensor_of(node)
+    assert value is not None, f"{node.name} is not a tensor"
+    return tuple(example_size(size) for size in value.shape)
+
+
+def example_size(size: object) -> int:
+    """A size as it was at the exported example."""
+    if isinstance(size, torch.SymInt):
+        return int(size.node.hint)
+    return example_size(size.meta["val"]) if isinstance(size, Node) else hint(size)
+
+
+def fixed_size(node: Node) -> int:
+    """Elements per entry of the axes that may differ from call to call."""
+    shape = shape_of(node)
+    return math.prod(size for axis, size in enumerate(shape) if axis not in symbolic_axes(node))
 
 
 def normalize_axis(axis: int, ndim: int) -> int:

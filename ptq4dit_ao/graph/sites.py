@@ -241,7 +241,7 @@ class _Search:
         live = [node for slot, nodes in self.readers.items() if slot in p.values and p.live(slot) for node in nodes]
         members = sorted({*live, *self.siblings[source]}, key=self.position.__getitem__)
         return {
-            node: p.values.get(self.columns[node], np.zeros(shape_of(_weight(node))[1], dtype=np.int64))
+            node: p.values.get(self.columns[node], np.zeros(shape_of(_weight(node))[-1], dtype=np.int64))
             for node in members
         }
 
@@ -291,8 +291,8 @@ class _Search:
             return f"{node}: {why}"
         if plan.couples and not self.policy.couple_blocks:
             return (
-                f"{site.consumers[0].node}: {len(site.consumers)} linears, up to {site.consumers[-1].layer}, would share "
-                "one scale; couple_blocks allows that"
+                f"{site.consumers[0].node}: {len(site.consumers)} linears, up to {site.consumers[-1].layer}, would "
+                "share one scale; couple_blocks allows that"
             )
         if site.num_variables < self.policy.min_variables:
             return (

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from ptq4dit_ao.errors import LoweringError
 from ptq4dit_ao.graph.names import placeholders
-from ptq4dit_ao.graph.shapes import shape_of, tensor_of
+from ptq4dit_ao.graph.shapes import example_shape, tensor_of
 from ptq4dit_ao.lowering.match import QuantizedLinear, quantized_linears
 from ptq4dit_ao.lowering.proof import KernelProof, check_proof, count_integer_gemms
 
@@ -115,5 +115,5 @@ def _example_inputs(graph_module: GraphModule) -> tuple[Tensor, ...]:
         value = tensor_of(node)
         if value is None:
             raise LoweringError(f"the graph does not say what input {node.name!r} looks like; pass example_inputs=...")
-        inputs.append(torch.zeros(shape_of(node), dtype=value.dtype))
+        inputs.append(torch.zeros(example_shape(node), dtype=value.dtype))
     return tuple(inputs)

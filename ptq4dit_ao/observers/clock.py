@@ -15,6 +15,8 @@ class TimestepClock:
 
     def __init__(self) -> None:
         self.current: Tensor | None = None
+        self.example: tuple[Tensor, ...] | None = None
+        """The first inputs that were seen."""
 
     def rows(self, batch: int, where: str) -> Tensor:
         """One timestep per row of a tensor with ``batch`` rows: (batch,) float64.
@@ -35,19 +37,24 @@ class TimestepClock:
         )
 
 
-class TimestepObserver(ObserverBase):
-    """Sets the clock; leaves no trace in the converted graph."""
+class InputObserver(ObserverBase):
+    """Sets the clock from a graph's inputs, and keeps the first of them; leaves no trace in the converted graph."""
 
-    def __init__(self, clock: TimestepClock) -> None:
+    def __init__(self, clock: TimestepClock, timestep: int | None) -> None:
         super().__init__(dtype=torch.float32)
         self.clock = clock
+        self.timestep = timestep
+        """Position of the input that holds the timestep."""
 
-    def forward(self, timestep: Tensor) -> Tensor:
-        self.clock.current = timestep
-        return timestep
+    def forward(self, *inputs: Tensor) -> Tensor:
+        if self.timestep is not None:
+            self.clock.current = inputs[self.timestep]
+        if self.clock.example is None:
+            self.clock.example = tuple(x.detach().clone() for x in inputs)
+        return inputs[0]
 
     def calculate_qparams(self, **kwargs: object) -> tuple[Tensor, Tensor]:
-        raise AssertionError("timesteps are not quantized")
+        raise AssertionError("inputs are not quantized here")
 
     def convert(self, model: GraphModule, node: Node) -> None:
         """Called by ``convert_pt2e``."""

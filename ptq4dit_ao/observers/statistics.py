@@ -76,8 +76,12 @@ class ChannelStatistics:
 class SalienceStatistics(Mapping[str, ChannelStatistics]):
     """Statistics of a model's balance sites, by the name of the first layer that reads the tensor."""
 
-    def __init__(self, tables: Mapping[str, ChannelStatistics] | None = None) -> None:
+    def __init__(
+        self, tables: Mapping[str, ChannelStatistics] | None = None, example: tuple[Tensor, ...] | None = None
+    ) -> None:
         self._tables = dict(tables or {})
+        self.example = example
+        """Inputs of the model, from the first calibration batch; not saved."""
 
     def __getitem__(self, name: str) -> ChannelStatistics:
         return self._tables[name]

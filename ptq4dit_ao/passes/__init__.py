@@ -5,16 +5,19 @@ from ptq4dit_ao.passes.balance_first import balance, collect_salience
 from ptq4dit_ao.passes.fold import fold_balance
 from ptq4dit_ao.passes.insert import insert_balance
 from ptq4dit_ao.passes.result import BalanceResult, attach_result, balance_result
+from ptq4dit_ao.passes.verify import SelfCheck, example_inputs
 
 __all__ = [
     "BalanceResult",
     "BalanceSettings",
+    "SelfCheck",
     "SiteOutcome",
     "attach_result",
     "balance",
     "balance_result",
     "balance_sites",
     "collect_salience",
+    "example_inputs",
     "fold_balance",
     "insert_balance",
 ]

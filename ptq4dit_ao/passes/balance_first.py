@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from ptq4dit_ao.errors import BalanceError
-from ptq4dit_ao.graph import Site, find_sites, refuse_sites
+from ptq4dit_ao.graph import Site, SitePolicy, find_sites, refuse_sites
 from ptq4dit_ao.graph.names import layer_name, linears, timestep_placeholder
 from ptq4dit_ao.observers import ChannelStatistics, SalienceStatistics, TimestepClock
 from ptq4dit_ao.observers.hooks import channel_range, check_finite
 from ptq4dit_ao.passes.balance import BalanceSettings, balance_sites
 from ptq4dit_ao.passes.result import BalanceResult, attach_result
+from ptq4dit_ao.passes.verify import SelfCheck
 
 
 @torch.no_grad()
@@ -26,6 +27,7 @@ def collect_salience(
     *,
     exclude: Sequence[str] = (),
     timestep_input: str | None = None,
+    policy: SitePolicy | None = None,
 ) -> SalienceStatistics:
     """Run a float graph on calibration samples and record every balance site's input.
 
@@ -34,15 +36,18 @@ def collect_salience(
         samples: input tuples.
         exclude: patterns of layer names (``fnmatch``) not to balance.
         timestep_input: name of the graph input that holds the timestep, if it is not an obvious one.
+        policy: which folds to take.
 
     Raises:
         BalanceError: nothing can be balanced.
         CalibrationError: a sample makes a site's input NaN or infinite.
     """
-    recorder = _SalienceRecorder(exported, _sites(exported, exclude), timestep_input)
+    recorder = _SalienceRecorder(exported, _sites(exported, exclude, policy), timestep_input)
+    example = None
     for inputs in samples:
+        example = tuple(inputs) if example is None else example
         recorder.run(*inputs)
-    return SalienceStatistics(recorder.tables)
+    return SalienceStatistics(recorder.tables, example)
 
 
 def balance(
@@ -51,7 +56,9 @@ def balance(
     settings: BalanceSettings | None = None,
     *,
     exclude: Sequence[str] = (),
+    policy: SitePolicy | None = None,
     sites: Sequence[Site] | None = None,
+    verify: bool = True,
 ) -> GraphModule:
     """A graph that computes the same, with salience balanced and folded; ready for any quantizer.
 
@@ -60,16 +67,21 @@ def balance(
         statistics: from :func:`collect_salience` on this graph.
         settings: defaults to the paper's.
         exclude: as given to :func:`collect_salience`.
+        policy: as given to :func:`collect_salience`.
         sites: of this graph, if they are known already.
+        verify: run the graph before and after, and undo any site that changes what it computes.
 
     Raises:
         BalanceError: nothing can be balanced.
         CalibrationError: the statistics belong to another model, or have too few timesteps.
     """
     settings = settings or BalanceSettings()
-    sites = _sites(exported, exclude) if sites is None else sites
+    sites = _sites(exported, exclude, policy) if sites is None else sites
     model = GraphModule(exported, copy.deepcopy(exported.graph))
+    check = SelfCheck(model, statistics.example) if verify else None
     outcomes = balance_sites(model, sites, statistics, settings)
+    if check is not None:
+        sites, outcomes = check.settle(model, sites, outcomes, settings.fold_form)
     result = BalanceResult(
         sites=tuple(sites),
         outcomes=outcomes,
@@ -81,10 +93,10 @@ def balance(
     return model
 
 
-def _sites(exported: GraphModule, exclude: Sequence[str]) -> list[Site]:
+def _sites(exported: GraphModule, exclude: Sequence[str], policy: SitePolicy | None) -> list[Site]:
     nodes = {node.name: layer_name(node) for node in linears(exported)}
     excluded = {name for name, layer in nodes.items() if any(fnmatchcase(layer, pattern) for pattern in exclude)}
-    sites = refuse_sites(find_sites(exported, nodes.keys() - excluded), excluded, "it is excluded")
+    sites = refuse_sites(find_sites(exported, nodes.keys() - excluded, policy), excluded, "it is excluded")
     if all(site.refusal is not None for site in sites):
         reasons = "; ".join(f"{site.name}: {site.refusal}" for site in sites[:3]) or "it has no linear layer"
         raise BalanceError(f"nothing in this graph can be balanced ({reasons})")

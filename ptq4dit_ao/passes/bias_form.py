@@ -15,7 +15,7 @@ from ptq4dit_ao.graph.names import is_linear, weight_path
 from ptq4dit_ao.graph.propagation import op_name
 from ptq4dit_ao.graph.rules import IGNORED
 from ptq4dit_ao.graph.rules.movement import COPIES, MOVEMENT
-from ptq4dit_ao.graph.shapes import hint, shape_of
+from ptq4dit_ao.graph.shapes import example_shape, example_size
 
 
 def bias_shift(add: Node, index: int, scale: Tensor) -> tuple[str, Tensor]:
@@ -48,7 +48,7 @@ def bias_shift(add: Node, index: int, scale: Tensor) -> tuple[str, Tensor]:
     if readers != [linear]:
         raise BalanceError(f"{bias.target} is used {len(readers)} times; use fold_form 'constant'")
     number, weight = _terms(add, index)
-    size = shape_of(linear)
+    size = example_shape(linear)
     rows = _replay(chain[1:], linear, torch.arange(size[-1]).expand(size).contiguous())
     shift = torch.zeros(size[-1], dtype=torch.float64)
     shift[rows.reshape(-1)] = ((number / scale - number) / weight).expand(rows.shape).reshape(-1)
@@ -95,7 +95,9 @@ def _replay(chain: list[Node], source: Node, value: Tensor) -> Tensor:
         if node.target in COPIES:  # indices would not survive a cast
             values[node] = values[node.args[0]]  # type: ignore[index]
             continue
-        args = tree_map(lambda a: values[a] if a in values else hint(a) if isinstance(a, Node) else a, node.args)
+        args = tree_map(
+            lambda a: values[a] if a in values else example_size(a) if isinstance(a, Node) else a, node.args
+        )
         values[node] = node.target(*args)  # type: ignore[operator]
     result = values[chain[-1]] if chain else value
     assert isinstance(result, Tensor)

@@ -28,6 +28,9 @@ from ptq4dit_ao.passes.insert import MARK
 FoldForm = Literal["constant", "bias"]
 FOLD_FORMS: tuple[str, ...] = get_args(FoldForm)
 
+CUT = "ptq4dit_cut"
+"""``node.meta`` key of a multiply that a fold inserted."""
+
 
 def fold_balance(model: GraphModule, site: Site, b: Tensor, form: FoldForm = "constant") -> None:
     """Remove a site's balancing nodes and make its producers deliver ``x / b``.
@@ -99,10 +102,14 @@ def _cut(model: GraphModule, node: Node, index: int, scale: Tensor) -> None:
     """Multiply an operand by 1/b where ``node`` reads it."""
     operand = node.args[index]
     assert isinstance(operand, Node)
+    if operand.meta.get(CUT):  # another site was here first
+        replace_tensor(model, (str(operand.args[1].target),), lambda c: c / scale)  # type: ignore[union-attr]
+        return
     with model.graph.inserting_before(node):
         inverse = add_constant(model, "cut", 1 / scale, like=operand)
         product = model.graph.call_function(torch.ops.aten.mul.Tensor, (operand, inverse))
     product.meta.update(operand.meta)
+    product.meta[CUT] = True
     node.update_arg(index, product)
 
 

@@ -10,8 +10,8 @@ from torch.fx import GraphModule
 
 from ptq4dit_ao.errors import CalibrationError
 from ptq4dit_ao.graph import Site
-from ptq4dit_ao.observers import SalienceObserver, SalienceStatistics
-from ptq4dit_ao.passes import BalanceResult, BalanceSettings, SiteOutcome, attach_result, balance_sites
+from ptq4dit_ao.observers import SalienceObserver, SalienceStatistics, TimestepClock
+from ptq4dit_ao.passes import BalanceResult, BalanceSettings, SelfCheck, SiteOutcome, attach_result, balance_sites
 from ptq4dit_ao.passes.edit import scale_of
 
 
@@ -24,6 +24,8 @@ class BalancePlan:
 
     sites: tuple[Site, ...]
     settings: BalanceSettings | None
+    clock: TimestepClock
+    verify: bool
     layers: dict[str, str]
     """Node name of every linear -> its layer's name."""
     observers: dict[str, list[SalienceObserver]] = field(default_factory=dict)
@@ -37,7 +39,10 @@ class BalancePlan:
         statistics = self.statistics()
         outcomes: dict[str, SiteOutcome] = {}
         if self.settings is not None:
+            check = SelfCheck(model, self.clock.example) if self.verify else None
             outcomes = balance_sites(model, self.sites, statistics, self.settings)
+            if check is not None:
+                self.sites, outcomes = check.settle(model, self.sites, outcomes, self.settings.fold_form)
         for site in self.sites:
             if site.name in outcomes:
                 self._set_balance(site, outcomes[site.name].b)
@@ -53,7 +58,9 @@ class BalancePlan:
 
     def statistics(self) -> SalienceStatistics:
         """What the observers have seen so far."""
-        return SalienceStatistics({key: observers[0].statistics for key, observers in self.observers.items()})
+        return SalienceStatistics(
+            {key: observers[0].statistics for key, observers in self.observers.items()}, self.clock.example
+        )
 
     def resume(self, statistics: SalienceStatistics) -> None:
         """Add earlier statistics of the same model.

@@ -12,14 +12,14 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from ptq4dit_ao.core.salience import Aggregation
 from ptq4dit_ao.errors import ArgumentError, BalanceError, CalibrationError
-from ptq4dit_ao.graph import Site, find_sites, refuse_sites
+from ptq4dit_ao.graph import Site, SitePolicy, find_sites, refuse_sites
 from ptq4dit_ao.graph.names import TIMESTEP_NAMES, layer_name, linears, placeholders, timestep_placeholder
 from ptq4dit_ao.observers import (
+    InputObserver,
     RangeObserver,
     SalienceObserver,
     SalienceStatistics,
     TimestepClock,
-    TimestepObserver,
     WeightObserver,
 )
 from ptq4dit_ao.observers.qdq import DEFAULT_EPS, QuantSpec
@@ -59,6 +59,8 @@ class PTQ4DiTQuantizer(Quantizer):
         overrides: exceptions by module name, applied after ``layers``.
         timestep_input: name of the graph input that holds the timestep; found by itself if it is called
             ``timestep``, ``timesteps`` or ``t``.
+        policy: which folds to take; see :class:`~ptq4dit_ao.SitePolicy`.
+        verify: run the float graph before and after balancing, and undo any site that changes what it computes.
 
     Raises:
         ArgumentError: an argument is out of range.
@@ -80,6 +82,8 @@ class PTQ4DiTQuantizer(Quantizer):
         layers: Sequence[Override] = SAFE_LAYERS,
         overrides: Sequence[Override] = (),
         timestep_input: str | None = None,
+        policy: SitePolicy | None = None,
+        verify: bool = True,
     ) -> None:
         super().__init__()
         check_bits("weight_bits", weight_bits)
@@ -98,6 +102,7 @@ class PTQ4DiTQuantizer(Quantizer):
         )
         self._overrides = (*layers, *overrides)
         self._timestep_input = timestep_input
+        self._policy, self._verify = policy, verify
         self._layers: dict[str, LayerPlan] = {}
 
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
@@ -126,16 +131,18 @@ class PTQ4DiTQuantizer(Quantizer):
             raise BalanceError(
                 "no linear layer is left to quantize; check 'layers', the overrides and the base quantizer"
             )
+        clock = TimestepClock()
         plan = BalancePlan(
             sites=self._sites(model, quantized),
             settings=self._settings,
+            clock=clock,
+            verify=self._verify,
             layers={name: layer.layer for name, layer in self._layers.items()},
         )
-        clock = TimestepClock()
         swap = _Swap(model, plan, clock, edge_or_node_to_obs_or_fq)
         for node in quantized:
             swap.linear(node)
-        self._observe_timestep(model, clock)
+        self._observe_inputs(model, clock)
 
     def _sites(self, model: GraphModule, quantized: list[Node]) -> tuple[Site, ...]:
         """The sites whose every consumer may be balanced."""
@@ -143,7 +150,7 @@ class PTQ4DiTQuantizer(Quantizer):
             return ()
         excluded = {name for name, plan in self._layers.items() if not plan.balance}
         only = {node.name for node in quantized} - excluded
-        sites = refuse_sites(find_sites(model, only), excluded, "an override switches its balancing off")
+        sites = refuse_sites(find_sites(model, only, self._policy), excluded, "an override switches its balancing off")
         found = [s for s in sites if s.refusal is None]
         if not found:
             reasons = "; ".join(f"{s.name}: {s.refusal}" for s in sites[:3]) or "every layer is excluded"
@@ -155,19 +162,18 @@ class PTQ4DiTQuantizer(Quantizer):
             logger.debug("%s: %s", site.name, site.refusal or f"{site.num_variables} of {site.channels} channels")
         return tuple(sites)
 
-    def _observe_timestep(self, model: GraphModule, clock: TimestepClock) -> None:
-        timestep = timestep_placeholder(model, self._timestep_input)
-        if timestep is None:
-            if self._settings is None or self._settings.aggregation == "max":
-                return
+    def _observe_inputs(self, model: GraphModule, clock: TimestepClock) -> None:
+        inputs, timestep = placeholders(model), timestep_placeholder(model, self._timestep_input)
+        if timestep is None and self._settings is not None and self._settings.aggregation != "max":
             raise ArgumentError(
                 f"the graph has no input called {' or '.join(map(repr, TIMESTEP_NAMES))}; its inputs are "
                 f"{', '.join(repr(node.name) for node in placeholders(model))}: name the one that holds the timestep "
                 "with timestep_input=..., or use aggregation='max'"
             )
-        model.add_submodule("ptq4dit_timestep", TimestepObserver(clock))
-        with model.graph.inserting_after(placeholders(model)[-1]):
-            model.graph.call_module("ptq4dit_timestep", (timestep,))
+        observer = InputObserver(clock, None if timestep is None else inputs.index(timestep))
+        model.add_submodule("ptq4dit_inputs", observer)
+        with model.graph.inserting_after(inputs[-1]):
+            model.graph.call_module("ptq4dit_inputs", tuple(inputs))
 
 
 class _Swap:

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from ptq4dit_ao.graph.propagation import Cut, Propagation, Scalar
 from ptq4dit_ao.graph.rules.table import aten, rule
-from ptq4dit_ao.graph.shapes import hint, normalize_axis, shape_of, tensor_of
+from ptq4dit_ao.graph.shapes import fixed_size, hint, normalize_axis, shape_of, tensor_of
 from ptq4dit_ao.graph.variables import Ids
 
 SMALL = 4
@@ -188,7 +188,7 @@ def operand(p: Propagation, node: Node, index: int) -> Node | Cut:
     A cut multiplies a tensor far smaller than what it meets: modulation, never an activation.
     """
     tensor = _argument(node, index)
-    if not p.cut or tensor.op == "get_attr" or SMALL * math.prod(shape_of(tensor)) > math.prod(shape_of(node)):
+    if not p.cut or tensor.op == "get_attr" or SMALL * fixed_size(tensor) > fixed_size(node):
         return tensor
     p.pin(tensor, node, "it is multiplied where it is read")
     return Cut(node.name, index)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from torch.fx import Node
 
 from ptq4dit_ao.graph.names import is_linear
 from ptq4dit_ao.graph.propagation import Columns, NewWeight, Propagation
 from ptq4dit_ao.graph.rules.table import aten, rule
-from ptq4dit_ao.graph.shapes import shape_of
+from ptq4dit_ao.graph.shapes import hint, shape_of
 from ptq4dit_ao.graph.variables import Ids
 
 
@@ -19,9 +20,8 @@ def linear(p: Propagation, node: Node) -> None:
     x, weight = node.args[:2]
     bias = node.args[2] if len(node.args) > 2 else None
     assert isinstance(x, Node) and isinstance(weight, Node)
-    if not is_linear(node):
-        for slot in (x, weight, node):
-            p.pin(slot, node, "the weight is computed, not a parameter")
+    if not is_linear(node) or len(shape_of(weight)) != 2:
+        p.refuse(node, "the weight is computed, not a parameter" if not is_linear(node) else "the weight is a vector")
         return
     _rows(p, node, weight, bias if isinstance(bias, Node) else None)
     ids = p.value(x)
@@ -46,7 +46,7 @@ def norm(p: Propagation, node: Node) -> None:
     x = node.args[0]
     assert isinstance(x, Node)
     p.pin(x, node, "a norm undoes the scale of its input")
-    _affine(p, node, len(node.args[1]))  # type: ignore[arg-type]
+    _affine(p, node, [hint(size) for size in node.args[1]])  # type: ignore[union-attr]
 
 
 @rule(aten.group_norm.default)
@@ -57,7 +57,7 @@ def group_norm(p: Propagation, node: Node) -> None:
     p.pin(x, node, "a norm undoes the scale of its input")
     weight, bias = _parameters(node)
     if weight is None:
-        p.pin(node, node, "a group norm without a weight has no place for a scale")
+        p.refuse(node, "a group norm without a weight has no place for a scale")  # a bias alone must not take one
         return
     _channels(p, node, 1, [weight, bias])
 
@@ -71,8 +71,7 @@ def convolution(p: Propagation, node: Node) -> None:
     for slot in (x, Columns(p.index.slot[weight.name])):
         p.pin(slot, node, "a convolution reads it")
     if weight.op != "get_attr" or len(shape_of(node)) != len(shape_of(weight)):
-        p.pin(node, node, "the weight is computed, not a parameter, or there is no batch")
-        p.pin(weight, node, "the weight is computed, not a parameter, or there is no batch")
+        p.refuse(node, "the weight is computed, not a parameter, or there is no batch")
         return
     ids = p.value(weight)
     if ids is not None:
@@ -96,13 +95,16 @@ def embedding(p: Propagation, node: Node) -> None:
     p.link(weight, node, columns, lambda ids: columns(ids).reshape(1, -1))
 
 
-def _affine(p: Propagation, node: Node, axes: int) -> None:
-    """Weight and bias along the last ``axes`` axes, or a new weight in their place."""
+def _affine(p: Propagation, node: Node, shape: list[int]) -> None:
+    """Weight and bias along the last axes, of this ``shape``, or a new weight in their place."""
     weight, bias = _parameters(node)
     p.equate(node, *(parameter for parameter in (weight, bias) if parameter is not None))
     ids = p.value(node)
     if weight is None and ids is not None:
-        p.merge(NewWeight(node.name), p.uniform(ids, range(ids.ndim - axes)).reshape(ids.shape[ids.ndim - axes :]))
+        leading = ids.ndim - len(shape)
+        p.merge(
+            NewWeight(node.name), np.broadcast_to(p.uniform(ids, range(leading)).squeeze(tuple(range(leading))), shape)
+        )
 
 
 def _parameters(node: Node) -> tuple[Node | None, Node | None]:

@@ -274,6 +274,8 @@ def cat(p: Propagation, node: Node) -> None:
     start = 0
     for operand in operands:
         assert isinstance(operand, Node)
+        if shape_of(operand) == (0,):  # torch.cat leaves it out, whatever the others' shapes
+            continue
         length = shape_of(operand)[axis]
         _part(p, node, operand, axis, start, length)
         start += length

@@ -13,9 +13,13 @@ from torch import Tensor, nn
 
 from ptq4dit_ao.graph.export import export_transformer
 from ptq4dit_ao.graph.shapes import (
+    PRIMES,
     align_groups,
     broadcast_ids,
     embed_ids,
+    example_shape,
+    example_size,
+    fixed_size,
     hint,
     normalize_axis,
     part_sizes,
@@ -164,13 +168,27 @@ def nodes():
     return {node.name: node for node in graph_module.graph.nodes}
 
 
-def test_symbolic_sizes_are_read_by_their_hints(nodes):
-    assert shape_of(nodes["x"]) == (3, 4)
+def test_symbolic_sizes_are_stood_for_by_a_prime(nodes):
+    batch = hint(tensor_of(nodes["x"]).shape[0])
+    assert batch in PRIMES
+    assert shape_of(nodes["x"]) == (batch, 4)
     assert symbolic_axes(nodes["x"]) == [0]
-    assert hint(tensor_of(nodes["x"]).shape[0]) == 3
     size = next(node for node in nodes.values() if node.target is torch.ops.aten.sym_size.int)
-    assert hint(size) == 3
+    assert hint(size) == batch
     assert hint(7) == 7
+    assert fixed_size(nodes["x"]) == 4
+
+
+def test_a_size_made_of_a_symbolic_one_is_made_of_its_prime(nodes):
+    size = tensor_of(nodes["x"]).shape[0]
+    assert hint(3 * size + 1) == 3 * hint(size) + 1
+
+
+def test_sizes_at_the_example(nodes):
+    assert example_shape(nodes["x"]) == (3, 4)
+    size = next(node for node in nodes.values() if node.target is torch.ops.aten.sym_size.int)
+    assert example_size(size) == 3
+    assert example_size(7) == 7
 
 
 def test_a_node_that_makes_several_tensors_is_no_tensor(nodes):

@@ -23,11 +23,11 @@ from ptq4dit_ao.graph import export_transformer
 from ptq4dit_ao.graph.names import layer_name, linears
 from ptq4dit_ao.observers import (
     ChannelStatistics,
+    InputObserver,
     RangeObserver,
     SalienceObserver,
     SalienceStatistics,
     TimestepClock,
-    TimestepObserver,
 )
 from ptq4dit_ao.observers.qdq import QuantSpec
 from ptq4dit_ao.passes import balance_result, fold_balance, insert_balance
@@ -214,7 +214,7 @@ def test_a_corrupt_or_missing_file_is_refused(tmp_path, content):
 def clock_at(timesteps: Tensor | None) -> TimestepClock:
     clock = TimestepClock()
     if timesteps is not None:
-        TimestepObserver(clock)(timesteps)
+        InputObserver(clock, 0)(timesteps)
     return clock
 
 
@@ -245,7 +245,7 @@ def test_rows_that_cannot_be_told_apart_are_refused():
 
 def test_the_timestep_passes_through_its_observer():
     t = torch.tensor([1, 2])
-    assert TimestepObserver(TimestepClock())(t) is t
+    assert InputObserver(TimestepClock(), 0)(t) is t
 
 
 # Observers

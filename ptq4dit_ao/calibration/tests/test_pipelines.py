@@ -1,0 +1,608 @@
+"""Any pipeline can be recorded: text prompts, flow matching, guidance in two passes, shared position ids.
+
+First real pipelines of diffusers with tiny transformers and no text encoders, then what each of them may do wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ptq4dit_ao.calibration import CalibrationSamples, choose_timesteps, collect_from_pipeline
+from ptq4dit_ao.errors import ArgumentError, CalibrationError
+from ptq4dit_ao.graph import export_transformer
+from ptq4dit_ao.graph.signature import flatten_call
+from ptq4dit_ao.testing.zoo import FAMILIES
+
+STEPS, PROMPTS, TOKENS = 5, 3, 7
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# -- pipelines of diffusers ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A pipeline, and what its transformer must have received."""
+
+    family: str
+    pipeline: Callable[[nn.Module], Any]
+    call: dict[str, Any] | None = None
+    prompts: list[int] | None = None
+    guidance: float = 4.0
+    rows: int = 2 * PROMPTS
+    """For each step."""
+    scale: float = 1.0
+    """Of the scheduler's timesteps, to those the transformer receives."""
+    inputs: tuple[str, ...] = ("hidden_states", "timestep", "encoder_hidden_states")
+    shared: tuple[str, ...] = ()
+
+
+def dit(transformer: nn.Module) -> Any:
+    vae = diffusers.AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4)
+    return diffusers.DiTPipeline(transformer, vae, diffusers.DDIMScheduler())
+
+
+def pixart(transformer: nn.Module) -> Any:
+    return diffusers.PixArtSigmaPipeline(None, None, None, transformer, diffusers.DDIMScheduler())
+
+
+def sd3(transformer: nn.Module) -> Any:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return diffusers.StableDiffusion3Pipeline(transformer, scheduler, *[None] * 7)
+
+
+def sd3_heun(transformer: nn.Module) -> Any:
+    scheduler = diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0)
+    return diffusers.StableDiffusion3Pipeline(transformer, scheduler, *[None] * 7)
+
+
+def flux(transformer: nn.Module) -> Any:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return diffusers.FluxPipeline(scheduler, *[None] * 5, transformer)
+
+
+def wan(transformer: nn.Module) -> Any:
+    return diffusers.WanPipeline(None, None, None, diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0), transformer)
+
+
+def wan22(transformer: nn.Module) -> Any:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)
+    return diffusers.WanPipeline(None, None, None, scheduler, transformer, expand_timesteps=True)
+
+
+SIZE = {"height": 64, "width": 64}
+TEXT = {"prompt_embeds": noise(PROMPTS, TOKENS, 24), "negative_prompt_embeds": noise(PROMPTS, TOKENS, 24, seed=1)}
+POOLED = {"pooled_prompt_embeds": noise(PROMPTS, 16)}
+NEGATIVE_POOLED = {"negative_pooled_prompt_embeds": noise(PROMPTS, 16, seed=1)}
+MASKS = {
+    name: torch.arange(TOKENS).lt(words).long().repeat(PROMPTS, 1)
+    for name, words in (("prompt_attention_mask", 5), ("negative_prompt_attention_mask", 4))
+}
+WAN = {
+    "height": 64,
+    "width": 64,
+    "num_frames": 5,
+    "prompt_embeds": noise(PROMPTS, TOKENS, 20),
+    "negative_prompt_embeds": noise(PROMPTS, TOKENS, 20, seed=1),
+}
+FLUX = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance")
+SD3 = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
+
+CASES = {
+    "dit": Case(family="dit", pipeline=dit, prompts=[3, 1, 4], inputs=("hidden_states", "timestep", "class_labels")),
+    "pixart": Case(
+        family="pixart_sigma",
+        pipeline=pixart,
+        call={**SIZE, **TEXT, **MASKS, "negative_prompt": None, "use_resolution_binning": False},
+        inputs=("hidden_states", "encoder_hidden_states", "timestep", "encoder_attention_mask"),
+    ),
+    "sd3": Case(family="sd3", pipeline=sd3, call={**SIZE, **TEXT, **POOLED, **NEGATIVE_POOLED}, inputs=SD3),
+    "sd3 unguided": Case(
+        family="sd3",
+        pipeline=sd3,
+        call={**SIZE, "prompt_embeds": TEXT["prompt_embeds"], **POOLED},
+        inputs=SD3,
+        guidance=1.0,
+        rows=PROMPTS,
+    ),
+    "sd3 heun": Case(  # evaluates twice at every timestep but the first
+        family="sd3", pipeline=sd3_heun, call={**SIZE, **TEXT, **POOLED, **NEGATIVE_POOLED}, inputs=SD3
+    ),
+    "flux": Case(  # guidance is an input
+        family="flux",
+        pipeline=flux,
+        call={**SIZE, "prompt_embeds": TEXT["prompt_embeds"], **POOLED},
+        inputs=FLUX,
+        shared=("img_ids", "txt_ids"),
+        rows=PROMPTS,
+        scale=1e-3,
+    ),
+    "flux two-pass": Case(
+        family="flux",
+        pipeline=flux,
+        call={**SIZE, **TEXT, **POOLED, **NEGATIVE_POOLED, "true_cfg_scale": 3.0},
+        inputs=FLUX,
+        shared=("img_ids", "txt_ids"),
+        scale=1e-3,
+    ),
+    "wan": Case(family="wan", pipeline=wan, call=WAN),
+    "wan22": Case(family="wan22", pipeline=wan22, call=WAN),
+}
+
+
+def quiet(pipeline: Any) -> Any:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request) -> Case:
+    return CASES[request.param]
+
+
+@pytest.fixture(scope="module")
+def pipeline(case) -> Any:
+    return quiet(case.pipeline(FAMILIES[case.family].model()))
+
+
+def collect(pipeline: Any, case: Case, timesteps: int | list[float]) -> CalibrationSamples:
+    return collect_from_pipeline(
+        pipeline, case.prompts, timesteps=timesteps, steps=STEPS, guidance=case.guidance, call=case.call
+    )
+
+
+@pytest.fixture(scope="module")
+def samples(case, pipeline) -> CalibrationSamples:
+    """At the first, the third and the fifth step."""
+    return collect(pipeline, case, 3)
+
+
+def visited(pipeline: Any, case: Case) -> list[float]:
+    """What the transformer receives, told by the scheduler as the pipeline has left it."""
+    received = (pipeline.scheduler.timesteps * case.scale).tolist()
+    return list(dict.fromkeys(received))
+
+
+def times(samples: CalibrationSamples) -> list[float]:
+    """One for each row; the steps of a token-wise time are those of the last frame."""
+    return samples.inputs["timestep"].reshape(len(samples), -1)[:, -1].tolist()
+
+
+def evaluations(name: str, steps: Iterable[int]) -> list[int]:
+    return [2 if name == "sd3_heun" and step > 0 else 1 for step in steps]
+
+
+def test_rows_are_those_of_the_chosen_steps(case, pipeline, samples):
+    counts = [case.rows * n for n in evaluations(case.pipeline.__name__, (0, 2, 4))]
+    assert tuple(samples.inputs) == case.inputs and tuple(samples.shared) == case.shared
+    assert len(samples) == sum(counts)
+    recorded = Counter(times(samples))
+    assert list(recorded.values()) == counts
+    assert list(recorded) == pytest.approx(visited(pipeline, case)[::2], rel=1e-6)
+
+
+def test_steps_are_named_by_the_timesteps_that_the_transformer_receives(case, pipeline, samples):
+    wanted = [float(f"{t:.5g}") for t in visited(pipeline, case)[1:4:2]]  # as somebody would write them
+    named = collect(pipeline, case, wanted)
+    assert len(named) == case.rows * sum(evaluations(case.pipeline.__name__, (1, 3)))
+    assert sorted(set(times(named)), reverse=True) == pytest.approx(wanted, rel=1e-4)
+    assert not set(times(named)) & set(times(samples))
+
+
+@pytest.mark.parametrize("case", ["dit", "pixart", "sd3", "flux", "wan"], indirect=True)
+def test_the_samples_run_the_exported_graph(case, pipeline, samples):
+    batch = next(samples.shuffled(0).batches(3))
+    exported = export_transformer(pipeline.transformer, samples.example(2))
+    expected = pipeline.transformer(**samples.signature.bind(batch)).sample
+    assert len(batch) == len(case.inputs + case.shared) and len(expected) == 3
+    torch.testing.assert_close(exported(*batch), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_records_both_halves():
+    """Wan calls its transformer twice, SD3 with a batch of twice the size; either way each embedding has its rows."""
+    for name in ("wan", "sd3"):
+        samples = collect(quiet(CASES[name].pipeline(FAMILIES[name].model())), CASES[name], 1)
+        rows = samples.inputs["encoder_hidden_states"]
+        for embedding in (*CASES[name].call["prompt_embeds"], *CASES[name].call["negative_prompt_embeds"]):
+            assert sum(torch.equal(row, embedding) for row in rows) == 1, name
+
+
+def test_samples_of_a_pipeline_come_back_from_disk(case, samples, tmp_path):
+    samples.save(tmp_path / "samples.safetensors")
+    loaded = CalibrationSamples.load(tmp_path / "samples.safetensors")
+    assert loaded.signature == samples.signature and list(loaded.inputs) == list(samples.inputs)
+    for one, other in zip(loaded.batches(4), samples.batches(4), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_a_timestep_of_the_scheduler_that_the_transformer_does_not_receive():
+    """Flux divides by 1000: the message shows it."""
+    flux = CASES["flux"]
+    with pytest.raises(CalibrationError, match=r"never visits timestep 1000; the nearest it visits is 1$"):
+        collect(quiet(flux.pipeline(FAMILIES["flux"].model())), flux, [1000.0])
+
+
+# -- a sampler of our own --------------------------------------------------------------------------------------------
+
+Draw = Callable[["Stub", Tensor, Tensor], object]
+
+
+class Denoiser(nn.Module):
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Any = None,
+        text: Tensor | None = None,
+        ids: Tensor | None = None,
+        sizes: Any = None,
+        options: Any = None,
+        return_dict: bool = True,
+    ) -> Tensor:
+        return x
+
+
+@dataclass(eq=False)
+class Stub:
+    """A pipeline whose ``draw`` calls the transformer once for each evaluation."""
+
+    draw: Draw
+    times: list[float] = field(default_factory=lambda: [9.0, 7.0, 5.0, 3.0, 1.0])
+    prompts: list[list[str]] = field(default_factory=list)
+    given: list[dict[str, object]] = field(default_factory=list)
+    evaluated: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.transformer = Denoiser()
+        self.prior = Denoiser()
+        self.transformer.register_forward_pre_hook(
+            lambda module, args, kwargs: self.evaluated.append(float(torch.as_tensor(kwargs["timestep"]).max())),
+            with_kwargs=True,
+        )
+
+    def __call__(self, prompt: list[str], generator: torch.Generator, scale: float = 1.0, **options: object) -> None:
+        self.prompts.append(prompt)
+        self.given.append({"scale": scale, **options})
+        for t in self.times:
+            self.draw(self, torch.randn(len(prompt), 2, generator=generator), torch.tensor(t))
+
+
+def once(stub: Stub, x: Tensor, t: Tensor) -> None:
+    stub.transformer(x, timestep=t.expand(len(x)), text=torch.zeros(len(x), 4, 3), return_dict=False)
+
+
+def twice(stub: Stub, x: Tensor, t: Tensor) -> None:
+    once(stub, x, t)
+    once(stub, x + 1, t)
+
+
+def heun(stub: Stub, x: Tensor, t: Tensor) -> None:
+    """Evaluates at t, and again where the step arrives, which the next step does once more."""
+    once(stub, x, t)
+    if t > stub.times[-1]:
+        once(stub, x, torch.tensor(stub.times[stub.times.index(float(t)) + 1]))
+
+
+def record(draw: Draw, prompts: Any = ("a", "b", "c"), **options: Any) -> CalibrationSamples:
+    pipeline = options.pop("pipeline", None) or Stub(draw)
+    return collect_from_pipeline(pipeline, prompts, **{"timesteps": 2, "steps": 5, **options})
+
+
+@pytest.mark.parametrize(
+    ("draw", "timesteps", "evaluated"),
+    [
+        (once, 3, [9, 5, 1]),
+        (twice, 3, [9, 9, 5, 5, 1, 1]),
+        (heun, 3, [9, 5, 5, 1, 1]),
+        (heun, [7, 3.0001], [7, 7, 3, 3]),
+        (once, 1, [9]),
+        (twice, [5], [5, 5]),
+    ],
+)
+def test_a_step_is_what_happens_at_one_timestep(draw, timesteps, evaluated):
+    samples = record(draw, timesteps=timesteps)
+    assert samples.inputs["timestep"].tolist() == [t for t in evaluated for _ in range(3)]
+
+
+def test_steps_after_the_last_chosen_are_left_out():
+    pipeline, progress = Stub(twice), []
+    record(twice, pipeline=pipeline, timesteps=[9.0, 5.0], batch_size=2, on_step=lambda *at: progress.append(at))
+    assert pipeline.evaluated == [9, 9, 7, 7, 5, 5] * 2  # both passes of the last, too
+    assert pipeline.prompts == [["a", "b"], ["c"]]
+    assert progress == [(1, 10), (2, 10), (5, 10), (6, 10), (7, 10), (10, 10)]  # a list may go on to the last step
+    pipeline, progress = Stub(twice), []
+    record(twice, pipeline=pipeline, timesteps=1, on_step=lambda *at: progress.append(at))
+    assert pipeline.evaluated == [9, 9] and progress == [(1, 1)]
+    record(twice, pipeline=pipeline, timesteps=2)
+    assert pipeline.evaluated[2:] == [9, 9, 7, 7, 5, 5, 3, 3, 1, 1]  # the last step is one of two
+
+
+def test_a_run_that_is_given_up_is_cleaned_up_after():
+    pipeline, freed = Stub(once), []
+    pipeline.maybe_free_model_hooks = lambda: freed.append(len(pipeline.evaluated))
+    record(once, pipeline=pipeline, timesteps=[9.0], batch_size=2)
+    assert freed == [1, 2]
+    record(once, pipeline=pipeline, timesteps=2)
+    assert freed == [1, 2]  # a whole run does so itself
+
+
+def test_flow_times_take_the_nearest_within_tolerance():
+    pipeline = Stub(twice, times=[1.0, 0.50004, 0.50001, 0.3333333, 0.0])
+    samples = record(twice, pipeline=pipeline, timesteps=[0.5, 0.33333], prompts=["a"])
+    assert samples.inputs["timestep"].tolist() == pytest.approx([0.50001] * 2 + [0.3333333] * 2, rel=1e-6)
+    assert 0.0 not in pipeline.evaluated
+    assert record(twice, pipeline=pipeline, timesteps=[0.0]).inputs["timestep"].unique().tolist() == [0.0]
+
+
+def test_a_list_that_is_not_visited_is_refused_after_one_run():
+    pipeline = Stub(once, times=[1.0, 0.75, 0.5])
+    with pytest.raises(CalibrationError, match=r"never visits timestep 0\.7; the nearest it visits is 0\.75$"):
+        record(once, pipeline=pipeline, timesteps=[1.0, 0.7], batch_size=1)
+    assert pipeline.prompts == [["a"]]
+    assert len(pipeline.transformer._forward_pre_hooks) == 1  # the stub's own is left
+    assert choose_timesteps([1.0, 0.75], [0.75002]) == [0.75]
+
+
+def test_a_sampler_that_takes_fewer_steps():
+    pipeline = Stub(once, times=[9.0, 7.0, 5.0])
+    message = (
+        r"3 calibration timesteps spread over 5 steps include step 5, but the sampler took 3; give steps=3 \(and, if "
+        r"the pipeline is to be asked for 5, call=\{'num_inference_steps': 5\}\)"
+    )
+    with pytest.raises(CalibrationError, match=message):
+        record(once, pipeline=pipeline, timesteps=3)
+    with pytest.raises(CalibrationError, match="6 calibration timesteps asked for, the sampler has 5 steps"):
+        record(once, timesteps=6)
+    assert len(record(once, pipeline=pipeline, timesteps=3, steps=3)) == 9
+
+
+def test_a_timestep_that_comes_back_is_the_step_it_was():
+    pipeline = Stub(once, times=[9.0, 7.0, 9.0, 7.0, 5.0, 3.0, 1.0])
+    assert record(once, pipeline=pipeline, timesteps=5, prompts=["a"]).inputs["timestep"].tolist() == pipeline.times
+
+
+def test_a_time_for_each_token_counts_as_the_latest():
+    def draw(stub: Stub, x: Tensor, t: Tensor) -> None:
+        stub.transformer(x, timestep=torch.stack([torch.tensor(0.0), t]).expand(len(x), 2))
+
+    samples = record(draw, timesteps=3)
+    assert samples.inputs["timestep"].tolist() == [[0.0, t] for t in (9.0, 5.0, 1.0) for _ in range(3)]
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("timesteps", [1, 2])
+def test_one_timestep_for_the_batch_becomes_one_for_each_row(shape, timesteps):
+    samples = record(lambda stub, x, t: stub.transformer(x, timestep=t.reshape(shape)), timesteps=timesteps)
+    assert samples.inputs["timestep"].tolist() == [t for t in (9.0, 1.0)[:timesteps] for _ in range(3)]
+    assert samples.shared == {}
+
+
+def test_a_value_for_the_batch_that_changes_becomes_rows_and_one_that_does_not_is_shared():
+    def draw(stub: Stub, x: Tensor, t: Tensor) -> None:
+        stub.transformer(x, timestep=t, ids=torch.arange(4), text=torch.full((1, 2), 3.0), sizes=[t / 10, t * 0])
+
+    samples = record(draw)
+    assert samples.inputs["sizes_0"].tolist() == pytest.approx([0.9] * 3 + [0.1] * 3)
+    assert {name: tuple(x.shape) for name, x in samples.shared.items()} == {"text": (1, 2), "ids": (4,), "sizes_1": ()}
+    x, timestep, text, ids, sizes_0, sizes_1 = next(samples.batches(2))
+    assert [len(rows) for rows in (x, timestep, sizes_0)] == [2, 2, 2]
+    with pytest.raises(CalibrationError, match="the shared input 'ids' has 4 rows, too; give an example of another"):
+        samples.example(4)
+    example = samples.example(2)
+    assert list(example) == ["x", "timestep", "text", "ids", "sizes"] and isinstance(example["sizes"], list)
+    assert torch.equal(example["ids"], ids) and torch.equal(text, samples.shared["text"]) and sizes_1 == 0
+
+
+def test_what_is_neither_row_nor_equal_is_refused():
+    with pytest.raises(CalibrationError, match=r"'ids' differs .* shapes \[\(2,\)\], batches of \[3\]; record calls"):
+        record(lambda stub, x, t: stub.transformer(x, timestep=t, ids=torch.stack([t, t])))
+
+
+def test_prompts_of_two_lengths():
+    def draw(stub: Stub, x: Tensor, t: Tensor) -> None:
+        for length in (4, 6):
+            stub.transformer(x, timestep=t, text=torch.zeros(len(x), length, 8))
+
+    with pytest.raises(
+        CalibrationError, match=r"'text' is \(3, 4, 8\) float32 .* \(3, 6, 8\) float32 in another; .* pad all prompts"
+    ):
+        record(draw)
+    with pytest.raises(CalibrationError, match=r"'text' is \(3,\) float32 in one call and \(3,\) float64 in another"):
+        record(lambda stub, x, t: stub.transformer(x, timestep=t, text=x[:, 0].to(torch.float32 if t > 8 else float)))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((1.5, 2.5), "argument 'options' is 1.5 in one call and 2.5 in another; only tensors may differ"),
+        ((1, True), "argument 'options' is 1 in one call and True in another"),
+        (([1], (1,)), r"argument 'options' is \[1\] in one call and \(1,\) in another"),
+        (({"a": None}, {}), r"argument 'options' is \{'a': None\} in one call and \{\} in another"),
+        (("missing", None), "argument 'options' is missing in one call and None in another"),
+    ],
+)
+def test_plain_values_must_agree(values, message):
+    def draw(stub: Stub, x: Tensor, t: Tensor) -> None:
+        for value in values:
+            stub.transformer(x, timestep=t, **({} if value == "missing" else {"options": value}))
+
+    with pytest.raises(CalibrationError, match=message):
+        record(draw)
+
+
+def test_what_a_graph_cannot_take_is_refused_and_empty_options_are_not():
+    with pytest.raises(ArgumentError, match="'options' of Denoiser is a dtype; only tensors, numbers"):
+        record(lambda stub, x, t: stub.transformer(x, timestep=t, options=torch.float32))
+    samples = record(lambda stub, x, t: stub.transformer(x, text=None, timestep=t, options={}, return_dict=False))
+    assert list(samples.signature.arguments) == ["x", "timestep", "text", "options"]
+    assert samples.signature.arguments["text"] is None and samples.signature.arguments["options"] == {}
+
+
+def test_steps_cannot_be_told_without_a_timestep():
+    with pytest.raises(CalibrationError, match="Denoiser received x, ids, but no timestep, timesteps, t to tell steps"):
+        record(lambda stub, x, t: stub.prior(x, ids=t), component="prior")
+
+
+def test_samples_in_a_list_are_refused():
+    with pytest.raises(CalibrationError, match="Denoiser received x, timestep, .* samples in lists have no batch axis"):
+        record(lambda stub, x, t: stub.transformer(list(x), timestep=t))
+    with pytest.raises(CalibrationError, match="Denoiser received 'x', a tensor without a batch axis, first"):
+        record(lambda stub, x, t: stub.transformer(t, timestep=t))
+
+
+def test_another_component_is_recorded():
+    def draw(stub: Stub, x: Tensor, t: Tensor) -> None:
+        (stub.prior if t > 4 else stub.transformer)(x, timestep=t)
+
+    assert sorted(set(record(draw, component="prior", timesteps=2, steps=3).inputs["timestep"].tolist())) == [5, 9]
+    assert record(draw, timesteps=2, steps=2, prompts=["a"]).inputs["timestep"].tolist() == [3, 1]
+    with pytest.raises(CalibrationError, match=r"Stub has no module 'unet' .*: 'transformer', 'prior'$"):
+        record(draw, component="unet")
+    with pytest.raises(CalibrationError, match=r"Stub has no module 'times' to record"):
+        record(draw, component="times")
+    with pytest.raises(CalibrationError, match="the pipeline never called its prior; nothing was recorded"):
+        record(once, component="prior")
+
+
+def test_the_call_goes_first_and_unknown_options_are_not_passed():
+    pipeline = Stub(once)
+    generator = torch.Generator().manual_seed(7)
+    record(once, pipeline=pipeline, call={"scale": 3.0, "generator": generator, "height": 8}, prompts=["a"])
+    assert pipeline.given == [{"scale": 3.0, "height": 8}]  # no steps, guidance or output_type
+    first = record(once, call={"generator": torch.Generator().manual_seed(7)}, prompts=["a"])
+    again = record(once, seed=7, prompts=["a"])
+    assert torch.equal(first.inputs["x"], again.inputs["x"])
+
+
+class Options(Stub):
+    def __call__(self, prompt=None, num_inference_steps=0, guidance_scale=0, output_type="pil", generator=None):
+        self.given.append(
+            {"steps": num_inference_steps, "guidance": guidance_scale, "output": output_type, "prompt": prompt}
+        )
+        for t in self.times:
+            self.draw(self, torch.zeros(2, 2), torch.tensor(t))
+
+
+def test_options_that_the_pipeline_takes():
+    pipeline = Options(once)
+    record(once, pipeline=pipeline, guidance=2.5)
+    record(once, pipeline=pipeline, guidance=None, prompts=None, call={"num_inference_steps": 8, "output_type": "pt"})
+    assert pipeline.given == [
+        {"steps": 5, "guidance": 2.5, "output": "latent", "prompt": ["a", "b", "c"]},
+        {"steps": 8, "guidance": 0, "output": "pt", "prompt": None},
+    ]
+
+
+class ImageOnly(Stub):
+    def __call__(self, image: Tensor, strength: float = 1.0) -> None:
+        self.draw(self, image, torch.tensor(1.0))
+
+
+def test_prompts_that_the_pipeline_does_not_take():
+    with pytest.raises(
+        ArgumentError,
+        match="ImageOnly takes neither class_labels nor a prompt; it takes image, strength: give prompts=None",
+    ):
+        record(once, pipeline=ImageOnly(once))
+    samples = record(once, None, pipeline=ImageOnly(once), call={"image": torch.zeros(2, 2)}, timesteps=1, steps=1)
+    assert len(samples) == 2
+    with pytest.raises(ArgumentError, match="prompts is the string 'a cat'; give a list of them"):
+        record(once, "a cat")
+    with pytest.raises(ArgumentError, match="'prompt' is in call, and prompts are given, too"):
+        record(once, call={"prompt": ["a"]})
+
+
+# -- samples with a signature ----------------------------------------------------------------------------------------
+
+
+def nested() -> CalibrationSamples:
+    arguments = {
+        "x": noise(4, 2),
+        "text": None,
+        "ids": torch.arange(6),
+        "sizes": (noise(4), [(noise(3, seed=1), 2.5), True], (), math.inf),
+        "options": {"a": {"b": "c"}, "d": torch.tensor(1)},
+    }
+    signature, tensors = flatten_call(Denoiser(), arguments)
+    rows = {name: tensors.pop(name) for name in ("x", "sizes_0")}
+    return CalibrationSamples(rows, tensors, signature)
+
+
+def test_tuples_lists_and_shared_tensors_come_back_from_disk(tmp_path):
+    samples, path = nested(), tmp_path / "samples.safetensors"
+    samples.shuffled(1).save(path)
+    loaded = CalibrationSamples.load(path)
+    assert loaded.signature == samples.signature and repr(loaded.signature) == repr(samples.signature)
+    assert sorted(loaded.shared) == sorted(samples.shared) == ["ids", "options_d", "sizes_1_0_0"]
+    for one, other in zip(loaded.batches(3), samples.shuffled(1).batches(3), strict=True):
+        assert len(one) == 5 and all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(one, other, strict=True))
+    example = loaded.example(2)
+    assert [type(part) for part in example["sizes"]] == [Tensor, list, tuple, float]
+    assert type(example["sizes"][1][0]) is tuple and example["sizes"][1][1] is True
+    assert example["options"]["a"] == {"b": "c"} and example["text"] is None
+
+
+def test_without_a_signature_there_are_only_rows(tmp_path):
+    samples = CalibrationSamples({"x": noise(4, 2), "t": torch.arange(4)}, {"ids": torch.arange(3)})
+    samples.save(tmp_path / "plain.safetensors")
+    for each in (samples, CalibrationSamples.load(tmp_path / "plain.safetensors")):
+        assert each.signature is None and list(each.shared) == ["ids"]
+        example = each.example(3)
+        assert isinstance(example, tuple) and [tuple(x.shape) for x in example] == [(3, 2), (3,)]
+
+
+def test_a_signature_of_other_tensors():
+    signature, _ = flatten_call(Denoiser(), {"x": noise(2), "ids": noise(2)})
+    with pytest.raises(
+        CalibrationError, match=r"the signature takes \['x', 'ids'\], but there are tensors for \['x'\]"
+    ):
+        CalibrationSamples({"x": noise(2)}, signature=signature)
+
+
+@pytest.mark.parametrize(
+    ("signature", "message"),
+    [
+        ("{", r"are damaged \(Expecting"),
+        ("[]", r"are damaged \(unknown structure \[\] in the signature\); record them again"),
+        ('{"x": [1]}', r"unknown structure \[1\]"),
+        ('{"x": {"tensor": 1}}', r"unknown structure \{\"tensor\": 1\}"),
+        ('{"x": {"set": [1]}}', r"unknown structure \{\"set\": \[1\]\}"),
+        ('{"x": {"list": [], "tuple": []}}', "unknown structure"),
+        ('{"x": {"dict": []}}', "unknown structure"),
+        ('{"x": {"tuple": {"0": 1}}}', "unknown structure"),
+        ('{"y": {"tensor": "y"}}', r"the signature takes \['y'\], but there are tensors for \['x'\]"),
+        ('{"x": ' + '{"list": [' * 5000 + "]}" * 5000 + "}", "recursion"),
+    ],
+)
+def test_damaged_signatures(signature, message, tmp_path):
+    path = tmp_path / "samples.safetensors"
+    CalibrationSamples({"x": noise(2)}).save(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file({"x": noise(2)}, path, metadata={**metadata, "signature": signature})
+    with pytest.raises(CalibrationError, match=message):
+        CalibrationSamples.load(path)
+    save_file({"x": noise(2)}, path, metadata={**metadata, "inputs": "x,z"})
+    with pytest.raises(CalibrationError, match=r"samples\.safetensors are damaged \('z'\)"):
+        CalibrationSamples.load(path)
+
+
+def test_a_dict_that_json_would_change_is_not_saved(tmp_path):
+    signature, tensors = flatten_call(Denoiser(), {"x": noise(2), "options": {3: 1}})
+    with pytest.raises(CalibrationError, match="a dict with the key 3; only string keys can be saved"):
+        CalibrationSamples(tensors, signature=signature).save(tmp_path / "samples.safetensors")
+    assert json.dumps({3: 1}) == '{"3": 1}' and not list(tmp_path.iterdir())

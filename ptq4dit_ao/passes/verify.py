@@ -1,0 +1,186 @@
+"""The self-check: a balanced graph must compute what it computed before, and a site that breaks it is undone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils._pytree import tree_leaves, tree_map
+from torchao.quantization.pt2e import ObserverBase
+
+from ptq4dit_ao.errors import BalanceError
+from ptq4dit_ao.graph import Site
+from ptq4dit_ao.graph.names import placeholders
+from ptq4dit_ao.graph.shapes import shape_of, symbolic_axes, tensor_of
+from ptq4dit_ao.passes.balance import SiteOutcome
+from ptq4dit_ao.passes.fold import FoldForm, fold_balance
+from ptq4dit_ao.passes.insert import insert_balance
+
+logger = logging.getLogger(__name__)
+
+NARROW = (torch.bfloat16, torch.float16)
+ROWS = 2
+"""Samples of the batch that are run."""
+
+
+class SelfCheck:
+    """Remembers what a float graph computes, before it is balanced.
+
+    Args:
+        model: a captured or prepared graph; observers are passed by.
+        example: inputs to run; made up from the graph's input shapes if None. At most two rows are used.
+    """
+
+    def __init__(self, model: GraphModule, example: Sequence[Tensor] | None = None) -> None:
+        self.inputs = _few_rows(model, example) if example is not None else example_inputs(model)
+        self.dtype = _narrowest(model)
+        self.expected = self._run(model)
+
+    def error(self, model: GraphModule) -> float:
+        """``|y - y0| / |y0|``, the largest over the outputs."""
+        return max(
+            (_relative(one, other) for one, other in zip(self.expected, self._run(model), strict=True)), default=0.0
+        )
+
+    @property
+    def tolerance(self) -> float:
+        """Far above rounding, far below what a wrong fold does: the root of the parameters' resolution."""
+        return torch.finfo(self.dtype).eps ** 0.5
+
+    def settle(
+        self, model: GraphModule, sites: Sequence[Site], outcomes: Mapping[str, SiteOutcome], form: FoldForm
+    ) -> tuple[tuple[Site, ...], dict[str, SiteOutcome]]:
+        """Undo, in place, every site without which the graph computes what it did; says which.
+
+        Returns:
+            The sites, those that were undone with a refusal, and the outcomes that remain.
+        """
+        if not all(leaf.isfinite().all() for leaf in self.expected):
+            logger.warning("the float model's output is not finite; what balancing did to it was not checked")
+            return tuple(sites), dict(outcomes)
+        error, undone = self.error(model), {}
+        remaining = list(outcomes.values())
+        while not error <= self.tolerance and remaining:
+            wrong = self._first_wrong(model, remaining, form)
+            undone[wrong.site.name] = f"the self-check found that it changes the output by {error:.2g} of its size"
+            logger.warning("%s: %s; undone. Please report this model", wrong.site.name, undone[wrong.site.name])
+            remaining.remove(wrong)
+            error = self.error(model)
+        if not error <= self.tolerance:
+            raise BalanceError(f"the graph changed by {error:.2g} of its output's size although no site is balanced")
+        kept = {outcome.site.name: outcome for outcome in remaining}
+        return tuple(replace(s, refusal=f"{s.name}: {undone[s.name]}") if s.name in undone else s for s in sites), {
+            name: kept[name] for name in outcomes if name in kept
+        }
+
+    def _first_wrong(self, model: GraphModule, folded: list[SiteOutcome], form: FoldForm) -> SiteOutcome:
+        """Bisect: of folded sites, the first one that breaks the graph; that one is left undone, the others folded."""
+        right, wrong, now = 0, len(folded), len(folded)
+        while wrong - right > 1:
+            middle = (right + wrong) // 2
+            for outcome in folded[middle:now]:
+                _undo(model, outcome, form)
+            for outcome in folded[now:middle]:
+                _redo(model, outcome, form)
+            now = middle
+            if self.error(model) <= self.tolerance:
+                right = middle
+            else:
+                wrong = middle
+        for outcome in folded[wrong - 1 : now]:
+            _undo(model, outcome, form)
+        for outcome in folded[now : wrong - 1]:
+            _redo(model, outcome, form)
+        for outcome in folded[wrong:]:
+            _redo(model, outcome, form)
+        return folded[wrong - 1]
+
+    def _run(self, model: GraphModule) -> list[Tensor]:
+        runner = _Float32(model) if self.dtype in NARROW else _PastObservers(model)
+        with torch.no_grad():
+            outputs = tree_leaves(runner.run(*self.inputs))
+        return [leaf for leaf in outputs if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def example_inputs(model: GraphModule) -> tuple[Tensor, ...]:
+    """Inputs of the exported shapes, a batch of two: normal values, and ones for labels, masks and integer times.
+
+    Raises:
+        BalanceError: the graph does not say what an input looks like.
+    """
+    generator = torch.Generator().manual_seed(0)
+    inputs = []
+    for node in placeholders(model):
+        value = tensor_of(node)
+        if value is None:
+            raise BalanceError(f"the graph does not say what input {node.name!r} looks like; pass an example")
+        shape = [ROWS if axis in symbolic_axes(node) else size for axis, size in enumerate(shape_of(node))]
+        tensor = torch.randn(shape, generator=generator) if value.is_floating_point() else torch.ones(shape)
+        inputs.append(tensor.to(value.device, value.dtype))
+    return tuple(inputs)
+
+
+def _undo(model: GraphModule, outcome: SiteOutcome, form: FoldForm) -> None:
+    insert_balance(model, outcome.site, 1 / outcome.b)
+    fold_balance(model, outcome.site, 1 / outcome.b, form)
+    model.recompile()
+
+
+def _redo(model: GraphModule, outcome: SiteOutcome, form: FoldForm) -> None:
+    insert_balance(model, outcome.site, outcome.b)
+    fold_balance(model, outcome.site, outcome.b, form)
+    model.recompile()
+
+
+def _few_rows(model: GraphModule, example: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The first rows of inputs that carry the batch."""
+    nodes = placeholders(model)
+    return tuple(
+        x[:ROWS] if tensor_of(node) is not None and 0 in symbolic_axes(node) else x
+        for node, x in zip(nodes, example, strict=True)
+    )
+
+
+def _narrowest(model: GraphModule) -> torch.dtype:
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+
+
+def _relative(expected: Tensor, got: Tensor) -> float:
+    expected, got = expected.to(torch.float64), got.to(torch.float64)
+    return float((got - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+class _PastObservers(Interpreter):
+    """Runs a prepared graph as the float graph it was made from."""
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(self.submodules[target], ObserverBase):
+            return args[0]
+        return super().call_module(target, args, kwargs)
+
+
+class _Float32(_PastObservers):
+    """Runs a 16-bit graph in float32, so that rounding on the way does not hide, or look like, a wrong fold."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        return super().run(*tree_map(_widen, args), **kwargs)
+
+    def run_node(self, n: Node) -> Any:
+        if n.target is torch.ops.aten._assert_tensor_metadata.default:
+            return None
+        return tree_map(_widen, super().run_node(n))
+
+    def call_function(self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return super().call_function(target, tree_map(_widen, args), tree_map(_widen, kwargs))
+
+
+def _widen(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.dtype in NARROW:
+        return value.to(torch.float32)
+    return torch.float32 if value in NARROW and isinstance(value, torch.dtype) else value
