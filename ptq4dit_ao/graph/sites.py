@@ -228,7 +228,8 @@ class _Search:
             p.choices = dict(given)
             p.seed(source, channels)
             p.run()
-            free = int((p.seeded(p.values[self.index.slot[source.name]]) != PINNED).sum())
+            roots = p.seeded(p.values[self.index.slot[source.name]])
+            free = len(np.unique(roots[roots != PINNED]))  # different ones: one for all channels is worth little
             if best is None or free > best[0]:
                 best = (free, p)
             queue.extend(_alternatives(p, len(given)))

@@ -80,7 +80,8 @@ def convolution(p: Propagation, node: Node) -> None:
     _channels(p, node, 1, [bias] if isinstance(bias, Node) else [])
     ids = p.value(node)
     if ids is not None:
-        p.merge(weight, ids.reshape(-1, *(1 for _ in shape_of(weight)[1:])))
+        rows = p.uniform(ids, [axis for axis in range(ids.ndim) if axis != 1])
+        p.merge(weight, rows.reshape(-1, *(1 for _ in shape_of(weight)[1:])))
 
 
 @rule(aten.embedding.default)
@@ -101,10 +102,8 @@ def _affine(p: Propagation, node: Node, shape: list[int]) -> None:
     p.equate(node, *(parameter for parameter in (weight, bias) if parameter is not None))
     ids = p.value(node)
     if weight is None and ids is not None:
-        leading = ids.ndim - len(shape)
-        p.merge(
-            NewWeight(node.name), np.broadcast_to(p.uniform(ids, range(leading)).squeeze(tuple(range(leading))), shape)
-        )
+        leading = tuple(range(ids.ndim - len(shape)))
+        p.merge(NewWeight(node.name), np.broadcast_to(p.uniform(ids, leading).squeeze(leading), shape))
 
 
 def _parameters(node: Node) -> tuple[Node | None, Node | None]:

@@ -88,10 +88,11 @@ def transpose(p: Propagation, node: Node) -> None:
     _permute(p, node, order)
 
 
-@rule(aten.t.default)
+@rule(aten.t.default, aten.mT.default)
 def matrix_transpose(p: Propagation, node: Node) -> None:
-    """A permutation of two axes."""
-    _permute(p, node, list(range(len(shape_of(node))))[::-1])
+    """A permutation of the last two axes, if there are two."""
+    axes = list(range(len(shape_of(node))))
+    _permute(p, node, [*axes[:-2], *axes[:-3:-1]])
 
 
 @rule(aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
