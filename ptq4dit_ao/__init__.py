@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ptq4dit_ao.calibration import CalibrationSamples, collect_from_pipeline
     from ptq4dit_ao.errors import PTQ4DiTError
-    from ptq4dit_ao.graph import export_transformer, find_sites
+    from ptq4dit_ao.graph import SitePolicy, export_transformer, find_sites
     from ptq4dit_ao.lowering import available_backends, lower
     from ptq4dit_ao.observers import SalienceStatistics
-    from ptq4dit_ao.passes import BalanceSettings, balance, balance_result, collect_salience
+    from ptq4dit_ao.passes import BalanceSettings, balance, balance_module, balance_result, collect_salience
     from ptq4dit_ao.quantizer import Override, PTQ4DiTQuantizer, salience_statistics
     from ptq4dit_ao.recipe import Recipe, load_recipe, recipe_json_schema
     from ptq4dit_ao.reference import load_reference_classifier, load_reference_dit
@@ -25,10 +25,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "calibration": ("CalibrationSamples", "collect_from_pipeline"),
     "errors": ("PTQ4DiTError",),
-    "graph": ("export_transformer", "find_sites"),
+    "graph": ("SitePolicy", "export_transformer", "find_sites"),
     "lowering": ("available_backends", "lower"),
     "observers": ("SalienceStatistics",),
-    "passes": ("BalanceSettings", "balance", "balance_result", "collect_salience"),
+    "passes": ("BalanceSettings", "balance", "balance_module", "balance_result", "collect_salience"),
     "quantizer": ("Override", "PTQ4DiTQuantizer", "salience_statistics"),
     "recipe": ("Recipe", "load_recipe", "recipe_json_schema"),
     "reference": ("load_reference_classifier", "load_reference_dit"),
@@ -45,9 +45,11 @@ __all__ = [
     "QuantizedModel",
     "Recipe",
     "SalienceStatistics",
+    "SitePolicy",
     "apply_recipe",
     "available_backends",
     "balance",
+    "balance_module",
     "balance_result",
     "collect_from_pipeline",
     "collect_salience",

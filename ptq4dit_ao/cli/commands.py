@@ -21,7 +21,7 @@ from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.evaluation import measure_latency
 from ptq4dit_ao.recipe import load_recipe, recipe_json_schema, shipped_recipe_path, shipped_recipes
 from ptq4dit_ao.report import save_image_grid
-from ptq4dit_ao.workflow import QuantizedModel, load_model, load_quantized
+from ptq4dit_ao.workflow import QuantizedModel, balance_checkpoint, load_model, load_quantized
 from ptq4dit_ao.workflow import quantize as run_quantize
 
 
@@ -33,9 +33,28 @@ def quantize(args: argparse.Namespace, console: Console) -> None:
         raise ArgumentError(f"recipe {args.recipe!r} names no model; say which with --model")
     model = load_model(spec)
     with _progress(console) as on_progress:
-        quantized = run_quantize(model, recipe, args.output, on_progress=on_progress)
+        quantized = run_quantize(model, recipe, args.output, samples=args.samples, on_progress=on_progress)
     _print_report(quantized.report, console)
     console.print(f"\nsaved to [bold]{args.output}[/]; open {args.output / 'report.html'}")
+
+
+def balance(args: argparse.Namespace, console: Console) -> None:
+    """``ptq4dit-ao balance``."""
+    recipe, model = load_recipe(args.recipe), load_model(args.model)
+    with _progress(console) as on_progress:
+        result = balance_checkpoint(model, recipe, args.output, samples=args.samples, on_progress=on_progress)
+    table = Table("balanced site", "channels", "b", "clipped")
+    for name, outcome in result.outcomes.items():
+        spread = f"{float(outcome.b.min()):.3g} .. {float(outcome.b.max()):.3g}"
+        channels = f"{outcome.site.num_variables}/{outcome.site.channels}"
+        table.add_row(name, channels, spread, str(int(outcome.clipped.sum())))
+    console.print(table)
+    for reason, count in Counter(why.partition(": ")[2] or why for why in result.left.values()).items():
+        console.print(f"{count} sites left: {reason}")
+    console.print(
+        f"{len(result.outcomes)} sites balanced; the output changed by {result.output_change:.2g} of its size\n"
+        f"saved to [bold]{args.output}[/], an ordinary diffusers checkpoint"
+    )
 
 
 def sample(args: argparse.Namespace, console: Console) -> None:

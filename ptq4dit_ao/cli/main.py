@@ -1,4 +1,4 @@
-"""``ptq4dit-ao``: quantize, sample, inspect, bench.
+"""``ptq4dit-ao``: quantize, balance, sample, inspect, bench.
 
 Exit codes: 0 done, 1 it could not be done (the message says why), 2 the command line is wrong.
 """
@@ -24,6 +24,8 @@ EXAMPLES = """\
 examples:
   ptq4dit-ao quantize digits_w8a8 --output out/digits            the shipped model, end to end
   ptq4dit-ao quantize my.yaml --model ./DiT-XL-2-256 --output q  a diffusers pipeline on disk
+  ptq4dit-ao balance flux_dev_w8a8 --model ./FLUX.1-dev --output ./FLUX.1-dev-balanced
+                                                                 a better float model for any quantizer
   ptq4dit-ao sample out/digits --backend fbgemm                  a grid of samples, integer kernels
   ptq4dit-ao inspect out/digits                                  layers, bits, sites, kernel proof
   ptq4dit-ao bench out/digits                                    latency against the float model
@@ -58,6 +60,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="'reference' (the shipped digits DiT), a diffusers folder, or package.module:function; "
         "default: what the recipe names",
     )  # fmt: skip
+
+    p.add_argument("--samples", type=Path, metavar="FILE", help="calibrate on recorded samples (safetensors)")
+
+    p = commands.add_parser(
+        "balance", parents=[common], help="balance a float checkpoint, for any quantizer",
+        description="Balance a model in its own parameters and save it as the ordinary diffusers checkpoint it was.",
+    )  # fmt: skip
+    p.add_argument("recipe", nargs="?", default="dit_w8a8", help="how to balance (default: %(default)s)")
+    p.add_argument("--model", required=True, metavar="MODEL", help="as for quantize")
+    p.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
+    p.add_argument("--samples", type=Path, metavar="FILE", help="calibrate on recorded samples (safetensors)")
 
     p = commands.add_parser(
         "sample", parents=[common], help="draw a grid of images",

@@ -26,7 +26,7 @@ class PairedError:
 
 @torch.no_grad()
 def paired_error(
-    reference: Denoiser, quantized: Denoiser, batches: Iterable[tuple[Tensor, ...]], *, timestep_index: int = 1
+    reference: Denoiser, quantized: Denoiser, batches: Iterable[tuple[Tensor, ...]], *, timestep_index: int | None = 1
 ) -> PairedError:
     """Compare two models on the same inputs.
 
@@ -34,16 +34,24 @@ def paired_error(
         reference: the float model.
         quantized: its quantized form.
         batches: input tuples, each tensor (N, ...).
-        timestep_index: which input holds the timestep, (N,).
+        timestep_index: which input holds the timestep, (N,) or, with one for each token, (N, T); None if none does.
     """
     expected, actual, timesteps = [], [], []
     for inputs in batches:
-        expected.append(reference(*inputs).float().cpu())
-        actual.append(quantized(*inputs).float().cpu())
-        timesteps.append(inputs[timestep_index].double().cpu())
+        expected.append(_rows(reference(*inputs)))
+        actual.append(_rows(quantized(*inputs)))
+        t = torch.zeros(len(expected[-1])) if timestep_index is None else inputs[timestep_index].double().cpu()
+        timesteps.append(t.flatten(1).amax(1) if t.ndim > 1 else t)
     e, a, t = torch.cat(expected), torch.cat(actual), torch.cat(timesteps)
     per_timestep = {value.item(): sqnr_db(e[t == value], a[t == value]) for value in t.unique()}
     return PairedError(sqnr_db=sqnr_db(e, a), per_timestep=per_timestep, rows=len(t))
+
+
+def _rows(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """(N, ...) on the CPU; several outputs side by side, (N, values)."""
+    if isinstance(output, Tensor):
+        return output.float().cpu()
+    return torch.cat([part.float().cpu().flatten(1) for part in output], dim=1)
 
 
 @torch.no_grad()

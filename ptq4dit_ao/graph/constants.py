@@ -35,11 +35,12 @@ def _constants(graph_module: GraphModule) -> set[Node]:
     found: set[Node] = set()
     for node in graph_module.graph.nodes:
         if node.op == "get_attr":
-            if isinstance(get_attribute(graph_module, str(node.target)), torch.Tensor):
-                found.add(node)
-        elif node.op == "call_function" and tensor_of(node) is not None and not symbolic_axes(node):
-            if node.all_input_nodes and found.issuperset(node.all_input_nodes):
-                found.add(node)
+            constant = isinstance(get_attribute(graph_module, str(node.target)), torch.Tensor)
+        else:
+            made = node.op == "call_function" and tensor_of(node) is not None and not symbolic_axes(node)
+            constant = made and bool(node.all_input_nodes) and found.issuperset(node.all_input_nodes)
+        if constant:
+            found.add(node)
     return found
 
 

@@ -4,16 +4,19 @@ from ptq4dit_ao.passes.balance import BalanceSettings, SiteOutcome, balance_site
 from ptq4dit_ao.passes.balance_first import balance, collect_salience
 from ptq4dit_ao.passes.fold import fold_balance
 from ptq4dit_ao.passes.insert import insert_balance
+from ptq4dit_ao.passes.module import ModuleBalance, balance_module
 from ptq4dit_ao.passes.result import BalanceResult, attach_result, balance_result
 from ptq4dit_ao.passes.verify import SelfCheck, example_inputs
 
 __all__ = [
     "BalanceResult",
     "BalanceSettings",
+    "ModuleBalance",
     "SelfCheck",
     "SiteOutcome",
     "attach_result",
     "balance",
+    "balance_module",
     "balance_result",
     "balance_sites",
     "collect_salience",

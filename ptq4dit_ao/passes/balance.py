@@ -27,12 +27,15 @@ class BalanceSettings:
     """How b is computed and folded.
 
     ``max_scale`` bounds b to [1/max_scale, max_scale]; ``min_timesteps`` is how many distinct timesteps SSC needs.
+    Storing ``(1 + bias)/b - 1`` (fold form ``bias``) rounds ``1 + scale`` by up to ``b * eps/2`` of its size;
+    ``max_rounding`` bounds that, and so b: to 2.56 in bfloat16, 20 in float16.
     """
 
     aggregation: Aggregation = "ssc"
     alpha: float = 0.5
     max_scale: float = 1000.0
     fold_form: FoldForm = "constant"
+    max_rounding: float = 0.01
     min_timesteps: int = 2
 
     def __post_init__(self) -> None:
@@ -99,7 +102,11 @@ def _solve(
     salience_w = _weight_salience(model, site)
     eta, rho = ssc_weights(salience_t, salience_w)
     salience_x = aggregate_salience(salience_t, salience_w, settings.aggregation)
-    b, clipped = clip_balance(balance_vector(salience_x, salience_w, settings.alpha), settings.max_scale)
+    limit = settings.max_scale
+    if settings.fold_form == "bias" and site.scalars:
+        dtype = get_attribute(model, site.parameters[0].paths[0]).dtype
+        limit = min(limit, 2 * settings.max_rounding / torch.finfo(dtype).eps)
+    b, clipped = clip_balance(balance_vector(salience_x, salience_w, settings.alpha), limit)
     return SiteOutcome(
         site=site,
         b=b,

@@ -42,7 +42,7 @@ def collect_salience(
         BalanceError: nothing can be balanced.
         CalibrationError: a sample makes a site's input NaN or infinite.
     """
-    recorder = _SalienceRecorder(exported, _sites(exported, exclude, policy), timestep_input)
+    recorder = _SalienceRecorder(exported, balance_sites_of(exported, exclude, policy), timestep_input)
     example = None
     for inputs in samples:
         example = tuple(inputs) if example is None else example
@@ -76,7 +76,7 @@ def balance(
         CalibrationError: the statistics belong to another model, or have too few timesteps.
     """
     settings = settings or BalanceSettings()
-    sites = _sites(exported, exclude, policy) if sites is None else sites
+    sites = balance_sites_of(exported, exclude, policy) if sites is None else sites
     model = GraphModule(exported, copy.deepcopy(exported.graph))
     check = SelfCheck(model, statistics.example) if verify else None
     outcomes = balance_sites(model, sites, statistics, settings)
@@ -93,7 +93,8 @@ def balance(
     return model
 
 
-def _sites(exported: GraphModule, exclude: Sequence[str], policy: SitePolicy | None) -> list[Site]:
+def balance_sites_of(exported: GraphModule, exclude: Sequence[str], policy: SitePolicy | None) -> list[Site]:
+    """The sites of a graph; those that touch excluded layers are refused. Raises BalanceError if none is left."""
     nodes = {node.name: layer_name(node) for node in linears(exported)}
     excluded = {name for name, layer in nodes.items() if any(fnmatchcase(layer, pattern) for pattern in exclude)}
     sites = refuse_sites(find_sites(exported, nodes.keys() - excluded, policy), excluded, "it is excluded")

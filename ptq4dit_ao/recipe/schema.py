@@ -67,6 +67,23 @@ class Balance(_Section):
     fold_form: FoldForm = Field(
         default="constant", description="How the factors are folded into the adaLN modulation: 'constant' or 'bias'."
     )
+    couple_blocks: bool = Field(
+        default=False,
+        description="true: also balance layers that would have to share one factor across blocks, as the cross "
+        "attention of all blocks behind one caption projection.",
+    )
+    vector_multiply: bool = Field(
+        default=True,
+        description="false: leave out what needs one multiply of a modulation vector per call, where one layer "
+        "modulates all blocks (adaLN-single). Everything else costs nothing at run time.",
+    )
+    min_variables: Count = Field(
+        default=4, description="Leave out layers in which fewer channels than this can have factors of their own."
+    )
+    verify: bool = Field(
+        default=True,
+        description="false: do not check that the balanced float model computes what it did before.",
+    )
 
 
 _NOT_WITH_SKIP = ("weight_bits", "activation_bits", "balance")
@@ -119,6 +136,14 @@ class Calibration(_Section):
     samples: Count = Field(default=16, description="Images per timestep.")
     steps: Count = Field(default=50, description="Steps of the sampler that draws the images.")
     guidance: float = Field(default=1.5, ge=0, description="Classifier-free guidance scale of that sampler, 0 or more.")
+    prompts: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(as_tuple)] = Field(
+        default=(),
+        description="What a text-to-image or text-to-video pipeline draws; used again from the first if there are "
+        "more samples than prompts.",
+    )
+    height: Count | None = Field(default=None, description="Height in pixels; the pipeline's own if left out.")
+    width: Count | None = Field(default=None, description="Width in pixels; the pipeline's own if left out.")
+    num_frames: Count | None = Field(default=None, description="Frames of a video; the pipeline's own if left out.")
     seed: Seed = Field(default=0, description="Seed of labels and starting noise, 0 to 2^32 - 1.")
 
 

@@ -79,7 +79,12 @@ def _site(site: Site, outcome: SiteOutcome | None) -> dict[str, Any]:
         "variables": site.num_variables,
         "status": "refused" if outcome is None else "folded",
         "reason": site.refusal,
-        "folded_into": [path for edit in site.parameters for path in edit.paths],
+        "kind": site.kind,
+        "vector_multiplies": len(site.cuts),
+        "couples_blocks": site.couples_blocks,
+        "folded_into": [path for edit in site.parameters for path in edit.paths]
+        + [f"{edit.node}.weight" for edit in site.norms]
+        + [f"{edit.node}.{edit.index}" for edit in site.cuts],
         "clipped": 0,
     }
     if outcome is not None:

@@ -3,42 +3,118 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ptq4dit_ao.errors import ArgumentError
 
 
 @torch.no_grad()
 def inject_outliers(
     model: nn.Module, *, channels: int = 4, low: float = 10.0, high: float = 30.0, seed: int = 0
 ) -> Any:
-    """A copy of a diffusers ``DiTTransformer2DModel`` that computes the same with salient channels.
+    """A copy of a transformer of diffusers (DiT, PixArt, SD3, Flux) that computes the same with salient channels.
 
-    In every block, ``channels`` random channels of both modulated inputs are multiplied by a factor in [low, high]
-    (in the adaLN rows: shift by k, ``1 + scale`` by k) and divided again in the columns of q, k, v and FC1.
+    In every block, ``channels`` random channels of each modulated input are multiplied by a factor in [low, high]
+    (in the adaLN rows: shift by k, ``1 + scale`` by k) and divided again in the columns of what reads it: q, k, v
+    and FC1, in both streams where there are two. PixArt's blocks share their modulation, so also k.
+
+    Raises:
+        ArgumentError: the model is of another class.
     """
+    name = type(model).__name__
+    if name not in _MODULATED:
+        raise ArgumentError(f"inject_outliers knows {', '.join(_MODULATED)}, not {name}")
     model = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
-    blocks: Any = model.transformer_blocks
-    for block in blocks:
-        width = block.attn1.to_q.in_features
-        attention = [block.attn1.to_q, block.attn1.to_k, block.attn1.to_v]
-        for first_chunk, consumers in ((0, attention), (3, [block.ff.net[0].proj])):
-            k = torch.ones(width)
-            chosen = torch.randperm(width, generator=generator)[:channels]
-            k[chosen] = low + (high - low) * torch.rand(channels, generator=generator)
-            _scale_modulation(block.norm1.linear, first_chunk * width, k)
-            for linear in consumers:
-                linear.weight.div_(k.to(linear.weight))
+    for modulated in _MODULATED[name](model):
+        k = torch.ones(modulated.width)
+        chosen = torch.randperm(modulated.width, generator=generator)[:channels]
+        k[chosen] = low + (high - low) * torch.rand(channels, generator=generator)
+        _scale_modulation(modulated, k.to(modulated.adaln.weight))
+        for linear in modulated.readers:
+            linear.weight.div_(k.to(linear.weight))
     return model
 
 
-def _scale_modulation(adaln: nn.Linear, start: int, k: Tensor) -> None:
-    """Chunks (shift, scale) from row ``start``: ``shift * k`` and ``(1 + scale) * k - 1``."""
-    k, width = k.to(adaln.weight), len(k)
-    shift, scale = slice(start, start + width), slice(start + width, start + 2 * width)
-    for rows in (shift, scale):
-        adaln.weight[rows] *= k[:, None]
-        adaln.bias[rows] *= k
-    adaln.bias[scale] += k - 1
+@dataclass(frozen=True)
+class _Modulated:
+    """One modulated input: where adaLN's output, chunks of (C,), holds its shift and scale, and what reads it."""
+
+    adaln: Any
+    shift: int
+    scale: int
+    readers: Sequence[Any]
+    tables: Sequence[Tensor] = ()
+    """(chunks, C) each, what the blocks add to adaLN's output."""
+
+    @property
+    def width(self) -> int:
+        return int(self.readers[0].in_features)
+
+
+def _scale_modulation(modulated: _Modulated, k: Tensor) -> None:
+    """``shift * k`` and ``(1 + scale) * k - 1``, whether the -1 finds its place in tables or in adaLN's bias."""
+    width, bias = len(k), modulated.adaln.bias.view(-1, len(k))
+    for chunk in (modulated.shift, modulated.scale):
+        modulated.adaln.weight[chunk * width : (chunk + 1) * width] *= k[:, None]
+        for vectors in (bias, *modulated.tables):
+            vectors[chunk] *= k
+    for vectors in modulated.tables or [bias]:
+        vectors[modulated.scale] += k - 1
+
+
+def _dit(model: Any) -> Iterator[_Modulated]:
+    for block in model.transformer_blocks:
+        yield _Modulated(block.norm1.linear, 0, 1, _qkv(block.attn1))
+        yield _Modulated(block.norm1.linear, 3, 4, [_fc1(block.ff)])
+
+
+def _pixart(model: Any) -> Iterator[_Modulated]:
+    """One layer makes the modulation of all blocks, each of which adds a table of its own."""
+    blocks, adaln = model.transformer_blocks, model.adaln_single.linear
+    tables = [block.scale_shift_table for block in blocks]
+    yield _Modulated(adaln, 0, 1, [linear for block in blocks for linear in _qkv(block.attn1)], tables)
+    yield _Modulated(adaln, 3, 4, [_fc1(block.ff) for block in blocks], tables)
+
+
+def _joint(model: Any) -> Iterator[_Modulated]:
+    """Blocks with an image and a text stream; SD3.5 attends twice, and SD3's last block drops the text."""
+    for block in model.transformer_blocks:
+        image, text, attn = block.norm1.linear, block.norm1_context.linear, block.attn
+        yield _Modulated(image, 0, 1, _qkv(attn))
+        yield _Modulated(image, 3, 4, [_fc1(block.ff)])
+        if getattr(block, "attn2", None) is not None:
+            yield _Modulated(image, 6, 7, _qkv(block.attn2))
+        added = [attn.add_q_proj, attn.add_k_proj, attn.add_v_proj]
+        if block.ff_context is None:
+            yield _Modulated(text, 1, 0, added)  # AdaLayerNormContinuous: scale first
+        else:
+            yield _Modulated(text, 0, 1, added)
+            yield _Modulated(text, 3, 4, [_fc1(block.ff_context)])
+
+
+def _flux(model: Any) -> Iterator[_Modulated]:
+    yield from _joint(model)
+    for block in model.single_transformer_blocks:
+        yield _Modulated(block.norm.linear, 0, 1, [*_qkv(block.attn), block.proj_mlp])
+
+
+def _qkv(attention: Any) -> list[Any]:
+    return [attention.to_q, attention.to_k, attention.to_v]
+
+
+def _fc1(feed_forward: Any) -> Any:
+    return feed_forward.net[0].proj
+
+
+_MODULATED: dict[str, Callable[[Any], Iterator[_Modulated]]] = {
+    "DiTTransformer2DModel": _dit,
+    "PixArtTransformer2DModel": _pixart,
+    "SD3Transformer2DModel": _joint,
+    "FluxTransformer2DModel": _flux,
+}

@@ -1,6 +1,7 @@
 """Recipe in, artifact out: the method on one screen."""
 
 from ptq4dit_ao.workflow.apply import apply_recipe, quantizer_from_recipe
+from ptq4dit_ao.workflow.balance import balance_checkpoint
 from ptq4dit_ao.workflow.models import LoadedModel, load_model
 from ptq4dit_ao.workflow.quantize import quantize
 from ptq4dit_ao.workflow.quantized_model import QuantizedModel, load_quantized, save_quantized
@@ -9,6 +10,7 @@ __all__ = [
     "LoadedModel",
     "QuantizedModel",
     "apply_recipe",
+    "balance_checkpoint",
     "load_model",
     "load_quantized",
     "quantize",

@@ -13,18 +13,29 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import Quantizer
 
+from ptq4dit_ao.calibration import CalibrationSamples
 from ptq4dit_ao.errors import CalibrationError
-from ptq4dit_ao.graph import export_transformer
+from ptq4dit_ao.graph import SitePolicy, export_transformer
 from ptq4dit_ao.graph.names import placeholders
+from ptq4dit_ao.passes import BalanceSettings
 from ptq4dit_ao.quantizer import PAPER_LAYERS, SAFE_LAYERS, Override, PTQ4DiTQuantizer
 from ptq4dit_ao.recipe import Recipe
 from ptq4dit_ao.report import build_report
 from ptq4dit_ao.workflow.quantized_model import QuantizedModel, input_specs
 
+BATCH = 32
+"""Rows of recorded samples that run at a time."""
+
+EXAMPLE_ROWS = 2
+SHUFFLE_SEED = 0
+"""Recorded samples are shuffled, so that a batch mixes timesteps."""
+
 LAYER_PRESETS = {"safe": SAFE_LAYERS, "paper": PAPER_LAYERS}
 
 
-def quantizer_from_recipe(recipe: Recipe, base: Quantizer | None = None) -> PTQ4DiTQuantizer:
+def quantizer_from_recipe(
+    recipe: Recipe, base: Quantizer | None = None, *, timestep_input: str | None = None
+) -> PTQ4DiTQuantizer:
     """The quantizer that a recipe describes, around any base."""
     return PTQ4DiTQuantizer(
         base,
@@ -34,8 +45,40 @@ def quantizer_from_recipe(recipe: Recipe, base: Quantizer | None = None) -> PTQ4
         alpha=recipe.balance.alpha,
         max_scale=recipe.balance.max_scale,
         fold_form=recipe.balance.fold_form,
-        layers=LAYER_PRESETS[recipe.layers],
-        overrides=[Override(**override.model_dump()) for override in recipe.overrides],
+        layers=(),
+        overrides=overrides_of(recipe),
+        timestep_input=timestep_input,
+        policy=site_policy(recipe),
+        verify=recipe.balance.verify,
+    )
+
+
+def overrides_of(recipe: Recipe) -> tuple[Override, ...]:
+    """The recipe's preset of layers and its own exceptions."""
+    own = [Override(**override.model_dump()) for override in recipe.overrides]
+    return (*LAYER_PRESETS[recipe.layers], *own)
+
+
+def site_policy(recipe: Recipe) -> SitePolicy:
+    """Which folds a recipe takes."""
+    return SitePolicy(
+        couple_blocks=recipe.balance.couple_blocks,
+        vector_multiply=recipe.balance.vector_multiply,
+        min_variables=recipe.balance.min_variables,
+    )
+
+
+def balance_settings(recipe: Recipe) -> BalanceSettings:
+    """How a recipe balances.
+
+    Raises:
+        ArgumentError: it does not balance.
+    """
+    return BalanceSettings(
+        aggregation=recipe.balance.aggregation,  # type: ignore[arg-type]  # 'none' is refused there
+        alpha=recipe.balance.alpha,
+        max_scale=recipe.balance.max_scale,
+        fold_form=recipe.balance.fold_form,
     )
 
 
@@ -43,9 +86,10 @@ def quantizer_from_recipe(recipe: Recipe, base: Quantizer | None = None) -> PTQ4
 def apply_recipe(
     model: nn.Module,
     recipe: Recipe,
-    samples: Iterable[Sequence[Tensor]],
+    samples: CalibrationSamples | Iterable[Sequence[Tensor]],
     *,
     base: Quantizer | None = None,
+    timestep_input: str | None = None,
     name: str | None = None,
     on_sample: Callable[[int], None] | None = None,
 ) -> QuantizedModel:
@@ -54,8 +98,10 @@ def apply_recipe(
     Args:
         model: an eval-mode module, or the graph that ``export_transformer`` made of it. Not changed.
         recipe: its ``calibration`` section is the caller's business: it says how to get ``samples``.
-        samples: input tuples in the order of ``forward``, a batch of at least 2 in the first.
+        samples: what :func:`~ptq4dit_ao.collect_from_pipeline` recorded; or input tuples in the order of ``forward``,
+            a batch of at least 2 in the first.
         base: the torchao quantizer to wrap; ours if not given.
+        timestep_input: name of the input that holds the timestep, if it is not an obvious one.
         name: of the model, for the report.
         on_sample: called with the number of tuples done.
 
@@ -64,16 +110,20 @@ def apply_recipe(
         CalibrationError: there are no samples, or they are not finite, or of too few timesteps.
         PTQ4DiTError: see :class:`~ptq4dit_ao.PTQ4DiTQuantizer`.
     """
-    iterator = iter(samples)
+    recorded = samples if isinstance(samples, CalibrationSamples) else None
+    iterator = iter(samples) if recorded is None else recorded.shuffled(SHUFFLE_SEED).batches(BATCH)
     first = next(iterator, None)
     if first is None:
         raise CalibrationError("there are no calibration samples; pass at least one tuple of inputs")
     clock = Stopwatch()
-    exported = model if isinstance(model, GraphModule) else export_transformer(model, first)
+    if isinstance(model, GraphModule):
+        exported = model
+    else:
+        exported = export_transformer(model, first if recorded is None else recorded.example(EXAMPLE_ROWS))
     # prepare_pt2e changes the graph it is given.
     exported = GraphModule(exported, copy.deepcopy(exported.graph))
     clock.lap("export")
-    prepared = prepare_pt2e(exported, quantizer_from_recipe(recipe, base))
+    prepared = prepare_pt2e(exported, quantizer_from_recipe(recipe, base, timestep_input=timestep_input))
     clock.lap("prepare")
     for done, inputs in enumerate(itertools.chain([first], iterator), start=1):
         prepared(*inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,24 +20,24 @@ REFERENCE = "reference"
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A float transformer and the pipeline that calibrates it."""
+    """A float transformer, and what calibrates it.
+
+    ``sampling`` is known for class-conditional DiTs; ``pipeline`` is None for a bare transformer of another kind,
+    which is calibrated with recorded samples.
+    """
 
     name: str
-    pipeline: Any
-    sampling: Sampling
-
-    @property
-    def transformer(self) -> nn.Module:
-        return self.pipeline.transformer
+    transformer: nn.Module
+    pipeline: Any | None = None
+    sampling: Sampling | None = None
 
 
 def load_model(spec: str) -> LoadedModel:
-    """Load a class-conditional DiT.
+    """Load a diffusion transformer.
 
     Args:
-        spec: ``reference``; a folder with a diffusers pipeline (``model_index.json``) or a bare
-            ``DiTTransformer2DModel`` (``config.json``); or ``package.module:function``, a function without arguments
-            that returns either.
+        spec: ``reference``; a folder with a diffusers pipeline (``model_index.json``) or a bare transformer
+            (``config.json``); or ``package.module:function``, a function without arguments that returns either.
 
     Raises:
         ArgumentError: it is none of these.
@@ -46,7 +47,7 @@ def load_model(spec: str) -> LoadedModel:
         return _wrap(REFERENCE, load_reference_dit(), SAMPLING)
     path = Path(spec)
     if path.is_dir():
-        return _from_folder(path)
+        return _wrap(path.name, _from_folder(path))
     module, colon, function = spec.partition(":")
     if colon and all(part.isidentifier() for part in module.split(".")) and function.isidentifier():
         return _wrap(spec, _call(module, function))
@@ -55,26 +56,38 @@ def load_model(spec: str) -> LoadedModel:
     )
 
 
-def _from_folder(path: Path) -> LoadedModel:
+def _from_folder(path: Path) -> Any:
     diffusers = require("diffusers", extra="diffusers")
     options: dict[str, Any] = {"local_files_only": True}
     if (path / "model_index.json").is_file():
-        kind = diffusers.DiTPipeline
+        name = _class_name(path / "model_index.json")
     elif (path / "config.json").is_file():
-        kind, options = diffusers.DiTTransformer2DModel, {**options, "use_safetensors": True}
+        name, options = _class_name(path / "config.json"), {**options, "use_safetensors": True}
     else:
         raise ArgumentError(f"folder {path} has neither model_index.json nor config.json; it is no diffusers model")
+    kind = getattr(diffusers, name, None)
+    if not hasattr(kind, "from_pretrained"):
+        raise ArgumentError(f"folder {path} says it holds a {name!r}, which diffusers {diffusers.__version__} lacks")
     try:
-        model = kind.from_pretrained(path, **options)
-    except (OSError, KeyError, RuntimeError, ValueError) as error:  # what diffusers raises for files it cannot use
-        raise ArgumentError(f"folder {path} cannot be loaded as a {kind.__name__}: {error}") from error
-    return _wrap(path.name, model)
+        return kind.from_pretrained(path, **options)
+    except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:  # what diffusers raises for bad files
+        raise ArgumentError(f"folder {path} cannot be loaded as a {name}: {error}") from error
+
+
+def _class_name(config: Path) -> str:
+    try:
+        name = json.loads(config.read_text()).get("_class_name")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ArgumentError(f"{config} is not the configuration of a diffusers model: {error}") from error
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ArgumentError(f"{config} names no class ('_class_name'); it is no diffusers model")
+    return name
 
 
 def _call(module: str, function: str) -> object:
     try:
         return getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError) as error:
         raise ArgumentError(f"model '{module}:{function}' cannot be loaded: {error}") from error
 
 
@@ -82,9 +95,12 @@ def _wrap(name: str, model: Any, sampling: Sampling | None = None) -> LoadedMode
     transformer = getattr(model, "transformer", model)
     if not isinstance(transformer, nn.Module) or not hasattr(transformer, "config"):
         raise ArgumentError(
-            f"model {name!r} is a {type(model).__name__}; expected a diffusers DiT transformer, or a pipeline with one"
+            f"model {name!r} is a {type(model).__name__}; expected a diffusers transformer, or a pipeline with one"
         )
     transformer.eval().requires_grad_(False)
-    sampling = sampling or Sampling.of(transformer)
-    pipeline = SamplingPipeline(transformer, sampling) if model is transformer else model
-    return LoadedModel(name=name, pipeline=pipeline, sampling=sampling)
+    if sampling is None and type(transformer).__name__ == "DiTTransformer2DModel":
+        sampling = Sampling.of(transformer)
+    pipeline = None if model is transformer else model
+    if pipeline is None and sampling is not None:
+        pipeline = SamplingPipeline(transformer, sampling)
+    return LoadedModel(name=name, transformer=transformer, pipeline=pipeline, sampling=sampling)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,35 +11,39 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ptq4dit_ao.artifact import check_target
-from ptq4dit_ao.calibration import CalibrationSamples, as_denoiser, collect_from_pipeline, sample
+from ptq4dit_ao.calibration import CalibrationSamples, as_denoiser, sample
 from ptq4dit_ao.calibration.sampling import Denoiser
 from ptq4dit_ao.evaluation import layer_sqnr, paired_error
 from ptq4dit_ao.graph import export_transformer
+from ptq4dit_ao.graph.names import placeholders, timestep_placeholder
 from ptq4dit_ao.lowering import quantized_linears
 from ptq4dit_ao.passes import balance, balance_result
 from ptq4dit_ao.recipe import Recipe
 from ptq4dit_ao.report import build_report, write_html
-from ptq4dit_ao.workflow.apply import Stopwatch, apply_recipe
+from ptq4dit_ao.workflow.apply import BATCH, EXAMPLE_ROWS, SHUFFLE_SEED, Stopwatch, apply_recipe
 from ptq4dit_ao.workflow.models import LoadedModel
 from ptq4dit_ao.workflow.quantized_model import QuantizedModel
+from ptq4dit_ao.workflow.samples import OnProgress, recorded_samples
 
-OnProgress = Callable[[str, int, int], None]
-"""``(stage, done, in all)``."""
-
-BATCH = 32
 GRID_CLASSES = GRID_PER_CLASS = 10
-SHUFFLE_SEED = 0
 
 
 def quantize(
-    model: LoadedModel, recipe: Recipe, output: str | Path, *, on_progress: OnProgress = lambda *_: None
+    model: LoadedModel,
+    recipe: Recipe,
+    output: str | Path,
+    *,
+    samples: str | Path | None = None,
+    on_progress: OnProgress = lambda *_: None,
 ) -> QuantizedModel:
-    """Quantize a class-conditional DiT and save it with its report.
+    """Quantize a diffusion transformer and save it with its report.
 
     Args:
         model: the float model.
         recipe: what to do.
         output: folder for the artifact, ``report.json`` and ``report.html``.
+        samples: recorded calibration samples; else the model's pipeline draws them. Recorded samples are also what
+            the error is measured on.
         on_progress: called as stages advance.
 
     Raises:
@@ -48,21 +51,25 @@ def quantize(
     """
     check_target(output)
     clock = Stopwatch()
-    samples = _samples(model, recipe, on_progress)
+    recorded = recorded_samples(model, recipe, samples, on_progress=on_progress)
     clock.lap("collect samples")
-    exported = export_transformer(model.transformer, next(samples.batches(BATCH)))
+    exported = export_transformer(model.transformer, recorded.example(EXAMPLE_ROWS))
     clock.lap("export")
-    batches = -(-len(samples) // BATCH)
+    batches = -(-len(recorded) // BATCH)
     quantized = apply_recipe(
         exported,
         recipe,
-        samples.shuffled(SHUFFLE_SEED).batches(BATCH),
+        recorded,
         name=model.name,
         on_sample=lambda done: on_progress("calibrate", done, batches),
     )
-    quantized = dataclasses.replace(quantized, sampling=model.sampling.to_dict())
+    sampling = None if model.sampling is None else model.sampling.to_dict()
+    quantized = dataclasses.replace(quantized, sampling=sampling)
     clock.lap("quantize")
-    evaluation, layers = _evaluate(model, exported, quantized, on_progress)
+    evaluated = recorded
+    if samples is None:
+        evaluated = recorded_samples(model, recipe, evaluate=True, on_progress=on_progress)
+    evaluation, layers = _evaluate(exported, quantized, evaluated, on_calibration=samples is not None)
     images = _grids(model, quantized, on_progress)
     clock.lap("evaluate")
     report = build_report(
@@ -83,55 +90,39 @@ def quantize(
     return quantized
 
 
-def _samples(
-    model: LoadedModel, recipe: Recipe, on_progress: OnProgress, *, evaluate: bool = False
-) -> CalibrationSamples:
-    settings = recipe.evaluation if evaluate else recipe.calibration
-    generator = torch.Generator().manual_seed(settings.seed)
-    labels = torch.randint(model.sampling.null_label, (settings.samples,), generator=generator).tolist()
-    stage = "evaluation samples" if evaluate else "calibration samples"
-    return collect_from_pipeline(
-        model.pipeline,
-        labels,
-        timesteps=settings.timesteps,
-        steps=recipe.calibration.steps,
-        guidance=recipe.calibration.guidance,
-        seed=settings.seed,
-        on_step=lambda done, total: on_progress(stage, done, total),
-    )
-
-
 def _evaluate(
-    model: LoadedModel, exported: GraphModule, quantized: QuantizedModel, on_progress: OnProgress
+    exported: GraphModule, quantized: QuantizedModel, samples: CalibrationSamples, *, on_calibration: bool
 ) -> tuple[dict[str, object], dict[str, float]]:
     """Errors of the simulated integer graph: of the output, and of every linear."""
-    samples = _samples(model, quantized.recipe, on_progress, evaluate=True)
-    batches = list(samples.batches(BATCH))
-    error = paired_error(exported, quantized.graph, batches)
+    timestep = timestep_placeholder(exported)
+    position = None if timestep is None else placeholders(exported).index(timestep)
+    error = paired_error(exported, quantized.graph, samples.batches(BATCH), timestep_index=position)
     result = balance_result(quantized.graph)
     balanced = exported
     if result.settings is not None:
-        balanced = balance(exported, result.statistics, result.settings, sites=result.sites)
+        balanced = balance(exported, result.statistics, result.settings, sites=result.sites, verify=False)
     mixed = next(samples.shuffled(SHUFFLE_SEED).batches(BATCH))
     about: dict[str, object] = {
         "sqnr_db": error.sqnr_db,
         "per_timestep": [[t, db] for t, db in error.per_timestep.items()],
         "samples": error.rows,
         "seed": quantized.recipe.evaluation.seed,
+        "on_calibration_samples": on_calibration,
     }
     return about, layer_sqnr(balanced, quantized.graph, mixed)
 
 
 def _grids(model: LoadedModel, quantized: QuantizedModel, on_progress: OnProgress) -> tuple[Tensor, Tensor] | None:
     """Samples of the float and the quantized model from equal noise, if the model draws images."""
-    if model.sampling.channels not in (1, 3):
+    sampling = model.sampling
+    if sampling is None or sampling.channels not in (1, 3):
         return None
     labels = torch.arange(GRID_CLASSES).repeat_interleave(GRID_PER_CLASS)
 
     def draw(stage: str, denoiser: Denoiser) -> Tensor:
         return sample(
             denoiser,
-            model.sampling,
+            sampling,
             labels,
             steps=quantized.recipe.calibration.steps,
             guidance=quantized.recipe.calibration.guidance,

@@ -1,0 +1,122 @@
+"""Balance once, quantize anywhere: write the folds into a module's own parameters.
+
+The architecture stays what it was, so the module saves as an ordinary checkpoint and any tool quantizes it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from ptq4dit_ao.errors import ArgumentError, BalanceError
+from ptq4dit_ao.graph import Site, SitePolicy
+from ptq4dit_ao.graph.names import get_attribute
+from ptq4dit_ao.observers import SalienceStatistics
+from ptq4dit_ao.passes.balance import BalanceSettings, SiteOutcome, balance_sites
+from ptq4dit_ao.passes.balance_first import balance_sites_of
+from ptq4dit_ao.passes.bias_form import bias_shift
+from ptq4dit_ao.passes.verify import SelfCheck
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleBalance:
+    """What :func:`balance_module` did."""
+
+    outcomes: dict[str, SiteOutcome]
+    """Site name -> what was folded into the module."""
+    left: dict[str, str]
+    """Site name -> why it was left as it is."""
+    output_change: float
+    """``|y - y0| / |y0|`` of the model's output on the example, computed in at least float32: rounding of the stored
+    parameters, which grows with b where they have 16 bits."""
+
+
+@torch.no_grad()
+def balance_module(
+    model: nn.Module,
+    exported: GraphModule,
+    statistics: SalienceStatistics,
+    settings: BalanceSettings | None = None,
+    *,
+    exclude: Sequence[str] = (),
+    policy: SitePolicy | None = None,
+) -> ModuleBalance:
+    """Balance a module in place, using nothing but the parameters it has.
+
+    Folded are the sites that need only rows and columns of linears, affine norms, and the bias behind ``1 + scale``
+    (the paper's form, ``(1 + bias)/b - 1``). Others are left, with the reason.
+
+    Args:
+        model: changed: parameters are replaced, tied ones by one new parameter.
+        exported: its graph, from :func:`~ptq4dit_ao.export_transformer`; not changed.
+        statistics: from :func:`~ptq4dit_ao.collect_salience` on ``exported``.
+        settings: defaults to the paper's. ``fold_form`` does not matter here.
+        exclude: as given to :func:`~ptq4dit_ao.collect_salience`.
+        policy: as given to :func:`~ptq4dit_ao.collect_salience`; multiplies of vectors are never taken.
+
+    Raises:
+        ArgumentError: the graph is not this module's.
+        BalanceError: nothing can be folded into the parameters.
+        CalibrationError: the statistics belong to another model, or have too few timesteps.
+    """
+    settings = replace(settings or BalanceSettings(), fold_form="bias")
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    graph = GraphModule(exported, copy.deepcopy(exported.graph))
+    sites = [_expressible(graph, site, parameters) for site in balance_sites_of(exported, exclude, policy)]
+    if all(site.refusal is not None for site in sites):
+        raise BalanceError(f"nothing can be folded into the parameters of {type(model).__name__}: {sites[0].refusal}")
+    check = SelfCheck(graph, statistics.example)
+    outcomes = balance_sites(graph, sites, statistics, settings)
+    settled, outcomes = check.settle(graph, sites, outcomes, settings.fold_form)
+    change = check.error(graph)
+    for path, old in parameters.items():
+        new = _tensor(graph, path)
+        if new is not None and new.data_ptr() != old.data_ptr():
+            if _tensor(exported, path).data_ptr() != old.data_ptr():  # type: ignore[union-attr]
+                raise ArgumentError(f"parameter {path!r} of the graph is not the module's; export this module again")
+            _replace(model, old, nn.Parameter(new.detach().clone(), requires_grad=old.requires_grad))
+    left = {site.name: site.refusal for site in settled if site.refusal is not None}
+    return ModuleBalance(outcomes=outcomes, left=left, output_change=change)
+
+
+def _expressible(graph: GraphModule, site: Site, parameters: dict[str, nn.Parameter]) -> Site:
+    """The site, refused if one of its edits is not of a parameter that the module has."""
+    if site.refusal is not None:
+        return site
+    nodes = {node.name: node for node in graph.graph.nodes}
+    why = None
+    if site.cuts:
+        why = f"{site.cuts[0].node}: a modulation vector would have to be multiplied at run time"
+    elif site.norms:
+        why = f"{site.norms[0].node}: the norm has no weight"
+    else:
+        paths = [path for edit in site.parameters for path in edit.paths] + [c.weight for c in site.consumers]
+        missing = [path for path in paths if path not in parameters]
+        if missing:
+            why = f"{missing[0]} is not a parameter of the module"
+    try:
+        for scalar in site.scalars if why is None else ():
+            bias_shift(nodes[scalar.node], scalar.index, torch.ones(scalar.variables.shape, dtype=torch.float64))
+    except BalanceError as error:
+        why = str(error).partition("; use fold_form")[0]
+    return site if why is None else replace(site, refusal=why)
+
+
+def _tensor(graph: GraphModule, path: str) -> torch.Tensor | None:
+    try:
+        return get_attribute(graph, path)
+    except AttributeError:  # the graph does not read it
+        return None
+
+
+def _replace(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
+    """Put a parameter wherever another one is."""
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is old:
+                module._parameters[name] = new

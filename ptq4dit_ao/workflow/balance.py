@@ -1,0 +1,113 @@
+"""Balance once, quantize anywhere: a float checkpoint in, the same architecture, balanced, out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ptq4dit_ao.errors import ArgumentError
+from ptq4dit_ao.graph import export_transformer
+from ptq4dit_ao.passes import ModuleBalance, balance_module, collect_salience
+from ptq4dit_ao.quantizer.overrides import plan_layers
+from ptq4dit_ao.recipe import Recipe
+from ptq4dit_ao.workflow.apply import (
+    BATCH,
+    EXAMPLE_ROWS,
+    SHUFFLE_SEED,
+    balance_settings,
+    overrides_of,
+    site_policy,
+)
+from ptq4dit_ao.workflow.models import LoadedModel
+from ptq4dit_ao.workflow.samples import OnProgress, recorded_samples
+
+REPORT = "balance_report.json"
+
+
+def balance_checkpoint(
+    model: LoadedModel,
+    recipe: Recipe,
+    output: str | Path,
+    *,
+    samples: str | Path | None = None,
+    on_progress: OnProgress = lambda *_: None,
+) -> ModuleBalance:
+    """Balance a model in its own parameters and save it with ``save_pretrained``, atomically.
+
+    Args:
+        model: changed in place.
+        recipe: its ``balance``, ``calibration``, ``layers`` and ``overrides`` sections count; layers that it leaves in
+            float are not balanced.
+        output: a folder that does not exist or is empty; gets the checkpoint and ``balance_report.json``.
+        samples: recorded calibration samples; else the model's pipeline draws them.
+        on_progress: called as stages advance.
+
+    Raises:
+        ArgumentError: the folder holds something, or the recipe does not balance.
+        PTQ4DiTError: see :func:`~ptq4dit_ao.collect_salience` and :func:`~ptq4dit_ao.balance_module`.
+    """
+    folder, settings = Path(output), balance_settings(recipe)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ArgumentError(f"{folder} exists and is not an empty folder; choose another, nothing is overwritten")
+    recorded = recorded_samples(model, recipe, samples, on_progress=on_progress)
+    exported = export_transformer(model.transformer, recorded.example(EXAMPLE_ROWS))
+    plans = plan_layers(exported, weight_bits=8, activation_bits=8, overrides=overrides_of(recipe))
+    exclude = [plan.layer for plan in plans.values() if plan.skip or not plan.balance]
+    batches: list[tuple[Tensor, ...]] = list(recorded.shuffled(SHUFFLE_SEED).batches(BATCH))
+
+    def counted() -> Any:
+        for done, batch in enumerate(batches, start=1):
+            yield batch
+            on_progress("measure salience", done, len(batches))
+
+    statistics = collect_salience(exported, counted(), exclude=exclude, policy=site_policy(recipe))
+    on_progress("balance", 0, 1)
+    result = balance_module(
+        model.transformer, exported, statistics, settings, exclude=exclude, policy=site_policy(recipe)
+    )
+    on_progress("balance", 1, 1)
+    _save(model, recipe, result, folder)
+    return result
+
+
+def _save(model: LoadedModel, recipe: Recipe, result: ModuleBalance, folder: Path) -> None:
+    """Write to a folder beside it, then rename: an interrupted save leaves nothing behind."""
+    saved: Any = model.pipeline if hasattr(model.pipeline, "save_pretrained") else model.transformer
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        saved.save_pretrained(partial, safe_serialization=True)
+        (partial / REPORT).write_text(json.dumps(balance_report(result, recipe), indent=1, allow_nan=False) + "\n")
+        if folder.exists():
+            folder.rmdir()
+        partial.chmod(0o755)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def balance_report(result: ModuleBalance, recipe: Recipe) -> dict[str, Any]:
+    """What was done, as JSON."""
+    return {
+        "recipe": recipe.to_dict(),
+        "output_change": result.output_change,
+        "balanced": [
+            {
+                "site": name,
+                "layers": list(dict.fromkeys(consumer.layer for consumer in outcome.site.consumers)),
+                "variables": outcome.site.num_variables,
+                "channels": outcome.site.channels,
+                "b_min": float(outcome.b.min()),
+                "b_max": float(outcome.b.max()),
+                "clipped": int(outcome.clipped.sum()),
+            }
+            for name, outcome in result.outcomes.items()
+        ],
+        "left": result.left,
+    }

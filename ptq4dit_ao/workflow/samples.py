@@ -1,0 +1,71 @@
+"""Calibration and evaluation samples, as a recipe asks for them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from ptq4dit_ao.calibration import CalibrationSamples, collect_from_pipeline
+from ptq4dit_ao.errors import CalibrationError
+from ptq4dit_ao.recipe import Recipe
+from ptq4dit_ao.workflow.models import LoadedModel
+
+OnProgress = Callable[[str, int, int], None]
+"""``(stage, done, in all)``."""
+
+
+def recorded_samples(
+    model: LoadedModel,
+    recipe: Recipe,
+    file: str | Path | None = None,
+    *,
+    evaluate: bool = False,
+    on_progress: OnProgress = lambda *_: None,
+) -> CalibrationSamples:
+    """What the model's transformer receives: from a file, or from its own pipeline.
+
+    Args:
+        model: with a pipeline, unless there is a file.
+        recipe: its ``calibration`` section, and for evaluation its ``evaluation`` section, say how many.
+        file: as :meth:`~ptq4dit_ao.CalibrationSamples.save` wrote it.
+        evaluate: draw other samples, for evaluation.
+        on_progress: called as the pipeline advances.
+
+    Raises:
+        CalibrationError: there is neither a pipeline nor a file, or the recipe has no prompts for a text pipeline.
+    """
+    if file is not None:
+        return CalibrationSamples.load(file)
+    if model.pipeline is None:
+        raise CalibrationError(
+            f"{model.name} is a transformer without a pipeline that could draw calibration samples; give the folder of "
+            "the pipeline, or samples recorded with collect_from_pipeline (--samples FILE)"
+        )
+    settings = recipe.evaluation if evaluate else recipe.calibration
+    stage = "evaluation samples" if evaluate else "calibration samples"
+    size = {name: value for name in ("height", "width", "num_frames") if (value := getattr(recipe.calibration, name))}
+    return collect_from_pipeline(
+        model.pipeline,
+        _prompts(model, recipe, settings.samples, settings.seed),
+        timesteps=settings.timesteps,
+        steps=recipe.calibration.steps,
+        guidance=recipe.calibration.guidance,
+        seed=settings.seed,
+        call=size,
+        on_step=lambda done, total: on_progress(stage, done, total),
+    )
+
+
+def _prompts(model: LoadedModel, recipe: Recipe, count: int, seed: int) -> Sequence[int] | Sequence[str]:
+    if model.sampling is not None:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(model.sampling.null_label, (count,), generator=generator).tolist()
+    if not recipe.calibration.prompts:
+        raise CalibrationError(
+            f"{model.name} is drawn from text, and the recipe has no calibration.prompts; list some, like those it "
+            "will be used with"
+        )
+    return list(itertools.islice(itertools.cycle(recipe.calibration.prompts), count))
