@@ -169,7 +169,8 @@ def test_a_folder_that_holds_no_model(run, tmp_path):
     assert_fails(run("inspect", tmp_path), "has no graph.json")
     (tmp_path / "config.json").write_text("{")
     assert_fails(
-        run("quantize", "dit_w8a8", "--model", tmp_path, "--output", tmp_path / "out"), "is not a valid JSON file"
+        run("quantize", "dit_w8a8", "--model", tmp_path, "--output", tmp_path / "out"),
+        "config.json is not the configuration of a diffusers model",
     )
 
 

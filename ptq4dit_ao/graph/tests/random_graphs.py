@@ -36,7 +36,7 @@ class Item:
         return tuple(self.tensor.shape[self.batched :])
 
 
-class Skip(Exception):
+class SkipError(Exception):
     """The step fits nothing."""
 
 
@@ -57,7 +57,7 @@ class Run:
         """A tensor with a batch, of late ones sooner."""
         found = [item for item in reversed(self.pool) if item.batched and fits(item)]
         if not found:
-            raise Skip
+            raise SkipError
         item = found[self.pick(len(found))]
         item.used = True
         return item
@@ -91,7 +91,7 @@ class Run:
 
 
 class RandomNet(nn.Module):
-    """Runs a program on tokens (N, T, C) and a condition (N, C); what nothing reads goes through a linear of its own."""
+    """Runs a program on tokens (N, T, C) and a condition (N, C); loose ends go through a linear each."""
 
     def __init__(self, program: list[Step]) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class RandomNet(nn.Module):
             run.numbers = iter(numbers)
             try:
                 results = OPS[name](run)
-            except Skip:
+            except SkipError:
                 continue
             for result in [results] if isinstance(results, Tensor) else results:
                 item = Item(result)
@@ -124,7 +124,7 @@ def inputs(batch: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return x, c
 
 
-def programs(max_size: int = 14) -> st.SearchStrategy[list[Step]]:
+def programs(max_size: int = 12) -> st.SearchStrategy[list[Step]]:
     numbers = st.tuples(*[st.integers(0, 11)] * 4)
     return st.lists(st.tuples(st.sampled_from(sorted(OPS)), numbers), min_size=4, max_size=max_size)
 

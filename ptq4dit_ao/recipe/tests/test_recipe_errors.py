@@ -21,7 +21,8 @@ WRONG = {
     "unknown key": ("balance: {alfa: 0.5}", "balance.alfa: unknown key; did you mean 'alpha'?"),
     "unknown key near nothing": (
         "balance: {q: 0.5}",
-        "balance.q: unknown key; the keys here are aggregation, alpha, max_scale, fold_form",
+        "balance.q: unknown key; the keys here are aggregation, alpha, max_scale, fold_form, couple_blocks, "
+        "vector_multiply, min_variables, verify",
     ),
     "text for a number": ("weights: {bits: '8'}", f"weights.bits: '8' (text) is not allowed; it must be {BITS}"),
     "boolean for a number": ("activations: {bits: true}", f"activations.bits: true is not allowed; it must be {BITS}"),

@@ -29,19 +29,30 @@ def test_every_key_reaches_the_recipe(write: Write) -> None:
         model: package.module:function
         weights: {bits: 4}
         activations: {bits: 6}
-        balance: {aggregation: none, alpha: 1e-5, max_scale: 10, fold_form: bias}
+        balance: {aggregation: none, alpha: 1e-5, max_scale: 10, fold_form: bias, couple_blocks: true,
+                  vector_multiply: false, min_variables: 2, verify: false}
         layers: paper
         overrides:
           - {pattern: "a.*", skip: true}
           - {pattern: b, weight_bits: 8, activation_bits: 7, balance: false}
-        calibration: {timesteps: [0, 12.5], samples: 2, steps: 3, guidance: 0, seed: 4}
+        calibration: {timesteps: [0, 12.5], samples: 2, steps: 3, guidance: 0, seed: 4, prompts: [a cat],
+                      height: 256, width: 512, num_frames: 9}
         evaluation: {timesteps: 5, samples: 6, seed: 7}
         """,
     )
     recipe = load_recipe(str(path))
     assert (recipe.description, recipe.model, recipe.layers) == ("all keys", "package.module:function", "paper")
     assert (recipe.weights.bits, recipe.activations.bits) == (4, 6)
-    assert recipe.balance == Balance(aggregation="none", alpha=1e-5, max_scale=10.0, fold_form="bias")
+    assert recipe.balance == Balance(
+        aggregation="none",
+        alpha=1e-5,
+        max_scale=10.0,
+        fold_form="bias",
+        couple_blocks=True,
+        vector_multiply=False,
+        min_variables=2,
+        verify=False,
+    )
     assert recipe.overrides == (
         Override(pattern="a.*", skip=True),
         Override(pattern="b", weight_bits=8, activation_bits=7, balance=False),
@@ -51,6 +62,10 @@ def test_every_key_reaches_the_recipe(write: Write) -> None:
         "samples": 2,
         "steps": 3,
         "guidance": 0.0,
+        "prompts": ("a cat",),
+        "height": 256,
+        "width": 512,
+        "num_frames": 9,
         "seed": 4,
     }
     assert recipe.evaluation.model_dump() == {"timesteps": 5, "samples": 6, "seed": 7}

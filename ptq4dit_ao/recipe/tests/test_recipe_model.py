@@ -73,10 +73,19 @@ def test_to_dict_holds_every_default_and_no_null() -> None:
         "description": "",
         "weights": {"bits": 8},
         "activations": {"bits": 8},
-        "balance": {"aggregation": "ssc", "alpha": 0.5, "max_scale": 1000.0, "fold_form": "constant"},
+        "balance": {
+            "aggregation": "ssc",
+            "alpha": 0.5,
+            "max_scale": 1000.0,
+            "fold_form": "constant",
+            "couple_blocks": False,
+            "vector_multiply": True,
+            "min_variables": 4,
+            "verify": True,
+        },
         "layers": "safe",
         "overrides": [{"pattern": "a", "skip": True}],
-        "calibration": {"timesteps": 25, "samples": 16, "steps": 50, "guidance": 1.5, "seed": 0},
+        "calibration": {"timesteps": 25, "samples": 16, "steps": 50, "guidance": 1.5, "prompts": [], "seed": 0},
         "evaluation": {"timesteps": 20, "samples": 32, "seed": 1000},
     }
 

@@ -26,7 +26,10 @@ def matches_schema(text: str) -> bool:
 
 
 def test_names() -> None:
-    assert shipped_recipes() == ["digits_w4a8", "digits_w8a8", "dit_w4a8", "dit_w8a8", "paper_w4a8", "paper_w8a8"]
+    names = shipped_recipes()
+    assert names == sorted(names)
+    assert {"digits_w4a8", "digits_w8a8", "dit_w4a8", "dit_w8a8", "paper_w4a8", "paper_w8a8"} <= set(names)
+    assert {name.replace("w4a8", "w8a8") for name in names} <= set(names), "4 bits without 8"
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -37,7 +40,7 @@ def test_shipped_recipe(name: str) -> None:
     recipe = load_recipe(name)
     bits = f"w{recipe.weights.bits}a{recipe.activations.bits}"
     assert name.endswith(bits)
-    assert recipe.description.startswith(load_recipe(name.replace("w4", "w8")).description.split(",")[0])
+    assert recipe.description.startswith(load_recipe(name.replace("_w4", "_w8")).description.split(",")[0])
     assert f"{recipe.weights.bits}-bit weights" in recipe.description
 
 
@@ -51,10 +54,8 @@ def test_the_paper_recipe_is_the_paper() -> None:
 def test_unknown_name() -> None:
     with pytest.raises(RecipeError) as caught:
         shipped_recipe_path("paper_w8a4.yaml")
-    near = "did you mean 'paper_w8a8'?"
-    assert str(caught.value) == f"no shipped recipe is called 'paper_w8a4.yaml'; {near} (shipped recipes: " + (
-        "digits_w4a8, digits_w8a8, dit_w4a8, dit_w8a8, paper_w4a8, paper_w8a8)"
-    )
+    near, listed = "did you mean 'paper_w8a8'?", ", ".join(shipped_recipes())
+    assert str(caught.value) == f"no shipped recipe is called 'paper_w8a4.yaml'; {near} (shipped recipes: {listed})"
 
 
 def test_an_installed_package_finds_its_own_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -335,7 +335,7 @@ def test_a_function_that_makes_a_model(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert load_model("made_here:tiny").name == "made_here:tiny"
-    with pytest.raises(ArgumentError, match="'made_here:none' is a NoneType; expected a diffusers DiT transformer"):
+    with pytest.raises(ArgumentError, match="'made_here:none' is a NoneType; expected a diffusers transformer"):
         load_model("made_here:none")
 
 
@@ -346,7 +346,7 @@ def test_a_function_that_makes_a_model(tmp_path, monkeypatch):
         ("a b:c", "model 'a b:c' is neither 'reference'"),
         ("no_such_module:make", "model 'no_such_module:make' cannot be loaded: No module named 'no_such_module'"),
         ("json:make", "model 'json:make' cannot be loaded: module 'json' has no attribute 'make'"),
-        ("builtins:list", "model 'builtins:list' is a list; expected a diffusers DiT transformer, or a pipeline"),
+        ("builtins:list", "model 'builtins:list' is a list; expected a diffusers transformer, or a pipeline"),
     ],
 )
 def test_names_of_no_model(spec, message):
@@ -358,9 +358,14 @@ def test_names_of_no_model(spec, message):
     ("files", "message"),
     [
         ({}, r"has neither model_index.json nor config.json; it is no diffusers model"),
-        ({"config.json": "{"}, "cannot be loaded as a DiTTransformer2DModel: .* is not a valid JSON file"),
-        ({"config.json": "{}"}, "cannot be loaded as a DiTTransformer2DModel: Error no file named diffusion_pytorch_"),
-        ({"model_index.json": "{}"}, "cannot be loaded as a DiTPipeline: '_class_name'"),
+        ({"config.json": "{"}, r"config.json is not the configuration of a diffusers model: Expecting property name"),
+        ({"config.json": "{}"}, r"config.json names no class \('_class_name'\); it is no diffusers model"),
+        ({"config.json": '{"_class_name": "NoSuchModel"}'}, r"holds a 'NoSuchModel', which diffusers [\d.]+ lacks"),
+        (
+            {"config.json": '{"_class_name": "DiTTransformer2DModel"}'},
+            "cannot be loaded as a DiTTransformer2DModel: Error no file named diffusion_pytorch_",
+        ),
+        ({"model_index.json": "{}"}, r"model_index.json names no class"),
         ({"model_index.json": '{"_class_name": "DiTPipeline"}'}, r"expected \['scheduler', 'transformer', 'vae'\]"),
     ],
 )

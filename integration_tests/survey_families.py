@@ -1,0 +1,203 @@
+"""Every transformer family, tiny and with random parameters: does it export, fold exactly, and run as integers?
+
+    python integration_tests/survey_families.py --output docs/models.md
+
+Writes the table of docs/models.md and models.json beside it. Per family:
+
+* captured, with a batch that differs from call to call where possible, and compared with the model;
+* every site folded at once with b = exp(N(0, 1)), in float64 throughout, and compared on another batch;
+* quantized to W8A8 (every linear; balanced with CSB and SSC, calibrated on 4 batches of random inputs), lowered, and
+  run: integer GEMMs are counted by the profiler; SQNR of the integer model's output against the float model's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+import warnings
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+from ptq4dit_ao import PTQ4DiTError, PTQ4DiTQuantizer, export_transformer, find_sites, lower
+from ptq4dit_ao.core import sqnr_db
+from ptq4dit_ao.graph import Site
+from ptq4dit_ao.graph.names import linears, timestep_placeholder
+from ptq4dit_ao.graph.signature import flatten_call
+from ptq4dit_ao.lowering import quantized_linears
+from ptq4dit_ao.passes import fold_balance, insert_balance
+from ptq4dit_ao.testing.float64 import in_float64, wide
+from ptq4dit_ao.testing.zoo import FAMILIES, Family, iter_families
+
+CALIBRATION = range(10, 14)
+"""Seeds of the calibration batches."""
+
+PLAIN = {
+    "gelu": "GELU before it",
+    "silu": "SiLU before it",
+    "a norm undoes": "raw residual stream",
+    "a model input": "a model input",
+    "sin": "timestep embedding",
+    "cos": "timestep embedding",
+    "would share": "shared by blocks (`couple_blocks`)",
+    "only ": "few free channels",
+    "wrap_with_autocast": "behind autocast",
+    "pow": "raw residual stream",
+}
+"""What a refusal means, by a part of its text."""
+
+
+def inputs_of(family: Family, batch: int, seed: int) -> tuple[Tensor, ...]:
+    """The family's inputs as the graph takes them."""
+    return tuple(flatten_call(family.model(), family.inputs(batch, seed=seed))[1].values())
+
+
+def fold_error(graph: GraphModule, sites: list[Site], inputs: tuple[Tensor, ...], seed: int = 0) -> float:
+    """Largest error of the outputs, relative to their largest value, with random b folded everywhere; in float64."""
+    model = in_float64(graph)
+    generator = torch.Generator().manual_seed(seed)
+    inputs = tuple(wide(x) for x in inputs)
+    expected = model(*inputs)
+    for site in sites:
+        if site.refusal is None:
+            b = torch.randn(site.num_variables, generator=generator, dtype=torch.float64).exp()
+            insert_balance(model, site, b)
+            fold_balance(model, site, b)
+    model.recompile()
+    pairs = zip(tree_leaves(expected), tree_leaves(model(*inputs)), strict=True)
+    return max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs if a.is_floating_point())
+
+
+@torch.no_grad()
+def survey(family: Family, backend: str) -> dict[str, Any]:
+    """All figures of one family; ``error`` instead where it cannot be captured."""
+    row: dict[str, Any] = {"name": family.name, "group": family.group, "note": family.note}
+    model, example = family.model(), family.inputs(2)
+    row["class"] = type(model).__name__
+    start = time.perf_counter()
+    try:
+        graph = export_transformer(model, example, dynamic_batch=family.dynamic_batch)
+    except PTQ4DiTError as error:
+        return {**row, "error": str(error)}
+    sites = find_sites(graph)
+    batch = 3 if family.dynamic_batch else 2
+    row |= {
+        "batch": "dynamic" if family.dynamic_batch else "static",
+        "linears": len(linears(graph)),
+        "sites": dict(Counter(site.kind for site in sites)),
+        "reasons": dict(Counter(reason(site) for site in sites if site.refusal is not None)),
+        "fold_error": fold_error(graph, sites, inputs_of(family, batch, 5)),
+    }
+    expected = graph(*inputs_of(family, batch, 6))
+    aggregation = "ssc" if timestep_placeholder(graph) is not None else "max"
+    prepared = prepare_pt2e(graph, PTQ4DiTQuantizer(aggregation=aggregation, layers=()))
+    for seed in CALIBRATION:
+        prepared(*inputs_of(family, batch, seed))
+    converted = convert_pt2e(prepared)
+    lowered = lower(converted, backend, example_inputs=inputs_of(family, batch, 6))
+    got = lowered(*inputs_of(family, batch, 6))
+    pairs = list(zip(tree_leaves(expected), tree_leaves(got), strict=True))
+    e, a = (torch.cat([pair[i].double().flatten() for pair in pairs]) for i in (0, 1))
+    row |= {
+        "quantized": len(quantized_linears(converted)),
+        "integer_gemms": lowered.proof.integer_gemms,
+        "sqnr_db": round(sqnr_db(e, a), 1),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    return row
+
+
+def reason(site: Site) -> str:
+    """A refusal in a few words."""
+    text = str(site.refusal).partition(": ")[2]
+    return next((plain for part, plain in PLAIN.items() if part in text), text)
+
+
+def table(rows: list[dict[str, Any]], about: dict[str, object]) -> str:
+    """The page, as Markdown."""
+    good = [row for row in rows if "error" not in row]
+    sites = sum((Counter(row["sites"]) for row in good), Counter())
+    lines = [
+        "# Models",
+        "",
+        "Made by `python integration_tests/survey_families.py`, not by hand: tiny configurations with random parameters",
+        f"({', '.join(f'{key} {value}' for key, value in about.items())}).",
+        "",
+        f"{len(good)} of {len(rows)} families are captured and run as integers; {sum(sites.values())} sites, of which "
+        + ", ".join(f"{count} {kind}" for kind, count in sites.most_common())
+        + f". Largest fold error: {max(row['fold_error'] for row in good):.1e}.",
+        "",
+        "* **sites**: *offline* costs nothing at run time, *vector* one multiply of an (N, C) vector, *part* folds some",
+        "  channels offline, *refused* stays unbalanced (it is quantized all the same).",
+        "* **fold error**: every site folded with b = exp(N(0, 1)) in float64, on another batch than the exported one.",
+        f"* **integer**: integer GEMMs counted in one call of the model on `{about['backend']}` / quantized linears of the",
+        "  graph. **SQNR**: integer model against float model; random parameters, so it says that the lowering is sound,",
+        "  not how good images are.",
+        "",
+    ]
+    for group in dict.fromkeys(row["group"] for row in rows):
+        lines += [
+            f"## {group.capitalize()}",
+            "",
+            "| family | class | batch | linears | offline / vector / part / refused | refused because | fold error "
+            "| integer | SQNR dB |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        lines += [line(row) for row in rows if row["group"] == group]
+        lines.append("")
+    failed = [row for row in rows if "error" in row]
+    if failed:
+        lines += ["## Not captured", ""] + [f"* `{row['class']}`: {row['error']}" for row in failed] + [""]
+    return "\n".join(lines)
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row of the table."""
+    name = f"{row['name']}" + (f": {row['note']}" if row["note"] else "")
+    if "error" in row:
+        return f"| {name} | `{row['class']}` | not captured, see below | | | | | | |"
+    kinds = " / ".join(str(row["sites"].get(kind, 0)) for kind in ("offline", "vector multiply", "partial", "refused"))
+    reasons = ", ".join(f"{text} {count}" for text, count in sorted(row["reasons"].items(), key=lambda r: -r[1]))
+    return (
+        f"| {name} | `{row['class']}` | {row['batch']} | {row['linears']} | {kinds} | {reasons} "
+        f"| {row['fold_error']:.0e} | {row['integer_gemms']}/{row['quantized']} | {row['sqnr_db']} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("models.md"))
+    parser.add_argument("--backend", default="fbgemm")
+    parser.add_argument("families", nargs="*", help="default: all")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    chosen = [FAMILIES[name] for name in args.families] or list(iter_families())
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    rows = []
+    with Progress(*columns, TextColumn("eta"), TimeRemainingColumn(), console=console) as progress:
+        task = progress.add_task("", total=len(chosen))
+        for family in chosen:
+            progress.update(task, description=family.name)
+            rows.append(survey(family, args.backend))
+            progress.advance(task)
+    about: dict[str, object] = {name: version(name) for name in ("torch", "torchao", "diffusers")}
+    about |= {"machine": platform.machine(), "backend": args.backend}
+    args.output.write_text(table(rows, about))
+    args.output.with_suffix(".json").write_text(json.dumps({"families": rows, **about}, indent=1) + "\n")
+    console.print(f"{len(rows)} families in {args.output}")
+
+
+if __name__ == "__main__":
+    main()

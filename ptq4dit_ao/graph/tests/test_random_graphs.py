@@ -1,0 +1,136 @@
+"""Folding random scales at every site of random networks changes nothing, whatever the policy and the form."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ptq4dit_ao.errors import BalanceError, ExportError
+from ptq4dit_ao.graph import Site, SitePolicy, export_transformer, find_sites
+from ptq4dit_ao.graph.tests.random_graphs import RandomNet, Step, inputs, programs
+from ptq4dit_ao.passes import fold_balance, insert_balance
+
+logger = logging.getLogger(__name__)
+
+TOLERANCE = 1e-11
+FOLDABLE, EXPORTED = 0.3, 0.9
+"""Least shares of graphs with a site that folds, and of programs that make a graph."""
+
+POLICIES = {
+    "default": SitePolicy(),
+    "any": SitePolicy(min_variables=1),
+    "coupled": SitePolicy(min_variables=1, couple_blocks=True),
+    "coupled, offline": SitePolicy(min_variables=1, couple_blocks=True, vector_multiply=False),
+}
+
+Scales = dict[str, Tensor]
+"""First consumer -> b, (num_variables,)."""
+
+
+def random_scales(sites: list[Site]) -> Scales:
+    """b = exp(N(0, 1))."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        site.consumers[0].node: torch.randn(site.num_variables, generator=generator, dtype=torch.float64).exp()
+        for site in sites
+        if site.refusal is None
+    }
+
+
+def fold(model: GraphModule, sites: list[Site], scales: Scales, form: str) -> None:
+    """Fold every site; in the constant form where the other one says that it cannot."""
+    for site in sites:
+        if site.refusal is None:
+            b = scales[site.consumers[0].node]
+            insert_balance(model, site, b)
+            try:
+                fold_balance(model, site, b, form)
+            except BalanceError:
+                assert form == "bias"
+                fold_balance(model, site, b)
+    model.graph.lint()
+    model.recompile()
+
+
+def error(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
+    """The largest difference relative to the largest value, over the outputs."""
+    return max(
+        float((one - other).abs().max() / other.abs().max().clamp_min(1e-30))
+        for one, other in zip(got, expected, strict=True)
+    )
+
+
+def check(graph: GraphModule, sites: list[Site], form: str, sample: tuple[Tensor, ...]) -> None:
+    """Fold, compare, undo, compare the parameters."""
+    expected = graph(*sample)
+    model, scales = copy.deepcopy(graph), random_scales(sites)
+    fold(model, sites, scales, form)
+    assert error(model(*sample), expected) <= TOLERANCE
+    if form == "constant":  # the other one subtracts, and undoes to the digits that are left
+        fold(model, sites, {name: 1 / b for name, b in scales.items()}, form)
+        assert error(model(*sample), expected) <= TOLERANCE
+        tensors = dict(model.named_parameters())
+        for name, value in graph.named_parameters():
+            assert tensors[name].shape == value.shape
+            torch.testing.assert_close(tensors[name], value, rtol=1e-13, atol=0)
+
+
+def run(program: list[Step], dynamic: bool, counts: Counter[str]) -> None:
+    """Check one program under all policies and forms; count what happened."""
+    counts["programs"] += 1
+    try:
+        graph = export_transformer(RandomNet(program), inputs(2), check=False, dynamic_batch=dynamic)
+    except ExportError:
+        counts["not exported"] += 1
+        return
+    counts["dynamic"] += dynamic
+    seen: set[str] = set()
+    for name, policy in POLICIES.items():
+        sites = find_sites(graph, policy=policy)
+        if (text := repr(sites)) not in seen:  # policies often agree
+            seen.add(text)
+            for form in ("constant", "bias") if any(site.scalars for site in sites) else ("constant",):
+                check(graph, sites, form, inputs(3 if dynamic else 2, seed=1))
+        kinds = {site.kind for site in sites}
+        counts[f"{name}: any site folds"] += bool(kinds - {"refused"})
+        counts.update(f"{name}: {kind}" for kind in kinds)
+
+
+def search(max_examples: int) -> Counter[str]:
+    """Many random programs, a third of them for any batch; shares are asserted so that it cannot prove nothing.
+
+    An export for any batch takes three times as long: most of this test.
+    """
+    counts: Counter[str] = Counter()
+
+    @settings(max_examples=max_examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(programs(), st.sampled_from([False, False, True]))
+    def every_fold_is_exact(program: list[Step], dynamic: bool) -> None:
+        run(program, dynamic, counts)
+
+    every_fold_is_exact()
+    logger.info("%s", counts)
+    assert counts["programs"] >= max_examples
+    assert counts["not exported"] <= (1 - EXPORTED) * max_examples
+    for name in POLICIES:
+        assert counts[f"{name}: any site folds"] >= FOLDABLE * max_examples, counts
+    return counts
+
+
+def test_random_graphs_keep_their_function():
+    search(40)
+
+
+@pytest.mark.slow
+def test_thousands_of_random_graphs_keep_their_function():
+    counts = search(2000)
+    for kind in ("offline", "partial", "vector multiply", "refused"):
+        assert counts[f"any: {kind}"] > 50, counts
