@@ -58,6 +58,24 @@ PLAIN = {
 """What a refusal means, by a part of its text."""
 
 
+HEAD = """\
+# Models
+
+Made by `python integration_tests/survey_families.py`, not by hand: tiny configurations with random parameters
+({versions}).
+
+{good} of {rows} families are captured and run as integers; {sites} sites, of which {counts}.
+Largest fold error: {error:.1e}.
+
+* **sites**: *offline* costs nothing at run time; *vector* costs one multiply of an (N, C) vector; *part* folds some of
+  the channels, offline; *refused* stays unbalanced, and is quantized all the same.
+* **fold error**: every site folded with b = exp(N(0, 1)), in float64, on another batch than the exported one.
+* **integer**: integer GEMMs counted in one call of the model on `{backend}` / quantized linears of the graph.
+* **SQNR**: integer model against float model. The parameters are random, so it says that the lowering is sound, not
+  how good images are.
+"""
+
+
 def inputs_of(family: Family, batch: int, seed: int) -> tuple[Tensor, ...]:
     """The family's inputs as the graph takes them."""
     return tuple(flatten_call(family.model(), family.inputs(batch, seed=seed))[1].values())
@@ -89,7 +107,7 @@ def survey(family: Family, backend: str) -> dict[str, Any]:
     try:
         graph = export_transformer(model, example, dynamic_batch=family.dynamic_batch)
     except PTQ4DiTError as error:
-        return {**row, "error": str(error)}
+        return {**row, "error": str(error).splitlines()[0]}
     sites = find_sites(graph)
     batch = 3 if family.dynamic_batch else 2
     row |= {
@@ -128,23 +146,18 @@ def table(rows: list[dict[str, Any]], about: dict[str, object]) -> str:
     """The page, as Markdown."""
     good = [row for row in rows if "error" not in row]
     sites = sum((Counter(row["sites"]) for row in good), Counter())
+    versions = ", ".join(f"{key} {value}" for key, value in about.items())
+    counts = ", ".join(f"{count} {kind}" for kind, count in sites.most_common())
     lines = [
-        "# Models",
-        "",
-        "Made by `python integration_tests/survey_families.py`, not by hand: tiny configurations with random parameters",
-        f"({', '.join(f'{key} {value}' for key, value in about.items())}).",
-        "",
-        f"{len(good)} of {len(rows)} families are captured and run as integers; {sum(sites.values())} sites, of which "
-        + ", ".join(f"{count} {kind}" for kind, count in sites.most_common())
-        + f". Largest fold error: {max(row['fold_error'] for row in good):.1e}.",
-        "",
-        "* **sites**: *offline* costs nothing at run time, *vector* one multiply of an (N, C) vector, *part* folds some",
-        "  channels offline, *refused* stays unbalanced (it is quantized all the same).",
-        "* **fold error**: every site folded with b = exp(N(0, 1)) in float64, on another batch than the exported one.",
-        f"* **integer**: integer GEMMs counted in one call of the model on `{about['backend']}` / quantized linears of the",
-        "  graph. **SQNR**: integer model against float model; random parameters, so it says that the lowering is sound,",
-        "  not how good images are.",
-        "",
+        HEAD.format(
+            versions=versions,
+            good=len(good),
+            rows=len(rows),
+            sites=sum(sites.values()),
+            counts=counts,
+            error=max(row["fold_error"] for row in good),
+            backend=about["backend"],
+        )
     ]
     for group in dict.fromkeys(row["group"] for row in rows):
         lines += [

@@ -50,6 +50,25 @@ def _evaluate(expression: Any) -> int:
     return int(expression.subs({symbol: PRIMES[zlib.crc32(str(symbol).encode()) % len(PRIMES)] for symbol in symbols}))
 
 
+def batch_axis(node: Node) -> int | None:
+    """The axis along which a tensor's samples lie; None if it is the same for all of them.
+
+    That is the axis whose size is made of the batch's; in a graph with a fixed batch, the first.
+    """
+    batch: set[object] = set()
+    for source in node.graph.nodes:
+        if source.op == "placeholder" and (value := tensor_of(source)) is not None:
+            batch.update(
+                s for size in value.shape if isinstance(size, torch.SymInt) for s in size.node.expr.free_symbols
+            )
+    value = tensor_of(node)
+    assert value is not None
+    for axis, size in enumerate(value.shape[:-1]):
+        if isinstance(size, torch.SymInt) and size.node.expr.free_symbols & batch:
+            return axis
+    return None if batch else 0
+
+
 def hint(size: object) -> int:
     """A size as a number: itself, or, for one that differs from call to call, one that stands for it."""
     if isinstance(size, torch.SymInt):

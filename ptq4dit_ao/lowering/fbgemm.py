@@ -91,12 +91,11 @@ def build(graph: GraphModule, linears: Sequence[QuantizedLinear]) -> GraphModule
     onednn = has_onednn()
     quantizers: dict[Node, Node] = {}
     for i, linear in enumerate(linears):
-        source = linear.x
+        source = linear.quantize.args[0]  # not linear.x, which may be a linear that has been replaced by now
+        assert isinstance(source, Node)
         if onednn:
             if linear.quantize not in quantizers:
-                quantizers[linear.quantize] = _call(
-                    graph, f"_quantize_{i}", Quantize(linear), linear.x, linear.quantize
-                )
+                quantizers[linear.quantize] = _call(graph, f"_quantize_{i}", Quantize(linear), source, linear.quantize)
             source = quantizers[linear.quantize]
         module = OneDNNLinear(linear) if onednn else FBGEMMLinear(linear)
         linear.node.replace_all_uses_with(_call(graph, f"_integer_linear_{i}", module, source, linear.node))

@@ -21,20 +21,29 @@ class TimestepClock:
     def rows(self, batch: int, where: str) -> Tensor:
         """One timestep per row of a tensor with ``batch`` rows: (batch,) float64.
 
+        A multiple of the samples is taken for tokens beside the batch, sample by sample. Of a timestep per token,
+        (N, T), the largest counts.
+
         Raises:
             CalibrationError: the rows cannot be told apart.
         """
         if self.current is None:
             return torch.zeros(batch, dtype=torch.float64)
-        t = self.current.detach().reshape(-1).to("cpu", torch.float64)
-        if len(t) == batch:
-            return t
+        t = self.current.detach().to("cpu", torch.float64)
+        t = t.flatten(1).amax(1) if t.ndim > 1 else t.reshape(-1)
+        if len(t) and batch % len(t) == 0:
+            return t.repeat_interleave(batch // len(t))
         if len(t) and bool((t == t[0]).all()):
             return t[:1].expand(batch)
         raise CalibrationError(
             f"{where}: a tensor of {batch} rows was computed from {len(t)} samples with different timesteps; "
             "calibrate this model with one timestep per batch"
         )
+
+    def all(self) -> Tensor:
+        """The distinct timesteps in flight: (T,) float64."""
+        samples = 1 if self.current is None else max(1, *self.current.shape[:1])
+        return self.rows(samples, "the batch").unique()
 
 
 class InputObserver(ObserverBase):

@@ -71,22 +71,28 @@ class RangeObserver(_HookedObserver):
 
 
 class SalienceObserver(_HookedObserver):
-    """Minimum and maximum per (timestep, channel) of a balance site's input, (N, ..., C).
+    """Minimum and maximum per (timestep, channel) of a balance site's input, (N, ..., C), N at ``batch_axis``.
 
     After the hook has set :attr:`balance` (C,), the range is ``min_j(min_j / b_j) .. max_j(max_j / b_j)``: exact,
     no second pass.
     """
 
-    def __init__(self, spec: QuantSpec, hook: ConvertHook, layer: str, clock: TimestepClock, channels: int) -> None:
+    def __init__(
+        self,
+        spec: QuantSpec,
+        hook: ConvertHook,
+        layer: str,
+        clock: TimestepClock,
+        channels: int,
+        batch_axis: int | None = 0,
+    ) -> None:
         super().__init__(spec, hook)
-        self.layer, self.clock = layer, clock
+        self.layer, self.clock, self.batch_axis = layer, clock, batch_axis
         self.statistics = ChannelStatistics(channels)
         self.balance: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        low, high = channel_range(x.detach())
-        check_finite(low, high, x, self.layer, self.clock)
-        self.statistics.update(self.clock.rows(len(low), self.layer), low, high)
+        record_range(x.detach(), self.statistics, self.clock, self.layer, self.batch_axis)
         return x
 
     def _qparams(self, model: GraphModule, source: Node) -> tuple[Tensor, Tensor]:
@@ -113,6 +119,21 @@ class WeightObserver(_HookedObserver):
             raise CalibrationError(f"weight {source.target!r} has NaN or infinite values; it cannot be quantized")
         low, high = (low[0], high[0]) if axis is None else (low, high)
         return self.spec.qparams(low, high)
+
+
+def record_range(
+    x: Tensor, statistics: ChannelStatistics, clock: TimestepClock, layer: str, batch_axis: int | None
+) -> None:
+    """Take in a tensor (..., C) whose samples lie along ``batch_axis``; None if all samples share it.
+
+    Raises:
+        CalibrationError: it has NaN or infinite values, or its rows cannot be told apart.
+    """
+    x = x.unsqueeze(0) if batch_axis is None else x.movedim(batch_axis, 0)
+    low, high = channel_range(x)
+    check_finite(low, high, x, layer, clock)
+    timesteps = clock.all() if batch_axis is None else clock.rows(len(low), layer)
+    statistics.update(timesteps, low.expand(len(timesteps), -1), high.expand(len(timesteps), -1))
 
 
 def channel_range(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,9 @@ from torch.fx import GraphModule, Interpreter, Node
 from ptq4dit_ao.errors import BalanceError
 from ptq4dit_ao.graph import Site, SitePolicy, find_sites, refuse_sites
 from ptq4dit_ao.graph.names import layer_name, linears, timestep_placeholder
+from ptq4dit_ao.graph.shapes import batch_axis
 from ptq4dit_ao.observers import ChannelStatistics, SalienceStatistics, TimestepClock
-from ptq4dit_ao.observers.hooks import channel_range, check_finite
+from ptq4dit_ao.observers.hooks import record_range
 from ptq4dit_ao.passes.balance import BalanceSettings, balance_sites
 from ptq4dit_ao.passes.result import BalanceResult, attach_result
 from ptq4dit_ao.passes.verify import SelfCheck
@@ -126,7 +127,5 @@ class _SalienceRecorder(Interpreter):
             self.clock.current = value
         for key in self.keys.get(n.name, ()):
             assert isinstance(value, Tensor)
-            low, high = channel_range(value)
-            check_finite(low, high, value, key, self.clock)
-            self.tables[key].update(self.clock.rows(len(low), key), low, high)
+            record_range(value, self.tables[key], self.clock, key, batch_axis(n))
         return value

@@ -14,6 +14,7 @@ from ptq4dit_ao.core.salience import Aggregation
 from ptq4dit_ao.errors import ArgumentError, BalanceError, CalibrationError
 from ptq4dit_ao.graph import Site, SitePolicy, find_sites, refuse_sites
 from ptq4dit_ao.graph.names import TIMESTEP_NAMES, layer_name, linears, placeholders, timestep_placeholder
+from ptq4dit_ao.graph.shapes import batch_axis
 from ptq4dit_ao.observers import (
     InputObserver,
     RangeObserver,
@@ -229,7 +230,7 @@ class _Swap:
         if found is None:
             return RangeObserver(spec, self.plan, layer, self.clock)
         key, channels = found
-        observer = SalienceObserver(spec, self.plan, layer, self.clock, channels)
+        observer = SalienceObserver(spec, self.plan, layer, self.clock, channels, batch_axis(x))
         self.plan.observers.setdefault(key, []).append(observer)
         return observer
 

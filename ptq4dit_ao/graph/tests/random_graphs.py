@@ -62,6 +62,9 @@ class Run:
         item.used = True
         return item
 
+    def one_of(self, *makers: Callable[[], Tensor]) -> Tensor:
+        return makers[self.pick(len(makers))]()
+
     def tokens(self, ndim: int = 3) -> Tensor:
         return self.take(lambda item: item.tensor.dim() == ndim).tensor
 
@@ -126,7 +129,8 @@ def inputs(batch: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def programs(max_size: int = 12) -> st.SearchStrategy[list[Step]]:
     numbers = st.tuples(*[st.integers(0, 11)] * 4)
-    return st.lists(st.tuples(st.sampled_from(sorted(OPS)), numbers), min_size=4, max_size=max_size)
+    names = [*sorted(OPS), "linear", "modulation", "two_readers"]
+    return st.lists(st.tuples(st.sampled_from(names), numbers), min_size=4, max_size=max_size)
 
 
 Result = Tensor | list[Tensor]
@@ -154,8 +158,19 @@ def linear_of_input(run: Run) -> Result:
 
 @op
 def two_readers(run: Run) -> Result:
-    h = run.take().tensor
-    return [run.linear(h, C), run.linear(h, 2 * C)]
+    """A linear, and something else that reads the same: often what forbids a scale."""
+    h = run.take(lambda item: item.sizes != () and item.sizes[-1] > 1).tensor
+    width = h.shape[-1]
+    other = run.one_of(
+        lambda: run.linear(h, 2 * C),
+        lambda: F.layer_norm(h, (width,), run.parameter(width), run.parameter(width)),
+        lambda: F.rms_norm(h, (width,)),
+        lambda: h @ run.parameter(width, C),
+        lambda: F.linear(h, run.parameter(C, width) * run.x.mean(), run.parameter(C)),
+        lambda: torch.einsum("nc,nc->n", h.flatten(1), h.flatten(1)).unsqueeze(-1),
+        lambda: F.scaled_dot_product_attention(h, h, run.linear(h, C)) if h.dim() > 2 else F.gelu(h),
+    )
+    return [run.linear(h, C), other]
 
 
 @op
@@ -245,7 +260,7 @@ def _pair(run: Run) -> tuple[Tensor, Tensor]:
 @op
 def add(run: Run) -> Result:
     a, b = _pair(run)
-    return (a + b, a - b, torch.add(a, b, alpha=2), a + b)[run.pick(4)]
+    return run.one_of(lambda: a + b, lambda: a - b, lambda: torch.add(a, b, alpha=2))
 
 
 @op
@@ -269,7 +284,16 @@ def residual(run: Run) -> Result:
 @op
 def constant(run: Run) -> Result:
     h = run.take().tensor
-    return (1 + h, h + 0.5, h - 2, torch.add(h, 3, alpha=2), h * 0.5, -h, h / 4, torch.sub(h, 1, alpha=-2))[run.pick(8)]
+    return run.one_of(
+        lambda: 1 + h,
+        lambda: h + 0.5,
+        lambda: h - 2,
+        lambda: torch.add(h, 3, alpha=2),
+        lambda: torch.sub(h, 1, alpha=-2),
+        lambda: h * 0.5,
+        lambda: -h,
+        lambda: h / 4,
+    )
 
 
 @op
@@ -277,7 +301,13 @@ def parameter(run: Run) -> Result:
     h = run.take(lambda item: item.sizes != ()).tensor
     shape = ((h.shape[-1],), h.shape[1:], (h.shape[-1],), ())[run.pick(4)]
     value = run.parameter(*shape)
-    return (h + value, h * value, value - h, h * (1 + value), h * value.expand(h.shape))[run.pick(5)]
+    return run.one_of(
+        lambda: h + value,
+        lambda: h * value,
+        lambda: value - h,
+        lambda: h * (1 + value),
+        lambda: h * value.expand(h.shape),
+    )
 
 
 @op
@@ -298,12 +328,12 @@ def masked(run: Run) -> Result:
     h = run.take(lambda item: item.sizes != ()).tensor
     mask = run.made(lambda: torch.arange(h.shape[-1]) % 3 > 0)
     other = run.parameter(h.shape[-1])
-    return (
-        h.masked_fill(mask, 0.0),
-        h.masked_fill(mask, 1.0),
-        torch.where(mask, h, other),
-        torch.where(mask, h, 0.0),
-    )[run.pick(4)]
+    return run.one_of(
+        lambda: h.masked_fill(mask, 0.0),
+        lambda: h.masked_fill(mask, 1.0),
+        lambda: torch.where(mask, h, other),
+        lambda: torch.where(mask, h, 0.0),
+    )
 
 
 @op
@@ -383,9 +413,7 @@ def heads(run: Run) -> Result:
 @op
 def merge(run: Run) -> Result:
     h = run.take(lambda item: len(item.sizes) > 2).tensor
-    return (h.transpose(1, 2).flatten(2), h.flatten(2), h.flatten(1, 2), h.transpose(1, 2).reshape(-1, T, h.shape[1]))[
-        run.pick(3)
-    ]
+    return run.one_of(lambda: h.transpose(1, 2).flatten(2), lambda: h.flatten(2), lambda: h.flatten(1, 2))
 
 
 @op
@@ -401,7 +429,9 @@ def reshape(run: Run) -> Result:
 def permute(run: Run) -> Result:
     h = run.take(lambda item: len(item.sizes) > 1).tensor
     axis = 1 + run.pick(h.dim() - 1)
-    return (h.transpose(axis, -1), h.mT, h.movedim(axis, -1), h.movedim(-1, 1))[run.pick(4)]
+    return run.one_of(
+        lambda: h.transpose(axis, -1), lambda: h.mT, lambda: h.movedim(axis, -1), lambda: h.movedim(-1, 1)
+    )
 
 
 @op
@@ -465,4 +495,4 @@ def order(run: Run) -> Result:
 @op
 def copy(run: Run) -> Result:
     h = run.take().tensor
-    return (h.clone(), h.contiguous(), F.dropout(h, 0.3, training=False), h.detach(), h.to(torch.float64))[run.pick(5)]
+    return run.one_of(h.clone, h.contiguous, h.detach, h.double, lambda: F.dropout(h, 0.3, training=False))

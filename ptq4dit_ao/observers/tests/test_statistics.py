@@ -228,6 +228,8 @@ def clock_at(timesteps: Tensor | None) -> TimestepClock:
         pytest.param(torch.tensor([9]), 3, [9, 9, 9], id="broadcast"),
         pytest.param(torch.tensor([4, 4]), 6, [4] * 6, id="equal, more rows than samples"),
         pytest.param(torch.tensor([4, 4, 4]), 1, [4], id="equal, fewer rows than samples"),
+        pytest.param(torch.tensor([1, 2]), 4, [1, 1, 2, 2], id="tokens beside the batch"),
+        pytest.param(torch.tensor([[1, 8, 1], [2, 2, 5]]), 2, [8, 5], id="one for each token"),
         pytest.param(torch.tensor([2**24 + 1, 1]), 2, [2**24 + 1, 1], id="beyond float32"),
     ],
 )
@@ -238,9 +240,9 @@ def test_every_row_has_its_timestep(current, batch, rows):
 
 
 def test_rows_that_cannot_be_told_apart_are_refused():
-    message = r"fc1: a tensor of 4 rows was computed from 2 samples with different timesteps; .*one timestep per batch"
+    message = r"fc1: a tensor of 5 rows was computed from 2 samples with different timesteps; .*one timestep per batch"
     with pytest.raises(CalibrationError, match=message):
-        clock_at(torch.tensor([1, 2])).rows(4, "fc1")
+        clock_at(torch.tensor([1, 2])).rows(5, "fc1")
 
 
 def test_the_timestep_passes_through_its_observer():
@@ -277,6 +279,21 @@ def test_mixed_timesteps_in_one_batch_are_kept_apart(shape):
         assert torch.equal(observer.statistics.minimum[row], tokens.amin(0))
         assert torch.equal(observer.statistics.maximum[row], tokens.amax(0))
         assert torch.equal(observer.statistics.salience[row], tokens.abs().amax(0))
+
+
+def test_the_samples_may_lie_along_another_axis():
+    x = torch.randn(7, 2, CHANNELS, generator=torch.Generator().manual_seed(0))  # tokens first
+    observer = SalienceObserver(SPEC, NoHook(), "fc1", clock_at(torch.tensor([30, 10])), CHANNELS, 1)
+    observer(x)
+    assert torch.equal(observer.statistics.maximum, torch.stack([x[:, 1].amax(0), x[:, 0].amax(0)]))
+
+
+def test_what_all_samples_share_counts_at_every_timestep():
+    x = torch.randn(7, CHANNELS, generator=torch.Generator().manual_seed(0))
+    observer = SalienceObserver(SPEC, NoHook(), "fc1", clock_at(torch.tensor([30, 10, 30])), CHANNELS, None)
+    observer(x)
+    assert observer.statistics.timesteps.tolist() == [10, 30]
+    assert torch.equal(observer.statistics.minimum, x.amin(0).expand(2, -1))
 
 
 def test_one_timestep_for_more_rows_than_samples():
