@@ -1,0 +1,148 @@
+"""Balance once, quantize anywhere: folds written back into modules of diffusers."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+from ptq4dit_ao import balance_module, collect_salience, export_transformer
+from ptq4dit_ao.core import sqnr_db
+from ptq4dit_ao.errors import ArgumentError, BalanceError
+from ptq4dit_ao.graph.signature import flatten_call
+from ptq4dit_ao.passes import BalanceSettings
+from ptq4dit_ao.testing.outliers import inject_outliers
+from ptq4dit_ao.testing.zoo import FAMILIES, Family
+
+BATCH = 4
+
+
+def prepared(family: Family, model: nn.Module, dtype: torch.dtype = torch.float32):
+    """The exported graph and its statistics over three batches."""
+    exported = export_transformer(model, family.inputs(BATCH, dtype=dtype))
+    samples = [tuple(flatten_call(model, family.inputs(BATCH, seed=i, dtype=dtype))[1].values()) for i in range(1, 4)]
+    return exported, collect_salience(exported, samples)
+
+
+def output(model: nn.Module, family: Family, dtype: torch.dtype = torch.float32):
+    with torch.no_grad():
+        return model(**family.inputs(BATCH, seed=9, dtype=dtype), return_dict=False)[0]
+
+
+# Family: how many sites fold into existing parameters, and why one of the others does not.
+EXPECTED = {
+    "dit": (7, "gelu does not commute"),
+    "sd3": (15, "gelu does not commute"),
+    "flux": (15, "gelu does not commute"),
+    "auraflow": (10, "norm1.linear.weight has no bias to fold into"),
+    "pixart_sigma": (4, "a modulation vector would have to be multiplied at run time"),
+    "lumina2": (None, "silu does not commute"),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_balanced_module_computes_the_same_in_float64(name):
+    family, (count, left) = FAMILIES[name], EXPECTED[name]
+    model = family.model(dtype=torch.float64)
+    names = {key: value.shape for key, value in model.state_dict().items()}
+    expected = output(model, family, torch.float64)
+    exported, statistics = prepared(family, model, torch.float64)
+    before = {key: value.clone() for key, value in exported.state_dict().items()}
+
+    result = balance_module(model, exported, statistics)
+    assert count is None or len(result.outcomes) == count
+    assert len(result.outcomes) >= 4
+    assert any(left in why for why in result.left.values())
+    assert any((outcome.b - 1).abs().max() > 0.5 for outcome in result.outcomes.values())
+    assert {key: value.shape for key, value in model.state_dict().items()} == names
+    # Casts to float32 inside diffusers' modules bound what float64 can show.
+    assert (output(model, family, torch.float64) - expected).norm() <= 1e-6 * expected.norm()
+    assert result.output_change <= 1e-6
+    assert all(torch.equal(value, before[key]) for key, value in exported.state_dict().items())
+
+
+def test_the_checkpoint_reloads_and_matches(tmp_path):
+    family = FAMILIES["sd3"]
+    model = family.model()
+    expected = output(model, family)
+    balance_module(model, *prepared(family, model))
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(output(again, family), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(output(again, family), output(model, family))
+
+
+def test_torchao_quantizes_a_balanced_module_better():
+    family = FAMILIES["sd3"]
+    model = inject_outliers(family.model())
+    expected = output(model, family)
+    balanced = copy.deepcopy(model)
+    balance_module(balanced, *prepared(family, balanced))
+    gain = []
+    for module in (model, balanced):
+        quantize_(module, Int8DynamicActivationInt8WeightConfig())
+        gain.append(sqnr_db(expected, output(module, family)))
+    assert gain[1] >= gain[0] + 5, gain
+
+
+def test_tied_parameters_stay_tied():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.one, self.other = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+            self.other.weight = self.one.weight
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            h = self.norm(x)
+            return self.one(h) + self.other(h) * t[:, None]
+
+    torch.manual_seed(0)
+    model = Tied().double().eval()
+    inputs = (torch.randn(BATCH, 8, dtype=torch.float64), torch.arange(BATCH).double())
+    expected = model(*inputs)
+    exported = export_transformer(model, inputs)
+    balance_module(model, exported, collect_salience(exported, [inputs]))
+    assert model.other.weight is model.one.weight
+    torch.testing.assert_close(model(*inputs), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.bfloat16, 2.56), (torch.float16, 20.48)])
+def test_16_bits_bound_b_where_the_bias_form_would_lose_digits(dtype, largest):
+    family = FAMILIES["sd3"]
+    model = inject_outliers(family.model()).to(dtype)
+    result = balance_module(model, *prepared(family, model, dtype))
+    modulated = [outcome for outcome in result.outcomes.values() if outcome.site.scalars]
+    others = [outcome for outcome in result.outcomes.values() if not outcome.site.scalars]
+    assert modulated and others
+    assert max(float(outcome.b.max()) for outcome in modulated) <= largest * 1.001
+    assert any(outcome.clipped.any() for outcome in modulated)
+    assert result.output_change <= 0.02
+
+
+def test_a_graph_of_another_module_is_refused():
+    family = FAMILIES["sd3"]
+    model, other = family.model(), family.model()
+    exported, statistics = prepared(family, other)
+    with pytest.raises(ArgumentError, match=r"parameter '.*' of the graph is not the module's; export this module"):
+        balance_module(model, exported, statistics)
+
+
+def test_nothing_to_fold_is_an_error():
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = nn.LayerNorm(8, elementwise_affine=False), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return self.linear(self.norm(x)) * t[:, None]
+
+    model = Plain().eval()
+    exported = export_transformer(model, (torch.randn(BATCH, 8), torch.ones(BATCH)))
+    statistics = collect_salience(exported, [(torch.randn(BATCH, 8), torch.arange(BATCH).float())])
+    with pytest.raises(
+        BalanceError, match="nothing can be folded into the parameters of Plain: .*the norm has no weight"
+    ):
+        balance_module(model, exported, statistics, BalanceSettings())
