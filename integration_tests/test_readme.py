@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ptq4dit_ao.calibration import Sampling, SamplingPipeline
 from ptq4dit_ao.cli.main import build_parser
 from ptq4dit_ao.recipe import load_recipe, shipped_recipes
 
@@ -24,7 +25,9 @@ def test_the_python_snippets_run_in_order(tiny_dit, tiny_samples, tmp_path, monk
     snippets = blocks("python")
     assert len(snippets) == 3
     monkeypatch.chdir(tmp_path)
-    scope = {"model": tiny_dit, "samples": tiny_samples}
+    sampling = Sampling(channels=4, size=8, null_label=10, clip=False)
+    scope = {"model": tiny_dit, "samples": tiny_samples, "inputs": tiny_samples[0], "batches": tiny_samples}
+    scope |= {"pipe": SamplingPipeline(tiny_dit, sampling), "prompts": [0, 1, 2, 3]}
     snippets[0] = snippets[0].replace('"x86_inductor"', '"fbgemm"')  # the same call without a compiler
     with torch.no_grad():
         for snippet in snippets:
@@ -33,6 +36,7 @@ def test_the_python_snippets_run_in_order(tiny_dit, tiny_samples, tmp_path, monk
     assert scope["fast"].proof.integer_gemms == scope["fast"].proof.promised > 0
     assert scope["noise"].shape == expected.shape
     assert torch.allclose(scope["balanced"](*tiny_samples[-1]), expected, atol=1e-4)
+    assert len(scope["report"].outcomes) == 7 and scope["report"].output_change < 1e-5
     assert scope["denoiser"].proof.integer_gemms > 0
 
 

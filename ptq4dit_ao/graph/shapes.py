@@ -58,15 +58,18 @@ def batch_axis(node: Node) -> int | None:
     batch: set[object] = set()
     for source in node.graph.nodes:
         if source.op == "placeholder" and (value := tensor_of(source)) is not None:
-            batch.update(
-                s for size in value.shape if isinstance(size, torch.SymInt) for s in size.node.expr.free_symbols
-            )
+            for size in value.shape:
+                batch |= _symbols(size)
     value = tensor_of(node)
     assert value is not None
     for axis, size in enumerate(value.shape[:-1]):
-        if isinstance(size, torch.SymInt) and size.node.expr.free_symbols & batch:
+        if _symbols(size) & batch:
             return axis
     return None if batch else 0
+
+
+def _symbols(size: object) -> set[object]:
+    return set(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else set()
 
 
 def hint(size: object) -> int:

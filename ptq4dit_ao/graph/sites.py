@@ -154,6 +154,8 @@ def find_sites(
             continue
         site = search.site(node)
         covered.update(consumer.node for consumer in site.consumers)
+        if site.refusal is None:
+            search.take(site)
         sites.append(site)
     return sites
 
@@ -193,6 +195,13 @@ class _Search:
             self.siblings.setdefault(data_input(node), []).append(node)
         self.coupled: set[str] = set()
         """Linears known to share their offline scale with others before or after them."""
+        self.taken: dict[Columns, Node] = {}
+        """What the sites so far balance: by another way through a product, a later one might reach it again."""
+
+    def take(self, site: Site) -> None:
+        for consumer in site.consumers:
+            node = self.index.nodes[consumer.node]
+            self.taken[self.columns[node]] = node
 
     def site(self, linear: Node) -> Site:
         """The plan with the most free channels; among equals one that couples no blocks, then the cheaper one."""
@@ -228,6 +237,8 @@ class _Search:
             p.choices = dict(given)
             p.seed(source, channels)
             p.run()
+            for columns, node in self.taken.items():
+                p.pin(columns, node, f"{layer_name(node)} is balanced by another site")
             roots = p.seeded(p.values[self.index.slot[source.name]])
             free = len(np.unique(roots[roots != PINNED]))  # different ones: one for all channels is worth little
             if best is None or free > best[0]:
@@ -241,8 +252,9 @@ class _Search:
     def _members(self, p: Propagation, source: Node) -> dict[Node, Ids]:
         live = [node for slot, nodes in self.readers.items() if slot in p.values and p.live(slot) for node in nodes]
         members = sorted({*live, *self.siblings[source]}, key=self.position.__getitem__)
+        pinned = np.full(1, PINNED)
         return {
-            node: p.values.get(self.columns[node], np.zeros(shape_of(_weight(node))[-1], dtype=np.int64))
+            node: np.broadcast_to(p.values.get(self.columns[node], pinned), shape_of(_weight(node))[-1:])
             for node in members
         }
 

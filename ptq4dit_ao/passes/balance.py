@@ -28,7 +28,7 @@ class BalanceSettings:
 
     ``max_scale`` bounds b to [1/max_scale, max_scale]; ``min_timesteps`` is how many distinct timesteps SSC needs.
     Storing ``(1 + bias)/b - 1`` (fold form ``bias``) rounds ``1 + scale`` by up to ``b * eps/2`` of its size;
-    ``max_rounding`` bounds that, and so b: to 2.56 in bfloat16, 20 in float16.
+    ``max_rounding`` bounds that: a vector that exceeds 2.56 in bfloat16, 20 in float16, is scaled down as a whole.
     """
 
     aggregation: Aggregation = "ssc"
@@ -102,11 +102,12 @@ def _solve(
     salience_w = _weight_salience(model, site)
     eta, rho = ssc_weights(salience_t, salience_w)
     salience_x = aggregate_salience(salience_t, salience_w, settings.aggregation)
-    limit = settings.max_scale
+    b = balance_vector(salience_x, salience_w, settings.alpha)
     if settings.fold_form == "bias" and site.scalars:
+        # A common factor of b changes nothing but the digits that the bias keeps.
         dtype = get_attribute(model, site.parameters[0].paths[0]).dtype
-        limit = min(limit, 2 * settings.max_rounding / torch.finfo(dtype).eps)
-    b, clipped = clip_balance(balance_vector(salience_x, salience_w, settings.alpha), limit)
+        b = b * (2 * settings.max_rounding / torch.finfo(dtype).eps / b.max()).clamp_max(1)
+    b, clipped = clip_balance(b, settings.max_scale)
     return SiteOutcome(
         site=site,
         b=b,

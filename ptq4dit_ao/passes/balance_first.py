@@ -100,7 +100,8 @@ def balance_sites_of(exported: GraphModule, exclude: Sequence[str], policy: Site
     excluded = {name for name, layer in nodes.items() if any(fnmatchcase(layer, pattern) for pattern in exclude)}
     sites = refuse_sites(find_sites(exported, nodes.keys() - excluded, policy), excluded, "it is excluded")
     if all(site.refusal is not None for site in sites):
-        reasons = "; ".join(f"{site.name}: {site.refusal}" for site in sites[:3]) or "it has no linear layer"
+        none = "all its linear layers are excluded" if nodes else "it has no linear layer"
+        reasons = "; ".join(f"{site.name}: {site.refusal}" for site in sites[:3]) or none
         raise BalanceError(f"nothing in this graph can be balanced ({reasons})")
     return sites
 

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._pytree import tree_map
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
-SAME = {"type_as", "to"}
 
 
 def in_float64(graph_module: GraphModule) -> GraphModule:
@@ -30,11 +29,9 @@ def in_float64(graph_module: GraphModule) -> GraphModule:
                 if node.target is torch.ops.aten._assert_tensor_metadata.default:
                     node.args, node.kwargs = node.args[:1], {}
             part.recompile()
-    inputs = [node.meta["val"] for node in model.graph.nodes if node.op == "placeholder"]
-    with torch.no_grad(), inputs[0].fake_mode:
-        inputs = [wide(value) for value in inputs]
-    with torch.no_grad():
-        FakeTensorProp(model, inputs[0].fake_mode).propagate_dont_convert_inputs(*inputs)
+    # Not by running the graph on fake inputs: that adds guards to the symbolic sizes, which the original shares.
+    for node in model.graph.nodes:
+        node.meta["val"] = tree_map(_wide_fake, node.meta.get("val"))
     return model
 
 
@@ -45,6 +42,13 @@ def wide(value: Any) -> Any:
     if isinstance(value, Tensor) and value.is_complex():
         return value.to(torch.complex128)
     return value
+
+
+def _wide_fake(value: Any) -> Any:
+    if not isinstance(value, FakeTensor):
+        return value
+    with torch.no_grad(), value.fake_mode:
+        return wide(value)
 
 
 def _widen(value: Any) -> Any:

@@ -111,7 +111,9 @@ def apply_recipe(
         PTQ4DiTError: see :class:`~ptq4dit_ao.PTQ4DiTQuantizer`.
     """
     recorded = samples if isinstance(samples, CalibrationSamples) else None
-    iterator = iter(samples) if recorded is None else recorded.shuffled(SHUFFLE_SEED).batches(BATCH)
+    if isinstance(samples, CalibrationSamples):
+        samples = samples.shuffled(SHUFFLE_SEED).batches(BATCH)
+    iterator = iter(samples)
     first = next(iterator, None)
     if first is None:
         raise CalibrationError("there are no calibration samples; pass at least one tuple of inputs")

@@ -65,7 +65,7 @@ def _from_folder(path: Path) -> Any:
         name, options = _class_name(path / "config.json"), {**options, "use_safetensors": True}
     else:
         raise ArgumentError(f"folder {path} has neither model_index.json nor config.json; it is no diffusers model")
-    kind = getattr(diffusers, name, None)
+    kind: Any = getattr(diffusers, name, None)
     if not hasattr(kind, "from_pretrained"):
         raise ArgumentError(f"folder {path} says it holds a {name!r}, which diffusers {diffusers.__version__} lacks")
     try:

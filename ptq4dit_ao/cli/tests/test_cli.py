@@ -49,23 +49,6 @@ evaluation: {timesteps: 2, samples: 2}
 """
 
 
-@pytest.fixture(autouse=True)
-def _as_it_was(monkeypatch):
-    """Wide lines, and logging afterwards as it was before."""
-    monkeypatch.setenv("COLUMNS", "300")
-    root = logging.getLogger()
-    handlers, levels = root.handlers[:], {name: log.level for name, log in _loggers().items()}
-    yield
-    root.handlers[:] = handlers
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
-
-
-def _loggers() -> dict[str, logging.Logger]:
-    names = ["ptq4dit_ao", "torch", "torchao", "torch.utils._pytree", "diffusers"]
-    return {name: logging.getLogger(name) for name in names}
-
-
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
     """A folder with a recipe, and the models it names importable."""
@@ -82,21 +65,6 @@ def quantized(workshop) -> Path:
     """The tiny model, quantized by the command line."""
     assert main(["quantize", str(workshop / "tiny.yaml"), "--output", str(workshop / "tiny")]) == 0
     return workshop / "tiny"
-
-
-@pytest.fixture
-def run(capsys):
-    """``run(*arguments) -> (exit code, stdout, stderr)``."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as leave:
-            code = leave.code
-        return code, *capsys.readouterr()
-
-    return call
 
 
 # -- the grammar -----------------------------------------------------------------------------------------------------

@@ -159,17 +159,17 @@ def einsum(p: Propagation, node: Node) -> None:
     left, arrow, out = equation.replace(" ", "").partition("->")
     letters = left.split(",")
     plain = arrow and all(name.isalpha() and len(set(name)) == len(name) for name in [*letters, out] if name)
-    if not plain or len(operands) > 2:
+    factors = [factor for factor in operands if isinstance(factor, Node)]
+    if not plain or len(factors) > 2:
         p.refuse(node)
         return
-    candidates = [i for i, operand in enumerate(operands) if p.live(operand)] or list(range(len(operands)))
-    if not p.live(node) and not any(p.live(operand) for operand in operands):
+    live = [i for i, factor in enumerate(factors) if p.live(factor)]
+    if not live and not p.live(node):
         return
-    order = candidates + [i for i in range(len(operands)) if i not in candidates]
-    chosen = p.choose(node, order)
-    for i, operand in enumerate(operands):
+    chosen = p.choose(node, live + [i for i in range(len(factors)) if i not in live])
+    for i, factor in enumerate(factors):
         if i != chosen:
-            p.pin(operand, node, "only one factor of a product may carry a scale")
+            p.pin(factor, node, "only one factor of a product may carry a scale")
 
     def forward(ids: Ids) -> Ids:
         one = p.uniform(ids, [axis for axis, name in enumerate(letters[chosen]) if name not in out])
@@ -179,7 +179,7 @@ def einsum(p: Propagation, node: Node) -> None:
         one = p.uniform(ids, [axis for axis, name in enumerate(out) if name not in letters[chosen]])
         return _along(one, out, letters[chosen])
 
-    p.link(operands[chosen], node, forward, backward)
+    p.link(factors[chosen], node, forward, backward)
 
 
 def operand(p: Propagation, node: Node, index: int) -> Node | Cut:

@@ -766,6 +766,24 @@ def test_a_product_tries_its_other_factor():
     assert site.num_variables == C
 
 
+def test_a_linear_belongs_to_one_site_though_another_could_reach_it():
+    def body(m: Net, x: Tensor) -> Tensor:
+        h = m.norm(x)  # its scale would pass the product as one number, which `out` could undo
+        return m.out(h.mT @ m.tokens).mean(1, keepdim=True) + m.out2(h)
+
+    model = exported(body)
+    one, two = find_sites(model, policy=ANY)
+    assert (layers(one), one.num_variables, edited(one)) == (["out"], C, {"tokens"})
+    assert layers(two) == ["out2"]
+    assert re.search("out is balanced by another site", two.refusal)
+    assert_fold_preserves(body, [one, two], model)
+
+
+def test_a_scale_that_is_one_number_covers_all_channels_of_a_consumer():
+    site = solved(lambda m, x: m.out(m.make(x).mean(-1, keepdim=True) * x), "out")
+    assert site.consumers[0].variables.tolist() == [1] * C
+
+
 # What a fold may cost, and whom it may tie
 
 

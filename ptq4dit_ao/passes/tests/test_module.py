@@ -85,7 +85,8 @@ def test_torchao_quantizes_a_balanced_module_better():
     for module in (model, balanced):
         quantize_(module, Int8DynamicActivationInt8WeightConfig())
         gain.append(sqnr_db(expected, output(module, family)))
-    assert gain[1] >= gain[0] + 5, gain
+    print(f"SQNR in dB, outliers injected: {gain[0]:.2f} as it is, {gain[1]:.2f} balanced")  # noqa: T201  (docs/results.md)
+    assert gain[1] >= gain[0] + 5
 
 
 def test_tied_parameters_stay_tied():
@@ -118,7 +119,8 @@ def test_16_bits_bound_b_where_the_bias_form_would_lose_digits(dtype, largest):
     others = [outcome for outcome in result.outcomes.values() if not outcome.site.scalars]
     assert modulated and others
     assert max(float(outcome.b.max()) for outcome in modulated) <= largest * 1.001
-    assert any(outcome.clipped.any() for outcome in modulated)
+    assert not any(outcome.clipped.any() for outcome in modulated)
+    assert min(float(outcome.b.min()) for outcome in modulated) < largest / 10  # scaled down, not cut off
     assert result.output_change <= 0.02
 
 

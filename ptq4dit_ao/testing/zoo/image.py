@@ -821,7 +821,7 @@ def _dreamlite() -> nn.Module:
     )
     for module in model.modules():
         if isinstance(module, Attention):  # as the UNet does; the default processor cannot share heads
-            module.set_processor(DreamLiteAttnProcessor2_0())
+            module.set_processor(DreamLiteAttnProcessor2_0())  # type: ignore[arg-type]
     return model
 
 

@@ -222,7 +222,7 @@ def ltx2_inputs(batch: int, g: Generator, *, text_dim: int = TEXT_DIM, audio_tex
         "fps": 24.0,
         "audio_num_frames": 9,
         "video_coords": Rope(dim=48).prepare_video_coords(batch, 4, 4, 4, cpu, fps=24.0),
-        "audio_coords": Rope(dim=48, scale_factors=[4], modality="audio").prepare_audio_coords(batch, 9, cpu),
+        "audio_coords": Rope(dim=48, scale_factors=(4,), modality="audio").prepare_audio_coords(batch, 9, cpu),
     }
 
 
@@ -393,7 +393,7 @@ def latte() -> nn.Module:
 def allegro_inputs(batch: int, g: Generator) -> Inputs:
     from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
 
-    *tables, t, h, w = get_3d_rotary_pos_embed_allegro(12, ((0, 0), (4, 4)), (4, 4), 5, (2.2, 2.0, 2.0))
+    *tables, t, h, w = get_3d_rotary_pos_embed_allegro(12, ((0, 0), (4, 4)), (4, 4), 5, (2.2, 2.0, 2.0))  # type: ignore[misc]
     places = torch.cartesian_prod(t.long(), h.long(), w.long()).T[:, None]
     return {
         "hidden_states": _clip(g, batch),
