@@ -22,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -142,6 +143,12 @@ def reason(site: Site) -> str:
     return next((plain for part, plain in PLAIN.items() if part in text), text)
 
 
+def untried(rows: list[dict[str, Any]]) -> list[str]:
+    """Transformers of the installed diffusers that no family covers."""
+    classes = {name for name in dir(diffusers) if "Transformer" in name and name.endswith("Model")}
+    return sorted(classes - {row["class"] for row in rows})
+
+
 def table(rows: list[dict[str, Any]], about: dict[str, object]) -> str:
     """The page, as Markdown."""
     good = [row for row in rows if "error" not in row]
@@ -172,6 +179,13 @@ def table(rows: list[dict[str, Any]], about: dict[str, object]) -> str:
     failed = [row for row in rows if "error" in row]
     if failed:
         lines += ["## Not captured", ""] + [f"* `{row['class']}`: {row['error']}" for row in failed] + [""]
+    if others := untried(rows):
+        lines += [
+            "## Not tried",
+            "",
+            "Of the installed diffusers: " + ", ".join(f"`{name}`" for name in others) + ".",
+            "",
+        ]
     return "\n".join(lines)
 
 

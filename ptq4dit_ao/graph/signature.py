@@ -46,7 +46,7 @@ class CallSignature:
 def flatten_call(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[CallSignature, dict[str, Tensor]]:
     """Take the tensors out of keyword arguments, in the order of ``model.forward``.
 
-    A tensor in a list, tuple or dict is named after its place: ``x_0``.
+    A tensor in a list, tuple or dict is named after its place: ``x_0``; if that is taken, ``x_0_``.
 
     Raises:
         ArgumentError: ``forward`` has no such argument, or a value is neither a tensor, a plain value nor a container.
@@ -61,12 +61,14 @@ def flatten_call(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[CallSi
 
     def take(value: Any, path: str) -> Any:
         if isinstance(value, Tensor):
+            while path in tensors:
+                path += "_"
             tensors[path] = value
             return TensorName(path)
         if isinstance(value, Mapping):
             return {key: take(part, f"{path}_{key}") for key, part in value.items()}
         if isinstance(value, (list, tuple)):
-            return type(value)(take(part, f"{path}_{i}") for i, part in enumerate(value))
+            return _like(value, [take(part, f"{path}_{i}") for i, part in enumerate(value)])
         if isinstance(value, CONSTANTS):
             return value
         raise ArgumentError(
@@ -81,5 +83,12 @@ def _map(value: Any, change: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _map(part, change) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_map(part, change) for part in value)
+        return _like(value, [_map(part, change) for part in value])
     return change(value)
+
+
+def _like(value: Sequence[Any], parts: list[Any]) -> Sequence[Any]:
+    """A list, tuple or named tuple of these parts; what is more special, as ``torch.Size``, becomes a plain one."""
+    if hasattr(value, "_fields"):
+        return type(value)(*parts)
+    return tuple(parts) if isinstance(value, tuple) else parts

@@ -27,7 +27,7 @@ def shipped_recipe_path(name: str) -> Path:
 
 def listed_recipes() -> str:
     """The end of a message about a recipe that is not there."""
-    return f" (shipped recipes: {', '.join(shipped_recipes())})"
+    return " (`ptq4dit-ao recipes` lists the shipped ones)"
 
 
 def _folder() -> Path:

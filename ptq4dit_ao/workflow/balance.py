@@ -41,8 +41,8 @@ def balance_checkpoint(
 
     Args:
         model: changed in place.
-        recipe: its ``balance``, ``calibration``, ``layers`` and ``overrides`` sections count; layers that it leaves in
-            float are not balanced.
+        recipe: its ``balance`` and ``calibration`` sections count, and overrides with ``balance: false``; layers that
+            it leaves in float are balanced, too, as the next quantizer may not leave them.
         output: a folder that does not exist or is empty; gets the checkpoint and ``balance_report.json``.
         samples: recorded calibration samples; else the model's pipeline draws them.
         on_progress: called as stages advance.
@@ -57,7 +57,7 @@ def balance_checkpoint(
     recorded = recorded_samples(model, recipe, samples, on_progress=on_progress)
     exported = export_transformer(model.transformer, recorded.example(EXAMPLE_ROWS))
     plans = plan_layers(exported, weight_bits=8, activation_bits=8, overrides=overrides_of(recipe))
-    exclude = [plan.layer for plan in plans.values() if plan.skip or not plan.balance]
+    exclude = [plan.layer for plan in plans.values() if not plan.balance]
     batches: list[tuple[Tensor, ...]] = list(recorded.shuffled(SHUFFLE_SEED).batches(BATCH))
 
     def counted() -> Any:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from ptq4dit_ao.errors import ExportError
 from ptq4dit_ao.graph import export_transformer, find_sites
 from ptq4dit_ao.graph.names import layer_name, linears, placeholders
+from ptq4dit_ao.graph.shapes import symbolic_axes, tensor_of
 from ptq4dit_ao.passes import fold_balance, insert_balance
 
 WIDTH = 8
@@ -159,3 +163,183 @@ def test_a_batch_that_the_model_computes_with_can_be_made_static():
         export_transformer(Listed().eval(), (torch.zeros(2, 3),))
     exported = export_transformer(Listed().eval(), (torch.zeros(2, 3),), dynamic_batch=False)
     assert torch.equal(exported(torch.zeros(2, 3)), torch.ones(2, 3))
+
+
+# Keyword arguments
+
+
+class Assorted(nn.Module):
+    """Tensors in a list and a dict, and values that are none; order and count of outputs as diffusers has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, tokens, parts, ids, sizes=None, repeat=1, gains=None, return_dict=True):
+        x = tokens + sum(part * (i + 1) for i, part in enumerate(parts)) + ids
+        for _ in range(repeat):
+            x = self.linear(x)
+        x = x if sizes is None else x * sizes["height"][:, None, None]
+        assert gains is None and return_dict is False
+        return (x, None, {"first": x[:, 0], "seen": ids.sum()})
+
+
+def keywords(batch: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(batch)
+    return {
+        "sizes": {"height": torch.rand(batch, generator=generator), "crop": None},
+        "repeat": 2,
+        "tokens": torch.randn(batch, 5, WIDTH, generator=generator),
+        "ids": torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(0)),
+        "parts": [torch.randn(batch, 5, WIDTH, generator=generator) for _ in range(2)],
+        "gains": None,
+    }
+
+
+def positional(keywords: dict[str, Any]) -> tuple[Tensor, ...]:
+    return keywords["tokens"], *keywords["parts"], keywords["ids"], keywords["sizes"]["height"]
+
+
+@pytest.fixture(scope="module")
+def assorted() -> tuple[nn.Module, GraphModule]:
+    model = Assorted().eval()
+    return model, export_transformer(model, keywords(2))
+
+
+def test_tensors_in_keyword_arguments_become_inputs_in_the_order_of_forward(assorted):
+    names = [node.target for node in placeholders(assorted[1])]
+    assert names == ["tokens", "parts_0", "parts_1", "ids", "sizes_height"]
+
+
+@pytest.mark.parametrize("batch", [2, 1, 7])
+def test_several_outputs_are_a_tuple_of_the_tensors(assorted, batch):
+    model, exported = assorted
+    got, expected = exported(*positional(keywords(batch))), model(**keywords(batch), return_dict=False)
+    assert isinstance(got, tuple) and len(got) == 3
+    torch.testing.assert_close(got, (expected[0], *expected[2].values()))
+
+
+def test_only_tensors_that_carry_the_batch_are_dynamic(assorted):
+    dynamic = [symbolic_axes(node) for node in placeholders(assorted[1])]
+    assert dynamic == [[0], [0], [0], [], [0]]
+
+
+def test_a_keyword_argument_keeps_its_example_where_the_batch_is_static():
+    model = Assorted().eval()
+    exported = export_transformer(model, keywords(1), dynamic_batch=False)
+    assert not any(symbolic_axes(node) for node in exported.graph.nodes if tensor_of(node) is not None)
+    torch.testing.assert_close(exported(*positional(keywords(1)))[0], model(**keywords(1), return_dict=False)[0])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"repeat": 3}, "the example inputs hold no tensor; the first one gives the batch"),
+        (keywords(1), r"the first example input has shape \(1, 5, 8\); a dynamic batch needs at least 2 rows"),
+        ({**keywords(2), "tokens": torch.tensor(1.0)}, r"the first example input has shape \(\); a dynamic batch"),
+    ],
+)
+def test_keyword_arguments_without_a_batch_are_refused(inputs, message):
+    with pytest.raises(ExportError, match=message):
+        export_transformer(Assorted().eval(), inputs)
+
+
+# The check against the model
+
+
+class Odd(nn.Module):
+    """A graph of it repeats what the export saw."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.calls = kind, 0
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        extra = torch.rand(WIDTH) if self.kind == "random" else 0.1 * self.calls
+        if self.kind == "nan":
+            extra = torch.full((WIDTH,), float("nan"))
+        return self.linear(x) + extra
+
+
+@pytest.mark.parametrize("kind", ["random", "counting", "nan"])
+def test_a_graph_that_does_not_agree_with_the_model_is_refused(kind):
+    inputs = (torch.randn(2, WIDTH),)
+    message = r"the graph of Odd does not compute what the model does: output 0 differs by \S+ of its size; .*random"
+    with pytest.raises(ExportError, match=message):
+        export_transformer(Odd(kind).eval(), inputs)
+    assert export_transformer(Odd(kind).eval(), inputs, check=False)(*inputs).shape == (2, WIDTH)
+
+
+def test_every_output_is_compared():
+    class Second(Odd):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return torch.arange(2), self.linear(x), super().forward(x)
+
+    with pytest.raises(ExportError, match="output 2 differs"):
+        export_transformer(Second("counting").eval(), (torch.randn(2, WIDTH),))
+
+
+class Slightly(Odd):
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.linear(x) * (1 + self.calls * (1e-2 if x.dtype == torch.bfloat16 else 3e-5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_difference_like_rounding_passes(dtype):
+    inputs = (torch.randn(2, WIDTH, dtype=dtype),)
+    export_transformer(Slightly("").eval().to(dtype), inputs)
+
+
+def test_a_model_on_the_meta_device_is_captured_without_running():
+    with torch.device("meta"):
+        model = Modulated().eval()
+    inputs = tuple(x.to("meta") for x in sample(2))
+    exported = export_transformer(model, inputs)
+    assert [layer_name(node) for node in linears(exported)] == ["scale", "linear"]
+    assert exported(*(x.to("meta") for x in sample(7))).shape == (7, 5, WIDTH)
+    assert all(parameter.is_meta for parameter in exported.parameters())
+
+
+class Lazy(nn.Module):
+    """Builds its table in the first call and keeps it in an attribute, as rotary embeddings do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.table = nn.Linear(WIDTH, WIDTH), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = torch.arange(WIDTH).float().cos()
+        return self.linear(x * self.table)
+
+
+def test_a_table_built_in_the_first_call_stays_a_tensor():
+    model, inputs = Lazy().eval(), (torch.randn(2, WIDTH),)
+    exported = export_transformer(model, inputs)
+    assert type(model.table) in (Tensor, type(None))
+    assert torch.equal(model(*inputs), model.linear(inputs[0] * torch.arange(WIDTH).float().cos()))
+    torch.testing.assert_close(exported(*inputs), model(*inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_names_are_the_same_in_any_dtype(model, dtype):
+    model.to(dtype)
+    exported = export_transformer(model, [x.to(dtype) for x in sample(2)])
+    assert [node.target for node in placeholders(exported)] == ["tokens", "timestep"]
+    assert {name: t.dtype for name, t in exported.state_dict().items()} == dict.fromkeys(model.state_dict(), dtype)
+    assert exported(*[x.to(dtype) for x in sample(3)]).dtype == dtype
+
+
+def test_autocast_must_not_hide_the_layers(monkeypatch):
+    model = Modulated().eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        exported = export_transformer(model, sample(2))
+        monkeypatch.setattr("ptq4dit_ao.graph.export.linears", lambda _: [])
+        with pytest.raises(
+            ExportError, match=r"Modulated is exported under torch\.autocast, which hides its layers; le"
+        ):
+            export_transformer(model, sample(2))
+    torch.testing.assert_close(exported(*sample(2)), model(*sample(2)))

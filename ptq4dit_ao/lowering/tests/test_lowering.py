@@ -72,11 +72,12 @@ def changed(quantized) -> GraphModule:
 
 def test_a_backend_computes_what_the_graph_says(backend, converted):
     lowered = lower(converted, backend)
+    coarse = quantized_linears(converted)[0].x_range[1] < 255
     for rows in (4, 1, 7):  # exported at 4
         expected, actual = converted(*batch_of(rows)), lowered(*batch_of(rows))
         assert actual.shape == expected.shape and actual.dtype == torch.float32
         # A value that falls between two steps may be rounded the other way, hence not infinite.
-        assert sqnr_db(expected, actual) > 60
+        assert sqnr_db(expected, actual) > (40 if coarse else 60)
 
 
 def test_the_proof_counts_every_quantized_linear(backend, converted):
