@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from ptq4dit_ao.errors import LoweringError
 from ptq4dit_ao.graph.names import placeholders
 from ptq4dit_ao.graph.shapes import example_shape, tensor_of
-from ptq4dit_ao.lowering.match import QuantizedLinear, quantized_linears
+from ptq4dit_ao.lowering.match import QuantizedLinear, quantized_linears, unread_linears
 from ptq4dit_ao.lowering.proof import KernelProof, check_proof, count_integer_gemms
 
 logger = logging.getLogger(__name__)
@@ -90,17 +90,20 @@ def lower(
     linears = quantized_linears(graph)
     reasons = {linear.name: chosen.refuse(linear) for linear in linears}
     refused = [(name, why) for name, why in reasons.items() if why is not None]
+    if chosen.integer:
+        refused += [(node.name, "its weight is not constant integers in the graph") for node in unread_linears(graph)]
+    promised = len(linears) + len(unread_linears(graph))
     if refused and not allow_float_fallback:
         name, why = refused[0]
         raise LoweringError(
-            f"backend {backend!r} cannot carry {len(refused)} of {len(linears)} quantized linears ({name}: {why}); "
+            f"backend {backend!r} cannot carry {len(refused)} of {promised} quantized linears ({name}: {why}); "
             "pass allow_float_fallback=True to run those in float, or use another backend"
         )
     inputs = _example_inputs(converted) if example_inputs is None else tuple(example_inputs)
     run = chosen.build(graph, [linear for linear in linears if reasons[linear.name] is None])
     proof = KernelProof(
         backend=backend,
-        promised=len(linears) if chosen.integer else 0,
+        promised=promised if chosen.integer else 0,
         kernels=count_integer_gemms(run, inputs) if chosen.integer else {},
         float_layers=tuple(refused),
     )

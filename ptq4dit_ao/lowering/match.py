@@ -57,6 +57,11 @@ def float_linears(graph_module: GraphModule) -> list[Node]:
     return [node for node in graph_module.graph.nodes if node.target is LINEAR and node not in matched]
 
 
+def unread_linears(graph_module: GraphModule) -> list[Node]:
+    """Those whose input is quantized, but whose weight is in a form that no backend reads."""
+    return [node for node in float_linears(graph_module) if _calls(node.args[0], _DEQUANTIZE)]
+
+
 def _match(graph_module: GraphModule, node: Node) -> QuantizedLinear | None:
     # fx types arguments as anything at all; the checks below are what tells.
     arguments: tuple[Any, ...] = node.args

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import QuantizationSpec
 
 from ptq4dit_ao.core import affine_qparams
+from ptq4dit_ao.graph.names import get_attribute
 
 quantized = torch.ops.quantized_decomposed
 
@@ -52,7 +53,10 @@ class QuantSpec:
 
 
 def insert_qdq(model: GraphModule, observer: Node, spec: QuantSpec, scale: Tensor, zero_point: Tensor) -> None:
-    """Replace an observer node by ``dequantize(quantize(x))``, in the form torchao's own convert writes."""
+    """Replace an observer node by ``dequantize(quantize(x))``, in the form torchao's own convert writes.
+
+    An attribute, that is a weight, is quantized now: torchao's own folding gives up where the graph writes in place.
+    """
     source = observer.args[0]
     assert isinstance(source, Node)
     graph = model.graph
@@ -71,7 +75,15 @@ def insert_qdq(model: GraphModule, observer: Node, spec: QuantSpec, scale: Tenso
         arguments = (*arguments, spec.quant_min, spec.quant_max, spec.dtype)
         value = source.meta.get("val")
         kwargs = {} if value is None or value.dtype == torch.float32 else {"out_dtype": value.dtype}
-        q = graph.call_function(getattr(quantized, f"quantize_{kind}").default, (source, *arguments))
+        quantize = getattr(quantized, f"quantize_{kind}").default
+        if source.op == "get_attr":
+            values = (get_attribute(model, str(a.target)) if isinstance(a, Node) else a for a in arguments)
+            integers = quantize(get_attribute(model, str(source.target)).detach(), *values)
+            q = _buffer(model, f"_{observer.name}_integers", integers)
+            if value is not None:
+                q.meta["val"] = value.fake_mode.from_tensor(integers, static_shapes=True)
+        else:
+            q = graph.call_function(quantize, (source, *arguments))
         dq = graph.call_function(getattr(quantized, f"dequantize_{kind}").default, (q, *arguments), kwargs)
     observer.replace_all_uses_with(dq)
     graph.erase_node(observer)

@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_map
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def in_float64(graph_module: GraphModule) -> GraphModule:
-    """A copy whose parameters, constants, inputs and casts are float64 (complex128) instead of narrower ones."""
+    """A copy with float64 (complex128) parameters, constants, inputs, casts and new tensors for narrower ones."""
     model = copy.deepcopy(graph_module).to(torch.float64)
     for part in model.modules():
         for name, value in [*vars(part).items(), *part._buffers.items()]:
@@ -28,6 +29,8 @@ def in_float64(graph_module: GraphModule) -> GraphModule:
                     node.kwargs = {key: value for key, value in node.kwargs.items() if key != "layout"}
                 if node.target is torch.ops.aten._assert_tensor_metadata.default:
                     node.args, node.kwargs = node.args[:1], {}
+                if _makes_narrow(node):
+                    node.kwargs = {**node.kwargs, "dtype": torch.float64}
             part.recompile()
     # Not by running the graph on fake inputs: that adds guards to the symbolic sizes, which the original shares.
     for node in model.graph.nodes:
@@ -42,6 +45,16 @@ def wide(value: Any) -> Any:
     if isinstance(value, Tensor) and value.is_complex():
         return value.to(torch.complex128)
     return value
+
+
+def _makes_narrow(node: Node) -> bool:
+    """Is it a tensor made of numbers, such as ``arange(3.0)``, in the default dtype?"""
+    value = node.meta.get("val")
+    if not isinstance(node.target, OpOverload) or not isinstance(value, Tensor) or value.dtype not in NARROW:
+        return False
+    takes = any(argument.name == "dtype" for argument in node.target._schema.arguments)
+    read = any(isinstance(source.meta.get("val"), Tensor) for source in node.all_input_nodes)
+    return takes and not read and node.kwargs.get("dtype") is None
 
 
 def _wide_fake(value: Any) -> Any:

@@ -133,4 +133,4 @@ def test_random_graphs_keep_their_function():
 def test_thousands_of_random_graphs_keep_their_function():
     counts = search(2000)
     for kind in ("offline", "partial", "vector multiply", "refused"):
-        assert counts[f"any: {kind}"] > 50, counts
+        assert counts[f"any: {kind}"] > 20, counts

@@ -15,6 +15,7 @@ from ptq4dit_ao.graph.export import export_transformer
 from ptq4dit_ao.graph.shapes import (
     PRIMES,
     align_groups,
+    batch_axis,
     broadcast_ids,
     embed_ids,
     example_shape,
@@ -195,3 +196,50 @@ def test_a_node_that_makes_several_tensors_is_no_tensor(nodes):
     assert tensor_of(nodes["chunk"]) is None
     with pytest.raises(AssertionError, match="chunk is not a tensor"):
         shape_of(nodes["chunk"])
+
+
+# Where the samples lie
+
+
+class TokensFirst(nn.Module):
+    """(N, 5, 4), (N,), (5, 4) -> (N, 5, 4), by tensors of (5, N, 4), (5 * N, 4), (N, 2, 5, 2), (5, 4)."""
+
+    def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        tokens = x.transpose(0, 1).relu()
+        heads = x.unflatten(2, (2, 2)).transpose(1, 2).neg()
+        shared = ids.sin() * torch.arange(4).exp()
+        merged = tokens.flatten(0, 1).cos()
+        features = x.permute(1, 2, 0).tanh()
+        last = (features.permute(2, 0, 1) + t.abs()[:, None, None]).sigmoid()
+        return last + merged.unflatten(0, tokens.shape[:2]).transpose(0, 1) + shared + heads.sum((1, 3))[..., None]
+
+
+AXES = {"x": 0, "t": None, "ids": None, "relu": 1, "neg": 0, "cos": 0, "tanh": None, "sigmoid": 0, "sin": None}
+"""(N,) and (4, 5, N) have their samples where channels are."""
+
+
+def tokens_first(*, dynamic: bool) -> dict[str, torch.fx.Node]:
+    inputs = {"x": torch.randn(3, 5, 4), "t": torch.randn(3), "ids": torch.randn(5, 4)}
+    graph_module = export_transformer(TokensFirst().eval(), inputs, dynamic_batch=dynamic)
+    return {node.name: node for node in graph_module.graph.nodes}
+
+
+def test_the_batch_axis_is_the_one_that_is_made_of_the_batch():
+    nodes = tokens_first(dynamic=True)
+    assert {name: batch_axis(nodes[name]) for name in AXES} == AXES
+    assert batch_axis(nodes["exp"]) is None
+
+
+def test_in_a_static_graph_the_batch_is_the_first_axis():
+    nodes = tokens_first(dynamic=False)
+    assert {batch_axis(nodes[name]) for name in AXES} == {0}
+
+
+def test_a_size_that_is_no_batch_is_no_batch_axis():
+    class Chosen(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, 0].nonzero().relu()
+
+    graph_module = export_transformer(Chosen().eval(), (torch.ones(3, 4),))
+    (node,) = (node for node in graph_module.graph.nodes if node.target is torch.ops.aten.relu.default)
+    assert symbolic_axes(node) and batch_axis(node) is None

@@ -189,6 +189,24 @@ def asymmetric(graph: GraphModule) -> str:
     return linear.name
 
 
+def test_a_weight_that_is_quantized_at_run_time_is_not_overlooked(changed):
+    """As a convert that does not fold constants leaves it: float, unless somebody looks."""
+    linear = quantized_linears(changed)[3]
+    dequantize = linear.node.args[1]
+    scale, zero_point, *rest = dequantize.args[1:]
+    with changed.graph.inserting_before(dequantize):
+        changed.register_buffer("_float_weight", linear.weight.float())
+        weight = changed.graph.get_attr("_float_weight")
+        quantize = torch.ops.quantized_decomposed.quantize_per_channel.default
+        dequantize.update_arg(0, changed.graph.call_function(quantize, (weight, scale, zero_point, *rest)))
+    changed.recompile()
+    message = rf"'fbgemm' cannot carry 1 of 14 quantized linears \({linear.name}: its weight is not constant integers"
+    with pytest.raises(LoweringError, match=message):
+        lower(changed, "fbgemm")
+    lowered = lower(changed, "fbgemm", allow_float_fallback=True)
+    assert (lowered.proof.integer_gemms, lowered.proof.promised) == (LINEARS - 1, LINEARS)
+
+
 def test_asymmetric_weights_are_refused_or_run_in_float(changed):
     name = asymmetric(changed)
     message = rf"'fbgemm' cannot carry 1 of 14 quantized linears \({name}: needs symmetric weights\); pass allow_float"
