@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
-from ptq4dit_ao.graph.names import LINEAR, get_attribute, is_linear
+from ptq4dit_ao.graph.names import CONSTANT, LINEAR, get_attribute, is_linear
 from ptq4dit_ao.graph.shapes import symbolic_axes, tensor_of
 
 
@@ -45,15 +45,17 @@ def _constants(graph_module: GraphModule) -> set[Node]:
 
 
 def _as_buffer(graph_module: GraphModule, node: Node) -> Node:
-    """A buffer with the value of a constant node, under the name of the first parameter it is made of."""
+    """A buffer with the value of a constant node, beside the first parameter it is made of."""
     first = node
     while first.op != "get_attr":
         first = first.all_input_nodes[0]
     value = _Evaluate(graph_module).value(node)
-    path = f"{str(first.target).replace('.', '_')}_constant"
-    while hasattr(graph_module, path):
-        path += "_"
-    graph_module.register_buffer(path, value.detach())
+    owner, _, name = str(first.target).rpartition(".")
+    module, name = graph_module.get_submodule(owner), f"{name}{CONSTANT}"
+    while hasattr(module, name):
+        name += "_"
+    module.register_buffer(name, value.detach())
+    path = f"{owner}.{name}" if owner else name
     with graph_module.graph.inserting_before(node):
         buffer = graph_module.graph.get_attr(path)
     buffer.meta["val"] = node.meta["val"]

@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves
 from ptq4dit_ao.errors import ExportError
 from ptq4dit_ao.graph.capture import exportable
 from ptq4dit_ao.graph.constants import fold_constant_weights
-from ptq4dit_ao.graph.names import linears
 from ptq4dit_ao.graph.signature import CallSignature, flatten_call
 
 MAX_BATCH = 4096
@@ -79,8 +78,6 @@ def export_transformer(
         raise ExportError(_explain(model, error)) from error
     graph_module = program.module(check_guards=False)
     fold_constant_weights(graph_module)
-    if not linears(graph_module) and torch.is_autocast_enabled("cpu"):
-        raise ExportError(f"{type(model).__name__} is exported under torch.autocast, which hides its layers; leave it")
     if expected is not None:
         _compare(model, expected, graph_module(*inputs))
     return graph_module

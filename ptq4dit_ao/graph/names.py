@@ -12,6 +12,9 @@ from ptq4dit_ao.errors import ArgumentError
 
 LINEAR = torch.ops.aten.linear.default
 
+CONSTANT = "_constant"
+"""Ends the name of a weight that was computed from parameters."""
+
 
 def get_attribute(module: nn.Module, path: str) -> Any:
     """The object at a dotted path."""
@@ -55,7 +58,7 @@ def weight_path(node: Node) -> str:
 
 def layer_name(node: Node) -> str:
     """The module name of a linear, such as ``transformer_blocks.0.attn1.to_q``."""
-    return weight_path(node).removesuffix(".weight")
+    return weight_path(node).rstrip("_").removesuffix(CONSTANT).removesuffix(".weight")
 
 
 def data_input(node: Node) -> Node:

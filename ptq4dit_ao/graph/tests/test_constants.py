@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 
 from ptq4dit_ao.graph import export_transformer
 from ptq4dit_ao.graph.constants import fold_constant_weights
-from ptq4dit_ao.graph.names import LINEAR, linears
+from ptq4dit_ao.graph.names import LINEAR, layer_name, linears
 
 WIDTH = 6
 
@@ -106,7 +106,7 @@ def test_a_computed_weight_becomes_a_buffer(kind):
     assert linears(graph_module)
     assert torch.equal(graph_module(x), expected)
     buffers = dict(graph_module.named_buffers())
-    added = ["linear_weight_constant", "linear_weight_constant_"][: FOLDED[kind]]
+    added = ["linear.weight_constant", "linear.weight_constant_"][: FOLDED[kind]]
     assert set(graph_module.state_dict()) == names | set(added)
     assert all(not buffers[name].requires_grad for name in added)
 
@@ -115,7 +115,7 @@ def test_the_buffer_holds_the_product():
     model = Gained()
     graph_module = captured(model)
     fold_constant_weights(graph_module)
-    assert torch.equal(graph_module.linear_weight_constant, (model.linear.weight * model.gain).detach())
+    assert torch.equal(graph_module.linear.weight_constant, (model.linear.weight * model.gain).detach())
     assert [node.target for node in graph_module.graph.nodes if node.op == "call_function"] == [LINEAR]
 
 
@@ -123,7 +123,7 @@ def test_a_shared_weight_is_folded_once():
     graph_module = captured(Shared())
     fold_constant_weights(graph_module)
     first, second = weights(graph_module)
-    assert first is second and first.target == "linear_weight_constant"
+    assert first is second and first.target == "linear.weight_constant"
 
 
 def test_other_users_keep_the_product():
@@ -155,5 +155,11 @@ def test_the_model_is_not_changed(kind):
     assert model.state_dict().keys() == before.keys() and torch.equal(model(x), expected)
     torch.testing.assert_close(exported(x), expected)
     with torch.no_grad():
-        exported.linear_weight_constant.zero_()  # nobody else's
+        exported.linear.weight_constant.zero_()  # nobody else's
     assert torch.equal(model(x), expected)
+
+
+def test_its_layer_keeps_its_name():
+    graph_module = captured(Gained())
+    fold_constant_weights(graph_module)
+    assert [layer_name(node) for node in linears(graph_module)] == ["linear"]
