@@ -1,47 +1,59 @@
-"""Weights that are computed from parameters alone become parameters."""
+"""What is computed from parameters alone."""
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch.fx import GraphModule, Interpreter, Node
+from torch.utils._pytree import tree_leaves
 
-from ptq4dit_ao.graph.names import CONSTANT, LINEAR, get_attribute, is_linear
-from ptq4dit_ao.graph.shapes import symbolic_axes, tensor_of
+from ptq4dit_ao.graph.names import CONSTANT, LINEAR, get_attribute
 
 
 def fold_constant_weights(graph_module: GraphModule) -> int:
-    """Replace the weight of every linear that parameters alone determine by a buffer; returns how many.
+    """Replace every weight and bias of a linear that parameters alone determine by a buffer; returns how many.
 
-    Such as ``weight * gain``: neither a quantizer nor a fold can work with the product of two parameters. The
-    parameters themselves stay as they are.
+    Such as ``weight * gain``, or a part of one long bias: neither a quantizer nor a fold nor a kernel can work with
+    what is computed at every call. The parameters themselves stay as they are.
     """
-    constant = _constants(graph_module)
+    constant = constants(graph_module)
     folded: dict[Node, Node] = {}
     for node in list(graph_module.graph.nodes):
-        weight = node.args[1] if node.target is LINEAR else None
-        if not isinstance(weight, Node) or is_linear(node) or weight not in constant:
-            continue
-        if weight not in folded:
-            folded[weight] = _as_buffer(graph_module, weight)
-        node.replace_input_with(weight, folded[weight])
+        for source in node.args[1:3] if node.target is LINEAR else ():
+            if not isinstance(source, Node) or source.op == "get_attr" or source not in constant:
+                continue
+            if source not in folded:
+                folded[source] = _as_buffer(graph_module, source)
+            node.replace_input_with(source, folded[source])
     if folded:
         graph_module.graph.eliminate_dead_code()
         graph_module.recompile()
     return len(folded)
 
 
-def _constants(graph_module: GraphModule) -> set[Node]:
-    """Tensors of fixed shape that are computed from attributes only."""
+def constants(graph_module: GraphModule) -> set[Node]:
+    """What is computed from attributes only, with fixed shapes."""
     found: set[Node] = set()
     for node in graph_module.graph.nodes:
+        values = tree_leaves(node.meta.get("val"))
         if node.op == "get_attr":
             constant = isinstance(get_attribute(graph_module, str(node.target)), torch.Tensor)
         else:
-            made = node.op == "call_function" and tensor_of(node) is not None and not symbolic_axes(node)
-            constant = made and bool(node.all_input_nodes) and found.issuperset(node.all_input_nodes)
+            made = _pure(node) and all(isinstance(value, torch.Tensor) for value in values)
+            fixed = made and not any(isinstance(size, torch.SymInt) for value in values for size in value.shape)
+            constant = fixed and bool(node.all_input_nodes) and found.issuperset(node.all_input_nodes)
         if constant:
             found.add(node)
     return found
+
+
+def _pure(node: Node) -> bool:
+    """Does the op give the same for the same inputs, and leave them as they are?"""
+    op = node.target
+    if isinstance(op, torch._ops.OpOverload):
+        return not op._schema.is_mutable and torch.Tag.nondeterministic_seeded not in op.tags
+    return op is operator.getitem
 
 
 def _as_buffer(graph_module: GraphModule, node: Node) -> Node:

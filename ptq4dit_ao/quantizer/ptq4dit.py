@@ -13,6 +13,7 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 from ptq4dit_ao.core.salience import Aggregation
 from ptq4dit_ao.errors import ArgumentError, BalanceError, CalibrationError
 from ptq4dit_ao.graph import Site, SitePolicy, find_sites, refuse_sites
+from ptq4dit_ao.graph.constants import constants
 from ptq4dit_ao.graph.names import TIMESTEP_NAMES, layer_name, linears, placeholders, timestep_placeholder
 from ptq4dit_ao.graph.shapes import batch_axis
 from ptq4dit_ao.observers import (
@@ -114,7 +115,10 @@ class PTQ4DiTQuantizer(Quantizer):
         """Called by ``prepare_pt2e``: the base annotates, then bits and exceptions are applied."""
         self._layers = plan_layers(model, **self._bits, overrides=self._overrides)
         model = self._base.annotate(model)
+        fixed = constants(model)
         for node in linears(model):
+            if node.args[0] in fixed:  # its output never changes
+                node.meta.pop(Q_ANNOTATION_KEY, None)
             apply_plan(node, self._layers[node.name])
         return model
 

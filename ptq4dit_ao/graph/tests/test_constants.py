@@ -163,3 +163,29 @@ def test_its_layer_keeps_its_name():
     graph_module = captured(Gained())
     fold_constant_weights(graph_module)
     assert [layer_name(node) for node in linears(graph_module)] == ["linear"]
+
+
+class Written(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.linear.weight.clone().mul_(self.gain)
+        return F.linear(x, weight * torch.rand_like(self.mask), self.linear.bias)
+
+
+def test_what_is_written_in_place_or_random_is_no_constant():
+    graph_module = captured(Written())
+    assert fold_constant_weights(graph_module) == 0
+
+
+class Split(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        bias = torch.cat([self.linear.bias, self.linear.bias]).chunk(2)[1]
+        return F.linear(x, self.linear.weight, bias)
+
+
+def test_a_part_of_a_long_bias_becomes_a_buffer():
+    graph_module, x = captured(Split()), torch.randn(5, WIDTH)
+    expected = graph_module(x)
+    assert fold_constant_weights(graph_module) == 1
+    (linear,) = linears(graph_module)
+    assert linear.args[2].target == "linear.bias_constant"
+    assert torch.equal(graph_module(x), expected)
