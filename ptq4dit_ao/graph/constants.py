@@ -10,6 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 from ptq4dit_ao.graph.names import CONSTANT, LINEAR, get_attribute
 
+_SOURCES = "ptq4dit_folded_sources"
+
 
 def fold_constant_weights(graph_module: GraphModule) -> int:
     """Replace every weight and bias of a linear that parameters alone determine by a buffer; returns how many.
@@ -19,14 +21,17 @@ def fold_constant_weights(graph_module: GraphModule) -> int:
     """
     constant = constants(graph_module)
     folded: dict[Node, Node] = {}
+    sources: set[str] = set()
     for node in list(graph_module.graph.nodes):
         for source in node.args[1:3] if node.target is LINEAR else ():
             if not isinstance(source, Node) or source.op == "get_attr" or source not in constant:
                 continue
             if source not in folded:
+                sources |= _sources(source)
                 folded[source] = _as_buffer(graph_module, source)
             node.replace_input_with(source, folded[source])
     if folded:
+        graph_module.meta[_SOURCES] = frozenset(sources)
         graph_module.graph.eliminate_dead_code()
         graph_module.recompile()
     return len(folded)
@@ -46,6 +51,11 @@ def constants(graph_module: GraphModule) -> set[Node]:
         if constant:
             found.add(node)
     return found
+
+
+def folded_sources(graph_module: GraphModule) -> frozenset[str]:
+    """Parameters that a folded weight was computed from: an edit of one of them no longer reaches it."""
+    return graph_module.meta.get(_SOURCES, frozenset())
 
 
 def _pure(node: Node) -> bool:
@@ -72,6 +82,13 @@ def _as_buffer(graph_module: GraphModule, node: Node) -> Node:
         buffer = graph_module.graph.get_attr(path)
     buffer.meta["val"] = node.meta["val"]
     return buffer
+
+
+def _sources(node: Node) -> set[str]:
+    """The attributes that a constant is computed from."""
+    if node.op == "get_attr":
+        return {str(node.target)}
+    return set().union(*(_sources(source) for source in node.all_input_nodes))
 
 
 class _Evaluate(Interpreter):

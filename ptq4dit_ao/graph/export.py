@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from ptq4dit_ao.graph.signature import CallSignature, flatten_call
 
 MAX_BATCH = 4096
 """Upper bound of the exported batch; export checks it at every call, so it is generous."""
+
+_SIGNATURE = "ptq4dit_signature"
 
 AGREEMENT = 0.5
 """Exponent of the dtype's resolution: how far, relative to its size, the graph's output may be from the model's."""
@@ -53,26 +56,24 @@ def export_transformer(
     """
     if model.training:
         raise ExportError(f"{type(model).__name__} is in training mode; call .eval() before exporting it")
-    if not isinstance(example_inputs, Mapping):
-        names = inspect.signature(model.forward).parameters
-        _check_batch(example_inputs, dynamic_batch)
-        if len(example_inputs) > len(names):
-            raise ExportError(
-                f"{type(model).__name__} takes {len(names)} inputs ({', '.join(names)}), got {len(example_inputs)}"
-            )
-        example_inputs = dict(zip(names, example_inputs, strict=False))
-    signature, tensors = flatten_call(model, example_inputs)
+    call, tensors = _how_to_call(model, example_inputs, dynamic_batch)
     inputs = tuple(tensors.values())
     if not inputs:
         raise ExportError("the example inputs hold no tensor; the first one gives the batch")
+    # Before the export: a table that is built in the first call would be captured as a fake tensor, and stay one.
     expected = None
+    if check and not _on_meta(model):
+        try:
+            expected = call(inputs)
+        except Exception as error:  # whatever the model raises
+            raise ExportError(
+                f"{type(model).__name__} cannot run on the example inputs: {_first_line(error)}; check their order, "
+                "shapes and types"
+            ) from error
     try:
-        # Before the export: a table that is built in the first call would be captured as a fake tensor, and stay one.
-        if check and not _on_meta(model):
-            expected = _view(model, signature)(*inputs)
         with exportable(model):
             program = torch.export.export(
-                _view(model, signature), inputs, dynamic_shapes=_shapes(inputs, dynamic_batch), strict=False
+                _view(model, call, list(tensors)), inputs, dynamic_shapes=_shapes(inputs, dynamic_batch), strict=False
             )
     except Exception as error:  # torch.export raises many types; all mean "cannot be captured"
         raise ExportError(_explain(model, error)) from error
@@ -80,7 +81,56 @@ def export_transformer(
     fold_constant_weights(graph_module)
     if expected is not None:
         _compare(model, expected, graph_module(*inputs))
+    graph_module.meta[_SIGNATURE] = call.signature
     return graph_module
+
+
+def call_like(graph_module: GraphModule, model: nn.Module, inputs: Sequence[Tensor]) -> Any:
+    """Call the module that a graph was captured from, or a copy of it, with the graph's inputs.
+
+    Raises:
+        ExportError: the graph does not come from :func:`export_transformer`.
+    """
+    if _SIGNATURE not in graph_module.meta:
+        raise ExportError("this graph does not know how its module is called; capture it with export_transformer")
+    return Call(model, graph_module.meta[_SIGNATURE])(inputs)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A module as a function of tensors by position."""
+
+    model: nn.Module
+    signature: CallSignature | None
+    """Keyword arguments; without it, the tensors are passed by position."""
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+        forward = self.model.forward
+        options = {"return_dict": False} if "return_dict" in inspect.signature(forward).parameters else {}
+        if self.signature is None:
+            output = forward(*tensors, **options)
+        else:
+            output = forward(**{**self.signature.bind(tensors), **options})
+        found = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        return found[0] if len(found) == 1 else tuple(found)
+
+
+def _how_to_call(
+    model: nn.Module, example_inputs: Sequence[Tensor] | Mapping[str, Any], dynamic_batch: bool
+) -> tuple[Call, dict[str, Tensor]]:
+    if isinstance(example_inputs, Mapping):
+        signature, tensors = flatten_call(model, example_inputs)
+        return Call(model, signature), tensors
+    _check_batch(example_inputs, dynamic_batch)
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        names += [f"input_{i}" for i in range(len(names), len(example_inputs))]
+    if len(example_inputs) > len(names):
+        raise ExportError(
+            f"{type(model).__name__} takes {len(names)} inputs ({', '.join(names)}), got {len(example_inputs)}"
+        )
+    return Call(model, None), dict(zip(names, example_inputs, strict=False))
 
 
 def _check_batch(inputs: Sequence[Tensor], dynamic_batch: bool) -> None:
@@ -105,21 +155,23 @@ def _shapes(inputs: Sequence[Tensor], dynamic_batch: bool) -> tuple[dict[int, ob
     return tuple({0: batch} if x.shape[:1] == size else {} for x in inputs)
 
 
-def _view(model: nn.Module, signature: CallSignature) -> nn.Module:
+def _view(model: nn.Module, call: Call, names: list[str]) -> nn.Module:
     """A shallow copy whose ``forward`` takes positional tensors and returns tensors; parameter names stay."""
     view = copy.copy(model)
-    options = {"return_dict": False} if "return_dict" in inspect.signature(model.forward).parameters else {}
 
     def forward(*tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
-        output = model.forward(**{**signature.bind(tensors), **options})
-        found = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-        return found[0] if len(found) == 1 else tuple(found)
+        return call(tensors)
 
     forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # gives the graph's inputs their names
-        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in signature.names]
+        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
     )
     view.forward = forward  # type: ignore[method-assign]
     return view
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()  # a bare assert says nothing
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def _on_meta(model: nn.Module) -> bool:
@@ -127,14 +179,13 @@ def _on_meta(model: nn.Module) -> bool:
 
 
 def _explain(model: nn.Module, error: Exception) -> str:
-    reason = next(iter(str(error).strip().splitlines()), "")  # a bare assert says nothing
     text = f"{type(error).__name__} {error}"
     advice = "dynamic_batch=False may help if the model computes with its batch size"
     if "data-dependent" in text or "DataDependent" in text:
         advice = (
             "it computes with values of its inputs: pad them to one length and leave out masks that mask nothing; "
         ) + advice
-    return f"{type(model).__name__} cannot be exported: {type(error).__name__}: {reason}; {advice}"
+    return f"{type(model).__name__} cannot be exported: {_first_line(error)}; {advice}"
 
 
 def _compare(model: nn.Module, expected: Any, got: Any) -> None:
@@ -142,8 +193,15 @@ def _compare(model: nn.Module, expected: Any, got: Any) -> None:
     for i, (one, other) in enumerate(zip(tree_leaves(expected), tree_leaves(got), strict=True)):
         if not one.is_floating_point():
             continue
-        error = float((one.double() - other.double()).norm() / one.double().norm().clamp_min(1e-300))
-        if not error <= torch.finfo(one.dtype).eps ** AGREEMENT:
+        tolerance = torch.finfo(one.dtype).eps ** AGREEMENT
+        if not one.isfinite().all():
+            raise ExportError(
+                f"output {i} of {type(model).__name__} has NaN or infinite values on the example inputs; look at its "
+                "parameters and the example, or pass check=False"
+            )
+        one, other = one.double(), other.double()
+        error = float((one - other).norm() / one.norm().clamp_min(1e-300))
+        if not error <= tolerance:
             raise ExportError(
                 f"the graph of {type(model).__name__} does not compute what the model does: output {i} differs by "
                 f"{error:.2g} of its size; a size or a value of the example inputs is not the one the model was "

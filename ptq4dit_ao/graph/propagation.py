@@ -1,7 +1,7 @@
 """Scale propagation: which tensors may carry 1/b so that a linear's input is divided by b and nothing else changes.
 
 Every tensor's abstract value is an array of scale-variable ids, the variables its elements are *divided* by. Rules,
-one per aten op (``rules_*.py``), state which ids of an op's inputs and output must be equal for the op to commute
+one per aten op (``rules/``), state which ids of an op's inputs and output must be equal for the op to commute
 with the scaling; they only ever join variables. Starting from free variables on one linear's input channels, the
 fixpoint visits the producer and every user of each tensor that takes part. What is still free at the end can be
 folded: exactly, whatever the model around it looks like. The fixpoint knows no op, and no model.

@@ -58,8 +58,7 @@ def batch_axis(node: Node) -> int | None:
     batch: set[object] = set()
     for source in node.graph.nodes:
         if source.op == "placeholder" and (value := tensor_of(source)) is not None:
-            for size in value.shape:
-                batch |= _symbols(size)
+            batch |= _symbols(value.shape[0] if value.ndim else 1)
     value = tensor_of(node)
     assert value is not None
     for axis, size in enumerate(value.shape[:-1]):

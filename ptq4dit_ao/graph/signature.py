@@ -52,8 +52,11 @@ def flatten_call(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[CallSi
         ArgumentError: ``forward`` has no such argument, or a value is neither a tensor, a plain value nor a container.
     """
     parameters = list(inspect.signature(model.forward).parameters)
+    kinds = {p.kind for p in inspect.signature(model.forward).parameters.values()}
     unknown = [name for name in arguments if name not in parameters]
-    if unknown:
+    if unknown and inspect.Parameter.VAR_KEYWORD in kinds:
+        parameters += unknown
+    elif unknown:
         raise ArgumentError(
             f"{type(model).__name__} takes no argument {unknown[0]!r}; it takes {', '.join(map(repr, parameters))}"
         )

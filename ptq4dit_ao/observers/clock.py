@@ -42,7 +42,7 @@ class TimestepClock:
 
     def all(self) -> Tensor:
         """The distinct timesteps in flight: (T,) float64."""
-        samples = 1 if self.current is None else max(1, *self.current.shape[:1])
+        samples = 1 if self.current is None or not self.current.ndim else len(self.current)
         return self.rows(samples, "the batch").unique()
 
 

@@ -147,7 +147,8 @@ def check_finite(low: Tensor, high: Tensor, x: Tensor, layer: str, clock: Timest
     if low.isfinite().all() and high.isfinite().all():
         return
     bad = ~x.detach().reshape(len(x), -1).isfinite().all(1).cpu()
-    timesteps = sorted(set(clock.rows(len(x), layer)[bad].tolist())) if clock.current is not None else []
+    known = clock.current is not None and len(x) % max(1, clock.current.shape[0] if clock.current.ndim else 1) == 0
+    timesteps = sorted(set(clock.rows(len(x), layer)[bad].tolist())) if known else []
     when = f" at timestep {', '.join(f'{t:g}' for t in timesteps)}" if timesteps else ""
     raise CalibrationError(
         f"the input of {layer!r} has NaN or infinite values{when}, in {int(bad.sum())} of {len(bad)} rows; "

@@ -91,7 +91,8 @@ def _observed(site: Site, statistics: SalienceStatistics, settings: BalanceSetti
     if settings.aggregation == "ssc" and len(timesteps) < settings.min_timesteps:
         raise CalibrationError(
             f"{site.name} was observed at {len(timesteps)} timestep(s); aggregation 'ssc' needs at least "
-            f"{settings.min_timesteps}: calibrate on more timesteps, or use aggregation 'max'"
+            f"{settings.min_timesteps}: calibrate on more timesteps, name the input that holds the "
+            "timestep with timestep_input, or use aggregation 'max'"
         )
     return timesteps, salience_t
 

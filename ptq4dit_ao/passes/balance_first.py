@@ -120,6 +120,7 @@ class _SalienceRecorder(Interpreter):
                 for key, consumer in site.inputs.items():
                     self.tables[key] = ChannelStatistics(len(consumer.variables))
                     self.keys.setdefault(consumer.input, []).append(key)
+        self.batch_axis = {node.name: batch_axis(node) for node in exported.graph.nodes if node.name in self.keys}
 
     def run_node(self, n: Node) -> object:
         value = super().run_node(n)
@@ -128,5 +129,5 @@ class _SalienceRecorder(Interpreter):
             self.clock.current = value
         for key in self.keys.get(n.name, ()):
             assert isinstance(value, Tensor)
-            record_range(value, self.tables[key], self.clock, key, batch_axis(n))
+            record_range(value, self.tables[key], self.clock, key, self.batch_axis[n.name])
         return value

@@ -7,11 +7,34 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from ptq4dit_ao.graph.names import get_attribute, set_tensor
 from ptq4dit_ao.graph.variables import Ids
+
+
+class Snapshot:
+    """A graph and its tensors as they are now; balancing replaces tensors, so references are enough."""
+
+    def __init__(self, model: GraphModule) -> None:
+        self._nodes = {node: (node.target, node.args, node.kwargs) for node in model.graph.nodes}
+        self._tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+
+    def restore(self, model: GraphModule) -> None:
+        """Bring everything back, exactly, node by node: whoever iterates over the graph may go on."""
+        for node, (target, args, kwargs) in self._nodes.items():
+            node.target, node.args, node.kwargs = target, args, kwargs
+        for node in reversed(list(model.graph.nodes)):
+            if node not in self._nodes:
+                model.graph.erase_node(node)
+        for name in dict(model.named_buffers()).keys() - self._tensors.keys():
+            delattr(model, name)
+        for name, tensor in self._tensors.items():
+            owner, _, leaf = name.rpartition(".")
+            module = model.get_submodule(owner)
+            (module._parameters if isinstance(tensor, nn.Parameter) else module._buffers)[leaf] = tensor
+        model.recompile()
 
 
 def scale_of(b: Tensor, variables: Ids | Sequence[int]) -> Tensor:

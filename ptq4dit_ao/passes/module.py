@@ -15,12 +15,17 @@ from torch.fx import GraphModule
 
 from ptq4dit_ao.errors import ArgumentError, BalanceError
 from ptq4dit_ao.graph import Site, SitePolicy
+from ptq4dit_ao.graph.constants import folded_sources
+from ptq4dit_ao.graph.export import call_like
 from ptq4dit_ao.graph.names import get_attribute
 from ptq4dit_ao.observers import SalienceStatistics
 from ptq4dit_ao.passes.balance import BalanceSettings, SiteOutcome, balance_sites
 from ptq4dit_ao.passes.balance_first import balance_sites_of
 from ptq4dit_ao.passes.bias_form import bias_shift
-from ptq4dit_ao.passes.verify import SelfCheck
+from ptq4dit_ao.passes.verify import SelfCheck, floating_outputs, relative_error
+
+NATIVE = 2
+"""The module runs in its own dtype, and rounds on the way as well: so much more is tolerated than in the graph."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +37,7 @@ class ModuleBalance:
     left: dict[str, str]
     """Site name -> why it was left as it is."""
     output_change: float
-    """``|y - y0| / |y0|`` of the model's output on the example, computed in at least float32: rounding of the stored
-    parameters, which grows with b where they have 16 bits."""
+    """``|y - y0| / |y0|`` of the module's output on two rows of the example, in its own dtype: rounding."""
 
 
 @torch.no_grad()
@@ -57,31 +61,56 @@ def balance_module(
         statistics: from :func:`~ptq4dit_ao.collect_salience` on ``exported``.
         settings: defaults to the paper's. ``fold_form`` does not matter here.
         exclude: as given to :func:`~ptq4dit_ao.collect_salience`.
-        policy: as given to :func:`~ptq4dit_ao.collect_salience`; multiplies of vectors are never taken.
+        policy: as given to :func:`~ptq4dit_ao.collect_salience`, which should have ``vector_multiply=False``, as that
+            cannot be stored.
 
     Raises:
         ArgumentError: the graph is not this module's.
-        BalanceError: nothing can be folded into the parameters.
+        BalanceError: nothing can be folded into the parameters, or the module computed something else afterwards,
+            and was put back.
+        ExportError: the graph does not come from ``export_transformer``.
         CalibrationError: the statistics belong to another model, or have too few timesteps.
     """
     settings = replace(settings or BalanceSettings(), fold_form="bias")
+    policy = replace(policy or SitePolicy(), vector_multiply=False)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     graph = GraphModule(exported, copy.deepcopy(exported.graph))
+    graph.meta.update(exported.meta)
     sites = [_expressible(graph, site, parameters) for site in balance_sites_of(exported, exclude, policy)]
     if all(site.refusal is not None for site in sites):
         raise BalanceError(f"nothing can be folded into the parameters of {type(model).__name__}: {sites[0].refusal}")
+    changed = _changed(exported, parameters)
     check = SelfCheck(graph, statistics.example)
+    before = floating_outputs(call_like(exported, model, check.inputs))
     outcomes = balance_sites(graph, sites, statistics, settings)
     settled, outcomes = check.settle(graph, sites, outcomes, settings.fold_form)
-    change = check.error(graph)
-    for path, old in parameters.items():
-        new = _tensor(graph, path)
-        if new is not None and new.data_ptr() != old.data_ptr():
-            if _tensor(exported, path).data_ptr() != old.data_ptr():  # type: ignore[union-attr]
-                raise ArgumentError(f"parameter {path!r} of the graph is not the module's; export this module again")
-            _replace(model, old, nn.Parameter(new.detach().clone(), requires_grad=old.requires_grad))
+    replaced = {path: new for path in changed if (new := get_attribute(graph, path)) is not parameters[path]}
+    for path, tensor in replaced.items():
+        old = parameters[path]
+        _replace(model, old, nn.Parameter(tensor.detach().clone(), requires_grad=old.requires_grad))
+    change = relative_error(before, floating_outputs(call_like(exported, model, check.inputs)))
+    if not change <= NATIVE * check.tolerance:
+        for path in replaced:
+            _replace(model, model.get_parameter(path), parameters[path])
+        raise BalanceError(
+            f"balancing {type(model).__name__} in its parameters changed its output by {change:.2g} of its size; it is "
+            "as it was. Please report this model"
+        )
     left = {site.name: site.refusal for site in settled if site.refusal is not None}
     return ModuleBalance(outcomes=outcomes, left=left, output_change=change)
+
+
+def _changed(exported: GraphModule, parameters: dict[str, nn.Parameter]) -> list[str]:
+    """Paths of the module's parameters that the graph reads.
+
+    Raises:
+        ArgumentError: the graph's are not the module's.
+    """
+    read = [path for path in parameters if _tensor(exported, path) is not None]
+    for path in read:
+        if get_attribute(exported, path).data_ptr() != parameters[path].data_ptr():
+            raise ArgumentError(f"parameter {path!r} of the graph is not the module's; export this module again")
+    return read
 
 
 def _expressible(graph: GraphModule, site: Site, parameters: dict[str, nn.Parameter]) -> Site:
@@ -90,15 +119,16 @@ def _expressible(graph: GraphModule, site: Site, parameters: dict[str, nn.Parame
         return site
     nodes = {node.name: node for node in graph.graph.nodes}
     why = None
-    if site.cuts:
-        why = f"{site.cuts[0].node}: a modulation vector would have to be multiplied at run time"
-    elif site.norms:
+    if site.norms:
         why = f"{site.norms[0].node}: the norm has no weight"
     else:
         paths = [path for edit in site.parameters for path in edit.paths] + [c.weight for c in site.consumers]
         missing = [path for path in paths if path not in parameters]
+        folded = [path for path in paths if path in folded_sources(graph)]
         if missing:
             why = f"{missing[0]} is not a parameter of the module"
+        elif folded:
+            why = f"{folded[0]} is also part of a weight that is computed from it"
     try:
         for scalar in site.scalars if why is None else ():
             bias_shift(nodes[scalar.node], scalar.index, torch.ones(scalar.variables.shape, dtype=torch.float64))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from ptq4dit_ao.graph import Site
 from ptq4dit_ao.graph.names import placeholders
 from ptq4dit_ao.graph.shapes import shape_of, symbolic_axes, tensor_of
 from ptq4dit_ao.passes.balance import SiteOutcome
+from ptq4dit_ao.passes.edit import Snapshot
 from ptq4dit_ao.passes.fold import FoldForm, fold_balance
 from ptq4dit_ao.passes.insert import insert_balance
 
@@ -43,13 +45,12 @@ class SelfCheck:
     def __init__(self, model: GraphModule, example: Sequence[Tensor] | None = None) -> None:
         self.inputs = _few_rows(model, example) if example is not None else example_inputs(model)
         self.dtype = _narrowest(model)
+        self.before = Snapshot(model)
         self.expected = self._run(model)
 
     def error(self, model: GraphModule) -> float:
-        """``|y - y0| / |y0|``, the largest over the outputs."""
-        return max(
-            (_relative(one, other) for one, other in zip(self.expected, self._run(model), strict=True)), default=0.0
-        )
+        """``|y - y0| / |y0|``, the largest over the outputs; infinite if one is not finite."""
+        return relative_error(self.expected, self._run(model))
 
     @property
     def tolerance(self) -> float:
@@ -74,6 +75,7 @@ class SelfCheck:
             undone[wrong.site.name] = f"the self-check found that it changes the output by {error:.2g} of its size"
             logger.warning("%s: %s; undone. Please report this model", wrong.site.name, undone[wrong.site.name])
             remaining.remove(wrong)
+            self._fold_only(model, remaining, form)
             error = self.error(model)
         if not error <= self.tolerance:
             raise BalanceError(f"the graph changed by {error:.2g} of its output's size although no site is balanced")
@@ -83,32 +85,29 @@ class SelfCheck:
         }
 
     def _first_wrong(self, model: GraphModule, folded: list[SiteOutcome], form: FoldForm) -> SiteOutcome:
-        """Bisect: of folded sites, the first one that breaks the graph; that one is left undone, the others folded."""
-        right, wrong, now = 0, len(folded), len(folded)
+        """Bisect: the first site with which the graph computes something else."""
+        right, wrong = 0, len(folded)
         while wrong - right > 1:
             middle = (right + wrong) // 2
-            for outcome in folded[middle:now]:
-                _undo(model, outcome, form)
-            for outcome in folded[now:middle]:
-                _redo(model, outcome, form)
-            now = middle
+            self._fold_only(model, folded[:middle], form)
             if self.error(model) <= self.tolerance:
                 right = middle
             else:
                 wrong = middle
-        for outcome in folded[wrong - 1 : now]:
-            _undo(model, outcome, form)
-        for outcome in folded[now : wrong - 1]:
-            _redo(model, outcome, form)
-        for outcome in folded[wrong:]:
-            _redo(model, outcome, form)
         return folded[wrong - 1]
+
+    def _fold_only(self, model: GraphModule, outcomes: Sequence[SiteOutcome], form: FoldForm) -> None:
+        """The graph as it was, with these sites folded."""
+        self.before.restore(model)
+        for outcome in outcomes:
+            insert_balance(model, outcome.site, outcome.b)
+            fold_balance(model, outcome.site, outcome.b, form)
+        model.recompile()
 
     def _run(self, model: GraphModule) -> list[Tensor]:
         runner = _Float32(model) if self.dtype in NARROW else _PastObservers(model)
         with torch.no_grad():
-            outputs = tree_leaves(runner.run(*self.inputs))
-        return [leaf for leaf in outputs if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+            return floating_outputs(runner.run(*self.inputs))
 
 
 def example_inputs(model: GraphModule) -> tuple[Tensor, ...]:
@@ -129,18 +128,6 @@ def example_inputs(model: GraphModule) -> tuple[Tensor, ...]:
     return tuple(inputs)
 
 
-def _undo(model: GraphModule, outcome: SiteOutcome, form: FoldForm) -> None:
-    insert_balance(model, outcome.site, 1 / outcome.b)
-    fold_balance(model, outcome.site, 1 / outcome.b, form)
-    model.recompile()
-
-
-def _redo(model: GraphModule, outcome: SiteOutcome, form: FoldForm) -> None:
-    insert_balance(model, outcome.site, outcome.b)
-    fold_balance(model, outcome.site, outcome.b, form)
-    model.recompile()
-
-
 def _few_rows(model: GraphModule, example: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The first rows of inputs that carry the batch."""
     nodes = placeholders(model)
@@ -155,9 +142,19 @@ def _narrowest(model: GraphModule) -> torch.dtype:
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 
-def _relative(expected: Tensor, got: Tensor) -> float:
-    expected, got = expected.to(torch.float64), got.to(torch.float64)
-    return float((got - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float64).tiny))
+def relative_error(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
+    """``|got - expected| / |expected|``, the largest over pairs of tensors; infinite if one is not finite."""
+    worst = 0.0
+    for one, other in zip(expected, got, strict=True):
+        one, other = one.to(torch.float64), other.to(torch.float64)
+        error = float((other - one).norm() / one.norm().clamp_min(torch.finfo(torch.float64).tiny))
+        worst = max(worst, error if math.isfinite(error) else math.inf)
+    return worst
+
+
+def floating_outputs(output: Any) -> list[Tensor]:
+    """The floating tensors among what a model returns."""
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 class _PastObservers(Interpreter):
@@ -181,6 +178,9 @@ class _Float32(_PastObservers):
         return tree_map(_widen, super().run_node(n))
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for i, inner in enumerate(args):
+            if isinstance(inner, GraphModule):  # a region with autocast switched off, or without gradients
+                return _Float32(inner).run(*args[i + 1 :])
         return super().call_function(target, tree_map(_widen, args), tree_map(_widen, kwargs))
 
 

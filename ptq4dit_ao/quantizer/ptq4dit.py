@@ -46,7 +46,7 @@ class PTQ4DiTQuantizer(Quantizer):
 
     Calibration records minimum and maximum per timestep and channel; ``convert_pt2e`` computes the balancing vectors,
     folds them into parameters that exist, and quantizes what comes out. The converted graph has no op that the base
-    quantizer alone would not have left.
+    quantizer alone would not have left, but for one multiply of a vector where one layer modulates all blocks.
 
     Args:
         base: the quantizer that decides what is quantized to what; ``None`` takes :class:`LinearQuantizer`.
