@@ -79,13 +79,20 @@ class CalibrationSamples:
         return CalibrationSamples(rows, self.shared, self.signature)
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file."""
+        """Write one safetensors file.
+
+        Raises:
+            CalibrationError: it cannot be written.
+        """
         tensors = {name: tensor.contiguous() for name, tensor in {**self.inputs, **self.shared}.items()}
         metadata = {"format": _FORMAT, "inputs": ",".join(self.inputs)}
         if self.signature is not None:
             arguments = {name: _to_json(value) for name, value in self.signature.arguments.items()}
             metadata["signature"] = json.dumps(arguments)
-        save_file(tensors, path, metadata=metadata)
+        try:
+            save_file(tensors, path, metadata=metadata)
+        except (OSError, SafetensorError) as error:
+            raise CalibrationError(f"cannot write calibration samples to {path}: {error}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> CalibrationSamples:

@@ -24,8 +24,7 @@ EXAMPLES = """\
 examples:
   ptq4dit-ao quantize digits_w8a8 --output out/digits            the shipped model, end to end
   ptq4dit-ao quantize my.yaml --model ./DiT-XL-2-256 --output q  a diffusers pipeline on disk
-  ptq4dit-ao balance flux_dev_w8a8 --model ./FLUX.1-dev --output ./FLUX.1-dev-balanced
-                                                                 a better float model for any quantizer
+  ptq4dit-ao balance --model ./DiT-XL-2-256 --output ./balanced  a better float model, for any quantizer
   ptq4dit-ao sample out/digits --backend fbgemm                  a grid of samples, integer kernels
   ptq4dit-ao inspect out/digits                                  layers, bits, sites, kernel proof
   ptq4dit-ao bench out/digits                                    latency against the float model

@@ -105,13 +105,20 @@ class SalienceStatistics(Mapping[str, ChannelStatistics]):
             table.merge(other[name])
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file: three tensors per site."""
+        """Write a safetensors file: three tensors per site.
+
+        Raises:
+            CalibrationError: it cannot be written.
+        """
         tensors = {}
         for name, table in self._tables.items():
             tensors[f"{name}/timesteps"] = table.timesteps
             tensors[f"{name}/minimum"] = table.minimum.contiguous()
             tensors[f"{name}/maximum"] = table.maximum.contiguous()
-        save_file(tensors, path, metadata={"format": "ptq4dit-ao salience statistics", "version": "1"})
+        try:
+            save_file(tensors, path, metadata={"format": "ptq4dit-ao salience statistics", "version": "1"})
+        except (OSError, SafetensorError) as error:
+            raise CalibrationError(f"cannot write salience statistics to {path}: {error}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> SalienceStatistics:

@@ -29,6 +29,7 @@ class BalanceSettings:
     ``max_scale`` bounds b to [1/max_scale, max_scale]; ``min_timesteps`` is how many distinct timesteps SSC needs.
     Storing ``(1 + bias)/b - 1`` (fold form ``bias``) rounds ``1 + scale`` by up to ``b * eps/2`` of its size;
     ``max_rounding`` bounds that: a vector that exceeds 2.56 in bfloat16, 20 in float16, is scaled down as a whole.
+    ``stored_dtype`` says what a float32 model will be stored in.
     """
 
     aggregation: Aggregation = "ssc"
@@ -36,6 +37,7 @@ class BalanceSettings:
     max_scale: float = 1000.0
     fold_form: FoldForm = "constant"
     max_rounding: float = 0.01
+    stored_dtype: torch.dtype | None = None
     min_timesteps: int = 2
 
     def __post_init__(self) -> None:
@@ -106,7 +108,7 @@ def _solve(
     b = balance_vector(salience_x, salience_w, settings.alpha)
     if settings.fold_form == "bias" and site.scalars:
         # A common factor of b changes nothing but the digits that the bias keeps.
-        dtype = get_attribute(model, site.parameters[0].paths[0]).dtype
+        dtype = settings.stored_dtype or get_attribute(model, site.parameters[0].paths[0]).dtype
         b = b * (2 * settings.max_rounding / torch.finfo(dtype).eps / b.max()).clamp_max(1)
     b, clipped = clip_balance(b, settings.max_scale)
     return SiteOutcome(

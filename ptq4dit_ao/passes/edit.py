@@ -33,7 +33,10 @@ class Snapshot:
         for name, tensor in self._tensors.items():
             owner, _, leaf = name.rpartition(".")
             module = model.get_submodule(owner)
-            (module._parameters if isinstance(tensor, nn.Parameter) else module._buffers)[leaf] = tensor
+            if isinstance(tensor, nn.Parameter):
+                module._parameters[leaf] = tensor
+            else:
+                module._buffers[leaf] = tensor
         model.recompile()
 
 

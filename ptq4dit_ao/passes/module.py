@@ -78,7 +78,8 @@ def balance_module(
     graph.meta.update(exported.meta)
     sites = [_expressible(graph, site, parameters) for site in balance_sites_of(exported, exclude, policy)]
     if all(site.refusal is not None for site in sites):
-        raise BalanceError(f"nothing can be folded into the parameters of {type(model).__name__}: {sites[0].refusal}")
+        reasons = "; ".join(f"{site.name}: {site.refusal}" for site in sites[:3])
+        raise BalanceError(f"nothing can be folded into the parameters of {type(model).__name__} ({reasons})")
     changed = _changed(exported, parameters)
     check = SelfCheck(graph, statistics.example)
     before = floating_outputs(call_like(exported, model, check.inputs))

@@ -134,6 +134,9 @@ class Calibration(_Section):
         default=25, description="How many timesteps to observe, or the list of them (numbers >= 0, all different)."
     )
     samples: Count = Field(default=16, description="Images per timestep.")
+    batch_size: Count = Field(
+        default=16, description="Images drawn at a time; calibration runs twice as many rows, as with guidance."
+    )
     steps: Count = Field(default=50, description="Steps of the sampler that draws the images.")
     guidance: float = Field(default=1.5, ge=0, description="Classifier-free guidance scale of that sampler, 0 or more.")
     prompts: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(as_tuple)] = Field(

@@ -6,10 +6,12 @@ import copy
 import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_map
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import Quantizer
 
@@ -22,9 +24,6 @@ from ptq4dit_ao.quantizer import PAPER_LAYERS, SAFE_LAYERS, Override, PTQ4DiTQua
 from ptq4dit_ao.recipe import Recipe
 from ptq4dit_ao.report import build_report
 from ptq4dit_ao.workflow.quantized_model import QuantizedModel, input_specs
-
-BATCH = 32
-"""Rows of recorded samples that run at a time."""
 
 EXAMPLE_ROWS = 2
 SHUFFLE_SEED = 0
@@ -112,7 +111,7 @@ def apply_recipe(
     """
     recorded = samples if isinstance(samples, CalibrationSamples) else None
     if isinstance(samples, CalibrationSamples):
-        samples = samples.shuffled(SHUFFLE_SEED).batches(BATCH)
+        samples = samples.shuffled(SHUFFLE_SEED).batches(2 * recipe.calibration.batch_size)
     iterator = iter(samples)
     first = next(iterator, None)
     if first is None:
@@ -121,14 +120,15 @@ def apply_recipe(
     if isinstance(model, GraphModule):
         exported = model
     else:
-        exported = export_transformer(model, first if recorded is None else recorded.example(EXAMPLE_ROWS))
+        example = first if recorded is None else recorded.example(EXAMPLE_ROWS)
+        exported = export_transformer(model, on_device_of(model, example))
     # prepare_pt2e changes the graph it is given.
     exported = GraphModule(exported, copy.deepcopy(exported.graph))
     clock.lap("export")
     prepared = prepare_pt2e(exported, quantizer_from_recipe(recipe, base, timestep_input=timestep_input))
     clock.lap("prepare")
     for done, inputs in enumerate(itertools.chain([first], iterator), start=1):
-        prepared(*inputs)
+        prepared(*on_device_of(model, tuple(inputs)))
         if on_sample is not None:
             on_sample(done)
     clock.lap("calibrate")
@@ -143,8 +143,13 @@ def apply_recipe(
         model={"name": model_name, "parameters": parameters},
         seconds=clock.seconds,
     )
-    names = [node.name for node in placeholders(converted)]
-    return QuantizedModel(graph=converted, recipe=recipe, inputs=input_specs(names, tuple(first)), report=report)
+    return QuantizedModel(graph=converted, recipe=recipe, inputs=input_specs(placeholders(converted)), report=report)
+
+
+def on_device_of(model: nn.Module, inputs: Any) -> Any:
+    """Inputs, which are recorded on the CPU, where the model's parameters are."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, inputs)
 
 
 class Stopwatch:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
-from ptq4dit_ao.errors import ArgumentError
+from ptq4dit_ao.errors import ArgumentError, ArtifactError
 from ptq4dit_ao.graph import export_transformer
 from ptq4dit_ao.passes import ModuleBalance, balance_module, collect_salience
 from ptq4dit_ao.quantizer.overrides import plan_layers
 from ptq4dit_ao.recipe import Recipe
 from ptq4dit_ao.workflow.apply import (
-    BATCH,
     EXAMPLE_ROWS,
     SHUFFLE_SEED,
     balance_settings,
+    on_device_of,
     overrides_of,
     site_policy,
 )
@@ -51,44 +53,53 @@ def balance_checkpoint(
         ArgumentError: the folder holds something, or the recipe does not balance.
         PTQ4DiTError: see :func:`~ptq4dit_ao.collect_salience` and :func:`~ptq4dit_ao.balance_module`.
     """
-    folder, settings = Path(output), balance_settings(recipe)
+    folder, settings = Path(output), replace(balance_settings(recipe), stored_dtype=model.stored_dtype)
+    policy = replace(site_policy(recipe), vector_multiply=False)  # a checkpoint has no place for it
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ArgumentError(f"{folder} exists and is not an empty folder; choose another, nothing is overwritten")
     recorded = recorded_samples(model, recipe, samples, on_progress=on_progress)
-    exported = export_transformer(model.transformer, recorded.example(EXAMPLE_ROWS))
+    exported = export_transformer(model.transformer, on_device_of(model.transformer, recorded.example(EXAMPLE_ROWS)))
     plans = plan_layers(exported, weight_bits=8, activation_bits=8, overrides=overrides_of(recipe))
     exclude = [plan.layer for plan in plans.values() if not plan.balance]
-    batches: list[tuple[Tensor, ...]] = list(recorded.shuffled(SHUFFLE_SEED).batches(BATCH))
+    batches: list[tuple[Tensor, ...]] = list(recorded.shuffled(SHUFFLE_SEED).batches(2 * recipe.calibration.batch_size))
 
     def counted() -> Any:
         for done, batch in enumerate(batches, start=1):
-            yield batch
+            yield on_device_of(model.transformer, batch)
             on_progress("measure salience", done, len(batches))
 
-    statistics = collect_salience(exported, counted(), exclude=exclude, policy=site_policy(recipe))
+    statistics = collect_salience(exported, counted(), exclude=exclude, policy=policy)
     on_progress("balance", 0, 1)
-    result = balance_module(
-        model.transformer, exported, statistics, settings, exclude=exclude, policy=site_policy(recipe)
-    )
+    result = balance_module(model.transformer, exported, statistics, settings, exclude=exclude, policy=policy)
     on_progress("balance", 1, 1)
     _save(model, recipe, result, folder)
     return result
 
 
 def _save(model: LoadedModel, recipe: Recipe, result: ModuleBalance, folder: Path) -> None:
-    """Write to a folder beside it, then rename: an interrupted save leaves nothing behind."""
-    saved: Any = model.pipeline if hasattr(model.pipeline, "save_pretrained") else model.transformer
+    """Write to a folder beside it, then rename: an interrupted save leaves nothing behind.
+
+    The transformer is stored in the dtype it had; the other parts of a pipeline are copied as they lie.
+    """
+    transformer: Any = model.transformer.to(model.stored_dtype) if model.stored_dtype else model.transformer
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        saved.save_pretrained(partial, safe_serialization=True)
+        if model.folder is not None and (model.folder / "model_index.json").is_file():
+            others = shutil.ignore_patterns("transformer")
+            shutil.copytree(model.folder, partial, ignore=others, dirs_exist_ok=True)
+            transformer.save_pretrained(partial / "transformer", safe_serialization=True)
+        else:
+            transformer.save_pretrained(partial, safe_serialization=True)
         (partial / REPORT).write_text(json.dumps(balance_report(result, recipe), indent=1, allow_nan=False) + "\n")
         if folder.exists():
             folder.rmdir()
         partial.chmod(0o755)
         partial.rename(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, (SafetensorError, shutil.Error)):
+            raise ArtifactError(f"{folder} cannot be written: {error}; nothing was left behind") from error
         raise
 
 

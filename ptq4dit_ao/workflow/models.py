@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from torch import nn
 
 from ptq4dit_ao._optional import require
 from ptq4dit_ao.calibration import Sampling, SamplingPipeline
-from ptq4dit_ao.errors import ArgumentError
+from ptq4dit_ao.errors import ArgumentError, MissingDependencyError
 from ptq4dit_ao.reference import SAMPLING, load_reference_dit
 
 REFERENCE = "reference"
@@ -30,6 +32,23 @@ class LoadedModel:
     transformer: nn.Module
     pipeline: Any | None = None
     sampling: Sampling | None = None
+    folder: Path | None = None
+    """Where it was loaded from."""
+
+    @property
+    def stored_dtype(self) -> torch.dtype | None:
+        """What its transformer is stored in, if it comes from a folder; it is loaded as float32."""
+        if self.folder is None:
+            return None
+        inner = self.folder / "transformer"
+        files = sorted((inner if inner.is_dir() else self.folder).glob("*.safetensors"))
+        for file in files[:1]:
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  (not a dict)
+                    dtype = tensors.get_tensor(name).dtype
+                    if dtype.is_floating_point:
+                        return dtype
+        return None
 
 
 def load_model(spec: str) -> LoadedModel:
@@ -47,7 +66,7 @@ def load_model(spec: str) -> LoadedModel:
         return _wrap(REFERENCE, load_reference_dit(), SAMPLING)
     path = Path(spec)
     if path.is_dir():
-        return _wrap(path.name, _from_folder(path))
+        return replace(_wrap(path.name, _from_folder(path)), folder=path)
     module, colon, function = spec.partition(":")
     if colon and all(part.isidentifier() for part in module.split(".")) and function.isidentifier():
         return _wrap(spec, _call(module, function))
@@ -70,6 +89,8 @@ def _from_folder(path: Path) -> Any:
         raise ArgumentError(f"folder {path} says it holds a {name!r}, which diffusers {diffusers.__version__} lacks")
     try:
         return kind.from_pretrained(path, **options)
+    except ImportError as error:  # a tokenizer that needs another package
+        raise MissingDependencyError(f"folder {path} needs a package that is not installed: {error}") from error
     except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:  # what diffusers raises for bad files
         raise ArgumentError(f"folder {path} cannot be loaded as a {name}: {error}") from error
 

@@ -20,7 +20,7 @@ from ptq4dit_ao.lowering import quantized_linears
 from ptq4dit_ao.passes import balance, balance_result
 from ptq4dit_ao.recipe import Recipe
 from ptq4dit_ao.report import build_report, write_html
-from ptq4dit_ao.workflow.apply import BATCH, EXAMPLE_ROWS, SHUFFLE_SEED, Stopwatch, apply_recipe
+from ptq4dit_ao.workflow.apply import EXAMPLE_ROWS, SHUFFLE_SEED, Stopwatch, apply_recipe, on_device_of
 from ptq4dit_ao.workflow.models import LoadedModel
 from ptq4dit_ao.workflow.quantized_model import QuantizedModel
 from ptq4dit_ao.workflow.samples import OnProgress, recorded_samples
@@ -51,11 +51,14 @@ def quantize(
     """
     check_target(output)
     clock = Stopwatch()
-    recorded = recorded_samples(model, recipe, samples, on_progress=on_progress)
+    recorded = evaluated = recorded_samples(model, recipe, samples, on_progress=on_progress)
+    if samples is None:  # before the long part, which a wrong setting must not waste
+        evaluated = recorded_samples(model, recipe, evaluate=True, on_progress=on_progress)
     clock.lap("collect samples")
-    exported = export_transformer(model.transformer, recorded.example(EXAMPLE_ROWS))
+    rows = 2 * recipe.calibration.batch_size
+    exported = export_transformer(model.transformer, on_device_of(model.transformer, recorded.example(EXAMPLE_ROWS)))
     clock.lap("export")
-    batches = -(-len(recorded) // BATCH)
+    batches = -(-len(recorded) // rows)
     quantized = apply_recipe(
         exported,
         recipe,
@@ -66,9 +69,6 @@ def quantize(
     sampling = None if model.sampling is None else model.sampling.to_dict()
     quantized = dataclasses.replace(quantized, sampling=sampling)
     clock.lap("quantize")
-    evaluated = recorded
-    if samples is None:
-        evaluated = recorded_samples(model, recipe, evaluate=True, on_progress=on_progress)
     evaluation, layers = _evaluate(exported, quantized, evaluated, on_calibration=samples is not None)
     images = _grids(model, quantized, on_progress)
     clock.lap("evaluate")
@@ -96,12 +96,14 @@ def _evaluate(
     """Errors of the simulated integer graph: of the output, and of every linear."""
     timestep = timestep_placeholder(exported)
     position = None if timestep is None else placeholders(exported).index(timestep)
-    error = paired_error(exported, quantized.graph, samples.batches(BATCH), timestep_index=position)
+    rows = 2 * quantized.recipe.calibration.batch_size
+    batches = (on_device_of(exported, batch) for batch in samples.batches(rows))
+    error = paired_error(exported, quantized.graph, batches, timestep_index=position)
     result = balance_result(quantized.graph)
     balanced = exported
     if result.settings is not None:
         balanced = balance(exported, result.statistics, result.settings, sites=result.sites, verify=False)
-    mixed = next(samples.shuffled(SHUFFLE_SEED).batches(BATCH))
+    mixed = on_device_of(exported, next(samples.shuffled(SHUFFLE_SEED).batches(rows)))
     about: dict[str, object] = {
         "sqnr_db": error.sqnr_db,
         "per_timestep": [[t, db] for t, db in error.per_timestep.items()],

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from ptq4dit_ao.artifact import ArtifactSize, read_artifact, write_artifact
 from ptq4dit_ao.errors import ArtifactError
+from ptq4dit_ao.graph.shapes import example_shape
 from ptq4dit_ao.lowering import LoweredModel, lower
 from ptq4dit_ao.recipe import Recipe
 from ptq4dit_ao.report import summary
@@ -59,9 +59,9 @@ class QuantizedModel:
         return save_quantized(self, directory)
 
 
-def input_specs(names: list[str], inputs: tuple[Tensor, ...]) -> tuple[InputSpec, ...]:
-    """Specs of example inputs."""
-    return tuple(InputSpec(name=n, shape=tuple(x.shape), dtype=x.dtype) for n, x in zip(names, inputs, strict=True))
+def input_specs(nodes: Sequence[Node]) -> tuple[InputSpec, ...]:
+    """Specs of a graph's inputs."""
+    return tuple(InputSpec(name=node.name, shape=example_shape(node), dtype=node.meta["val"].dtype) for node in nodes)
 
 
 def save_quantized(model: QuantizedModel, directory: str | Path) -> ArtifactSize:

@@ -54,6 +54,7 @@ def recorded_samples(
         steps=recipe.calibration.steps,
         guidance=recipe.calibration.guidance,
         seed=settings.seed,
+        batch_size=recipe.calibration.batch_size,
         call=size,
         on_step=lambda done, total: on_progress(stage, done, total),
     )

@@ -296,6 +296,18 @@ def test_what_all_samples_share_counts_at_every_timestep():
     assert torch.equal(observer.statistics.minimum, x.amin(0).expand(2, -1))
 
 
+def test_a_timestep_without_axes_and_what_all_samples_share():
+    observer = SalienceObserver(SPEC, NoHook(), "fc1", clock_at(torch.tensor(7.0)), CHANNELS, None)
+    observer(torch.ones(5, CHANNELS))
+    assert observer.statistics.timesteps.tolist() == [7]
+
+
+def test_what_all_samples_share_may_be_broken():
+    observer = SalienceObserver(SPEC, NoHook(), "fc1", clock_at(torch.tensor([1, 2, 3, 4])), CHANNELS, None)
+    with pytest.raises(CalibrationError, match="the input of 'fc1' has NaN or infinite values, in 1 of 1 rows"):
+        observer(torch.full((5, CHANNELS), math.nan))
+
+
 def test_one_timestep_for_more_rows_than_samples():
     observer = salience_observer(clock_at(torch.tensor([5, 5])))
     observer(torch.ones(8, CHANNELS))  # tokens beside the batch

@@ -175,3 +175,30 @@ def test_made_up_inputs_have_the_graphs_shapes(exported):
     assert x.shape == (2, WIDTH) and x.dtype == next(exported.parameters()).dtype
     assert t.dtype == torch.int64 and t.tolist() == [1, 1]
     assert exported(x, t).isfinite().all()
+
+
+def test_an_output_that_turns_nan_counts_as_wrong():
+    class Two(Net):
+        def forward(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            y = super().forward(x, t)
+            return y, y * 2
+
+    exported = export_transformer(Two().eval(), sample(0))
+    check = SelfCheck(exported, sample(0))
+    assert check.error(exported) == 0
+    check.expected[1][0, 0] = torch.nan
+    assert check.error(exported) == torch.inf
+
+
+def test_16_bits_with_a_region_without_autocast_are_checked():
+    class Region(Net):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=False):
+                angle = (t[:, None].float() / 1000).to(x.dtype).sin()
+            return super().forward(x + angle, t)
+
+    x, t = sample(0)
+    exported = export_transformer(Region().to(torch.bfloat16).eval(), (x.bfloat16(), t))
+    samples = [(x.bfloat16(), t) for x, t in (sample(1), sample(2))]
+    balanced = balance(exported, collect_salience(exported, samples))
+    assert len(balance_result(balanced).outcomes) == BLOCKS

@@ -35,7 +35,7 @@ def test_every_key_reaches_the_recipe(write: Write) -> None:
         overrides:
           - {pattern: "a.*", skip: true}
           - {pattern: b, weight_bits: 8, activation_bits: 7, balance: false}
-        calibration: {timesteps: [0, 12.5], samples: 2, steps: 3, guidance: 0, seed: 4, prompts: [a cat],
+        calibration: {timesteps: [0, 12.5], samples: 2, steps: 3, guidance: 0, seed: 4, batch_size: 5, prompts: [a cat],
                       height: 256, width: 512, num_frames: 9}
         evaluation: {timesteps: 5, samples: 6, seed: 7}
         """,
@@ -60,6 +60,7 @@ def test_every_key_reaches_the_recipe(write: Write) -> None:
     assert recipe.calibration.model_dump() == {
         "timesteps": (0.0, 12.5),
         "samples": 2,
+        "batch_size": 5,
         "steps": 3,
         "guidance": 0.0,
         "prompts": ("a cat",),

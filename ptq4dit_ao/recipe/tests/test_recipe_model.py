@@ -85,7 +85,15 @@ def test_to_dict_holds_every_default_and_no_null() -> None:
         },
         "layers": "safe",
         "overrides": [{"pattern": "a", "skip": True}],
-        "calibration": {"timesteps": 25, "samples": 16, "steps": 50, "guidance": 1.5, "prompts": [], "seed": 0},
+        "calibration": {
+            "timesteps": 25,
+            "samples": 16,
+            "batch_size": 16,
+            "steps": 50,
+            "guidance": 1.5,
+            "prompts": [],
+            "seed": 0,
+        },
         "evaluation": {"timesteps": 20, "samples": 32, "seed": 1000},
     }
 

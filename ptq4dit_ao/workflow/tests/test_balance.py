@@ -191,7 +191,11 @@ def wrong_file(kind: str, path: Path) -> Path:
         ("text", CalibrationError, "cannot read calibration samples from .*samples: "),
         ("weights", CalibrationError, "samples is not a file of calibration samples"),
         ("another model", ArgumentError, "SD3Transformer2DModel takes no argument 'class_labels'; it takes 'hidden_st"),
-        ("another size", ExportError, "SD3Transformer2DModel cannot be exported: RuntimeError: mat1 and mat2 shapes"),
+        (
+            "another size",
+            ExportError,
+            "SD3Transformer2DModel cannot run on the example inputs: RuntimeError: mat1 and mat2",
+        ),
     ],
 )
 def test_a_wrong_file_of_samples(kind, error, message, model, tmp_path):
@@ -232,7 +236,7 @@ def test_prompts_repeat_and_the_recipe_says_the_rest(drawn):
     assert first == (model.pipeline, ["a", "b", "a", "b", "a"]) and second == (model.pipeline, ["a", "b", "a"])
     assert options.pop("on_step")(2, 7) is None and others.pop("on_step")(3, 7) is None
     assert progress == [("calibration samples", 2, 7), ("evaluation samples", 3, 7)]
-    assert options == {"timesteps": 3, "steps": 7, "guidance": 2.5, "seed": 4, "call": {"height": 16}}
+    assert options == {"timesteps": 3, "steps": 7, "guidance": 2.5, "seed": 4, "batch_size": 16, "call": {"height": 16}}
     assert others == {**options, "timesteps": 20, "seed": 8}
 
 
