@@ -9,12 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.fx import GraphModule
 
 from ptq4dit_ao.errors import ArgumentError, ArtifactError
 from ptq4dit_ao.graph import export_transformer
+from ptq4dit_ao.graph.export import call_like
 from ptq4dit_ao.passes import ModuleBalance, balance_module, collect_salience
+from ptq4dit_ao.passes.verify import floating_outputs, relative_error
 from ptq4dit_ao.quantizer.overrides import plan_layers
 from ptq4dit_ao.recipe import Recipe
 from ptq4dit_ao.workflow.apply import (
@@ -70,10 +74,21 @@ def balance_checkpoint(
 
     statistics = collect_salience(exported, counted(), exclude=exclude, policy=policy)
     on_progress("balance", 0, 1)
+    example = on_device_of(model.transformer, next(recorded.batches(EXAMPLE_ROWS)))
+    before = _outputs(model, exported, example)
     result = balance_module(model.transformer, exported, statistics, settings, exclude=exclude, policy=policy)
+    if model.stored_dtype is not None:
+        dtype = next(model.transformer.parameters()).dtype
+        model.transformer.to(model.stored_dtype).to(dtype)  # rounded as they will be stored
+        result = replace(result, output_change=relative_error(before, _outputs(model, exported, example)))
     on_progress("balance", 1, 1)
     _save(model, recipe, result, folder)
     return result
+
+
+@torch.no_grad()
+def _outputs(model: LoadedModel, exported: GraphModule, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    return floating_outputs(call_like(exported, model.transformer, inputs))
 
 
 def _save(model: LoadedModel, recipe: Recipe, result: ModuleBalance, folder: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -248,3 +250,35 @@ def test_labels_are_drawn_where_the_model_takes_them(drawn):
     labels = [args[1] for args, _ in drawn]
     assert labels[0] == labels[1] and len(labels[0]) == 16 and set(labels[0]) <= set(range(10))
     assert len(set(labels[0])) > 3 and labels[2][:16] != labels[0]
+
+
+# -- how it is stored ------------------------------------------------------------------------------------------------
+
+
+def test_a_16_bit_checkpoint_stays_one(folder, tmp_path):
+    loaded = load_model(str(folder / "model"))
+    loaded.transformer.to(torch.bfloat16).save_pretrained(tmp_path / "narrow")
+    narrow = load_model(str(tmp_path / "narrow"))
+    expected = output(narrow)
+    result = balance_checkpoint(narrow, Recipe(), tmp_path / "balanced", samples=folder / "samples")
+    again = load_model(str(tmp_path / "balanced"))
+    assert again.stored_dtype is torch.bfloat16
+    assert 1e-4 < result.output_change < 0.02  # as stored: rounding shows, and is bounded
+    assert error(output(again), expected) < 0.02
+    largest = max(float(o.b.max()) for o in result.outcomes.values() if o.site.scalars)
+    assert largest <= 2.56 * 1.001
+
+
+def test_the_other_parts_of_a_pipeline_are_copied_as_they_lie(folder, tmp_path):
+    whole = tmp_path / "whole"
+    shutil.copytree(folder / "model", whole / "transformer")
+    (whole / "vae").mkdir()
+    (whole / "vae" / "weights").write_bytes(b"as they lie")
+    (whole / "model_index.json").write_text("{}")
+    loaded = replace(load_model(str(folder / "model")), folder=whole)
+    balance_checkpoint(loaded, Recipe(), tmp_path / "balanced", samples=folder / "samples")
+    assert (tmp_path / "balanced" / "vae" / "weights").read_bytes() == b"as they lie"
+    names = {path.name for path in (tmp_path / "balanced" / "transformer").iterdir()}
+    assert names == {"config.json", "diffusion_pytorch_model.safetensors"}
+    kept = load_model(str(tmp_path / "balanced" / "transformer"))
+    assert error(output(kept), output(load_model(str(folder / "model")))) < 1e-5
