@@ -26,7 +26,7 @@ import diffusers
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -76,9 +76,9 @@ Largest fold error: {error:.1e}.
 """
 
 
-def inputs_of(family: Family, batch: int, seed: int) -> tuple[Tensor, ...]:
-    """The family's inputs as the graph takes them."""
-    return tuple(flatten_call(family.model(), family.inputs(batch, seed=seed))[1].values())
+def inputs_of(model: nn.Module, family: Family, batch: int, seed: int) -> tuple[Tensor, ...]:
+    """The family's inputs as the model's graph takes them."""
+    return tuple(flatten_call(model, family.inputs(batch, seed=seed))[1].values())
 
 
 def fold_error(graph: GraphModule, sites: list[Site], inputs: tuple[Tensor, ...], seed: int = 0) -> float:
@@ -115,16 +115,16 @@ def survey(family: Family, backend: str) -> dict[str, Any]:
         "linears": len(linears(graph)),
         "sites": dict(Counter(site.kind for site in sites)),
         "reasons": dict(Counter(reason(site) for site in sites if site.refusal is not None)),
-        "fold_error": fold_error(graph, sites, inputs_of(family, batch, 5)),
+        "fold_error": fold_error(graph, sites, inputs_of(model, family, batch, 5)),
     }
-    expected = graph(*inputs_of(family, batch, 6))
+    expected = graph(*inputs_of(model, family, batch, 6))
     aggregation = "ssc" if timestep_placeholder(graph) is not None else "max"
     prepared = prepare_pt2e(graph, PTQ4DiTQuantizer(aggregation=aggregation, layers=()))
     for seed in CALIBRATION:
-        prepared(*inputs_of(family, batch, seed))
+        prepared(*inputs_of(model, family, batch, seed))
     converted = convert_pt2e(prepared)
-    lowered = lower(converted, backend, example_inputs=inputs_of(family, batch, 6))
-    got = lowered(*inputs_of(family, batch, 6))
+    lowered = lower(converted, backend, example_inputs=inputs_of(model, family, batch, 6))
+    got = lowered(*inputs_of(model, family, batch, 6))
     pairs = list(zip(tree_leaves(expected), tree_leaves(got), strict=True))
     e, a = (torch.cat([pair[i].double().flatten() for pair in pairs]) for i in (0, 1))
     row |= {

@@ -10,6 +10,7 @@ from ptq4dit_ao.graph.sites import (
     Site,
     SitePolicy,
     find_sites,
+    first_refusals,
     refuse_sites,
 )
 
@@ -23,5 +24,6 @@ __all__ = [
     "SitePolicy",
     "export_transformer",
     "find_sites",
+    "first_refusals",
     "refuse_sites",
 ]

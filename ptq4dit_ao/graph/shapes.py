@@ -56,8 +56,8 @@ def batch_axis(node: Node) -> int | None:
     That is the axis whose size is made of the batch's; in a graph with a fixed batch, the first.
     """
     batch: set[object] = set()
-    for source in node.graph.nodes:
-        if source.op == "placeholder" and (value := tensor_of(source)) is not None:
+    for source in node.graph.find_nodes(op="placeholder"):
+        if (value := tensor_of(source)) is not None:
             batch |= _symbols(value.shape[0] if value.ndim else 1)
     value = tensor_of(node)
     assert value is not None

@@ -169,6 +169,11 @@ def refuse_sites(sites: Sequence[Site], nodes: Collection[str], why: str) -> lis
     return refused
 
 
+def first_refusals(sites: Sequence[Site]) -> str:
+    """The first reasons, for a message that nothing could be balanced; empty without sites."""
+    return "; ".join(f"{site.name}: {site.refusal}" for site in sites[:3])
+
+
 @dataclass(frozen=True)
 class _Plan:
     """A fixpoint, and what it is worth."""

@@ -88,11 +88,12 @@ def lower(
         raise LoweringError(f"backend {backend!r} is unknown; there are {', '.join(map(repr, BACKENDS))}{hint}")
     graph = copy.deepcopy(converted)
     linears = quantized_linears(graph)
+    unread = unread_linears(graph)
     reasons = {linear.name: chosen.refuse(linear) for linear in linears}
     refused = [(name, why) for name, why in reasons.items() if why is not None]
     if chosen.integer:
-        refused += [(node.name, "its weight is not constant integers in the graph") for node in unread_linears(graph)]
-    promised = len(linears) + len(unread_linears(graph))
+        refused += [(node.name, "its weight is not constant integers in the graph") for node in unread]
+    promised = len(linears) + len(unread)
     if refused and not allow_float_fallback:
         name, why = refused[0]
         raise LoweringError(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from ptq4dit_ao.errors import BalanceError
-from ptq4dit_ao.graph import Site, SitePolicy, find_sites, refuse_sites
+from ptq4dit_ao.graph import Site, SitePolicy, find_sites, first_refusals, refuse_sites
 from ptq4dit_ao.graph.names import layer_name, linears, timestep_placeholder
 from ptq4dit_ao.graph.shapes import batch_axis
 from ptq4dit_ao.observers import ChannelStatistics, SalienceStatistics, TimestepClock
@@ -101,8 +101,7 @@ def balance_sites_of(exported: GraphModule, exclude: Sequence[str], policy: Site
     sites = refuse_sites(find_sites(exported, nodes.keys() - excluded, policy), excluded, "it is excluded")
     if all(site.refusal is not None for site in sites):
         none = "all its linear layers are excluded" if nodes else "it has no linear layer"
-        reasons = "; ".join(f"{site.name}: {site.refusal}" for site in sites[:3]) or none
-        raise BalanceError(f"nothing in this graph can be balanced ({reasons})")
+        raise BalanceError(f"nothing in this graph can be balanced ({first_refusals(sites) or none})")
     return sites
 
 

@@ -6,15 +6,15 @@ The architecture stays what it was, so the module saves as an ordinary checkpoin
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from ptq4dit_ao.errors import ArgumentError, BalanceError
-from ptq4dit_ao.graph import Site, SitePolicy
+from ptq4dit_ao.graph import Site, SitePolicy, first_refusals
 from ptq4dit_ao.graph.constants import folded_sources
 from ptq4dit_ao.graph.export import call_like
 from ptq4dit_ao.graph.names import get_attribute
@@ -75,17 +75,20 @@ def balance_module(
     policy = replace(policy or SitePolicy(), vector_multiply=False)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     graph = GraphModule(exported, copy.deepcopy(exported.graph))
-    graph.meta.update(exported.meta)
-    sites = [_expressible(graph, site, parameters) for site in balance_sites_of(exported, exclude, policy)]
+    nodes = {node.name: node for node in graph.graph.nodes}
+    sites = [
+        _expressible(site, nodes, parameters, folded_sources(exported))
+        for site in balance_sites_of(exported, exclude, policy)
+    ]
     if all(site.refusal is not None for site in sites):
-        reasons = "; ".join(f"{site.name}: {site.refusal}" for site in sites[:3])
-        raise BalanceError(f"nothing can be folded into the parameters of {type(model).__name__} ({reasons})")
-    changed = _changed(exported, parameters)
+        why = first_refusals(sites)
+        raise BalanceError(f"nothing can be folded into the parameters of {type(model).__name__} ({why})")
+    shared = _shared(exported, parameters)
     check = SelfCheck(graph, statistics.example)
     before = floating_outputs(call_like(exported, model, check.inputs))
     outcomes = balance_sites(graph, sites, statistics, settings)
     settled, outcomes = check.settle(graph, sites, outcomes, settings.fold_form)
-    replaced = {path: new for path in changed if (new := get_attribute(graph, path)) is not parameters[path]}
+    replaced = {path: new for path, old in shared.items() if (new := get_attribute(graph, path)) is not old}
     for path, tensor in replaced.items():
         old = parameters[path]
         _replace(model, old, nn.Parameter(tensor.detach().clone(), requires_grad=old.requires_grad))
@@ -101,31 +104,32 @@ def balance_module(
     return ModuleBalance(outcomes=outcomes, left=left, output_change=change)
 
 
-def _changed(exported: GraphModule, parameters: dict[str, nn.Parameter]) -> list[str]:
-    """Paths of the module's parameters that the graph reads.
+def _shared(exported: GraphModule, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """The module's parameters that the graph reads, by path, as the graph has them.
 
     Raises:
         ArgumentError: the graph's are not the module's.
     """
-    read = [path for path in parameters if _tensor(exported, path) is not None]
-    for path in read:
-        if get_attribute(exported, path).data_ptr() != parameters[path].data_ptr():
+    read = {path: tensor for path in parameters if (tensor := _tensor(exported, path)) is not None}
+    for path, tensor in read.items():
+        if tensor.data_ptr() != parameters[path].data_ptr():
             raise ArgumentError(f"parameter {path!r} of the graph is not the module's; export this module again")
     return read
 
 
-def _expressible(graph: GraphModule, site: Site, parameters: dict[str, nn.Parameter]) -> Site:
-    """The site, refused if one of its edits is not of a parameter that the module has."""
+def _expressible(
+    site: Site, nodes: Mapping[str, Node], parameters: Mapping[str, nn.Parameter], computed_from: frozenset[str]
+) -> Site:
+    """The site, refused if one of its edits is not of a parameter that the module has, or reaches only part of it."""
     if site.refusal is not None:
         return site
-    nodes = {node.name: node for node in graph.graph.nodes}
     why = None
     if site.norms:
         why = f"{site.norms[0].node}: the norm has no weight"
     else:
         paths = [path for edit in site.parameters for path in edit.paths] + [c.weight for c in site.consumers]
         missing = [path for path in paths if path not in parameters]
-        folded = [path for path in paths if path in folded_sources(graph)]
+        folded = [path for path in paths if path in computed_from]
         if missing:
             why = f"{missing[0]} is not a parameter of the module"
         elif folded:

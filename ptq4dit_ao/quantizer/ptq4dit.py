@@ -12,7 +12,7 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from ptq4dit_ao.core.salience import Aggregation
 from ptq4dit_ao.errors import ArgumentError, BalanceError, CalibrationError
-from ptq4dit_ao.graph import Site, SitePolicy, find_sites, refuse_sites
+from ptq4dit_ao.graph import Site, SitePolicy, find_sites, first_refusals, refuse_sites
 from ptq4dit_ao.graph.constants import constants
 from ptq4dit_ao.graph.names import TIMESTEP_NAMES, layer_name, linears, placeholders, timestep_placeholder
 from ptq4dit_ao.graph.shapes import batch_axis
@@ -158,7 +158,7 @@ class PTQ4DiTQuantizer(Quantizer):
         sites = refuse_sites(find_sites(model, only, self._policy), excluded, "an override switches its balancing off")
         found = [s for s in sites if s.refusal is None]
         if not found:
-            reasons = "; ".join(f"{s.name}: {s.refusal}" for s in sites[:3]) or "every layer is excluded"
+            reasons = first_refusals(sites) or "every layer is excluded"
             raise BalanceError(
                 f"none of the {len(quantized)} quantized linears can be balanced ({reasons}); "
                 "use aggregation='none' to quantize without balancing"

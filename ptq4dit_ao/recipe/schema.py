@@ -149,6 +149,11 @@ class Calibration(_Section):
     num_frames: Count | None = Field(default=None, description="Frames of a video; the pipeline's own if left out.")
     seed: Seed = Field(default=0, description="Seed of labels and starting noise, 0 to 2^32 - 1.")
 
+    @property
+    def rows(self) -> int:
+        """Rows that calibration and evaluation run at a time."""
+        return 2 * self.batch_size
+
 
 class Evaluation(_Section):
     """What the quantized model is compared with the float model on."""

@@ -111,7 +111,7 @@ def apply_recipe(
     """
     recorded = samples if isinstance(samples, CalibrationSamples) else None
     if isinstance(samples, CalibrationSamples):
-        samples = samples.shuffled(SHUFFLE_SEED).batches(2 * recipe.calibration.batch_size)
+        samples = samples.shuffled(SHUFFLE_SEED).batches(recipe.calibration.rows)
     iterator = iter(samples)
     first = next(iterator, None)
     if first is None:

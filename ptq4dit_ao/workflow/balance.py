@@ -65,7 +65,7 @@ def balance_checkpoint(
     exported = export_transformer(model.transformer, on_device_of(model.transformer, recorded.example(EXAMPLE_ROWS)))
     plans = plan_layers(exported, weight_bits=8, activation_bits=8, overrides=overrides_of(recipe))
     exclude = [plan.layer for plan in plans.values() if not plan.balance]
-    batches: list[tuple[Tensor, ...]] = list(recorded.shuffled(SHUFFLE_SEED).batches(2 * recipe.calibration.batch_size))
+    batches: list[tuple[Tensor, ...]] = list(recorded.shuffled(SHUFFLE_SEED).batches(recipe.calibration.rows))
 
     def counted() -> Any:
         for done, batch in enumerate(batches, start=1):

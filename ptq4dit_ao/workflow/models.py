@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 from dataclasses import dataclass, replace
@@ -35,7 +36,7 @@ class LoadedModel:
     folder: Path | None = None
     """Where it was loaded from."""
 
-    @property
+    @functools.cached_property
     def stored_dtype(self) -> torch.dtype | None:
         """What its transformer is stored in, if it comes from a folder; it is loaded as float32."""
         if self.folder is None:

@@ -55,10 +55,9 @@ def quantize(
     if samples is None:  # before the long part, which a wrong setting must not waste
         evaluated = recorded_samples(model, recipe, evaluate=True, on_progress=on_progress)
     clock.lap("collect samples")
-    rows = 2 * recipe.calibration.batch_size
     exported = export_transformer(model.transformer, on_device_of(model.transformer, recorded.example(EXAMPLE_ROWS)))
     clock.lap("export")
-    batches = -(-len(recorded) // rows)
+    batches = -(-len(recorded) // recipe.calibration.rows)
     quantized = apply_recipe(
         exported,
         recipe,
@@ -96,7 +95,7 @@ def _evaluate(
     """Errors of the simulated integer graph: of the output, and of every linear."""
     timestep = timestep_placeholder(exported)
     position = None if timestep is None else placeholders(exported).index(timestep)
-    rows = 2 * quantized.recipe.calibration.batch_size
+    rows = quantized.recipe.calibration.rows
     batches = (on_device_of(exported, batch) for batch in samples.batches(rows))
     error = paired_error(exported, quantized.graph, batches, timestep_index=position)
     result = balance_result(quantized.graph)
