@@ -1,16 +1,22 @@
 """Run a quantized graph: one small backend per file, and the proof that integer kernels run."""
 
 from ptq4dit_ao.lowering import fbgemm, reference, x86_inductor  # noqa: F401  (they register themselves)
-from ptq4dit_ao.lowering.lower import LoweredModel, available_backends, lower
+from ptq4dit_ao.lowering.backend import Backend, Capabilities, Request, available_backends, missing_backends, register
+from ptq4dit_ao.lowering.lower import LoweredModel, lower
 from ptq4dit_ao.lowering.match import QuantizedLinear, float_linears, quantized_linears
 from ptq4dit_ao.lowering.proof import KernelProof
 
 __all__ = [
+    "Backend",
+    "Capabilities",
     "KernelProof",
     "LoweredModel",
     "QuantizedLinear",
+    "Request",
     "available_backends",
     "float_linears",
     "lower",
+    "missing_backends",
     "quantized_linears",
+    "register",
 ]

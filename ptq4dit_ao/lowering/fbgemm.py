@@ -6,13 +6,12 @@ Each quantized linear becomes one integer kernel call on packed weights: oneDNN'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from ptq4dit_ao.lowering.lower import Backend, register
+from ptq4dit_ao.lowering.backend import Backend, Capabilities, Request, register
+from ptq4dit_ao.lowering.machine import has_onednn, no_x86, saturates
 from ptq4dit_ao.lowering.match import QuantizedLinear
 
 
@@ -68,26 +67,16 @@ class FBGEMMLinear(nn.Module):
         )
 
 
-def has_onednn() -> bool:
-    """Was torch built with oneDNN's integer linear?"""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
-
-
 def refuse(linear: QuantizedLinear) -> str | None:
     """Why these kernels cannot carry a linear."""
-    if linear.dtype != torch.float32:
-        return f"needs a float32 model, got {linear.dtype}"
-    if linear.x_dtype != torch.uint8 or linear.weight.dtype != torch.int8:
-        return f"needs uint8 activations and int8 weights, got {linear.x_dtype} and {linear.weight.dtype}"
-    if linear.weight_zero_point.any():
-        return "needs symmetric weights"
     if linear.x_range != (0, 255) and not has_onednn():
         return f"FBGEMM quantizes to the full 8 bits, got {linear.x_range}"
-    return None
+    return saturates(linear)
 
 
-def build(graph: GraphModule, linears: Sequence[QuantizedLinear]) -> GraphModule:
+def build(request: Request) -> GraphModule:
     """Replace every linear by a kernel call."""
+    graph, linears = request.graph, request.linears
     onednn = has_onednn()
     quantizers: dict[Node, Node] = {}
     for i, linear in enumerate(linears):
@@ -125,7 +114,9 @@ register(
         name="fbgemm",
         summary="eager int8 kernels for x86 (oneDNN or FBGEMM), no compiler, ready in seconds",
         integer=True,
+        carries=Capabilities(),
         refuse=refuse,
+        unavailable=no_x86,
         build=build,
     )
 )

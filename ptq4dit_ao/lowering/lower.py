@@ -1,12 +1,10 @@
-"""The backend registry and ``lower``."""
+"""``lower``: from a converted graph to something that runs, proven."""
 
 from __future__ import annotations
 
 import copy
-import difflib
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,51 +13,23 @@ from torch.fx import GraphModule
 from ptq4dit_ao.errors import LoweringError
 from ptq4dit_ao.graph.names import placeholders
 from ptq4dit_ao.graph.shapes import example_shape, tensor_of
-from ptq4dit_ao.lowering.match import QuantizedLinear, quantized_linears, unread_linears
-from ptq4dit_ao.lowering.proof import KernelProof, check_proof, count_integer_gemms
+from ptq4dit_ao.lowering.backend import Backend, Request, Runnable, choose_backend
+from ptq4dit_ao.lowering.match import quantized_linears, unread_linears
+from ptq4dit_ao.lowering.proof import KernelProof, check_proof
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Backend:
-    """How one backend runs a converted graph.
-
-    ``refuse`` says why it cannot carry a linear (None if it can); ``build`` gets a private copy of the graph and the
-    linears it can carry, and returns something callable with the graph's inputs.
-    """
-
-    name: str
-    summary: str
-    integer: bool
-    """Does it run integer kernels, or simulate them in float?"""
-    refuse: Callable[[QuantizedLinear], str | None]
-    build: Callable[[GraphModule, Sequence[QuantizedLinear]], Callable[..., Tensor]]
-
-
-BACKENDS: dict[str, Backend] = {}
-
-
-def register(backend: Backend) -> None:
-    """Add a backend under its name."""
-    BACKENDS[backend.name] = backend
-
-
-def available_backends() -> dict[str, str]:
-    """Backend name -> what it is."""
-    return {name: backend.summary for name, backend in BACKENDS.items()}
 
 
 class LoweredModel(nn.Module):
     """A quantized model ready to run; called with the exported graph's inputs."""
 
-    def __init__(self, run: Callable[..., Tensor], proof: KernelProof) -> None:
+    def __init__(self, run: Runnable, proof: KernelProof) -> None:
         super().__init__()
         self.run = run
         self.proof = proof
 
     @torch.no_grad()
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         return self.run(*inputs)
 
 
@@ -68,28 +38,30 @@ def lower(
     backend: str = "reference",
     *,
     example_inputs: Sequence[Tensor] | None = None,
+    float_dtype: torch.dtype | None = None,
     allow_float_fallback: bool = False,
 ) -> LoweredModel:
     """Lower what ``convert_pt2e`` returned, and prove which kernels run.
 
     Args:
         converted: left as it is.
-        backend: one of :func:`available_backends`.
+        backend: a name of :func:`available_backends`; or ``auto`` for the best that this machine can run, with a
+            warning that says why not a better one.
         example_inputs: for compiling and for the proof; made up from the graph's input shapes if not given.
+        float_dtype: what attention and the other matrix products that are not integer compute in; bfloat16 is quicker
+            where the processor has it. None for the model's own dtype.
         allow_float_fallback: accept linears that the backend runs in float.
 
     Raises:
-        LoweringError: the backend is unknown, or fewer linears than promised run on integer kernels.
+        LoweringError: the backend is unknown, cannot run here or not in ``float_dtype``; or fewer linears than promised
+            run on integer kernels.
     """
-    chosen = BACKENDS.get(backend)
-    if chosen is None:
-        near = difflib.get_close_matches(backend, BACKENDS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise LoweringError(f"backend {backend!r} is unknown; there are {', '.join(map(repr, BACKENDS))}{hint}")
+    chosen = choose_backend(backend)
+    _check_float_dtype(chosen, float_dtype)
     graph = copy.deepcopy(converted)
     linears = quantized_linears(graph)
     unread = unread_linears(graph)
-    reasons = {linear.name: chosen.refuse(linear) for linear in linears}
+    reasons = {linear.name: chosen.why_not(linear) for linear in linears}
     refused = [(name, why) for name, why in reasons.items() if why is not None]
     if chosen.integer:
         refused += [(node.name, "its weight is not constant integers in the graph") for node in unread]
@@ -97,20 +69,30 @@ def lower(
     if refused and not allow_float_fallback:
         name, why = refused[0]
         raise LoweringError(
-            f"backend {backend!r} cannot carry {len(refused)} of {promised} quantized linears ({name}: {why}); "
+            f"backend {chosen.name!r} cannot carry {len(refused)} of {promised} quantized linears ({name}: {why}); "
             "pass allow_float_fallback=True to run those in float, or use another backend"
         )
     inputs = _example_inputs(converted) if example_inputs is None else tuple(example_inputs)
-    run = chosen.build(graph, [linear for linear in linears if reasons[linear.name] is None])
+    carried = [linear for linear in linears if reasons[linear.name] is None]
+    run = chosen.build(Request(graph=graph, linears=carried, example_inputs=inputs, float_dtype=float_dtype))
     proof = KernelProof(
-        backend=backend,
+        backend=chosen.name,
         promised=promised if chosen.integer else 0,
-        kernels=count_integer_gemms(run, inputs) if chosen.integer else {},
+        kernels=chosen.count(run, inputs) if chosen.integer else {},
         float_layers=tuple(refused),
     )
     check_proof(proof, allow_float_fallback=allow_float_fallback)
     logger.info("%s", proof)
     return LoweredModel(run, proof)
+
+
+def _check_float_dtype(backend: Backend, dtype: torch.dtype | None) -> None:
+    offered = () if backend.carries is None else backend.carries.float_dtypes
+    if dtype is not None and dtype not in offered:
+        raise LoweringError(
+            f"backend {backend.name!r} cannot compute its float part in {dtype} "
+            f"(only {', '.join(map(str, offered)) or 'as the model does'}); leave float_dtype out"
+        )
 
 
 def _example_inputs(graph_module: GraphModule) -> tuple[Tensor, ...]:
@@ -119,5 +101,5 @@ def _example_inputs(graph_module: GraphModule) -> tuple[Tensor, ...]:
         value = tensor_of(node)
         if value is None:
             raise LoweringError(f"the graph does not say what input {node.name!r} looks like; pass example_inputs=...")
-        inputs.append(torch.zeros(example_shape(node), dtype=value.dtype))
+        inputs.append(torch.zeros(example_shape(node), dtype=value.dtype, device=value.device))
     return tuple(inputs)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from ptq4dit_ao.lowering.lower import Backend, register
+from ptq4dit_ao.lowering.backend import Backend, register
 
 register(
     Backend(
         name="reference",
         summary="quantize/dequantize nodes run eagerly in float: a simulation, on any machine",
         integer=False,
-        refuse=lambda linear: None,
-        build=lambda graph, linears: graph,
+        build=lambda request: request.graph,
     )
 )

@@ -6,34 +6,29 @@ on here, for this compile only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch import Tensor
 from torch._inductor import config as inductor_config
-from torch.fx import GraphModule
 
-from ptq4dit_ao.lowering.fbgemm import has_onednn
-from ptq4dit_ao.lowering.lower import Backend, register
-from ptq4dit_ao.lowering.match import QuantizedLinear
+from ptq4dit_ao.lowering.backend import Backend, Capabilities, Request, Runnable, register
+from ptq4dit_ao.lowering.machine import no_compiler, no_onednn, no_x86, saturates
+from ptq4dit_ao.lowering.mixed import compute_in
 
-
-def refuse(linear: QuantizedLinear) -> str | None:
-    """Why oneDNN's fused kernels cannot carry a linear."""
-    if not has_onednn():
-        return "this torch was built without oneDNN"
-    if linear.x_dtype not in (torch.uint8, torch.int8) or linear.weight.dtype != torch.int8:
-        return f"needs 8-bit activations and int8 weights, got {linear.x_dtype} and {linear.weight.dtype}"
-    if linear.weight_zero_point.any():
-        return "needs symmetric weights"
-    return None
+INT8 = Capabilities(activation_dtypes=(torch.uint8, torch.int8), float_dtypes=(torch.bfloat16,))
 
 
-def build(graph: GraphModule, linears: Sequence[QuantizedLinear]) -> Callable[..., Tensor]:
+def unavailable() -> str | None:
+    """Why this machine cannot compile to oneDNN."""
+    return no_x86() or no_onednn() or no_compiler()
+
+
+def build(request: Request) -> Runnable:
     """Compile; the first call with a new batch size compiles once more, then any batch runs."""
-    compiled = torch.compile(graph)
+    if request.float_dtype is not None:
+        compute_in(request.graph, request.float_dtype)
+    compiled = torch.compile(request.graph)
 
-    def run(*inputs: Tensor) -> Tensor:
+    def run(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         # Around the call, not in torch.compile(options=...): Dynamo reads this setting too, before the backend does.
         with torch.no_grad(), inductor_config.patch(freezing=True):
             return compiled(*inputs)
@@ -44,9 +39,11 @@ def build(graph: GraphModule, linears: Sequence[QuantizedLinear]) -> Callable[..
 register(
     Backend(
         name="x86_inductor",
-        summary="torch.compile to fused int8 kernels for x86 (oneDNN); needs a C++ compiler, fastest",
+        summary="torch.compile to fused int8 kernels for x86 (oneDNN); needs a C++ compiler",
         integer=True,
-        refuse=refuse,
+        carries=INT8,
+        refuse=saturates,
+        unavailable=unavailable,
         build=build,
     )
 )

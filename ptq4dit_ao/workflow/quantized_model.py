@@ -49,10 +49,23 @@ class QuantizedModel:
     sampling: dict[str, object] | None = None
     """How to sample it (:class:`~ptq4dit_ao.calibration.Sampling`), where that is known."""
 
-    def lower(self, backend: str = "fbgemm", *, allow_float_fallback: bool = False) -> LoweredModel:
+    def lower(
+        self,
+        backend: str = "fbgemm",
+        *,
+        float_dtype: torch.dtype | None = None,
+        allow_float_fallback: bool = False,
+    ) -> LoweredModel:
         """Ready to run on a backend, proven; see :func:`ptq4dit_ao.lower`."""
-        examples = tuple(torch.zeros(spec.shape, dtype=spec.dtype) for spec in self.inputs)
-        return lower(self.graph, backend, example_inputs=examples, allow_float_fallback=allow_float_fallback)
+        device = next((tensor.device for tensor in self.graph.buffers()), torch.device("cpu"))
+        examples = tuple(torch.zeros(spec.shape, dtype=spec.dtype, device=device) for spec in self.inputs)
+        return lower(
+            self.graph,
+            backend,
+            example_inputs=examples,
+            float_dtype=float_dtype,
+            allow_float_fallback=allow_float_fallback,
+        )
 
     def save(self, directory: str | Path) -> ArtifactSize:
         """See :func:`save_quantized`."""

@@ -27,7 +27,7 @@ from ptq4dit_ao.lowering import (
 )
 from ptq4dit_ao.quantizer import PTQ4DiTQuantizer
 
-lowering = importlib.import_module("ptq4dit_ao.lowering.lower")  # the name is also that of a function
+lowering = importlib.import_module("ptq4dit_ao.lowering.backend")  # the name is also that of a function
 
 BACKENDS = ["reference", "fbgemm", pytest.param("x86_inductor", marks=pytest.mark.x86)]
 BITS = {"W8A8": (8, 8), "W4A8": (4, 8), "W6A6": (6, 6)}
@@ -162,7 +162,7 @@ def register(monkeypatch, build) -> None:
 
 
 def test_a_backend_that_does_nothing_is_caught(quantized, monkeypatch):
-    register(monkeypatch, lambda graph, linears: graph)
+    register(monkeypatch, lambda request: request.graph)
     with pytest.raises(LoweringError, match=r"'other' ran 0 of 14 quantized linears on integer kernels; pass allow_"):
         lower(quantized(), "other")
     proof = lower(quantized(), "other", allow_float_fallback=True).proof
@@ -171,13 +171,15 @@ def test_a_backend_that_does_nothing_is_caught(quantized, monkeypatch):
 
 
 def test_a_backend_that_forgets_one_linear_is_caught(quantized, monkeypatch):
-    register(monkeypatch, lambda graph, linears: fbgemm.build(graph, linears[:-1]))
+    register(monkeypatch, lambda request: fbgemm.build(dataclasses.replace(request, linears=request.linears[:-1])))
     with pytest.raises(LoweringError, match="ran 13 of 14 quantized linears on integer kernels"):
         lower(quantized(), "other")
 
 
 def test_what_is_counted_is_what_runs(quantized, monkeypatch):
-    monkeypatch.setattr(lowering, "count_integer_gemms", lambda run, inputs: {ONEDNN: 13})
+    honest = lowering.BACKENDS["fbgemm"]
+    miscounted = dataclasses.replace(honest, count=lambda run, inputs: {ONEDNN: 13})
+    monkeypatch.setitem(lowering.BACKENDS, "fbgemm", miscounted)
     with pytest.raises(LoweringError, match="ran 13 of 14"):
         lower(quantized(), "fbgemm")
 
@@ -261,7 +263,7 @@ def test_sixteen_bit_models_are_refused(convert):
     samples = [(torch.randn(4, 6, 8, dtype=torch.bfloat16), torch.arange(4)) for _ in range(2)]
     exported = export_transformer(Odd().eval().bfloat16(), samples[0])
     converted = convert(exported, PTQ4DiTQuantizer(aggregation="none"), samples)
-    with pytest.raises(LoweringError, match=r"cannot carry 3 of 3 .*needs a float32 model, got torch.bfloat16"):
+    with pytest.raises(LoweringError, match=r"cannot carry 3 of 3 .*needs a float32 model, got bfloat16"):
         lower(converted, "fbgemm")
     assert lower(converted, "reference")(*samples[0]).dtype == torch.bfloat16
 
@@ -269,15 +271,16 @@ def test_sixteen_bit_models_are_refused(convert):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"x_dtype": torch.int8}, "needs uint8 activations and int8 weights, got torch.int8 and torch.int8"),
-        ({"weight": torch.zeros(2, 2, dtype=torch.uint8)}, "got torch.uint8 and torch.uint8"),
+        ({"x_dtype": torch.int8}, "needs uint8 activations and int8 weights, got int8 and int8"),
+        ({"weight": torch.zeros(2, 2, dtype=torch.uint8)}, "got uint8 and uint8"),
         ({"weight_zero_point": torch.tensor([0, 1])}, "needs symmetric weights"),
     ],
 )
 def test_what_fbgemm_cannot_carry(quantized, changes, reason):
     linear = quantized_linears(quantized())[0]
-    assert fbgemm.refuse(linear) is None
-    assert reason in (fbgemm.refuse(dataclasses.replace(linear, **changes)) or "")
+    backend = lowering.BACKENDS["fbgemm"]
+    assert backend.why_not(linear) is None
+    assert reason in (backend.why_not(dataclasses.replace(linear, **changes)) or "")
 
 
 # -- matching ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,144 @@
+"""What a backend is, and which there are."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ptq4dit_ao.errors import LoweringError
+from ptq4dit_ao.lowering.match import QuantizedLinear
+from ptq4dit_ao.lowering.proof import count_integer_gemms
+
+logger = logging.getLogger(__name__)
+
+Runnable = Callable[..., Tensor | tuple[Tensor, ...]]
+"""Called with the graph's inputs."""
+
+PREFERRED = ("x86_inductor", "fbgemm", "reference")
+"""The order in which ``auto`` tries backends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """Which quantized linears a backend carries: activations per tensor, weights per output channel, ..."""
+
+    activation_dtypes: tuple[torch.dtype, ...] = (torch.uint8,)
+    """As stored; fewer bits than 8 are a smaller range of these."""
+    weight_dtypes: tuple[torch.dtype, ...] = (torch.int8,)
+    asymmetric_weights: bool = False
+    model_dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    """Of the graph around the linears."""
+    float_dtypes: tuple[torch.dtype, ...] = ()
+    """What ``float_dtype`` of ``lower`` may ask for."""
+
+    def refuse(self, linear: QuantizedLinear) -> str | None:
+        """Why these capabilities cannot carry a linear."""
+        if linear.dtype not in self.model_dtypes:
+            return f"needs a {_names(self.model_dtypes)} model, got {_names([linear.dtype])}"
+        if linear.x_dtype not in self.activation_dtypes or linear.weight.dtype not in self.weight_dtypes:
+            return (
+                f"needs {_names(self.activation_dtypes)} activations and {_names(self.weight_dtypes)} weights, "
+                f"got {_names([linear.x_dtype])} and {_names([linear.weight.dtype])}"
+            )
+        if not self.asymmetric_weights and linear.weight_zero_point.any():
+            return "needs symmetric weights"
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What ``lower`` asks a backend to build."""
+
+    graph: GraphModule
+    """A private copy."""
+    linears: Sequence[QuantizedLinear]
+    """Those of ``graph`` that the backend carries."""
+    example_inputs: tuple[Tensor, ...]
+    float_dtype: torch.dtype | None = None
+    """What computes beside the integers; None for the model's own dtype."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """How one backend runs a converted graph."""
+
+    name: str
+    summary: str
+    integer: bool
+    """Does it run integer kernels, or simulate them in float?"""
+    build: Callable[[Request], Runnable]
+    carries: Capabilities | None = None
+    """None: anything."""
+    refuse: Callable[[QuantizedLinear], str | None] = lambda linear: None
+    """Why it cannot carry a linear that ``carries`` allows."""
+    unavailable: Callable[[], str | None] = lambda: None
+    """Why this machine cannot run it, and what would help; None if it can."""
+    count: Callable[[Runnable, Sequence[Tensor]], dict[str, int]] = count_integer_gemms
+    """Integer GEMMs of one call: kernel -> how often."""
+
+    def why_not(self, linear: QuantizedLinear) -> str | None:
+        """Why it cannot carry a linear; None if it can."""
+        declared = None if self.carries is None else self.carries.refuse(linear)
+        return declared or self.refuse(linear)
+
+
+BACKENDS: dict[str, Backend] = {}
+
+
+def register(backend: Backend) -> None:
+    """Add a backend under its name."""
+    BACKENDS[backend.name] = backend
+
+
+def available_backends() -> dict[str, str]:
+    """Name -> what it is, of the backends that this machine can run."""
+    return {name: backend.summary for name, backend in BACKENDS.items() if backend.unavailable() is None}
+
+
+def missing_backends() -> dict[str, str]:
+    """Name -> why this machine cannot run it, of the others."""
+    reasons = {name: backend.unavailable() for name, backend in BACKENDS.items()}
+    return {name: why for name, why in reasons.items() if why is not None}
+
+
+def choose_backend(name: str) -> Backend:
+    """The backend of a name; for ``auto``, the first of :data:`PREFERRED` that this machine can run.
+
+    ``auto`` logs a warning for each that it passes over.
+
+    Raises:
+        LoweringError: the name is unknown, or this machine cannot run it.
+    """
+    if name == "auto":
+        return _best()
+    chosen = BACKENDS.get(name)
+    if chosen is None:
+        near = difflib.get_close_matches(name, BACKENDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise LoweringError(f"backend {name!r} is unknown; there are {', '.join(map(repr, BACKENDS))}{hint}")
+    why = chosen.unavailable()
+    if why is not None:
+        raise LoweringError(f"backend {name!r} cannot run here: {why}; 'auto' takes the best that can")
+    return chosen
+
+
+def _best() -> Backend:
+    passed: list[str] = []
+    for name in PREFERRED:
+        why = BACKENDS[name].unavailable()
+        if why is None:
+            for line in passed:
+                logger.warning("%s; taking %r", line, name)
+            return BACKENDS[name]
+        passed.append(f"backend {name!r} cannot run here: {why}")
+    raise AssertionError("the reference backend runs anywhere")
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
