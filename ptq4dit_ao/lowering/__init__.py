@@ -2,7 +2,7 @@
 
 from ptq4dit_ao.lowering import fbgemm, reference, x86_inductor  # noqa: F401  (they register themselves)
 from ptq4dit_ao.lowering.backend import Backend, Capabilities, Request, available_backends, missing_backends, register
-from ptq4dit_ao.lowering.lower import LoweredModel, lower
+from ptq4dit_ao.lowering.lower import LoweredModel, export_to, lower
 from ptq4dit_ao.lowering.match import QuantizedLinear, float_linears, quantized_linears
 from ptq4dit_ao.lowering.proof import KernelProof
 
@@ -14,6 +14,7 @@ __all__ = [
     "QuantizedLinear",
     "Request",
     "available_backends",
+    "export_to",
     "float_linears",
     "lower",
     "missing_backends",

@@ -6,6 +6,7 @@ import difflib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -81,6 +82,11 @@ class Backend:
     """Why this machine cannot run it, and what would help; None if it can."""
     count: Callable[[Runnable, Sequence[Tensor]], dict[str, int]] = count_integer_gemms
     """Integer GEMMs of one call: kernel -> how often."""
+
+    write: Callable[[Request, Path], None] | None = None
+    """Write the file that another program runs; None if it has no such form."""
+    suffix: str = ""
+    """Of that file."""
 
     def why_not(self, linear: QuantizedLinear) -> str | None:
         """Why it cannot carry a linear; None if it can."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.fx import GraphModule
 from ptq4dit_ao.errors import LoweringError
 from ptq4dit_ao.graph.names import placeholders
 from ptq4dit_ao.graph.shapes import example_shape, tensor_of
-from ptq4dit_ao.lowering.backend import Backend, Request, Runnable, choose_backend
+from ptq4dit_ao.lowering.backend import BACKENDS, Backend, Request, Runnable, choose_backend
 from ptq4dit_ao.lowering.match import quantized_linears, unread_linears
 from ptq4dit_ao.lowering.proof import KernelProof, check_proof
 
@@ -57,33 +58,86 @@ def lower(
             run on integer kernels.
     """
     chosen = choose_backend(backend)
-    _check_float_dtype(chosen, float_dtype)
-    graph = copy.deepcopy(converted)
-    linears = quantized_linears(graph)
-    unread = unread_linears(graph)
-    reasons = {linear.name: chosen.why_not(linear) for linear in linears}
-    refused = [(name, why) for name, why in reasons.items() if why is not None]
-    if chosen.integer:
-        refused += [(node.name, "its weight is not constant integers in the graph") for node in unread]
-    promised = len(linears) + len(unread)
-    if refused and not allow_float_fallback:
-        name, why = refused[0]
-        raise LoweringError(
-            f"backend {chosen.name!r} cannot carry {len(refused)} of {promised} quantized linears ({name}: {why}); "
-            "pass allow_float_fallback=True to run those in float, or use another backend"
-        )
-    inputs = _example_inputs(converted) if example_inputs is None else tuple(example_inputs)
-    carried = [linear for linear in linears if reasons[linear.name] is None]
-    run = chosen.build(Request(graph=graph, linears=carried, example_inputs=inputs, float_dtype=float_dtype))
+    request, refused, promised = _request(converted, chosen, example_inputs, float_dtype, allow_float_fallback)
+    run = chosen.build(request)
     proof = KernelProof(
         backend=chosen.name,
         promised=promised if chosen.integer else 0,
-        kernels=chosen.count(run, inputs) if chosen.integer else {},
+        kernels=chosen.count(run, request.example_inputs) if chosen.integer else {},
         float_layers=tuple(refused),
     )
     check_proof(proof, allow_float_fallback=allow_float_fallback)
     logger.info("%s", proof)
     return LoweredModel(run, proof)
+
+
+def export_to(
+    converted: GraphModule,
+    backend: str,
+    path: str | Path,
+    *,
+    example_inputs: Sequence[Tensor] | None = None,
+    float_dtype: torch.dtype | None = None,
+    allow_float_fallback: bool = False,
+) -> Path:
+    """Write what another program runs: an OpenVINO IR, an AOTInductor package, an ONNX file.
+
+    The file appears under its name when it is complete; what was there before is replaced.
+
+    Args:
+        converted: left as it is.
+        backend: one that writes a file.
+        path: the file; the backend's suffix is added if it has another one.
+        example_inputs: as for :func:`lower`.
+        float_dtype: as for :func:`lower`.
+        allow_float_fallback: as for :func:`lower`.
+
+    Returns:
+        The file.
+
+    Raises:
+        LoweringError: the backend writes no file, or as for :func:`lower`.
+    """
+    chosen = choose_backend(backend)
+    if chosen.write is None:
+        able = ", ".join(repr(name) for name, other in BACKENDS.items() if other.write is not None)
+        raise LoweringError(f"backend {chosen.name!r} runs in this process and writes no file; these do: {able}")
+    path = Path(path)
+    if path.suffix != chosen.suffix:
+        path = path.with_name(path.name + chosen.suffix)
+    request, _, _ = _request(converted, chosen, example_inputs, float_dtype, allow_float_fallback)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    chosen.write(request, path)
+    return path
+
+
+def _request(
+    converted: GraphModule,
+    backend: Backend,
+    example_inputs: Sequence[Tensor] | None,
+    float_dtype: torch.dtype | None,
+    allow_float_fallback: bool,
+) -> tuple[Request, list[tuple[str, str]], int]:
+    """What the backend is to build; the layers it cannot carry, with reasons; how many layers are quantized."""
+    _check_float_dtype(backend, float_dtype)
+    graph = copy.deepcopy(converted)
+    linears = quantized_linears(graph)
+    unread = unread_linears(graph)
+    reasons = {linear.name: backend.why_not(linear) for linear in linears}
+    refused = [(name, why) for name, why in reasons.items() if why is not None]
+    if backend.integer:
+        refused += [(node.name, "its weight is not constant integers in the graph") for node in unread]
+    promised = len(linears) + len(unread)
+    if refused and not allow_float_fallback:
+        name, why = refused[0]
+        raise LoweringError(
+            f"backend {backend.name!r} cannot carry {len(refused)} of {promised} quantized linears ({name}: {why}); "
+            "pass allow_float_fallback=True to run those in float, or use another backend"
+        )
+    inputs = _example_inputs(converted) if example_inputs is None else tuple(example_inputs)
+    carried = [linear for linear in linears if reasons[linear.name] is None]
+    request = Request(graph=graph, linears=carried, example_inputs=inputs, float_dtype=float_dtype)
+    return request, refused, promised
 
 
 def _check_float_dtype(backend: Backend, dtype: torch.dtype | None) -> None:
