@@ -81,9 +81,6 @@ def write_artifact(
 def read_artifact(directory: str | Path, device: str | torch.device = "cpu") -> StoredModel:
     """Load a saved model onto ``device``; needs no other file, and runs no code from this one.
 
-    The weights of a model on the CPU stay mapped from the file, so do not write into it while the model is in use
-    (``write_artifact`` never does).
-
     Raises:
         ArtifactError: a file is missing, altered, of another format version, or asks for what it may not do.
     """

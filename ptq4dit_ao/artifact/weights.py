@@ -9,9 +9,10 @@ zeros   not in the file, dtype and shape say it all                 integers tha
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ from ptq4dit_ao.artifact.narrow import four_bit_tensors
 from ptq4dit_ao.artifact.strict import check_keys
 from ptq4dit_ao.artifact.values import DTYPES
 from ptq4dit_ao.errors import ArtifactError
+
+MAPPED_BYTES = 2**26
+"""Of the file that are mapped at a time."""
 
 _STORAGES = ("raw", "int4", "zeros")
 
@@ -101,7 +105,9 @@ def save_tensors(payload: Mapping[str, Tensor], path: Path) -> None:
 
 
 def load_tensors(path: Path, table: Mapping[str, StoredTensor], device: torch.device) -> dict[str, Tensor]:
-    """The tensors of ``pack_tensors``; on the CPU the raw ones are views of the mapped file.
+    """The tensors of ``pack_tensors``, each in memory of its own, so that it can be freed alone.
+
+    The file is mapped anew every now and then: what was read from a mapping counts as memory until it is closed.
 
     Raises:
         ArtifactError: the file is damaged, or holds other tensors than the table lists.
@@ -109,9 +115,26 @@ def load_tensors(path: Path, table: Mapping[str, StoredTensor], device: torch.de
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             _check_names(path, set(file.keys()), {n for n, entry in table.items() if entry.storage != "zeros"})
-            return {name: _unpack(path, name, entry, file).to(device) for name, entry in table.items()}
+        tensors: dict[str, Tensor] = {}
+        for names in _chunks(table):
+            with safe_open(path, framework="pt", device="cpu") as file:
+                tensors |= {name: _unpack(path, name, table[name], file).to(device) for name in names}
+        return tensors
     except SafetensorError as error:
         raise ArtifactError(f"{path} is not readable ({error}); copy or save the model again") from error
+
+
+def _chunks(table: Mapping[str, StoredTensor]) -> Iterator[list[str]]:
+    """Names of the tensors, in portions of about :data:`MAPPED_BYTES` in the file."""
+    names, size = [], 0
+    for name, entry in table.items():
+        names.append(name)
+        dtype, shape = entry.in_file
+        size += 0 if entry.storage == "zeros" else dtype.itemsize * math.prod(shape)
+        if size >= MAPPED_BYTES:
+            yield names
+            names, size = [], 0
+    yield names
 
 
 def _storage(name: str, tensor: Tensor, four_bit: set[str]) -> str:
@@ -143,7 +166,7 @@ def _unpack(path: Path, name: str, entry: StoredTensor, file: Any) -> Tensor:
             f"tensor {name!r} in {path} is {found}, the manifest says {entry.in_file}; they belong to different "
             f"models, copy or save the model again"
         )
-    return unpack_int4(stored, entry.shape) if entry.storage == "int4" else stored
+    return unpack_int4(stored, entry.shape) if entry.storage == "int4" else stored.clone()
 
 
 def _check_names(path: Path, found: set[str], expected: set[str]) -> None:

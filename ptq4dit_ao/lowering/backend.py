@@ -57,7 +57,7 @@ class Request:
     """What ``lower`` asks a backend to build."""
 
     graph: GraphModule
-    """A private copy."""
+    """A private copy; its tensors are shared, so replace or delete them, but do not write into them."""
     linears: Sequence[QuantizedLinear]
     """Those of ``graph`` that the backend carries."""
     example_inputs: tuple[Tensor, ...]

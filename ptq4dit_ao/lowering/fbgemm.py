@@ -75,11 +75,10 @@ def refuse(linear: QuantizedLinear) -> str | None:
 
 
 def build(request: Request) -> GraphModule:
-    """Replace every linear by a kernel call."""
-    graph, linears = request.graph, request.linears
-    onednn = has_onednn()
+    """Replace every linear by a kernel call; its unpacked weight is freed then."""
+    graph, onednn = request.graph, has_onednn()
     quantizers: dict[Node, Node] = {}
-    for i, linear in enumerate(linears):
+    for i, linear in enumerate(request.linears):
         source = linear.quantize.args[0]  # not linear.x, which may be a linear that has been replaced by now
         assert isinstance(source, Node)
         if onednn:
@@ -87,10 +86,8 @@ def build(request: Request) -> GraphModule:
                 quantizers[linear.quantize] = _call(graph, f"_quantize_{i}", Quantize(linear), source, linear.quantize)
             source = quantizers[linear.quantize]
         module = OneDNNLinear(linear) if onednn else FBGEMMLinear(linear)
-        linear.node.replace_all_uses_with(_call(graph, f"_integer_linear_{i}", module, source, linear.node))
-        graph.graph.erase_node(linear.node)
-    graph.graph.eliminate_dead_code()
-    _drop_unused_tensors(graph)
+        linear.replace_by(_call(graph, f"_integer_linear_{i}", module, source, linear.node))
+    graph.graph.lint()
     graph.recompile()
     return graph
 
@@ -99,14 +96,6 @@ def _call(graph: GraphModule, name: str, module: nn.Module, source: Node, before
     graph.add_submodule(name, module)
     with graph.graph.inserting_before(before):
         return graph.graph.call_module(name, (source,))
-
-
-def _drop_unused_tensors(graph: GraphModule) -> None:
-    """Free the unpacked weights: the packed copies serve."""
-    graph.delete_all_unused_submodules()
-    used = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
-    for name in [name for name in (*graph._buffers, *graph._parameters) if name not in used]:
-        delattr(graph, name)
 
 
 register(

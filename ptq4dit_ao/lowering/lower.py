@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ptq4dit_ao.errors import LoweringError
+from ptq4dit_ao.graph.interface import CapturedModule, InputSpec
 from ptq4dit_ao.graph.names import placeholders
 from ptq4dit_ao.graph.shapes import example_shape, tensor_of
 from ptq4dit_ao.lowering.backend import BACKENDS, Backend, Request, Runnable, choose_backend
@@ -23,6 +24,10 @@ logger = logging.getLogger(__name__)
 
 class LoweredModel(nn.Module):
     """A quantized model ready to run; called with the exported graph's inputs."""
+
+    inputs: tuple[InputSpec, ...] = ()
+    captured: CapturedModule | None = None
+    """These two are known of a :class:`~ptq4dit_ao.QuantizedModel`."""
 
     def __init__(self, run: Runnable, proof: KernelProof) -> None:
         super().__init__()
@@ -41,24 +46,27 @@ def lower(
     example_inputs: Sequence[Tensor] | None = None,
     float_dtype: torch.dtype | None = None,
     allow_float_fallback: bool = False,
+    consume: bool = False,
 ) -> LoweredModel:
     """Lower what ``convert_pt2e`` returned, and prove which kernels run.
 
     Args:
-        converted: left as it is.
+        converted: left as it is, unless it is to be consumed.
         backend: a name of :func:`available_backends`; or ``auto`` for the best that this machine can run, with a
             warning that says why not a better one.
         example_inputs: for compiling and for the proof; made up from the graph's input shapes if not given.
         float_dtype: what attention and the other matrix products that are not integer compute in; bfloat16 is quicker
             where the processor has it. None for the model's own dtype.
         allow_float_fallback: accept linears that the backend runs in float.
+        consume: use ``converted`` up, so that each weight is freed when it has been packed; it cannot run afterwards.
 
     Raises:
         LoweringError: the backend is unknown, cannot run here or not in ``float_dtype``; or fewer linears than promised
             run on integer kernels.
     """
     chosen = choose_backend(backend)
-    request, refused, promised = _request(converted, chosen, example_inputs, float_dtype, allow_float_fallback)
+    graph = converted if consume else _copy(converted)
+    request, refused, promised = _request(graph, chosen, example_inputs, float_dtype, allow_float_fallback)
     run = chosen.build(request)
     proof = KernelProof(
         backend=chosen.name,
@@ -105,14 +113,19 @@ def export_to(
     path = Path(path)
     if path.suffix != chosen.suffix:
         path = path.with_name(path.name + chosen.suffix)
-    request, _, _ = _request(converted, chosen, example_inputs, float_dtype, allow_float_fallback)
+    request, _, _ = _request(_copy(converted), chosen, example_inputs, float_dtype, allow_float_fallback)
     path.parent.mkdir(parents=True, exist_ok=True)
     chosen.write(request, path)
     return path
 
 
+def _copy(graph: GraphModule) -> GraphModule:
+    """Another graph with the same tensors."""
+    return GraphModule(graph, copy.deepcopy(graph.graph))
+
+
 def _request(
-    converted: GraphModule,
+    graph: GraphModule,
     backend: Backend,
     example_inputs: Sequence[Tensor] | None,
     float_dtype: torch.dtype | None,
@@ -120,7 +133,6 @@ def _request(
 ) -> tuple[Request, list[tuple[str, str]], int]:
     """What the backend is to build; the layers it cannot carry, with reasons; how many layers are quantized."""
     _check_float_dtype(backend, float_dtype)
-    graph = copy.deepcopy(converted)
     linears = quantized_linears(graph)
     unread = unread_linears(graph)
     reasons = {linear.name: backend.why_not(linear) for linear in linears}
@@ -134,7 +146,7 @@ def _request(
             f"backend {backend.name!r} cannot carry {len(refused)} of {promised} quantized linears ({name}: {why}); "
             "pass allow_float_fallback=True to run those in float, or use another backend"
         )
-    inputs = _example_inputs(converted) if example_inputs is None else tuple(example_inputs)
+    inputs = _example_inputs(graph) if example_inputs is None else tuple(example_inputs)
     carried = [linear for linear in linears if reasons[linear.name] is None]
     request = Request(graph=graph, linears=carried, example_inputs=inputs, float_dtype=float_dtype)
     return request, refused, promised

@@ -20,8 +20,13 @@ _DEQUANTIZE_WEIGHT = quantized.dequantize_per_channel.default
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedLinear:
-    """One linear of the converted graph with everything an integer kernel needs."""
+    """One linear of the converted graph with everything an integer kernel needs.
 
+    Tensors are read from the graph when they are asked for: whoever removes them there, as each has been packed, never
+    holds two copies of all weights.
+    """
+
+    graph: GraphModule
     node: Node
     quantize: Node
     """The activation's quantize node; linears that read the same tensor may share it."""
@@ -30,19 +35,52 @@ class QuantizedLinear:
     x_zero_point: int
     x_range: tuple[int, int]
     x_dtype: torch.dtype
-    weight: Tensor
-    """(C_out, C_in) int8."""
-    weight_scale: Tensor
-    """(C_out,)."""
-    weight_zero_point: Tensor
+    dequantize_weight: Node
     weight_range: tuple[int, int]
-    bias: Tensor | None
+    bias_node: Node | None
     dtype: torch.dtype
     """Of the float model around it."""
 
     @property
     def name(self) -> str:
         return self.node.name
+
+    @property
+    def weight(self) -> Tensor:
+        """(C_out, C_in) int8."""
+        return self._constant(self.dequantize_weight.args[0])
+
+    @property
+    def weight_scale(self) -> Tensor:
+        """(C_out,)."""
+        return self._constant(self.dequantize_weight.args[1])
+
+    @property
+    def weight_zero_point(self) -> Tensor:
+        """(C_out,)."""
+        return self._constant(self.dequantize_weight.args[2])
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(C_out,)."""
+        return None if self.bias_node is None else self._constant(self.bias_node)
+
+    def replace_by(self, node: Node) -> None:
+        """Let ``node`` take the linear's place; what nothing else reads leaves the graph, tensors and all."""
+        self.node.replace_all_uses_with(node)
+        graph = self.node.graph
+        unread = [self.node]
+        while unread:
+            gone = unread.pop()
+            sources = gone.all_input_nodes  # each once
+            graph.erase_node(gone)
+            if gone.op == "get_attr" and not graph.find_nodes(op="get_attr", target=gone.target):
+                _delete(self.graph, str(gone.target))
+            unread += [source for source in sources if not source.users and source.op != "placeholder"]
+
+    def _constant(self, node: object) -> Tensor:
+        assert isinstance(node, Node)
+        return get_attribute(self.graph, str(node.target)).detach()
 
 
 def quantized_linears(graph_module: GraphModule) -> list[QuantizedLinear]:
@@ -74,6 +112,7 @@ def _match(graph_module: GraphModule, node: Node) -> QuantizedLinear | None:
         return None
     x, scale, zero_point, low, high, dtype = q_x.args
     return QuantizedLinear(
+        graph=graph_module,
         node=node,
         quantize=q_x,
         x=x,
@@ -81,11 +120,9 @@ def _match(graph_module: GraphModule, node: Node) -> QuantizedLinear | None:
         x_zero_point=zero_point,
         x_range=(low, high),
         x_dtype=dtype,
-        weight=_tensor(graph_module, weight),
-        weight_scale=_tensor(graph_module, dq_w.args[1]),
-        weight_zero_point=_tensor(graph_module, dq_w.args[2]),
+        dequantize_weight=dq_w,
         weight_range=(dq_w.args[4], dq_w.args[5]),
-        bias=None if bias is None else _tensor(graph_module, bias),
+        bias_node=bias,
         dtype=dq_x.kwargs.get("out_dtype") or torch.float32,
     )
 
@@ -94,5 +131,6 @@ def _calls(node: object, target: object) -> bool:
     return isinstance(node, Node) and node.target is target
 
 
-def _tensor(graph_module: GraphModule, node: Node) -> Tensor:
-    return get_attribute(graph_module, str(node.target)).detach()
+def _delete(graph_module: GraphModule, path: str) -> None:
+    owner, _, name = path.rpartition(".")
+    delattr(graph_module.get_submodule(owner), name)

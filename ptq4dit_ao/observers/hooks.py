@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e import ObserverBase
 
 from ptq4dit_ao.errors import CalibrationError
-from ptq4dit_ao.graph.names import get_attribute
+from ptq4dit_ao.graph.pending import tensor_at
 from ptq4dit_ao.observers.clock import TimestepClock
 from ptq4dit_ao.observers.qdq import QuantSpec, insert_qdq
 from ptq4dit_ao.observers.statistics import ChannelStatistics
@@ -111,7 +111,7 @@ class WeightObserver(_HookedObserver):
         return weight
 
     def _qparams(self, model: GraphModule, source: Node) -> tuple[Tensor, Tensor]:
-        weight = get_attribute(model, str(source.target)).detach()
+        weight = tensor_at(model, str(source.target)).detach()
         axis = self.spec.channel_axis
         rows = weight.reshape(1, -1) if axis is None else weight.movedim(axis, 0).reshape(weight.shape[axis], -1)
         low, high = torch.aminmax(rows, dim=1)

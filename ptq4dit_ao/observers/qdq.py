@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import QuantizationSpec
 
 from ptq4dit_ao.core import affine_qparams
-from ptq4dit_ao.graph.names import get_attribute
+from ptq4dit_ao.graph.pending import row_blocks, tensor_at
 
 quantized = torch.ops.quantized_decomposed
 
@@ -75,18 +75,33 @@ def insert_qdq(model: GraphModule, observer: Node, spec: QuantSpec, scale: Tenso
         arguments = (*arguments, spec.quant_min, spec.quant_max, spec.dtype)
         value = source.meta.get("val")
         kwargs = {} if value is None or value.dtype == torch.float32 else {"out_dtype": value.dtype}
-        quantize = getattr(quantized, f"quantize_{kind}").default
         if source.op == "get_attr":
-            values = (get_attribute(model, str(a.target)) if isinstance(a, Node) else a for a in arguments)
-            integers = quantize(get_attribute(model, str(source.target)).detach(), *values)
+            integers = _integers(tensor_at(model, str(source.target)).detach(), spec, scale, zero_point)
             q = _buffer(model, f"_{observer.name}_integers", integers)
             if value is not None:
                 q.meta["val"] = value.fake_mode.from_tensor(integers, static_shapes=True)
         else:
-            q = graph.call_function(quantize, (source, *arguments))
+            q = graph.call_function(getattr(quantized, f"quantize_{kind}").default, (source, *arguments))
         dq = graph.call_function(getattr(quantized, f"dequantize_{kind}").default, (q, *arguments), kwargs)
     observer.replace_all_uses_with(dq)
     graph.erase_node(observer)
+
+
+def _integers(tensor: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """What torchao's quantize op gives, of the tensor's shape, without its float temporaries of that shape."""
+    stored = torch.empty_like(tensor, dtype=spec.dtype)
+    bounds = (spec.quant_min, spec.quant_max, spec.dtype)
+    scale, zero_point = scale.to(tensor.device), zero_point.to(tensor.device)
+    for rows in row_blocks(tensor):
+        if spec.channel_axis is None:
+            part = quantized.quantize_per_tensor.default(tensor[rows], float(scale), int(zero_point), *bounds)
+        else:
+            of = rows if spec.channel_axis == 0 else slice(None)
+            part = quantized.quantize_per_channel.default(
+                tensor[rows], scale[of], zero_point[of], spec.channel_axis, *bounds
+            )
+        stored[rows] = part
+    return stored
 
 
 def _buffer(model: GraphModule, name: str, value: Tensor) -> Node:

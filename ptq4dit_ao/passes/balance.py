@@ -15,6 +15,7 @@ from ptq4dit_ao.core.salience import AGGREGATIONS, Aggregation
 from ptq4dit_ao.errors import CalibrationError, check_choice
 from ptq4dit_ao.graph import Consumer, Site
 from ptq4dit_ao.graph.names import get_attribute
+from ptq4dit_ao.graph.pending import tensor_at
 from ptq4dit_ao.observers import SalienceStatistics
 from ptq4dit_ao.passes.fold import FOLD_FORMS, FoldForm, fold_balance
 from ptq4dit_ao.passes.insert import insert_balance
@@ -149,8 +150,9 @@ def _weight_salience(model: GraphModule, site: Site) -> Tensor:
     """Salience per variable (V,), the largest over all consumers' weight columns."""
     parts = []
     for consumer in site.consumers:
-        weight = get_attribute(model, consumer.weight).detach().to("cpu", torch.float64)
-        parts.append(_per_variable(weight.abs().amax(0, keepdim=True), consumer, site.num_variables)[0])
+        low, high = torch.aminmax(tensor_at(model, consumer.weight).detach(), dim=0, keepdim=True)
+        largest = torch.maximum(-low, high).to("cpu", torch.float64)
+        parts.append(_per_variable(largest, consumer, site.num_variables)[0])
     return torch.stack(parts).amax(0)
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from ptq4dit_ao.graph.names import get_attribute, set_tensor
+from ptq4dit_ao.graph.names import set_tensor
+from ptq4dit_ao.graph.pending import pending, scale_later, set_pending, tensor_at
 from ptq4dit_ao.graph.variables import Ids
 
 
@@ -19,6 +20,7 @@ class Snapshot:
 
     def __init__(self, model: GraphModule) -> None:
         self._nodes = {node: (node.target, node.args, node.kwargs) for node in model.graph.nodes}
+        self._factors = {path: list(factors) for path, factors in pending(model).items()}
         self._tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
 
     def restore(self, model: GraphModule) -> None:
@@ -37,6 +39,7 @@ class Snapshot:
                 module._parameters[leaf] = tensor
             else:
                 module._buffers[leaf] = tensor
+        set_pending(model, self._factors)
         model.recompile()
 
 
@@ -48,10 +51,17 @@ def scale_of(b: Tensor, variables: Ids | Sequence[int]) -> Tensor:
 
 def replace_tensor(model: GraphModule, paths: Sequence[str], change: Callable[[Tensor], Tensor]) -> None:
     """Put ``change(tensor)`` where a tensor (and its aliases) stood; the old tensor, perhaps shared, is untouched."""
-    old = get_attribute(model, paths[0]).detach()
+    old = tensor_at(model, paths[0]).detach()
     new = change(old.to(torch.float64).cpu()).to(old.device, old.dtype)
     for path in paths:
         set_tensor(model, path, new)
+        pending(model).pop(path, None)
+
+
+def scale_tensor(model: GraphModule, paths: Sequence[str], factor: Tensor) -> None:
+    """Multiply a tensor (and its aliases) by a factor that broadcasts to it; at once, or when it is read."""
+    if not scale_later(model, paths, factor):
+        replace_tensor(model, paths, lambda tensor: tensor * factor)
 
 
 def add_constant(model: GraphModule, name: str, value: Tensor, *, like: Node) -> Node:

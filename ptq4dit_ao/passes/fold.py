@@ -22,7 +22,7 @@ from torch.fx import GraphModule, Node
 from ptq4dit_ao.errors import BalanceError, check_choice
 from ptq4dit_ao.graph import ScalarEdit, Site
 from ptq4dit_ao.passes.bias_form import bias_shift
-from ptq4dit_ao.passes.edit import add_constant, replace_tensor, scale_of
+from ptq4dit_ao.passes.edit import add_constant, replace_tensor, scale_of, scale_tensor
 from ptq4dit_ao.passes.insert import MARK
 
 FoldForm = Literal["constant", "bias"]
@@ -53,7 +53,7 @@ def fold_balance(model: GraphModule, site: Site, b: Tensor, form: FoldForm = "co
     if form == "bias":  # looked up first: a refusal leaves the model as it was
         shifts = [bias_shift(nodes[s.node], s.index, scale_of(b, s.variables)) for s in site.scalars]
     for edit in site.parameters:
-        replace_tensor(model, edit.paths, partial(torch.mul, 1 / scale_of(b, edit.variables)))
+        scale_tensor(model, edit.paths, 1 / scale_of(b, edit.variables))
     for path, shift in shifts:
         replace_tensor(model, (path,), partial(torch.add, shift))
     if form == "constant":

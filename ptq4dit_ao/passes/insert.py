@@ -5,14 +5,12 @@ Exact for any site and any positive b, at the price of one multiply per site inp
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ptq4dit_ao.graph import Site
-from ptq4dit_ao.passes.edit import add_constant, replace_tensor, scale_of
+from ptq4dit_ao.passes.edit import add_constant, scale_of, scale_tensor
 
 MARK = "ptq4dit_balance"
 """``node.meta`` key of an explicit balancing node: the name of its site."""
@@ -40,7 +38,7 @@ def insert_balance(model: GraphModule, site: Site, b: Tensor) -> None:
             user.replace_input_with(source, balanced)
     for weight in dict.fromkeys((c.weight, tuple(c.variables)) for c in site.consumers):
         path, variables = weight
-        replace_tensor(model, (path,), partial(torch.mul, scale_of(b, variables)))
+        scale_tensor(model, (path,), scale_of(b, variables))
 
 
 def _reader(linear: Node, source: Node) -> Node:

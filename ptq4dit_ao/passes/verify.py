@@ -17,6 +17,7 @@ from torchao.quantization.pt2e import ObserverBase
 from ptq4dit_ao.errors import BalanceError
 from ptq4dit_ao.graph import Site
 from ptq4dit_ao.graph.names import placeholders
+from ptq4dit_ao.graph.pending import tensor_at
 from ptq4dit_ao.graph.shapes import shape_of, symbolic_axes, tensor_of
 from ptq4dit_ao.passes.balance import SiteOutcome
 from ptq4dit_ao.passes.edit import Snapshot
@@ -159,6 +160,12 @@ def floating_outputs(output: Any) -> list[Tensor]:
 
 class _PastObservers(Interpreter):
     """Runs a prepared graph as the float graph it was made from."""
+
+    module: GraphModule
+
+    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return tensor_at(self.module, target) if isinstance(value, Tensor) else value
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if isinstance(self.submodules[target], ObserverBase):

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
-from torch.fx import GraphModule
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
 
 from ptq4dit_ao.errors import CalibrationError
 from ptq4dit_ao.graph import Site
+from ptq4dit_ao.graph.pending import factors_wait
 from ptq4dit_ao.observers import SalienceObserver, SalienceStatistics, TimestepClock
+from ptq4dit_ao.observers.hooks import WeightObserver
 from ptq4dit_ao.passes import BalanceResult, BalanceSettings, SelfCheck, SiteOutcome, attach_result, balance_sites
 from ptq4dit_ao.passes.edit import scale_of
 
@@ -40,9 +42,10 @@ class BalancePlan:
         outcomes: dict[str, SiteOutcome] = {}
         if self.settings is not None:
             check = SelfCheck(model, self.clock.example) if self.verify else None
-            outcomes = balance_sites(model, self.sites, statistics, self.settings)
-            if check is not None:
-                self.sites, outcomes = check.settle(model, self.sites, outcomes, self.settings.fold_form)
+            with factors_wait(model, may_stay=_only_quantized(model).__contains__):
+                outcomes = balance_sites(model, self.sites, statistics, self.settings)
+                if check is not None:
+                    self.sites, outcomes = check.settle(model, self.sites, outcomes, self.settings.fold_form)
         for site in self.sites:
             if site.name in outcomes:
                 self._set_balance(site, outcomes[site.name].b)
@@ -79,3 +82,17 @@ class BalancePlan:
         for key, consumer in site.inputs.items():
             for observer in self.observers.get(key, []):
                 observer.balance = scale_of(b, consumer.variables).to(torch.float64)
+
+
+def _only_quantized(model: GraphModule) -> set[str]:
+    """Paths of the tensors that weight observers read, and nothing else."""
+    readers: dict[str, set[bool]] = {}
+    for node in model.graph.nodes:
+        if node.op == "get_attr":
+            observed = {u.op == "call_module" and isinstance(_module(model, u), WeightObserver) for u in node.users}
+            readers.setdefault(str(node.target), set()).update(observed)
+    return {path for path, observed in readers.items() if observed == {True}}
+
+
+def _module(model: GraphModule, node: Node) -> nn.Module:
+    return model.get_submodule(str(node.target))

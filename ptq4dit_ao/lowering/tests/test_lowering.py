@@ -258,6 +258,26 @@ def test_packed_weights_replace_the_unpacked_ones(quantized):
     assert not [node for node in lowered.run.graph.nodes if "dequantize" in str(node.target)]
 
 
+def test_a_shared_weight_serves_every_linear_that_reads_it(convert):
+    """The same module twice in a graph (pytorch/ao#4478)."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.linear(nn.functional.gelu(self.linear(x)))
+
+    torch.manual_seed(0)
+    samples = [(torch.randn(4, 6, 8), torch.arange(4)) for _ in range(2)]
+    exported = export_transformer(Twice().eval(), samples[0])
+    converted = convert(exported, PTQ4DiTQuantizer(aggregation="none"), samples)
+    lowered = lower(converted, "fbgemm")
+    assert lowered.proof.integer_gemms == 2
+    assert sqnr_db(converted(*samples[0]), lowered(*samples[0])) > 60
+
+
 def test_sixteen_bit_models_are_refused(convert):
     torch.manual_seed(0)
     samples = [(torch.randn(4, 6, 8, dtype=torch.bfloat16), torch.arange(4)) for _ in range(2)]
@@ -269,18 +289,23 @@ def test_sixteen_bit_models_are_refused(convert):
 
 
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    ("change", "reason"),
     [
-        ({"x_dtype": torch.int8}, "needs uint8 activations and int8 weights, got int8 and int8"),
-        ({"weight": torch.zeros(2, 2, dtype=torch.uint8)}, "got uint8 and uint8"),
-        ({"weight_zero_point": torch.tensor([0, 1])}, "needs symmetric weights"),
+        (lambda q: dataclasses.replace(q, x_dtype=torch.int8), "needs uint8 activations and int8 weights, got int8"),
+        (lambda q: with_constant(q, 0, torch.zeros(2, 2, dtype=torch.uint8)), "got uint8 and uint8"),
+        (lambda q: with_constant(q, 2, torch.tensor([0, 1])), "needs symmetric weights"),
     ],
 )
-def test_what_fbgemm_cannot_carry(quantized, changes, reason):
-    linear = quantized_linears(quantized())[0]
+def test_what_fbgemm_cannot_carry(changed, change, reason):
+    linear = quantized_linears(changed)[0]
     backend = lowering.BACKENDS["fbgemm"]
     assert backend.why_not(linear) is None
-    assert reason in (backend.why_not(dataclasses.replace(linear, **changes)) or "")
+    assert reason in (backend.why_not(change(linear)) or "")
+
+
+def with_constant(linear: QuantizedLinear, index: int, value: Tensor) -> QuantizedLinear:
+    setattr(linear.graph, linear.dequantize_weight.args[index].target, value)
+    return linear
 
 
 # -- matching ----------------------------------------------------------------------------------------------------------
