@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 Runnable = Callable[..., Tensor | tuple[Tensor, ...]]
 """Called with the graph's inputs."""
 
-PREFERRED = ("x86_inductor", "fbgemm", "reference")
+PREFERRED = ("cuda", "x86_inductor", "fbgemm", "reference")
 """The order in which ``auto`` tries backends."""
 
 
@@ -113,16 +113,16 @@ def missing_backends() -> dict[str, str]:
     return {name: why for name, why in reasons.items() if why is not None}
 
 
-def choose_backend(name: str) -> Backend:
-    """The backend of a name; for ``auto``, the first of :data:`PREFERRED` that this machine can run.
+def choose_backend(name: str, linears: Sequence[QuantizedLinear]) -> Backend:
+    """The backend of a name; for ``auto``, the first of :data:`PREFERRED` that runs here and carries the linears.
 
-    ``auto`` logs a warning for each that it passes over.
+    ``auto`` logs a warning for each that it passes over, but for ``cuda``: most machines have no GPU.
 
     Raises:
         LoweringError: the name is unknown, or this machine cannot run it.
     """
     if name == "auto":
-        return _best()
+        return _best(linears)
     chosen = BACKENDS.get(name)
     if chosen is None:
         near = difflib.get_close_matches(name, BACKENDS, n=1)
@@ -134,16 +134,18 @@ def choose_backend(name: str) -> Backend:
     return chosen
 
 
-def _best() -> Backend:
+def _best(linears: Sequence[QuantizedLinear]) -> Backend:
     passed: list[str] = []
     for name in PREFERRED:
-        why = BACKENDS[name].unavailable()
+        backend = BACKENDS[name]
+        why = backend.unavailable() or next(filter(None, map(backend.why_not, linears)), None)
         if why is None:
             for line in passed:
                 logger.warning("%s; taking %r", line, name)
-            return BACKENDS[name]
-        passed.append(f"backend {name!r} cannot run here: {why}")
-    raise AssertionError("the reference backend runs anywhere")
+            return backend
+        if name != "cuda":
+            passed.append(f"backend {name!r} cannot run here: {why}")
+    raise AssertionError("the reference backend runs anything anywhere")
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:

@@ -15,6 +15,7 @@ from ptq4dit_ao.errors import LoweringError
 from ptq4dit_ao.graph.interface import CapturedModule, InputSpec
 from ptq4dit_ao.graph.names import placeholders
 from ptq4dit_ao.graph.shapes import example_shape, tensor_of
+from ptq4dit_ao.graph.ties import merge_equal_computations
 from ptq4dit_ao.lowering.backend import BACKENDS, Backend, Request, Runnable, choose_backend
 from ptq4dit_ao.lowering.match import quantized_linears, unread_linears
 from ptq4dit_ao.lowering.proof import KernelProof, check_proof
@@ -64,8 +65,8 @@ def lower(
         LoweringError: the backend is unknown, cannot run here or not in ``float_dtype``; or fewer linears than promised
             run on integer kernels.
     """
-    chosen = choose_backend(backend)
     graph = converted if consume else _copy(converted)
+    chosen = choose_backend(backend, quantized_linears(graph))
     request, refused, promised = _request(graph, chosen, example_inputs, float_dtype, allow_float_fallback)
     run = chosen.build(request)
     proof = KernelProof(
@@ -106,7 +107,7 @@ def export_to(
     Raises:
         LoweringError: the backend writes no file, or as for :func:`lower`.
     """
-    chosen = choose_backend(backend)
+    chosen = choose_backend(backend, quantized_linears(converted))
     if chosen.write is None:
         able = ", ".join(repr(name) for name, other in BACKENDS.items() if other.write is not None)
         raise LoweringError(f"backend {chosen.name!r} runs in this process and writes no file; these do: {able}")
@@ -133,6 +134,7 @@ def _request(
 ) -> tuple[Request, list[tuple[str, str]], int]:
     """What the backend is to build; the layers it cannot carry, with reasons; how many layers are quantized."""
     _check_float_dtype(backend, float_dtype)
+    merge_equal_computations(graph)
     linears = quantized_linears(graph)
     unread = unread_linears(graph)
     reasons = {linear.name: backend.why_not(linear) for linear in linears}

@@ -6,13 +6,15 @@ after it, so no other node sees another dtype than the one it was traced with; c
 
 from __future__ import annotations
 
-import operator
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx import GraphModule, Interpreter, Node
 
 from ptq4dit_ao.graph.names import LINEAR
-from ptq4dit_ao.graph.shapes import tensor_of
 
 aten = torch.ops.aten
 PRODUCTS = {
@@ -28,35 +30,35 @@ PRODUCTS = {
 }
 
 
-def compute_in(graph_module: GraphModule, dtype: torch.dtype) -> None:
+def compute_in(graph_module: GraphModule, dtype: torch.dtype, example_inputs: Sequence[Tensor]) -> None:
     """Let every float32 matrix product of a graph compute in ``dtype``, in place."""
-    graph = graph_module.graph
+    graph, float32 = graph_module.graph, _float32_nodes(graph_module, example_inputs)
     narrowed: dict[Node, Node] = {}
-    for node in [node for node in graph.nodes if node.target in PRODUCTS and _is_float32(node)]:
-        for operand in [operand for operand in node.all_input_nodes if _is_float32(operand)]:
+    for node in [node for node in graph.nodes if node.target in PRODUCTS and node in float32]:
+        for operand in [operand for operand in node.all_input_nodes if operand in float32]:
             if operand not in narrowed:
                 with graph.inserting_after(operand):
-                    narrowed[operand] = _cast(graph_module, operand, dtype)
+                    narrowed[operand] = graph.call_function(aten.to.dtype, (operand, dtype))
             node.replace_input_with(operand, narrowed[operand])
-        result = tensor_of(node)
-        assert result is not None
         with graph.inserting_after(node):
-            widened = graph.call_function(aten.to.dtype, (node, result.dtype))
-        widened.meta["val"] = result
+            widened = graph.call_function(aten.to.dtype, (node, torch.float32))
+        float32.add(widened)
         node.replace_all_uses_with(widened, delete_user_cb=lambda user, widened=widened: user is not widened)
-        node.meta["val"] = result.to(dtype)
     graph.lint()
     graph_module.recompile()
 
 
-def _cast(graph_module: GraphModule, node: Node, dtype: torch.dtype) -> Node:
-    cast = graph_module.graph.call_function(aten.to.dtype, (node, dtype))
-    value = tensor_of(node)
-    assert value is not None
-    cast.meta["val"] = value.to(dtype)
-    return cast
+def _float32_nodes(graph_module: GraphModule, example_inputs: Sequence[Tensor]) -> set[Node]:
+    """Nodes whose value is a float32 tensor; asked from the operators, for stored graphs carry no metadata."""
+    found: set[Node] = set()
 
+    class Recorder(Interpreter):
+        def run_node(self, n: Node) -> Any:
+            value = super().run_node(n)
+            if isinstance(value, Tensor) and value.dtype == torch.float32:
+                found.add(n)
+            return value
 
-def _is_float32(node: Node) -> bool:
-    value = tensor_of(node)
-    return value is not None and value.dtype == torch.float32 and node.target is not operator.getitem
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        Recorder(graph_module).run(*(mode.from_tensor(x) for x in example_inputs))
+    return found

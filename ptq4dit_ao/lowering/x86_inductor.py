@@ -25,7 +25,7 @@ def unavailable() -> str | None:
 def build(request: Request) -> Runnable:
     """Compile; the first call with a new batch size compiles once more, then any batch runs."""
     if request.float_dtype is not None:
-        compute_in(request.graph, request.float_dtype)
+        compute_in(request.graph, request.float_dtype, request.example_inputs)
     compiled = torch.compile(request.graph)
 
     def run(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:

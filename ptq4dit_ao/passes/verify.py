@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torchao.quantization.pt2e import ObserverBase
 from ptq4dit_ao.errors import BalanceError
 from ptq4dit_ao.graph import Site
 from ptq4dit_ao.graph.names import placeholders
-from ptq4dit_ao.graph.pending import tensor_at
+from ptq4dit_ao.graph.pending import pending, tensor_at
 from ptq4dit_ao.graph.shapes import shape_of, symbolic_axes, tensor_of
 from ptq4dit_ao.passes.balance import SiteOutcome
 from ptq4dit_ao.passes.edit import Snapshot
@@ -158,19 +158,33 @@ def floating_outputs(output: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
+@dataclass(frozen=True)
+class _Weight:
+    """Stands for a weight with factors that wait."""
+
+    path: str
+
+
 class _PastObservers(Interpreter):
     """Runs a prepared graph as the float graph it was made from."""
 
     module: GraphModule
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        value = super().get_attr(target, args, kwargs)
-        return tensor_at(self.module, target) if isinstance(value, Tensor) else value
+        # All weights stand at the top of the graph: those with factors are multiplied out where they are used.
+        return _Weight(target) if target in pending(self.module) else super().get_attr(target, args, kwargs)
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if isinstance(self.submodules[target], ObserverBase):
             return args[0]
         return super().call_module(target, args, kwargs)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args, kwargs = tree_map(self._multiplied, (args, kwargs))
+        return super().call_function(target, args, kwargs)
+
+    def _multiplied(self, value: Any) -> Any:
+        return tensor_at(self.module, value.path) if isinstance(value, _Weight) else value
 
 
 class _Float32(_PastObservers):
@@ -188,6 +202,7 @@ class _Float32(_PastObservers):
         for i, inner in enumerate(args):
             if isinstance(inner, GraphModule):  # a region with autocast switched off, or without gradients
                 return _Float32(inner).run(*args[i + 1 :])
+        args, kwargs = tree_map(self._multiplied, (args, kwargs))
         return super().call_function(target, tree_map(_widen, args), tree_map(_widen, kwargs))
 
 

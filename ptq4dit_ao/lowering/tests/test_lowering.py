@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Interpreter, Node
 
 from ptq4dit_ao.errors import LoweringError
 from ptq4dit_ao.graph import export_transformer
@@ -23,8 +23,11 @@ from ptq4dit_ao.lowering import (
     fbgemm,
     float_linears,
     lower,
+    machine,
+    missing_backends,
     quantized_linears,
 )
+from ptq4dit_ao.lowering.mixed import PRODUCTS, compute_in
 from ptq4dit_ao.quantizer import PTQ4DiTQuantizer
 
 lowering = importlib.import_module("ptq4dit_ao.lowering.backend")  # the name is also that of a function
@@ -137,20 +140,144 @@ def test_made_up_example_inputs_need_shapes(backend, changed):
 
 
 def test_backends_are_listed_with_what_they_are():
-    assert list(available_backends()) == ["fbgemm", "reference", "x86_inductor"]
-    assert all(len(summary) > 20 for summary in available_backends().values())
+    assert {"fbgemm", "reference"} <= available_backends().keys()
+    assert not available_backends().keys() & missing_backends().keys()
+    assert available_backends().keys() | missing_backends().keys() == lowering.BACKENDS.keys()
+    assert all(len(text) > 15 for text in (*available_backends().values(), *missing_backends().values()))
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("fbgem", "backend 'fbgem' is unknown; there are 'fbgemm', 'reference', 'x86_inductor'; did you mean 'fbgemm'"),
-        ("cuda", r"backend 'cuda' is unknown; there are 'fbgemm', 'reference', 'x86_inductor'$"),
+        ("fbgem", "backend 'fbgem' is unknown; there are .*'fbgemm', .*; did you mean 'fbgemm'"),
+        ("tpu", r"backend 'tpu' is unknown; there are .*'reference'[^;]*$"),
     ],
 )
 def test_an_unknown_backend(quantized, name, message):
     with pytest.raises(LoweringError, match=message):
         lower(quantized(), name)
+
+
+# -- odd machines ----------------------------------------------------------------------------------------------------
+
+
+def lacks(monkeypatch, name: str, why: str) -> None:
+    unable = dataclasses.replace(lowering.BACKENDS[name], unavailable=lambda: why)
+    monkeypatch.setitem(lowering.BACKENDS, name, unable)
+
+
+def test_a_backend_that_cannot_run_here_is_refused_with_the_reason(quantized, monkeypatch):
+    lacks(monkeypatch, "x86_inductor", "there is no C++ compiler; install g++")
+    assert missing_backends()["x86_inductor"] == "there is no C++ compiler; install g++"
+    with pytest.raises(
+        LoweringError, match="'x86_inductor' cannot run here: there is no C[+][+] compiler; install g[+]"
+    ):
+        lower(quantized(), "x86_inductor")
+
+
+def test_auto_takes_the_next_best_and_says_why(quantized, monkeypatch, caplog):
+    lacks(monkeypatch, "cuda", "torch sees no CUDA GPU")
+    lacks(monkeypatch, "x86_inductor", "there is no C++ compiler")
+    assert lower(quantized(), "auto").proof.backend == "fbgemm"
+    lines = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert lines == ["backend 'x86_inductor' cannot run here: there is no C++ compiler; taking 'fbgemm'"]
+    lacks(monkeypatch, "fbgemm", "this processor is aarch64, not x86-64")
+    assert lower(quantized(), "auto").proof.backend == "reference"
+
+
+def test_a_compiler_that_is_missing_is_found_missing(monkeypatch):
+    from torch._inductor import cpp_builder, exc
+
+    def none() -> str:
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    machine.no_compiler.cache_clear()
+    assert machine.no_compiler() == "there is no C++ compiler; install g++ or clang, or point CXX to one"
+    monkeypatch.undo()
+    machine.no_compiler.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "avx2", "line"), [("arm64", None, "arm64, not x86-64"), ("x86_64", 0, "AVX2")]
+)
+def test_another_processor_is_recognised(monkeypatch, architecture, avx2, line):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": architecture, "avx2": avx2})
+    machine.no_x86.cache_clear()
+    assert line in (machine.no_x86() or "")
+    monkeypatch.undo()
+    machine.no_x86.cache_clear()
+
+
+def test_eight_bits_are_refused_where_their_products_would_saturate(quantized, monkeypatch, caplog):
+    monkeypatch.setattr(machine, "has_dot_product", lambda: False)
+    with pytest.raises(
+        LoweringError, match="has neither VNNI nor AMX, so 8-bit products overflow 16 bits; quantize act"
+    ):
+        lower(quantized(), "fbgemm")
+    for weight_bits, activation_bits in ((8, 7), (4, 8)):  # the ways out
+        lowered = lower(quantized(weight_bits=weight_bits, activation_bits=activation_bits), "fbgemm")
+        assert lowered.proof.integer_gemms == LINEARS
+    lacks(monkeypatch, "x86_inductor", "there is no C++ compiler")
+    assert lower(quantized(), "auto").proof.backend == "reference"
+    assert "neither VNNI nor AMX" in caplog.text
+
+
+# -- the float part in 16 bits ---------------------------------------------------------------------------------------
+
+
+def test_matrix_products_compute_in_bfloat16_and_nothing_else_changes(changed):
+    expected = changed(*batch_of(4))
+    dtypes = {node.name: dtype for node, dtype in result_dtypes(changed)}
+    for node in changed.graph.nodes:
+        node.meta.clear()  # as a loaded graph
+    compute_in(changed, torch.bfloat16, batch_of(2))
+    after = {node.name: (node, dtype) for node, dtype in result_dtypes(changed)}
+    products = {name for name, (node, _) in after.items() if node.target in PRODUCTS}
+    assert len(products) > LINEARS
+    assert {after[name][1] for name in products} == {torch.bfloat16}
+    assert all(after[name][1] == dtype for name, dtype in dtypes.items() if name not in products)
+    assert 25 < sqnr_db(expected, changed(*batch_of(4))) < 60
+    assert changed(*batch_of(4)).dtype == torch.float32
+
+
+def result_dtypes(graph: GraphModule) -> list[tuple[Node, torch.dtype]]:
+    found = []
+
+    class Recorder(Interpreter):
+        def run_node(self, n: Node) -> object:
+            value = super().run_node(n)
+            if isinstance(value, Tensor):
+                found.append((n, value.dtype))
+            return value
+
+    Recorder(graph).run(*batch_of(2))
+    return found
+
+
+def test_a_backend_that_knows_one_float_dtype_says_so(quantized):
+    with pytest.raises(
+        LoweringError, match=r"'fbgemm' cannot compute its float part in torch.bfloat16 \(only as the model"
+    ):
+        lower(quantized(), "fbgemm", float_dtype=torch.bfloat16)
+
+
+@pytest.mark.x86
+def test_integers_and_a_bfloat16_rest(quantized):
+    converted = quantized()
+    lowered = lower(converted, "x86_inductor", float_dtype=torch.bfloat16)
+    assert lowered.proof.integer_gemms == LINEARS
+    assert 25 < sqnr_db(converted(*batch_of(4)), lowered(*batch_of(4))) < 60
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_graph_that_is_consumed_loses_its_weights(changed):
+    expected, before = changed(*batch_of(3)), len(list(changed.buffers()))
+    lowered = lower(changed, "fbgemm", consume=True)
+    assert not [b for b in changed.buffers() if b.dtype == torch.int8 and b.ndim == 2] and before > LINEARS
+    assert sqnr_db(expected, lowered(*batch_of(3))) > 60
 
 
 # -- an honest proof -------------------------------------------------------------------------------------------------

@@ -1,0 +1,6 @@
+"""``cuda``: int8 and int4 linears on NVIDIA GPUs, and the rest compiled around them; see docs/cuda.md."""
+
+from ptq4dit_ao.lowering.cuda.build import replace_linears
+from ptq4dit_ao.lowering.cuda.ops import int4_linear, int8_linear
+
+__all__ = ["int4_linear", "int8_linear", "replace_linears"]

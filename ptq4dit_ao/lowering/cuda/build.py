@@ -1,0 +1,167 @@
+"""From a converted graph to integer kernels on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_aggregate
+from torch.utils._pytree import tree_map_only
+
+from ptq4dit_ao.graph.names import get_attribute, set_tensor
+from ptq4dit_ao.graph.shapes import tensor_of
+from ptq4dit_ao.lowering.backend import Backend, Capabilities, Request, Runnable, register
+from ptq4dit_ao.lowering.cuda.ops import has_triton, int4_linear, int8_linear, pack_halves
+from ptq4dit_ao.lowering.match import QuantizedLinear
+from ptq4dit_ao.lowering.mixed import compute_in
+
+OLDEST = (8, 0)
+"""Compute capability: Ampere, the first that Triton's integer kernels are made for."""
+
+
+class Quantize(nn.Module):
+    """float -> int8, ``clamp(round(x / scale) + zero_point)``, unsigned values moved down by 128.
+
+    Plain ops, so that a compiler fuses them into what makes ``x``.
+    """
+
+    def __init__(self, linear: QuantizedLinear) -> None:
+        super().__init__()
+        self.inverse_scale = 1.0 / linear.x_scale
+        self.zero_point = linear.x_zero_point - _shift(linear)
+        self.low, self.high = (bound - _shift(linear) for bound in linear.x_range)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = (x.to(torch.float32) * self.inverse_scale).round() + self.zero_point
+        return q.clamp(self.low, self.high).to(torch.int8)
+
+
+class IntegerLinear(nn.Module):
+    """int8 (..., C_in) -> ``out_dtype`` (..., C_out); weights of at most 4 bits are kept two to a byte."""
+
+    weight: Tensor
+    scale: Tensor
+    correction: Tensor
+    bias: Tensor | None
+
+    def __init__(self, linear: QuantizedLinear, out_dtype: torch.dtype) -> None:
+        super().__init__()
+        low, high = linear.weight_range
+        packs = low >= -8 and high <= 7
+        weight, bias = linear.weight, linear.bias
+        row_sums = weight.sum(dim=1, dtype=torch.int32)
+        self.op = int4_linear if packs else int8_linear
+        self.out_dtype = out_dtype
+        self.register_buffer("weight", pack_halves(weight) if packs else weight.contiguous())
+        self.register_buffer("scale", linear.weight_scale.to(torch.float32) * linear.x_scale)
+        self.register_buffer("correction", row_sums * (linear.x_zero_point - _shift(linear)))
+        self.register_buffer("bias", None if bias is None else bias.to(torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x, self.weight, self.scale, self.correction, self.bias, self.out_dtype)
+
+
+def no_gpu() -> str | None:
+    """Why this machine cannot run the kernels."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA; install a CUDA build from pytorch.org"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA GPU"
+    if torch.cuda.get_device_capability() < OLDEST:
+        return f"{torch.cuda.get_device_name()} is older than Ampere (compute capability 8.0)"
+    return None
+
+
+def overflows(linear: QuantizedLinear) -> str | None:
+    """Why sums of a linear may not fit 32 bits."""
+    (low, high), terms = linear.x_range, linear.weight.shape[1]
+    if terms * (high - low) * max(abs(bound) for bound in linear.weight_range) < 2**31:
+        return None
+    return f"sums of {terms} products may overflow 32 bits"
+
+
+def build(request: Request) -> Runnable:
+    """Compile for the current GPU; inputs are moved there, the outputs stay there.
+
+    Launching some 500 kernels takes longer than running them at small batches, so they are replayed as a CUDA graph:
+    the first call of a shape compiles and tunes, the second records. Without a GPU the graph runs eagerly on the
+    operators' CPU reference.
+    """
+    if not torch.cuda.is_available():
+        return replace_linears(request, torch.device("cpu"))
+    device = torch.device("cuda", torch.cuda.current_device())
+    graph = replace_linears(request, device)
+    call = torch.compile(graph, mode="reduce-overhead") if has_triton() else graph
+
+    def run(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        with torch.no_grad():
+            outputs = call(*(x.to(device) for x in inputs))
+        return tree_map_only(Tensor, torch.clone, outputs)  # the next replay writes into the same memory
+
+    return run
+
+
+def replace_linears(request: Request, device: torch.device) -> GraphModule:
+    """The request's graph on ``device``, every quantized linear a call of ``int8_linear`` or ``int4_linear``."""
+    graph = request.graph
+    if request.float_dtype is not None:
+        compute_in(graph, request.float_dtype, request.example_inputs)
+    quantizers: dict[Node, Node] = {}
+    for i, linear in enumerate(request.linears):
+        source = linear.quantize.args[0]  # not linear.x, which may be a linear that has been replaced by now
+        assert isinstance(source, Node)
+        if linear.quantize not in quantizers:
+            quantizers[linear.quantize] = _call(graph, f"_quantize_{i}", Quantize(linear), source, linear.quantize)
+        result = tensor_of(linear.node)
+        module = IntegerLinear(linear, linear.dtype if result is None else result.dtype).to(device)
+        node = _call(graph, f"_integer_linear_{i}", module, quantizers[linear.quantize], linear.node)
+        linear.replace_by(node)
+    _move(graph, device)
+    graph.graph.lint()
+    graph.recompile()
+    return graph
+
+
+def _shift(linear: QuantizedLinear) -> int:
+    """From the stored activation to int8."""
+    return 128 if linear.x_dtype == torch.uint8 else 0
+
+
+def _call(graph: GraphModule, name: str, module: nn.Module, source: Node, before: Node) -> Node:
+    graph.add_submodule(name, module)
+    with graph.graph.inserting_before(before):
+        return graph.graph.call_module(name, (source,))
+
+
+def _move(graph: GraphModule, device: torch.device) -> None:
+    """The tensors, and the device that export wrote into ops such as ``arange``.
+
+    ``graph.to`` would take along the tensors of the graph that this one was copied from.
+    """
+    for path in {str(node.target) for node in graph.graph.find_nodes(op="get_attr")}:
+        set_tensor(graph, path, get_attribute(graph, path).to(device))
+
+    def moved(argument: Any) -> Any:
+        return device if isinstance(argument, torch.device) else argument
+
+    for node in graph.graph.nodes:
+        node.args, node.kwargs = map_aggregate(node.args, moved), map_aggregate(node.kwargs, moved)
+
+
+register(
+    Backend(
+        name="cuda",
+        summary="int8 and packed int4 kernels for NVIDIA GPUs (Triton), compiled, replayed as CUDA graphs",
+        integer=True,
+        carries=Capabilities(
+            activation_dtypes=(torch.uint8, torch.int8),
+            model_dtypes=(torch.float32, torch.bfloat16, torch.float16),
+            float_dtypes=(torch.bfloat16, torch.float16),
+        ),
+        refuse=overflows,
+        unavailable=no_gpu,
+        build=build,
+    )
+)
