@@ -102,3 +102,15 @@ def quantized(tiny_exported, tiny_samples, convert) -> Callable[..., GraphModule
 def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
     """Functions by name: their default id holds an address, which differs between parallel workers."""
     return getattr(val, "__qualname__", None)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--require-run", action="store_true", help="fail if no test passed, as when all were skipped")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A green environment must have shown something: pytest itself is content with skips alone."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if session.config.getoption("--require-run") and reporter is not None and not reporter.stats.get("passed"):
+        reporter.write_line("no test has passed: this machine cannot run what was asked for (see the reasons: -rs)")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -15,6 +15,8 @@ from ptq4dit_ao.core import sqnr_db
 from ptq4dit_ao.recipe import Calibration, Evaluation, load_recipe
 from ptq4dit_ao.reference import SAMPLING
 
+FBGEMM = ("--backend", "fbgemm")
+
 
 @pytest.fixture(scope="module", params=["digits_w8a8", "digits_w4a8"])
 def artifact(request, tmp_path_factory):
@@ -58,9 +60,9 @@ def test_integer_kernels_compute_what_the_simulation_says(artifact):
 
 def test_sampling_and_inspecting_the_artifact(artifact, tmp_path, capsys):
     png = tmp_path / "grid.png"
-    assert main(["sample", str(artifact), "--steps", "4", "--per-class", "2", "--output", str(png)]) == 0
+    assert main(["sample", str(artifact), *FBGEMM, "--steps", "4", "--per-class", "2", "--output", str(png)]) == 0
     assert png.read_bytes().startswith(b"\x89PNG")
-    assert main(["inspect", str(artifact)]) == 0
+    assert main(["inspect", str(artifact), *FBGEMM]) == 0
     assert "42/42 quantized linears on integer GEMMs" in capsys.readouterr().out
 
 

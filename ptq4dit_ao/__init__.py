@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     from ptq4dit_ao.quantizer import Override, PTQ4DiTQuantizer, salience_statistics
     from ptq4dit_ao.recipe import Recipe, load_recipe, recipe_json_schema
     from ptq4dit_ao.reference import load_reference_classifier, load_reference_dit
-    from ptq4dit_ao.workflow import QuantizedModel, apply_recipe, load_quantized, save_quantized
+    from ptq4dit_ao.workflow import (
+        QuantizedModel,
+        apply_recipe,
+        as_diffusers_transformer,
+        load_quantized,
+        save_quantized,
+    )
 
 __version__ = "0.1.0"
 
@@ -32,7 +38,7 @@ _HOMES = {
     "quantizer": ("Override", "PTQ4DiTQuantizer", "salience_statistics"),
     "recipe": ("Recipe", "load_recipe", "recipe_json_schema"),
     "reference": ("load_reference_classifier", "load_reference_dit"),
-    "workflow": ("QuantizedModel", "apply_recipe", "load_quantized", "save_quantized"),
+    "workflow": ("QuantizedModel", "apply_recipe", "as_diffusers_transformer", "load_quantized", "save_quantized"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -47,6 +53,7 @@ __all__ = [
     "SalienceStatistics",
     "SitePolicy",
     "apply_recipe",
+    "as_diffusers_transformer",
     "available_backends",
     "balance",
     "balance_module",

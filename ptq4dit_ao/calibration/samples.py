@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ptq4dit_ao.errors import CalibrationError
 from ptq4dit_ao.graph.names import TIMESTEP_NAMES
-from ptq4dit_ao.graph.signature import CONSTANTS, CallSignature, TensorName
+from ptq4dit_ao.graph.signature import CallSignature
 
 _FORMAT = "ptq4dit-ao calibration samples"
 
@@ -86,12 +86,11 @@ class CalibrationSamples:
         """
         tensors = {name: tensor.contiguous() for name, tensor in {**self.inputs, **self.shared}.items()}
         metadata = {"format": _FORMAT, "inputs": ",".join(self.inputs)}
-        if self.signature is not None:
-            arguments = {name: _to_json(value) for name, value in self.signature.arguments.items()}
-            metadata["signature"] = json.dumps(arguments)
         try:
+            if self.signature is not None:
+                metadata["signature"] = json.dumps(self.signature.to_json())
             save_file(tensors, path, metadata=metadata)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, ValueError) as error:
             raise CalibrationError(f"cannot write calibration samples to {path}: {error}") from error
 
     @classmethod
@@ -111,7 +110,8 @@ class CalibrationSamples:
             raise CalibrationError(f"{path} is not a file of calibration samples")
         try:
             inputs = {name: tensors.pop(name) for name in metadata["inputs"].split(",")}
-            signature = _signature_from_json(metadata["signature"]) if "signature" in metadata else None
+            text = metadata.get("signature")
+            signature = None if text is None else CallSignature.from_json(json.loads(text))
         except (KeyError, ValueError, RecursionError) as error:
             raise CalibrationError(
                 f"the calibration samples in {path} are damaged ({error}); record them again"
@@ -149,40 +149,3 @@ def join_calls(calls: Sequence[tuple[CallSignature, Mapping[str, Tensor]]]) -> C
                 f"batches of {sorted(set(batches))}; record calls that agree in it"
             )
     return CalibrationSamples(inputs, shared, signature)
-
-
-def _to_json(value: Any) -> Any:
-    """Containers and tensors as an object with one key, the kind, so that tuples and lists stay apart."""
-    if isinstance(value, TensorName):
-        return {"tensor": value.name}
-    if isinstance(value, Mapping):
-        odd = [key for key in value if not isinstance(key, str)]
-        if odd:
-            raise CalibrationError(f"an argument is a dict with the key {odd[0]!r}; only string keys can be saved")
-        return {"dict": {key: _to_json(part) for key, part in value.items()}}
-    if isinstance(value, (list, tuple)):
-        return {"tuple" if isinstance(value, tuple) else "list": [_to_json(part) for part in value]}
-    return value
-
-
-def _from_json(value: Any) -> Any:
-    """Raises ValueError for anything but what :func:`_to_json` gives."""
-    if isinstance(value, CONSTANTS):
-        return value
-    if isinstance(value, dict) and len(value) == 1:
-        ((kind, content),) = value.items()
-        if kind == "tensor" and isinstance(content, str):
-            return TensorName(content)
-        if kind == "dict" and isinstance(content, dict):
-            return {key: _from_json(part) for key, part in content.items()}
-        if kind in ("list", "tuple") and isinstance(content, list):
-            parts = [_from_json(part) for part in content]
-            return tuple(parts) if kind == "tuple" else parts
-    raise ValueError(f"unknown structure {json.dumps(value)} in the signature")
-
-
-def _signature_from_json(text: str) -> CallSignature:
-    arguments = json.loads(text)
-    if not isinstance(arguments, dict):
-        raise ValueError(f"unknown structure {text} in the signature")
-    return CallSignature({name: _from_json(value) for name, value in arguments.items()})

@@ -6,19 +6,20 @@ import argparse
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.markup import escape
 from rich.table import Table
 
 from ptq4dit_ao.calibration import Sampling
 from ptq4dit_ao.calibration import sample as draw
+from ptq4dit_ao.cli.bench import bench as bench  # a command like those below
+from ptq4dit_ao.cli.progress import progress
 from ptq4dit_ao.errors import ArgumentError
-from ptq4dit_ao.evaluation import measure_latency
+from ptq4dit_ao.lowering import export_to, missing_backends
+from ptq4dit_ao.lowering.backend import BACKENDS, Capabilities
 from ptq4dit_ao.recipe import load_recipe, recipe_json_schema, shipped_recipe_path, shipped_recipes
 from ptq4dit_ao.report import save_image_grid
 from ptq4dit_ao.workflow import QuantizedModel, balance_checkpoint, load_model, load_quantized
@@ -32,7 +33,7 @@ def quantize(args: argparse.Namespace, console: Console) -> None:
     if spec is None:
         raise ArgumentError(f"recipe {args.recipe!r} names no model; say which with --model")
     model = load_model(spec)
-    with _progress(console) as on_progress:
+    with progress(console) as on_progress:
         quantized = run_quantize(model, recipe, args.output, samples=args.samples, on_progress=on_progress)
     _print_report(quantized.report, console)
     console.print(f"\nsaved to [bold]{args.output}[/]; open {args.output / 'report.html'}")
@@ -41,7 +42,7 @@ def quantize(args: argparse.Namespace, console: Console) -> None:
 def balance(args: argparse.Namespace, console: Console) -> None:
     """``ptq4dit-ao balance``."""
     recipe, model = load_recipe(args.recipe), load_model(args.model)
-    with _progress(console) as on_progress:
+    with progress(console) as on_progress:
         result = balance_checkpoint(model, recipe, args.output, samples=args.samples, on_progress=on_progress)
     table = Table("balanced site", "channels", "b", "clipped")
     for name, outcome in result.outcomes.items():
@@ -66,10 +67,10 @@ def sample(args: argparse.Namespace, console: Console) -> None:
             f"{args.directory} denoises {sampling.channels}-channel latents, which its VAE must decode; use it as the "
             "transformer of a diffusers pipeline"
         )
-    lowered = model.lower(args.backend)
+    lowered = model.lower(args.backend, float_dtype=_float_dtype(args))
     console.print(str(lowered.proof))
     labels = torch.arange(sampling.null_label).repeat_interleave(args.per_class)
-    with _progress(console) as on_progress:
+    with progress(console) as on_progress:
         images = draw(
             lowered,
             sampling,
@@ -89,58 +90,39 @@ def inspect(args: argparse.Namespace, console: Console) -> None:
     _print_report(model.report, console, layers=True)
     if args.backend != "none":
         start = time.perf_counter()
-        proof = model.lower(args.backend).proof
+        proof = model.lower(args.backend, float_dtype=_float_dtype(args)).proof
         console.print(f"\n{proof}; ready in {time.perf_counter() - start:.1f} s")
 
 
-def bench(args: argparse.Namespace, console: Console) -> None:
-    """``ptq4dit-ao bench``."""
-    quantized = load_quantized(args.directory)
-    spec = args.model or quantized.recipe.model
-    if spec is None:
-        raise ArgumentError(f"{args.directory} does not know its float model; say which with --model")
-    transformer = load_model(spec).transformer
-    sampling = _sampling(quantized)
-    inputs = (
-        torch.randn(args.batch, sampling.channels, sampling.size, sampling.size),
-        torch.randint(sampling.train_timesteps, (args.batch,)),
-        torch.randint(sampling.null_label, (args.batch,)),
-    )
-    compiled = torch.compile(transformer)
-    models: dict[str, Callable[..., object]] = {
-        "float32 eager": lambda x, t, y: transformer(x, timestep=t, class_labels=y),
-        "float32 compiled": lambda x, t, y: compiled(x, timestep=t, class_labels=y),
-    }
-    proofs = {}
-    for backend in args.backends:
-        lowered = quantized.lower(backend)
-        models[backend], proofs[backend] = lowered, lowered.proof
-    with _progress(console) as on_progress:
-        results = measure_latency(
-            models, inputs, rounds=args.rounds, on_round=lambda done: on_progress("rounds", done, args.rounds + 2)
-        )
-    table = Table(
-        title=f"latency, batch {args.batch}, {torch.get_num_threads()} threads, {args.rounds} rounds interleaved"
-    )
-    for column in ("model", "median ms", "10-90 %", "speed-up", "integer GEMMs"):
-        table.add_column(column, justify="left" if column == "model" else "right")
-    base = results["float32 eager"].median_ms
-    for name, r in results.items():
-        gemms = f"{proofs[name].integer_gemms}/{proofs[name].promised}" if name in proofs else "-"
-        spread = f"{r.low_ms:.2f}-{r.high_ms:.2f}"
-        table.add_row(name, f"{r.median_ms:.2f}", spread, f"{base / r.median_ms:.2f}x", gemms)
+def export(args: argparse.Namespace, console: Console) -> None:
+    """``ptq4dit-ao export``."""
+    model = load_quantized(args.directory)
+    examples = [torch.zeros(spec.shape, dtype=spec.dtype) for spec in model.inputs]
+    path = export_to(model.graph, args.backend, args.output, example_inputs=examples, float_dtype=_float_dtype(args))
+    console.print(f"saved to [bold]{path}[/], {path.stat().st_size / 1e6:.2f} MB")
+
+
+def backends(args: argparse.Namespace, console: Console) -> None:
+    """``ptq4dit-ao backends``."""
+    missing = missing_backends()
+    table = Table("backend", "here", "what it is", "carries", "writes")
+    for name, backend in BACKENDS.items():
+        here = "[green]yes[/]" if name not in missing else f"no: {escape(missing[name])}"
+        table.add_row(name, here, backend.summary, _carried(backend.carries), backend.suffix or "-")
     console.print(table)
-    if args.json:
-        figures = {
-            name: {"median_ms": r.median_ms, "p10_ms": r.low_ms, "p90_ms": r.high_ms} for name, r in results.items()
-        }
-        about = {
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "batch": args.batch,
-            "rounds": args.rounds,
-        }
-        args.json.write_text(json.dumps({"latency": figures, **about}, indent=1) + "\n")
+
+
+def _carried(carries: Capabilities | None) -> str:
+    if carries is None:
+        return "anything"
+    parts = {
+        "activations": carries.activation_dtypes,
+        "weights": carries.weight_dtypes,
+        "float part": dict.fromkeys((*carries.model_dtypes, *carries.float_dtypes)),
+    }
+    return ", ".join(
+        f"{'/'.join(str(d).removeprefix('torch.') for d in dtypes)} {what}" for what, dtypes in parts.items()
+    )
 
 
 def recipes(args: argparse.Namespace, console: Console) -> None:
@@ -162,21 +144,8 @@ def _sampling(model: QuantizedModel) -> Sampling:
     return Sampling(**model.sampling)  # type: ignore[arg-type]  # written by to_dict
 
 
-@contextmanager
-def _progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    columns = (
-        TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(),
-        TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console) as progress:
-        tasks: dict[str, Any] = {}
-
-        def on_progress(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=total)
-            progress.update(tasks[stage], completed=done, total=total)
-
-        yield on_progress
+def _float_dtype(args: argparse.Namespace) -> torch.dtype | None:
+    return None if args.float_dtype is None else getattr(torch, args.float_dtype)
 
 
 def _print_report(report: dict[str, Any], console: Console, *, layers: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""``ptq4dit-ao``: quantize, balance, sample, inspect, bench.
+"""``ptq4dit-ao``: quantize, balance, sample, inspect, export, bench.
 
 Exit codes: 0 done, 1 it could not be done (the message says why), 2 the command line is wrong.
 """
@@ -27,10 +27,16 @@ examples:
   ptq4dit-ao balance --model ./DiT-XL-2-256 --output ./balanced  a better float model, for any quantizer
   ptq4dit-ao sample out/digits --backend fbgemm                  a grid of samples, integer kernels
   ptq4dit-ao inspect out/digits                                  layers, bits, sites, kernel proof
-  ptq4dit-ao bench out/digits                                    latency against the float model
+  ptq4dit-ao export out/digits --backend openvino --output m.xml what another program runs
+  ptq4dit-ao bench out/digits --peers                            speed against float and against other quantizers
+  ptq4dit-ao bench --width dit-xl --blocks 4                     the same without weights
+  ptq4dit-ao backends                                            what this machine can run, and why not the rest
 
 Recipes are YAML files; `ptq4dit-ao recipes` lists the shipped ones and `ptq4dit-ao recipes NAME` prints one.
 """
+
+FLOAT_DTYPES = ("bfloat16", "float16")
+BACKEND_HELP = "see 'ptq4dit-ao backends'; 'auto' is the fastest that can run here (default: %(default)s)"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,6 +52,11 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument(
         "-v", "--verbose", action="count", default=0, help="say what is being done; twice, for every site"
     )
+    float_dtype = argparse.ArgumentParser(add_help=False)
+    float_dtype.add_argument(
+        "--float-dtype", choices=FLOAT_DTYPES,
+        help="what attention and other float matrix products compute in; default: as the model does",
+    )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     p = commands.add_parser(
@@ -72,11 +83,11 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--samples", type=Path, metavar="FILE", help="calibrate on recorded samples (safetensors)")
 
     p = commands.add_parser(
-        "sample", parents=[common], help="draw a grid of images",
+        "sample", parents=[common, float_dtype], help="draw a grid of images",
         description="Sample a quantized model on a backend and write a PNG, one row a class.",
     )  # fmt: skip
     p.add_argument("directory", type=Path, metavar="DIR", help="a quantized model")
-    p.add_argument("--backend", default="fbgemm", help="reference, fbgemm or x86_inductor (default: %(default)s)")
+    p.add_argument("--backend", default="auto", help=BACKEND_HELP)
     p.add_argument("--output", type=Path, default=Path("samples.png"), metavar="PNG", help="default: %(default)s")
     p.add_argument("--steps", type=_positive, default=50, help="sampling steps (default: %(default)s)")
     p.add_argument("--guidance", type=float, help="guidance scale; default: the recipe's")
@@ -84,22 +95,51 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
 
     p = commands.add_parser(
-        "inspect", parents=[common], help="show layers, bits, sites and kernel proof",
+        "inspect", parents=[common, float_dtype], help="show layers, bits, sites and kernel proof",
         description="Show what is in a quantized model, and prove which kernels run it.",
     )  # fmt: skip
     p.add_argument("directory", type=Path, metavar="DIR", help="a quantized model")
-    p.add_argument("--backend", default="fbgemm", help="backend to prove (default: %(default)s); 'none' for no proof")
+    p.add_argument("--backend", default="auto", help=f"{BACKEND_HELP}; 'none' for no proof")
 
     p = commands.add_parser(
-        "bench", parents=[common], help="measure latency, interleaved",
-        description="Time the quantized model on each backend beside the float model, interleaved rounds.",
+        "export", parents=[common, float_dtype], help="write what another program runs",
+        description="Write a quantized model as the file of a backend: an OpenVINO IR, an AOTInductor package, ONNX.",
     )  # fmt: skip
     p.add_argument("directory", type=Path, metavar="DIR", help="a quantized model")
+    p.add_argument("--backend", required=True, help="one that writes a file; see 'ptq4dit-ao backends'")
+    p.add_argument("--output", required=True, type=Path, metavar="FILE", help="file to write; gets the usual suffix")
+
+    p = commands.add_parser(
+        "bench", parents=[common], help="measure speed, error, start-up and memory, interleaved",
+        description="Time a quantized model on each backend beside the float model, in interleaved rounds.",
+    )  # fmt: skip
+    subject = p.add_mutually_exclusive_group(required=True)
+    subject.add_argument("directory", nargs="?", type=Path, metavar="DIR", help="a quantized model")
+    subject.add_argument("--width", help="a DiT with random weights instead: dit-s, dit-b, dit-l or dit-xl")
+    p.add_argument("--blocks", type=_positive, metavar="N", help="depth of the random DiT; default: as published")
+    p.add_argument("--recipe", help="how to quantize the random DiT; default: dit_w8a8")
     p.add_argument("--model", metavar="MODEL", help="the float model, as for quantize; default: what the recipe names")
+    p.add_argument("--samples", type=Path, metavar="FILE", help="time recorded samples (safetensors)")
     p.add_argument("--batch", type=_positive, default=2, help="default: %(default)s")
     p.add_argument("--rounds", type=_positive, default=20, help="timed rounds (default: %(default)s)")
-    p.add_argument("--backends", nargs="+", default=["fbgemm", "x86_inductor"], help="default: %(default)s")
+    p.add_argument("--seed", type=int, default=0, help="seed of the inputs (default: %(default)s)")
+    p.add_argument("--backends", nargs="+", metavar="NAME", help="default: all with integer kernels that can run here")
+    p.add_argument("--peers", action="store_true", help="also other quantizers of the float model that are installed")
+    p.add_argument(
+        "--bf16", action=argparse.BooleanOptionalAction,
+        help="also the compiled bfloat16 model; default: where the processor computes in it",
+    )  # fmt: skip
+    p.add_argument(
+        "--float-dtype", choices=FLOAT_DTYPES,
+        help="also backends with attention and other float matrix products in this, where they can",
+    )  # fmt: skip
     p.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
+    p.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table as Markdown")
+
+    commands.add_parser(
+        "backends", parents=[common], help="show what this machine can run, and why not the rest",
+        description="Show every backend: can this machine run it, what it carries, which file it writes.",
+    )  # fmt: skip
 
     p = commands.add_parser("recipes", parents=[common], help="list shipped recipes, or print one")
     p.add_argument("name", nargs="?", help="recipe to print")

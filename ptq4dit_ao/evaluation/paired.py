@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from ptq4dit_ao.core import sqnr_db
 from ptq4dit_ao.graph.names import LINEAR
 
-Denoiser = Callable[..., Tensor]
+Denoiser = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +17,13 @@ from torch.utils._pytree import tree_leaves
 from ptq4dit_ao.errors import ExportError
 from ptq4dit_ao.graph.capture import exportable
 from ptq4dit_ao.graph.constants import fold_constant_weights
-from ptq4dit_ao.graph.signature import CallSignature, flatten_call
+from ptq4dit_ao.graph.interface import CapturedModule
+from ptq4dit_ao.graph.signature import CallSignature, TensorName, flatten_call
 
 MAX_BATCH = 4096
 """Upper bound of the exported batch; export checks it at every call, so it is generous."""
 
-_SIGNATURE = "ptq4dit_signature"
+_SIGNATURE, _MODULE = "ptq4dit_signature", "ptq4dit_module"
 
 AGREEMENT = 0.5
 """Exponent of the dtype's resolution: how far, relative to its size, the graph's output may be from the model's."""
@@ -82,7 +84,24 @@ def export_transformer(
     if expected is not None:
         _compare(model, expected, graph_module(*inputs))
     graph_module.meta[_SIGNATURE] = call.signature
+    if (config := _config(model)) is not None:
+        by_name = CallSignature({name: TensorName(name) for name in tensors})
+        graph_module.meta[_MODULE] = CapturedModule(config=config, call=call.signature or by_name)
     return graph_module
+
+
+def captured_module(graph_module: GraphModule) -> CapturedModule | None:
+    """The diffusers model that :func:`export_transformer` captured; None if it was something else."""
+    return graph_module.meta.get(_MODULE)
+
+
+def _config(model: nn.Module) -> dict[str, Any] | None:
+    """What ``config.json`` says of a diffusers model."""
+    diffusers = sys.modules.get("diffusers")  # which such a model has imported
+    if diffusers is None or not isinstance(model, diffusers.ModelMixin):
+        return None
+    public = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    return {"_class_name": type(model).__name__, **public}
 
 
 def call_like(graph_module: GraphModule, model: nn.Module, inputs: Sequence[Tensor]) -> Any:

@@ -1,11 +1,14 @@
 """What a denoiser is called with: keyword arguments, and the tensors among them as a flat, named list.
 
-Transformers of diffusers take tensors, lists of tensors, None and plain values; a graph takes tensors by position.
+Transformers of diffusers take tensors, lists of tensors, None and plain values; a graph takes tensors by position, and
+computes for the plain values that it was captured with.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +44,21 @@ class CallSignature:
         """The arguments again, with these tensors."""
         table = dict(zip(self.names, tensors, strict=True))
         return _map(self.arguments, lambda leaf: table[leaf.name] if isinstance(leaf, TensorName) else leaf)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values.
+
+        Raises:
+            ValueError: a dict has keys that are no strings, which JSON would change.
+        """
+        return {name: _to_json(value) for name, value in self.arguments.items()}
+
+    @classmethod
+    def from_json(cls, data: object) -> CallSignature:
+        """Raises ValueError for anything but what :meth:`to_json` gives."""
+        if not isinstance(data, dict):
+            raise ValueError(f"unknown structure {json.dumps(data)} in the signature")
+        return cls({name: _from_json(value) for name, value in data.items()})
 
 
 def flatten_call(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[CallSignature, dict[str, Tensor]]:
@@ -80,6 +98,73 @@ def flatten_call(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[CallSi
         )
 
     return CallSignature({name: take(arguments[name], name) for name in parameters if name in arguments}), tensors
+
+
+def tensors_like(captured: CallSignature, model: nn.Module, arguments: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors of another call of ``model``, in the order in which the captured graph takes them.
+
+    Raises:
+        ArgumentError: the call differs from the captured one in more than tensors. What says nothing (None, an empty
+            container, a default) is equal to what is left out, and one list to equal lists for each sample.
+    """
+    signature, tensors = flatten_call(model, arguments)
+    defaults = {name: p.default for name, p in inspect.signature(model.forward).parameters.items()}
+    for name in {**captured.arguments, **signature.arguments}:
+        then, now = (call.arguments.get(name, defaults.get(name)) for call in (captured, signature))
+        if _once(_meaning(then)) != _once(_meaning(now)):
+            raise ArgumentError(
+                f"argument {name!r} of {type(model).__name__} is {_show(now)}, but the graph was captured with "
+                f"{_show(then)}; call it with that, or record samples with this call and quantize again"
+            )
+    return [tensors[name] for name in captured.names]
+
+
+def _meaning(value: Any) -> Any:
+    """Equal for values that say the same: lists and tuples, and nothing in whichever form."""
+    if isinstance(value, Mapping):
+        return {key: said for key, part in value.items() if (said := _meaning(part)) is not None} or None
+    if isinstance(value, (list, tuple)):
+        return [_meaning(part) for part in value] or None
+    return value
+
+
+def _once(value: Any) -> Any:
+    """The one of equal lists: Qwen-Image is told the shape of each sample, and reads that of the first."""
+    same = isinstance(value, list) and isinstance(value[0], list) and all(part == value[0] for part in value)
+    return value[:1] if same else value
+
+
+def _show(value: Any) -> str:
+    return "a tensor" if isinstance(value, TensorName) else reprlib.repr(value)
+
+
+def _to_json(value: Any) -> Any:
+    """Containers and tensors as an object with one key, the kind, so that tuples and lists stay apart."""
+    if isinstance(value, TensorName):
+        return {"tensor": value.name}
+    if isinstance(value, Mapping):
+        odd = [key for key in value if not isinstance(key, str)]
+        if odd:
+            raise ValueError(f"an argument is a dict with the key {odd[0]!r}; only string keys can be saved")
+        return {"dict": {key: _to_json(part) for key, part in value.items()}}
+    if isinstance(value, (list, tuple)):
+        return {"tuple" if isinstance(value, tuple) else "list": [_to_json(part) for part in value]}
+    return value
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, CONSTANTS):
+        return value
+    if isinstance(value, dict) and len(value) == 1:
+        ((kind, content),) = value.items()
+        if kind == "tensor" and isinstance(content, str):
+            return TensorName(content)
+        if kind == "dict" and isinstance(content, dict):
+            return {key: _from_json(part) for key, part in content.items()}
+        if kind in ("list", "tuple") and isinstance(content, list):
+            parts = [_from_json(part) for part in content]
+            return tuple(parts) if kind == "tuple" else parts
+    raise ValueError(f"unknown structure {json.dumps(value)} in the signature")
 
 
 def _map(value: Any, change: Any) -> Any:

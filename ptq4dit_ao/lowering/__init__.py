@@ -1,6 +1,14 @@
 """Run a quantized graph: one small backend per file, and the proof that integer kernels run."""
 
-from ptq4dit_ao.lowering import fbgemm, reference, x86_inductor  # noqa: F401  (they register themselves)
+from ptq4dit_ao.lowering import (  # noqa: F401  (they register themselves)
+    aoti,
+    cuda,
+    fbgemm,
+    onnx,
+    openvino,
+    reference,
+    x86_inductor,
+)
 from ptq4dit_ao.lowering.backend import Backend, Capabilities, Request, available_backends, missing_backends, register
 from ptq4dit_ao.lowering.lower import LoweredModel, export_to, lower
 from ptq4dit_ao.lowering.match import QuantizedLinear, float_linears, quantized_linears

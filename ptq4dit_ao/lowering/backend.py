@@ -113,7 +113,7 @@ def missing_backends() -> dict[str, str]:
     return {name: why for name, why in reasons.items() if why is not None}
 
 
-def choose_backend(name: str, linears: Sequence[QuantizedLinear]) -> Backend:
+def choose_backend(name: str, linears: Sequence[QuantizedLinear] = ()) -> Backend:
     """The backend of a name; for ``auto``, the first of :data:`PREFERRED` that runs here and carries the linears.
 
     ``auto`` logs a warning for each that it passes over, but for ``cuda``: most machines have no GPU.

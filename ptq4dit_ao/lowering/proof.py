@@ -14,6 +14,8 @@ from ptq4dit_ao.errors import LoweringError
 INTEGER_GEMMS = (
     "onednn::qlinear_pointwise",
     "quantized::linear_with_input_q_dq_qweight_dq_output_fp32",
+    "ptq4dit_ao::int8_linear",
+    "ptq4dit_ao::int4_linear",
 )
 """Profiler names of the kernels that multiply integers by integers."""
 

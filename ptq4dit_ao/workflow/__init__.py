@@ -1,6 +1,7 @@
 """Recipe in, artifact out: the method on one screen."""
 
 from ptq4dit_ao.workflow.apply import apply_recipe, quantizer_from_recipe
+from ptq4dit_ao.workflow.as_diffusers import as_diffusers_transformer
 from ptq4dit_ao.workflow.balance import balance_checkpoint
 from ptq4dit_ao.workflow.models import LoadedModel, load_model
 from ptq4dit_ao.workflow.quantize import quantize
@@ -10,6 +11,7 @@ __all__ = [
     "LoadedModel",
     "QuantizedModel",
     "apply_recipe",
+    "as_diffusers_transformer",
     "balance_checkpoint",
     "load_model",
     "load_quantized",

@@ -18,12 +18,15 @@ from torchao.quantization.pt2e.quantizer import Quantizer
 from ptq4dit_ao.calibration import CalibrationSamples
 from ptq4dit_ao.errors import CalibrationError
 from ptq4dit_ao.graph import SitePolicy, export_transformer
+from ptq4dit_ao.graph.export import captured_module
+from ptq4dit_ao.graph.interface import InputSpec
 from ptq4dit_ao.graph.names import placeholders
+from ptq4dit_ao.graph.ties import share_equal_tensors
 from ptq4dit_ao.passes import BalanceSettings
 from ptq4dit_ao.quantizer import PAPER_LAYERS, SAFE_LAYERS, Override, PTQ4DiTQuantizer
 from ptq4dit_ao.recipe import Recipe
 from ptq4dit_ao.report import build_report
-from ptq4dit_ao.workflow.quantized_model import QuantizedModel, input_specs
+from ptq4dit_ao.workflow.quantized_model import QuantizedModel
 
 EXAMPLE_ROWS = 2
 SHUFFLE_SEED = 0
@@ -122,6 +125,7 @@ def apply_recipe(
     else:
         example = first if recorded is None else recorded.example(EXAMPLE_ROWS)
         exported = export_transformer(model, on_device_of(model, example))
+    captured = captured_module(exported)
     # prepare_pt2e changes the graph it is given.
     exported = GraphModule(exported, copy.deepcopy(exported.graph))
     clock.lap("export")
@@ -133,6 +137,7 @@ def apply_recipe(
             on_sample(done)
     clock.lap("calibrate")
     converted = convert_pt2e(prepared)
+    share_equal_tensors(converted)
     clock.lap("convert")
     parameters = sum(p.numel() for p in model.parameters())
     model_name = name or type(model).__name__
@@ -143,7 +148,8 @@ def apply_recipe(
         model={"name": model_name, "parameters": parameters},
         seconds=clock.seconds,
     )
-    return QuantizedModel(graph=converted, recipe=recipe, inputs=input_specs(placeholders(converted)), report=report)
+    specs = tuple(InputSpec.of(node) for node in placeholders(converted))
+    return QuantizedModel(graph=converted, recipe=recipe, inputs=specs, report=report, captured=captured)
 
 
 def on_device_of(model: nn.Module, inputs: Any) -> Any:

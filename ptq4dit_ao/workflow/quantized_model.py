@@ -2,40 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from ptq4dit_ao.artifact import ArtifactSize, read_artifact, write_artifact
 from ptq4dit_ao.errors import ArtifactError
-from ptq4dit_ao.graph.shapes import example_shape
+from ptq4dit_ao.graph.interface import CapturedModule, InputSpec
 from ptq4dit_ao.lowering import LoweredModel, lower
 from ptq4dit_ao.recipe import Recipe
 from ptq4dit_ao.report import summary
-
-
-@dataclass(frozen=True, kw_only=True)
-class InputSpec:
-    """One input of the graph; the first axis is the batch."""
-
-    name: str
-    shape: tuple[int, ...]
-    """At the example inputs."""
-    dtype: torch.dtype
-
-    def to_dict(self) -> dict[str, object]:
-        return {"name": self.name, "shape": list(self.shape), "dtype": str(self.dtype).removeprefix("torch.")}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> InputSpec:
-        dtype = getattr(torch, str(data.get("dtype")), None)
-        if set(data) != {"name", "shape", "dtype"} or not isinstance(dtype, torch.dtype):
-            raise ArtifactError(f"input signature {dict(data)!r} is not one this version reads; quantize again")
-        return cls(name=data["name"], shape=tuple(data["shape"]), dtype=dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +27,8 @@ class QuantizedModel:
     report: dict[str, Any]
     sampling: dict[str, object] | None = None
     """How to sample it (:class:`~ptq4dit_ao.calibration.Sampling`), where that is known."""
+    captured: CapturedModule | None = None
+    """The diffusers model that it was, if it was one; see :func:`~ptq4dit_ao.as_diffusers_transformer`."""
 
     def lower(
         self,
@@ -55,26 +36,25 @@ class QuantizedModel:
         *,
         float_dtype: torch.dtype | None = None,
         allow_float_fallback: bool = False,
+        consume: bool = False,
     ) -> LoweredModel:
         """Ready to run on a backend, proven; see :func:`ptq4dit_ao.lower`."""
         device = next((tensor.device for tensor in self.graph.buffers()), torch.device("cpu"))
         examples = tuple(torch.zeros(spec.shape, dtype=spec.dtype, device=device) for spec in self.inputs)
-        return lower(
+        lowered = lower(
             self.graph,
             backend,
             example_inputs=examples,
             float_dtype=float_dtype,
             allow_float_fallback=allow_float_fallback,
+            consume=consume,
         )
+        lowered.inputs, lowered.captured = self.inputs, self.captured
+        return lowered
 
     def save(self, directory: str | Path) -> ArtifactSize:
         """See :func:`save_quantized`."""
         return save_quantized(self, directory)
-
-
-def input_specs(nodes: Sequence[Node]) -> tuple[InputSpec, ...]:
-    """Specs of a graph's inputs."""
-    return tuple(InputSpec(name=node.name, shape=example_shape(node), dtype=node.meta["val"].dtype) for node in nodes)
 
 
 def save_quantized(model: QuantizedModel, directory: str | Path) -> ArtifactSize:
@@ -83,25 +63,72 @@ def save_quantized(model: QuantizedModel, directory: str | Path) -> ArtifactSize
     Raises:
         ArtifactError: the folder holds something else, or cannot be written.
     """
-    metadata = {"recipe": model.recipe.to_dict(), "report": summary(model.report), "sampling": model.sampling}
+    metadata = {
+        "recipe": model.recipe.to_dict(),
+        "report": summary(model.report),
+        "sampling": model.sampling,
+        "captured": None if model.captured is None else model.captured.to_dict(),
+    }
     signature = [spec.to_dict() for spec in model.inputs]
     return write_artifact(directory, model.graph, metadata, signature)
 
 
-def load_quantized(directory: str | Path) -> QuantizedModel:
+@overload
+def load_quantized(directory: str | Path) -> QuantizedModel: ...
+
+
+@overload
+def load_quantized(
+    directory: str | Path, backend: str, *, float_dtype: torch.dtype | None = ..., allow_float_fallback: bool = ...
+) -> LoweredModel: ...
+
+
+def load_quantized(
+    directory: str | Path,
+    backend: str | None = None,
+    *,
+    float_dtype: torch.dtype | None = None,
+    allow_float_fallback: bool = False,
+) -> QuantizedModel | LoweredModel:
     """Read what :func:`save_quantized` wrote; needs neither the float model nor calibration data.
+
+    Args:
+        directory: the folder.
+        backend: lower the model at once, and return that. Takes less memory than ``lower`` afterwards: each weight is
+            freed when it has been packed.
+        float_dtype: as for :func:`~ptq4dit_ao.lower`.
+        allow_float_fallback: as for :func:`~ptq4dit_ao.lower`.
 
     Raises:
         ArtifactError: the folder is missing, incomplete, altered, or of another format version.
+        LoweringError: as for :func:`~ptq4dit_ao.lower`.
     """
+    model = _read(directory)
+    if backend is None:
+        return model
+    return model.lower(backend, float_dtype=float_dtype, allow_float_fallback=allow_float_fallback, consume=True)
+
+
+def _read(directory: str | Path) -> QuantizedModel:
     stored = read_artifact(directory)
     metadata = stored.metadata
-    if set(metadata) != {"recipe", "report", "sampling"}:
+    if set(metadata) != {"recipe", "report", "sampling", "captured"}:
         raise ArtifactError(f"{directory} was not saved with save_quantized: its metadata holds {sorted(metadata)}")
+    inputs = tuple(InputSpec.from_dict(entry) for entry in stored.input_signature)
     return QuantizedModel(
         graph=stored.graph_module,
         recipe=Recipe.from_dict(metadata["recipe"]),
-        inputs=tuple(InputSpec.from_dict(entry) for entry in stored.input_signature),
+        inputs=inputs,
         report=metadata["report"],
         sampling=metadata["sampling"],
+        captured=_captured(metadata["captured"], len(inputs)),
     )
+
+
+def _captured(data: object, inputs: int) -> CapturedModule | None:
+    captured = None if data is None else CapturedModule.from_dict(data)
+    if captured is not None and len(captured.call.names) != inputs:
+        raise ArtifactError(
+            f"the transformer's call has the tensors {captured.call.names}, the graph takes {inputs}; quantize again"
+        )
+    return captured

@@ -15,10 +15,11 @@ import torch
 import ptq4dit_ao
 from ptq4dit_ao.cli import commands
 from ptq4dit_ao.cli.main import main
+from ptq4dit_ao.lowering import KernelProof, LoweredModel
 from ptq4dit_ao.recipe import shipped_recipe_path, shipped_recipes
-from ptq4dit_ao.workflow import load_quantized
+from ptq4dit_ao.workflow import QuantizedModel, load_quantized
 
-COMMANDS = ["quantize", "sample", "inspect", "bench", "recipes"]
+COMMANDS = ["quantize", "sample", "inspect", "export", "bench", "backends", "recipes"]
 PNG = b"\x89PNG\r\n\x1a\n"
 
 MODELS = """
@@ -94,6 +95,10 @@ def test_version(run):
         ("sample x --steps few", "argument --steps: invalid _positive value: 'few'"),
         ("bench x --rounds -3", "argument --rounds: -3 is not a positive number"),
         ("inspect x --fast", "unrecognized arguments: --fast"),
+        ("inspect x --float-dtype int8", "argument --float-dtype: invalid choice: 'int8'"),
+        ("export x --output y", "the following arguments are required: --backend"),
+        ("bench", "one of the arguments DIR --width is required"),
+        ("bench x --width dit-s", "argument --width: not allowed with argument DIR"),
     ],
 )
 def test_a_wrong_command_line(run, line, message):
@@ -123,6 +128,13 @@ def assert_fails(result: tuple[int, str, str], message: str) -> None:
         ("inspect missing", "there is no folder missing"),
         ("sample missing", "there is no folder missing"),
         ("bench missing", "there is no folder missing"),
+        ("bench missing --blocks 2", "--blocks 2: it is for a random model (--width)"),
+        ("bench missing --recipe dit_w4a8", "--recipe dit_w4a8: it is for a random model (--width)"),
+        ("bench --width dit-s --model m", "--model m: it is for a saved model; one of --width has random weights"),
+        ("bench --width dit-s --samples s", "--samples s: it is for a saved model"),
+        ("bench --width dit-m", "width is 'dit-m'; choose one of dit-s, dit-b, dit-l, dit-xl"),
+        ("bench --width dit-s --backends fbgem", "backend 'fbgem' is unknown"),
+        ("export missing --backend fbgemm --output x", "there is no folder missing"),
         ("recipes digits", "no shipped recipe is called 'digits'; did you mean 'digits_w8a8'?"),
     ],
 )  # fmt: skip
@@ -221,7 +233,7 @@ def test_quantize_leaves_a_model_and_two_reports(quantized):
 
 
 def test_inspect_shows_layers_sites_and_the_proof(run, quantized):
-    code, out, err = run("inspect", quantized)
+    code, out, err = run("inspect", quantized, "--backend", "fbgemm")
     assert (code, err) == (0, "")
     assert "A tiny model on models_for_the_command_line:pixels: 0.01 M parameters" in out
     for name in ("transformer_blocks.0.attn1.{to_q,to_k,to_v}", "transformer_blocks.0.ff.net.2", "proj_out_2"):
@@ -234,6 +246,23 @@ def test_inspect_shows_layers_sites_and_the_proof(run, quantized):
 def test_inspect_without_a_proof(run, quantized):
     code, out, _ = run("inspect", quantized, "--backend", "none")
     assert code == 0 and "quantized linears on" not in out and "linears: 7 integer" in out
+
+
+@pytest.mark.parametrize("command", ["sample", "inspect"])
+def test_the_backend_defaults_to_the_best_that_runs_here(run, quantized, command, tmp_path, monkeypatch):
+    seen = []
+
+    def lower(model: QuantizedModel, backend: str, **options: object) -> LoweredModel:
+        seen.append((backend, options))
+        return LoweredModel(model.graph, KernelProof(backend=backend, promised=0))
+
+    monkeypatch.setattr(QuantizedModel, "lower", lower)
+    monkeypatch.chdir(tmp_path)
+    options = ("--steps", 1, "--per-class", 1) if command == "sample" else ()
+    assert (
+        run(command, quantized, *options)[0] == run(command, quantized, "--float-dtype", "bfloat16", *options)[0] == 0
+    )
+    assert seen == [("auto", {"float_dtype": None}), ("auto", {"float_dtype": torch.bfloat16})]
 
 
 def test_sample_draws_a_grid(run, quantized, tmp_path):
@@ -257,22 +286,20 @@ def test_guidance_of_the_command_line_wins(run, quantized, tmp_path, monkeypatch
         commands, "draw", lambda *args, **kwargs: seen.append(kwargs["guidance"]) or draw(*args, **kwargs)
     )
     for options in ((), ("--guidance", "0")):
-        run("sample", quantized, "--steps", 1, "--per-class", 1, "--output", tmp_path / "x.png", *options)
+        run(
+            "sample",
+            quantized,
+            "--backend",
+            "fbgemm",
+            "--steps",
+            1,
+            "--per-class",
+            1,
+            "--output",
+            tmp_path / "x",
+            *options,
+        )
     assert seen == [1.5, 0.0]
-
-
-def test_bench_compares_with_the_float_model(run, quantized, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda model: model)
-    figures = tmp_path / "figures.json"
-    code, out, _ = run("bench", quantized, "--backends", "reference", "fbgemm", "--rounds", 2, "--json", figures)
-    assert code == 0
-    for name in ("float32 eager", "float32 compiled", "reference", "fbgemm"):
-        assert name in out
-    assert "7/7" in out and "1.00x" in out
-    written = json.loads(figures.read_text())
-    assert written["rounds"] == 2 and written["batch"] == 2 and written["threads"] == torch.get_num_threads()
-    assert written["latency"].keys() == {"float32 eager", "float32 compiled", "reference", "fbgemm"}
-    assert all(0 < row["p10_ms"] <= row["median_ms"] <= row["p90_ms"] for row in written["latency"].values())
 
 
 def test_recipes_are_listed_and_printed(run):

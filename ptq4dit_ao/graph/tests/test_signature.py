@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ptq4dit_ao.errors import ArgumentError
-from ptq4dit_ao.graph.signature import CONSTANTS, CallSignature, TensorName, flatten_call
+from ptq4dit_ao.graph.signature import CONSTANTS, CallSignature, TensorName, flatten_call, tensors_like
 
 
 class Takes(nn.Module):
@@ -107,8 +108,11 @@ values = st.recursive(
 )
 
 
+calls = st.dictionaries(st.sampled_from(["x", "t", "ids", "sizes", "scale"]), values, max_size=5)
+
+
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(st.dictionaries(st.sampled_from(["x", "t", "ids", "sizes", "scale"]), values, max_size=5))
+@given(calls)
 def test_binding_the_tensors_gives_the_call_back(call):
     signature, found = flatten_call(Takes(), call)
     assert list(found) == signature.names
@@ -148,6 +152,70 @@ def test_tensors_whose_places_spell_the_same_name_stay_apart():
 def test_signatures_are_compared_by_structure():
     x = {"x": TensorName("x")}
     assert CallSignature(x) == CallSignature(dict(x)) != CallSignature({"x": TensorName("t")})
+
+
+# Stored
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(calls)
+def test_a_signature_comes_back_from_json(call):
+    signature, _ = flatten_call(Takes(), call)
+    again = CallSignature.from_json(json.loads(json.dumps(signature.to_json())))
+    assert repr(again) == repr(signature)
+
+
+@pytest.mark.parametrize("data", [None, [], {"x": {"set": []}}, {"x": {"tensor": 1}}, {"x": {"list": 1}}, {"x": {}}])
+def test_json_of_something_else(data):
+    with pytest.raises(ValueError, match="unknown structure .* in the signature"):
+        CallSignature.from_json(data)
+
+
+# Another call of the same kind
+
+
+def test_the_tensors_of_another_call_come_in_the_captured_order():
+    captured, _ = flatten_call(Takes(), {"sizes": {"h": torch.zeros(1)}, "x": torch.zeros(1), "t": [torch.zeros(1)]})
+    x, t, h = tensors(3)
+    assert same(tensors_like(captured, Takes(), {"t": (t,), "sizes": {"h": h}, "x": x}), [x, t, h])
+
+
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        ({}, {"ids": None, "scale": 1.0}),  # the defaults
+        ({"ids": {}, "sizes": []}, {"ids": None}),
+        ({"sizes": {"height": None, "width": None}}, {}),
+        ({"sizes": {"height": 4, "crop": None}}, {"sizes": {"height": 4}}),
+        ({"sizes": (4, 6)}, {"sizes": [4, 6]}),
+        ({"sizes": [[(1, 4, 4)]] * 3}, {"sizes": [[(1, 4, 4)]]}),  # Qwen-Image: one for each sample
+    ],
+)
+def test_calls_that_mean_the_same(then, now):
+    (x,) = tensors(1)
+    for captured, given_ in ((then, now), (now, then)):
+        signature, _ = flatten_call(Takes(), {"x": torch.zeros(1), **captured})
+        assert same(tensors_like(signature, Takes(), {"x": x, **given_}), [x])
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "message"),
+    [
+        ({}, {"scale": 2.0}, r"argument 'scale' of Takes is 2\.0, but the graph was captured with 1\.0; call it with"),
+        ({"scale": 2.0}, {}, r"'scale' of Takes is 1\.0, but the graph was captured with 2\.0"),
+        ({"t": torch.zeros(1)}, {"t": None}, "'t' of Takes is None, but the graph was captured with a tensor"),
+        ({"t": None}, {"t": torch.zeros(1)}, "'t' of Takes is a tensor, but the graph was captured with None"),
+        ({"sizes": [4, 6]}, {"sizes": [4, 4]}, r"'sizes' of Takes is \[4, 4\], but .* with \[4, 6\]"),
+        ({"sizes": [4, 4]}, {"sizes": [4]}, r"'sizes' of Takes is \[4\], but"),
+        ({"sizes": [[4], [6]]}, {"sizes": [[4]]}, r"'sizes' of Takes is \[\[4\]\], but"),
+        ({"sizes": {"h": 1}}, {"sizes": {"h": 1, "w": 1}}, r"'sizes' of Takes is \{'h': 1, 'w': 1\}, but"),
+        ({"t": [torch.zeros(1)]}, {"t": [torch.zeros(1)] * 2}, "'t' of Takes is .*, but"),
+    ],
+)
+def test_calls_that_the_graph_does_not_compute(then, now, message):
+    signature, _ = flatten_call(Takes(), {"x": torch.zeros(1), **then})
+    with pytest.raises(ArgumentError, match=message):
+        tensors_like(signature, Takes(), {"x": torch.zeros(1), **now})
 
 
 # Refusals

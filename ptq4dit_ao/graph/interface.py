@@ -1,0 +1,117 @@
+"""What stands between a graph and who calls it in place of the module that it was captured from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ptq4dit_ao.errors import ArgumentError, ArtifactError
+from ptq4dit_ao.graph.shapes import example_shape, symbolic_axes
+from ptq4dit_ao.graph.signature import CallSignature
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSpec:
+    """One input of a graph."""
+
+    name: str
+    shape: tuple[int, ...]
+    """At the example inputs."""
+    dtype: torch.dtype
+    batched: bool
+    """Is its first axis the batch, which may differ from call to call?"""
+
+    @classmethod
+    def of(cls, node: Node) -> InputSpec:
+        """Of an exported graph's placeholder."""
+        shape, dtype = example_shape(node), node.meta["val"].dtype
+        return cls(name=node.name, shape=shape, dtype=dtype, batched=0 in symbolic_axes(node))
+
+    def to_dict(self) -> dict[str, object]:
+        return {"name": self.name, "shape": list(self.shape), "dtype": _name(self.dtype), "batched": self.batched}
+
+    @classmethod
+    def from_dict(cls, data: object) -> InputSpec:
+        """Raises ArtifactError for anything but what :meth:`to_dict` gives."""
+        match data:
+            case {"name": str(name), "shape": [*shape], "dtype": str(kind), "batched": bool(batched), **rest}:
+                dtype = getattr(torch, kind, None)
+                if not rest and isinstance(dtype, torch.dtype) and all(type(n) is int and n >= 0 for n in shape):
+                    return cls(name=name, shape=tuple(shape), dtype=dtype, batched=batched)
+        raise ArtifactError(f"input signature {data!r} is not one this version reads; quantize again")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapturedModule:
+    """The diffusers model that a graph was captured from, and how it was called."""
+
+    config: Mapping[str, Any]
+    """As in its ``config.json``; ``_class_name`` names the class."""
+    call: CallSignature
+
+    def to_dict(self) -> dict[str, object]:
+        """Raises ArtifactError if the call has no stored form."""
+        try:
+            return {"config": dict(self.config), "call": self.call.to_json()}
+        except ValueError as error:
+            raise ArtifactError(f"the transformer's call cannot be saved: {error}") from error
+
+    @classmethod
+    def from_dict(cls, data: object) -> CapturedModule:
+        """Raises ArtifactError for anything but what :meth:`to_dict` gives."""
+        match data:
+            case {"config": {"_class_name": str()} as config, "call": call, **rest} if not rest:
+                try:
+                    return cls(config=config, call=CallSignature.from_json(call))
+                except (ValueError, RecursionError) as error:
+                    raise ArtifactError(f"the transformer's call is damaged ({error}); quantize again") from error
+        raise ArtifactError(f"the transformer is {data!r}, not a configuration and a call; quantize again")
+
+
+def fit_inputs(specs: Sequence[InputSpec], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors as the graph takes them: in its dtypes, and a row for each sample where there is one for all of them.
+
+    Raises:
+        ArgumentError: a tensor has another shape, or holds what the graph's dtype cannot.
+    """
+    pairs = list(zip(specs, tensors, strict=True))
+    batch = next((len(x) for spec, x in pairs if spec.batched and x.ndim and len(x) != 1), 1)
+    return [_cast(spec, _fit(spec, x, batch)) for spec, x in pairs]
+
+
+def _fit(spec: InputSpec, x: Tensor, batch: int) -> Tensor:
+    wanted = (batch, *spec.shape[1:]) if spec.batched else spec.shape
+    if spec.batched and (x.shape == (1, *wanted[1:]) or (x.ndim == 0 and len(wanted) == 1)):
+        return x.expand(wanted)
+    if x.shape != wanted:
+        way_out = "quantize with samples of this size (height, width, frames, text length)"
+        if not spec.batched and x.shape[1:] == wanted[1:]:
+            way_out = "if that is the batch, export with dynamic_batch=True"
+        shape = tuple(x.shape)
+        raise ArgumentError(
+            f"{spec.name} has shape {shape}, the graph was captured for {wanted}; call it with that, or {way_out}"
+        )
+    return x
+
+
+def _cast(spec: InputSpec, x: Tensor) -> Tensor:
+    """Between floating dtypes, as pipelines in 16 bits need it; between others only if no value changes."""
+    cast = x.to(spec.dtype)
+    if cast.is_floating_point() and x.is_floating_point():
+        return cast
+    lost = x[cast.to(x.dtype) != x]
+    if lost.numel():
+        raise ArgumentError(
+            f"{spec.name} is {_name(x.dtype)} and holds {lost[0].item()}, which the graph cannot take: it was captured "
+            f"for {_name(spec.dtype)}; quantize with samples of the scheduler that it is to run with"
+        )
+    return cast
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,82 @@
+"""``aoti``: what ``x86_inductor`` compiles, ahead of time, as one file that Python and C++ load without a compiler.
+
+Without freezing AOTInductor matches no int8 pattern and packs a float program without a word (pytorch/ao#4566). The
+proof, which asks oneDNN what it ran, refuses that.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch._inductor import config as inductor_config
+
+from ptq4dit_ao.lowering.backend import Backend, Request, Runnable, register
+from ptq4dit_ao.lowering.files import complete
+from ptq4dit_ao.lowering.machine import saturates
+from ptq4dit_ao.lowering.mixed import compute_in
+from ptq4dit_ao.lowering.onednn_verbose import count_onednn_gemms
+from ptq4dit_ao.lowering.program import as_program, check_inputs, inputs_of
+from ptq4dit_ao.lowering.proof import KernelProof, check_proof
+from ptq4dit_ao.lowering.unshare import unshare_weights
+from ptq4dit_ao.lowering.x86_inductor import INT8, unavailable
+
+SUFFIX = ".pt2"
+SETTINGS = {"freezing": True}
+"""Of Inductor, for this compile only."""
+
+
+def build(request: Request) -> Runnable:
+    """Compile and load; the file is gone when this returns."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _compile(request, Path(folder) / f"model{SUFFIX}")
+
+
+def write(request: Request, path: Path) -> None:
+    """Write the package.
+
+    Raises:
+        LoweringError: it does not run what it should on integer kernels; nothing is written.
+    """
+    with complete(path) as unfinished:
+        kernels = count_onednn_gemms(_compile(request, unfinished), request.example_inputs)
+        check_proof(
+            KernelProof(backend="aoti", promised=len(request.linears), kernels=kernels), allow_float_fallback=False
+        )
+
+
+def _compile(request: Request, path: Path) -> Runnable:
+    unshare_weights(request.linears)
+    if request.float_dtype is not None:
+        compute_in(request.graph, request.float_dtype, request.example_inputs)
+    program = as_program(request.graph, request.example_inputs)
+    # Where Inductor leaves what it made on the way; else that is a copy of the weights in its cache.
+    remains = str(path.with_name("inductor"))
+    with torch.no_grad(), inductor_config.patch({**SETTINGS, "aot_inductor.output_path": remains}):
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    package = torch._inductor.aoti_load_package(str(path))
+    expected = inputs_of(program)
+
+    def run(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        check_inputs(inputs, expected)
+        return package(*(x.contiguous() for x in inputs))
+
+    return run
+
+
+register(
+    Backend(
+        name="aoti",
+        summary="AOTInductor package: compiled once, loaded from Python or C++ without a compiler",
+        integer=True,
+        carries=INT8,
+        refuse=saturates,
+        unavailable=unavailable,
+        build=build,
+        count=count_onednn_gemms,
+        write=write,
+        suffix=SUFFIX,
+    )
+)

@@ -1,0 +1,142 @@
+"""``onnx``: a file of QuantizeLinear and DequantizeLinear around float products, which runtimes fuse to integer ones.
+
+Here that runtime is onnxruntime, and has to prove it.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.utils._pytree import TreeSpec, tree_unflatten
+
+from ptq4dit_ao._optional import require
+from ptq4dit_ao.lowering.backend import Backend, Capabilities, Request, Runnable, register
+from ptq4dit_ao.lowering.files import complete
+from ptq4dit_ao.lowering.machine import no_x86, saturates
+from ptq4dit_ao.lowering.match import QuantizedLinear
+from ptq4dit_ao.lowering.program import as_program
+from ptq4dit_ao.lowering.proof import KernelProof, check_proof
+
+aten = torch.ops.aten
+
+SUFFIX = ".onnx"
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+FULL_RANGE = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
+INTEGER_GEMMS = ("MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm")
+"""Operators of onnxruntime that multiply integers by integers."""
+
+
+class Session:
+    """An ONNX file in onnxruntime, called with tensors; profiled until :func:`count` has read the profile."""
+
+    def __init__(self, path: Path, result: TreeSpec) -> None:
+        runtime = require("onnxruntime", extra="onnx")
+        self.profile = tempfile.TemporaryDirectory()
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.enable_profiling, options.profile_file_prefix = True, f"{self.profile.name}/run"
+        self.session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.names = [value.name for value in self.session.get_inputs()]
+        self.result = result
+
+    def __call__(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        feed = {name: x.detach().numpy() for name, x in zip(self.names, inputs, strict=True)}
+        return tree_unflatten([torch.from_numpy(y) for y in self.session.run(None, feed)], self.result)
+
+
+def count(run: Runnable, inputs: Sequence[Tensor]) -> dict[str, int]:
+    """Integer GEMMs of a session's first call: operator -> how often. Ends its profiling."""
+    assert isinstance(run, Session)
+    run(*inputs)
+    with run.profile:
+        events = json.loads(Path(run.session.end_profiling()).read_text())
+    ran = Counter(event["args"]["op_name"] for event in events if event["name"].endswith("_kernel_time"))
+    return {name: ran[name] for name in INTEGER_GEMMS if name in ran}
+
+
+def unavailable() -> str | None:
+    """Which package is missing."""
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    return f"{missing[0]!r} is not installed; python -m pip install 'ptq4dit-ao[onnx]'" if missing else None
+
+
+def refuse(linear: QuantizedLinear) -> str | None:
+    """Why QuantizeLinear cannot express a linear, or why onnxruntime would compute it wrongly here."""
+    full = FULL_RANGE[linear.x_dtype]
+    if linear.x_range != full:
+        return f"QuantizeLinear saturates at {full}, the graph at {linear.x_range}"
+    return None if no_x86() else saturates(linear)
+
+
+def build(request: Request) -> Session:
+    """Export, and let onnxruntime optimize what it reads; the file is gone when this returns."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _export(request, Path(folder) / f"model{SUFFIX}")
+
+
+def write(request: Request, path: Path) -> None:
+    """Write the file; weights beyond 1.5 GiB lie beside it, in ``PATH.data``.
+
+    Raises:
+        LoweringError: onnxruntime does not run what it should on integer kernels; nothing is written.
+    """
+    with complete(path) as unfinished:
+        kernels = count(_export(request, unfinished), request.example_inputs)
+        check_proof(
+            KernelProof(backend="onnx", promised=len(request.linears), kernels=kernels), allow_float_fallback=False
+        )
+
+
+def _export(request: Request, path: Path) -> Session:
+    for linear in request.linears:
+        _spell_out(linear)
+    request.graph.recompile()
+    program = as_program(request.graph, request.example_inputs)
+    # Not optimized: that would fold the weights' DequantizeLinear into float weights.
+    exported = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False)
+    assert exported is not None
+    exported.save(path)
+    return Session(path, program.call_spec.out_spec)
+
+
+def _spell_out(linear: QuantizedLinear) -> None:
+    """``linear(x, W, b)`` -> ``squeeze(unsqueeze(x) W^T) + b``.
+
+    onnxruntime makes a Gemm of a product of two axes and the addition next to it, and leaves that in float.
+    """
+    graph, (dequantize, weight) = linear.node.graph, linear.node.args[:2]
+    assert isinstance(dequantize, Node)
+    with graph.inserting_before(linear.node):
+        # In front of DequantizeLinear, which has to stay next to the product.
+        integers = graph.call_function(aten.unsqueeze.default, (linear.quantize, 0))
+        x = graph.node_copy(dequantize, lambda quantize: integers)
+        product = graph.call_function(aten.matmul.default, (x, graph.call_function(aten.t.default, (weight,))))
+        result = graph.call_function(aten.squeeze.dim, (product, 0))
+        if linear.bias_node is not None:
+            result = graph.call_function(aten.add.Tensor, (result, linear.bias_node))
+    linear.node.replace_all_uses_with(result)
+    graph.erase_node(linear.node)
+
+
+register(
+    Backend(
+        name="onnx",
+        summary="ONNX file of QuantizeLinear and DequantizeLinear, run by onnxruntime",
+        integer=True,
+        carries=Capabilities(activation_dtypes=tuple(FULL_RANGE)),
+        refuse=refuse,
+        unavailable=unavailable,
+        build=build,
+        count=count,
+        write=write,
+        suffix=SUFFIX,
+    )
+)

@@ -1,0 +1,122 @@
+"""What OpenVINO does not read, or reads but computes in float, as something else with the same values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from ptq4dit_ao._optional import require
+from ptq4dit_ao.graph.names import get_attribute
+from ptq4dit_ao.lowering.match import QuantizedLinear, quantized
+
+aten = torch.ops.aten
+
+MOVES = ("Reshape", "Squeeze", "Transpose", "Unsqueeze")
+"""Operations that only move elements."""
+
+
+def widen_activations(linears: Iterable[QuantizedLinear]) -> None:
+    """Let activations of fewer than 8 bits fill their dtype, clamped before to what they can be.
+
+    OpenVINO runs no other number of steps than 256 on integer kernels.
+    """
+    for quantize in {linear.quantize: None for linear in linears}:
+        arguments: tuple[Any, ...] = quantize.args
+        x, scale, zero_point, low, high, dtype = arguments
+        full = torch.iinfo(dtype)
+        if (low, high) == (full.min, full.max):
+            continue
+        with quantize.graph.inserting_before(quantize):
+            bounds = ((bound - zero_point) * scale for bound in (low, high))
+            clamped = quantize.graph.call_function(aten.clamp.default, (x, *bounds))
+        for node in (quantize, *quantize.users):
+            node.args = (node.args[0], scale, zero_point, full.min, full.max, dtype)
+        quantize.update_arg(0, clamped)
+
+
+def dequantize_constants(graph_module: GraphModule) -> None:
+    """Write ``(integers - zero point) * scale`` out wherever integers are constants.
+
+    The importer takes every dequantize node for half of a pair, and drops it.
+    """
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        if node.target is not quantized.dequantize_per_channel.default:
+            continue
+        arguments: tuple[Any, ...] = node.args
+        integers, scale, zero_point, axis = arguments[:4]
+        if integers.op != "get_attr":
+            continue
+        shape = [-1 if i == axis else 1 for i in range(_tensor(graph_module, integers).ndim)]
+        with graph.inserting_before(node):
+            value = graph.call_function(aten.to.dtype, (integers, torch.float32))
+            if _tensor(graph_module, zero_point).any():
+                value = graph.call_function(aten.sub.Tensor, (value, _as_float(zero_point, shape)))
+            value = graph.call_function(aten.mul.Tensor, (value, _as_float(scale, shape)))
+        node.replace_all_uses_with(value)
+        graph.erase_node(node)
+    graph_module.recompile()
+
+
+def quantize_early(model: Any) -> None:
+    """Quantize before elements are moved, in the operation that computes them: a linear, or attention as a whole.
+
+    A quantization per tensor commutes with moving elements, and by itself it costs a pass over memory.
+    """
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "FakeQuantize" or any(math.prod(port.get_shape()) > 1 for port in node.inputs()[1:]):
+            continue
+        moves = _moves_before(node.input_value(0))
+        if not moves or len(moves[-1].input_value(0).get_target_inputs()) > 1:
+            continue
+        for reader in node.output(0).get_target_inputs():
+            reader.replace_source_output(moves[0].output(0))
+        node.input(0).replace_source_output(moves[-1].input_value(0))
+        moves[-1].input(0).replace_source_output(node.output(0))
+    model.validate_nodes_and_infer_types()
+
+
+def store_int4(model: Any) -> None:
+    """Store int8 weights that fit four bits in four bits, two to a byte.
+
+    They are made int8 again, for the plugin to fold: int4 weights it would compute with in float, without a word.
+    """
+    ov = require("openvino", extra="openvino")
+    for node in model.get_ops():
+        if node.get_type_name() != "Constant" or node.get_element_type() != ov.Type.i8 or node.data.size == 0:
+            continue
+        if node.data.min() < -8 or node.data.max() > 7:
+            continue
+        packed = ov.Tensor(ov.Type.i4, node.get_output_shape(0))
+        nibbles = np.zeros(2 * packed.byte_size, np.int8)
+        nibbles[: node.data.size] = node.data.ravel() & 15
+        packed.data[...] = nibbles[0::2] | nibbles[1::2] << 4
+        wide = ov.opset13.convert(ov.op.Constant(packed), ov.Type.i8)
+        for reader in node.output(0).get_target_inputs():
+            reader.replace_source_output(wide.output(0))
+    model.validate_nodes_and_infer_types()
+
+
+def _moves_before(output: Any) -> list[Any]:
+    """The operations that moved the elements of an output and that nothing else reads, the last one first."""
+    moves = []
+    while output.get_node().get_type_name() in MOVES and len(output.get_target_inputs()) == 1:
+        moves.append(output.get_node())
+        output = moves[-1].input_value(0)
+    return moves
+
+
+def _as_float(node: Node, shape: list[int]) -> Node:
+    """A vector per channel, in a shape that broadcasts along its axis."""
+    view = node.graph.call_function(aten.view.default, (node, shape))
+    return node.graph.call_function(aten.to.dtype, (view, torch.float32))
+
+
+def _tensor(graph_module: GraphModule, node: Node) -> Tensor:
+    return get_attribute(graph_module, str(node.target))

@@ -1,0 +1,85 @@
+"""A quantized graph as an ``ExportedProgram`` again, which is what compilers and exporters take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
+
+from ptq4dit_ao.errors import ArgumentError
+
+aten = torch.ops.aten
+
+
+@torch.no_grad()
+def as_program(graph: GraphModule, inputs: Sequence[Tensor]) -> ExportedProgram:
+    """Export once more; the batch is free where the graph does not fix it and ``inputs`` have at least two rows.
+
+    The batch is the first axis of the first input, and of every input that is as long, as when the graph was captured;
+    a graph that was loaded does not say it itself.
+    """
+    rows = inputs[0].shape[:1]
+    free = tuple({0: Dim.AUTO} if x.ndim and x.shape[:1] == rows else {} for x in inputs)
+    layouts = tuple(x.contiguous() for x in inputs)
+    program = torch.export.export(graph, layouts, dynamic_shapes=free, strict=False)
+    # Export adds a check of every cast's input: one more reader of it, and patterns of int8 allow no other.
+    for check in program.graph.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default):
+        program.graph.erase_node(check)
+    return program
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a compiled program takes at one place."""
+
+    dtype: torch.dtype
+    shape: tuple[int | str, ...]
+    """Sizes that may differ from call to call by name; equal names, equal sizes."""
+
+    def accepts(self, x: Tensor, sizes: dict[str, int]) -> bool:
+        """Is a tensor of this dtype and shape? Sizes that are met for the first time are added to ``sizes``."""
+        if x.dtype != self.dtype or x.ndim != len(self.shape):
+            return False
+        pairs = zip(self.shape, x.shape, strict=True)
+        return all(
+            actual == (size if isinstance(size, int) else sizes.setdefault(size, actual)) for size, actual in pairs
+        )
+
+
+def inputs_of(program: ExportedProgram) -> list[Input]:
+    """What a program takes."""
+    values = [
+        node.meta["val"]
+        for node in program.graph.find_nodes(op="placeholder")
+        if node.name in program.graph_signature.user_inputs
+    ]
+    return [
+        Input(value.dtype, tuple(str(size) if _varies(size) else int(size) for size in value.shape)) for value in values
+    ]
+
+
+def _varies(size: int | torch.SymInt) -> bool:
+    """Not so if tracing found that it has to be the example's; it is still symbolic then."""
+    return isinstance(size, torch.SymInt) and bool(size.node.expr.free_symbols)
+
+
+def check_inputs(inputs: Sequence[Tensor], expected: Sequence[Input]) -> None:
+    """Refuse what a compiled program would misread: it takes its inputs as memory of the layout it was compiled for.
+
+    Raises:
+        ArgumentError: there are more or fewer inputs, one has another dtype or shape, or they differ in their batch.
+    """
+    if len(inputs) != len(expected):
+        raise ArgumentError(f"got {len(inputs)} inputs; this program takes {len(expected)}")
+    sizes: dict[str, int] = {}
+    for i, (x, like) in enumerate(zip(inputs, expected, strict=True)):
+        if not like.accepts(x, sizes):
+            shape = tuple(size if isinstance(size, int) else sizes.get(size, size) for size in like.shape)
+            raise ArgumentError(
+                f"input {i} is {x.dtype} {tuple(x.shape)}; this program was compiled for {like.dtype} {shape}. The "
+                "batch may differ from call to call if the model was captured so, and compiled with two rows or more"
+            )

@@ -1,0 +1,242 @@
+"""OpenVINO computes what the graph says, with integers, in this process and from the IR alone."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torchao.quantization.pt2e.observer import MinMaxObserver
+from torchao.quantization.pt2e.quantizer import QuantizationSpec
+from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
+
+from ptq4dit_ao.errors import LoweringError
+from ptq4dit_ao.graph import export_transformer
+from ptq4dit_ao.lowering import available_backends, export_to, lower, missing_backends, quantized_linears
+from ptq4dit_ao.quantizer import LinearQuantizer, PTQ4DiTQuantizer
+
+ov = pytest.importorskip("openvino")
+
+BITS = {"W8A8": (8, 8), "W4A8": (4, 8), "W6A6": (6, 6)}
+LINEARS = 14
+"""Quantized linears of the tiny DiT."""
+
+
+def sqnr_db(expected: Tensor, actual: Tensor) -> float:
+    noise = (expected.double() - actual.double()).square().sum()
+    return math.inf if noise == 0 else 10 * math.log10(expected.double().square().sum() / noise)
+
+
+def batch_of(rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    return torch.randn(rows, 4, 8, 8, generator=generator), torch.arange(rows) * 70, torch.arange(rows) % 10
+
+
+@pytest.fixture(params=BITS)
+def converted(request, quantized) -> GraphModule:
+    weight_bits, activation_bits = BITS[request.param]
+    return quantized(weight_bits=weight_bits, activation_bits=activation_bits)
+
+
+class Head(nn.Module):
+    """Two outputs, an input that nothing reads, linears on two, three and four axes, one without bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.flat = nn.Linear(8, 8), nn.Linear(8, 6, bias=False), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, t: Tensor, unused: Tensor) -> tuple[Tensor, Tensor]:
+        h = nn.functional.gelu(self.first(x)).transpose(1, 2)  # (N, 3, 5, 8)
+        return self.last(h), self.flat(x[:, 0, 0])
+
+
+@pytest.fixture(scope="module")
+def head_inputs() -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(4, 3, 5, 8), torch.arange(4), torch.randn(4, 2)
+
+
+@pytest.fixture
+def head(convert, head_inputs) -> GraphModule:
+    torch.manual_seed(1)
+    exported = export_transformer(Head().eval(), head_inputs)
+    return convert(exported, PTQ4DiTQuantizer(aggregation="none"), [head_inputs])
+
+
+# -- in this process -------------------------------------------------------------------------------------------------
+
+
+def test_it_computes_what_the_graph_says_on_integer_kernels(converted):
+    lowered = lower(converted, "openvino")
+    for rows in (4, 1, 7):  # exported at 4
+        expected, actual = converted(*batch_of(rows)), lowered(*batch_of(rows))
+        assert actual.shape == expected.shape and actual.dtype == torch.float32
+        assert sqnr_db(expected, actual) > 60
+    assert lowered.proof.integer_gemms == lowered.proof.promised == LINEARS
+    assert all(re.search("[iu]8$", kernel, re.IGNORECASE) for kernel in lowered.proof.kernels)
+
+
+def test_any_structure_and_layout_of_tensors(head, head_inputs):
+    lowered = lower(head, "openvino")
+    x, t, unused = head_inputs
+    across = (x.permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1), t.int(), unused.double())
+    for inputs in (head_inputs, across):
+        for expected, actual in zip(head(*inputs), lowered(*inputs), strict=True):
+            assert expected.shape == actual.shape and sqnr_db(expected, actual) > 60
+
+
+def test_a_result_outlives_the_next_call(head, head_inputs):
+    lowered = lower(head, "openvino")
+    first, _ = lowered(*head_inputs)
+    kept = first.clone()
+    lowered(head_inputs[0] + 1, *head_inputs[1:])
+    assert torch.equal(first, kept)
+
+
+def test_only_the_batch_may_change(head, head_inputs):
+    x, t, unused = head_inputs
+    with pytest.raises(RuntimeError, match=r"shape=\[\?,3,5,8\].*\(4\.5\.3\.8\)"):
+        lower(head, "openvino")(x.transpose(1, 2), t, unused)
+
+
+@pytest.mark.parametrize("bits", [8, 6])
+def test_signed_activations(convert, head_inputs, bits):
+    half = 2 ** (bits - 1)
+    spec = QuantizationSpec(
+        dtype=torch.int8,
+        quant_min=-half,
+        quant_max=half - 1,
+        qscheme=torch.per_tensor_affine,
+        observer_or_fake_quant_ctr=MinMaxObserver.with_args(eps=2**-12),
+    )
+
+    class Signed(LinearQuantizer):
+        def annotate(self, model: GraphModule) -> GraphModule:
+            for node in super().annotate(model).graph.nodes:
+                if (annotation := node.meta.get(Q_ANNOTATION_KEY)) is not None:
+                    annotation.input_qspec_map[node.args[0]] = spec
+            return model
+
+    converted = convert(export_transformer(Head().eval(), head_inputs), Signed(), [head_inputs])
+    lowered = lower(converted, "openvino")
+    assert quantized_linears(converted)[0].x_range == (-half, half - 1) and lowered.proof.integer_gemms == 3
+    assert sqnr_db(converted(*head_inputs)[0], lowered(*head_inputs)[0]) > 60
+
+
+def test_what_it_refuses_runs_in_float_on_demand(head, head_inputs):
+    changed = copy.deepcopy(head)
+    linear = quantized_linears(changed)[0]
+    linear.weight_zero_point.fill_(1)
+    with pytest.raises(LoweringError, match=rf"cannot carry 1 of 3 .*\({linear.name}: needs symmetric weights\)"):
+        lower(changed, "openvino")
+    lowered = lower(changed, "openvino", allow_float_fallback=True)
+    assert lowered.proof.float_layers == ((linear.name, "needs symmetric weights"),)
+    assert sqnr_db(changed(*head_inputs)[0], lowered(*head_inputs)[0]) > 60
+
+
+def test_bfloat16_only_where_the_processor_has_it(head, head_inputs):
+    if "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        lowered = lower(head, "openvino", float_dtype=torch.bfloat16)
+        assert sqnr_db(head(*head_inputs)[0], lowered(*head_inputs)[0]) > 20
+    else:
+        with pytest.raises(LoweringError, match="this processor has no bfloat16, .* leave float_dtype out"):
+            lower(head, "openvino", float_dtype=torch.bfloat16)
+
+
+def test_attention_quantizes_its_own_result(quantized):
+    """Not a pass of its own over memory behind the transpose."""
+    lowered = lower(quantized(), "openvino")
+    ran = [node for node in lowered.run.request.get_profiling_info() if node.status == node.Status.EXECUTED]
+    attention = [node for node in ran if node.node_type == "Subgraph" and "FakeQuantize" in node.node_name]
+    moved = [
+        node for node in ran if node.node_type == "Transpose" and re.search("[iu]8$", node.exec_type, re.IGNORECASE)
+    ]
+    assert len(attention) >= 2 and len(moved) == 2  # two blocks
+
+
+def test_without_the_package_a_line_says_how_to_get_it(quantized, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "openvino" not in available_backends()
+    assert missing_backends()["openvino"].endswith("python -m pip install 'ptq4dit-ao[openvino]'")
+    with pytest.raises(LoweringError, match="'openvino' cannot run here: openvino is not installed"):
+        lower(quantized(), "openvino")
+
+
+# -- the IR ------------------------------------------------------------------------------------------------------------
+
+
+def run_ir(path: Path, inputs: tuple[Tensor, ...], **settings: object) -> tuple[Tensor, list[str]]:
+    """What OpenVINO alone makes of a file, and the kinds of its linears' kernels."""
+    compiled = ov.Core().compile_model(path, "CPU", {"PERF_COUNT": True, "INFERENCE_PRECISION_HINT": "f32", **settings})
+    request = compiled.create_infer_request()
+    output = torch.from_numpy(request.infer({i: x.numpy() for i, x in enumerate(inputs)})[0])
+    nodes = request.get_profiling_info()
+    return output, [node.exec_type for node in nodes if node.node_type.startswith("FullyConnected")]
+
+
+def test_the_ir_needs_openvino_alone(converted, tmp_path):
+    path = export_to(converted, "openvino", tmp_path / "new" / "model")
+    assert sorted(file.name for file in path.parent.iterdir()) == ["model.bin", "model.xml"]
+    for rows in (4, 3):
+        output, kernels = run_ir(path, batch_of(rows))
+        assert sqnr_db(converted(*batch_of(rows)), output) > 60
+    assert sum(kernel.lower().endswith(("i8", "u8")) for kernel in kernels) == LINEARS
+
+
+def test_four_bit_weights_are_four_bits_in_the_file(quantized, tmp_path):
+    def stored(bits: int) -> dict[str, int]:
+        """Type -> weights stored in it."""
+        path = export_to(quantized(weight_bits=bits, activation_bits=8), "openvino", tmp_path / f"w{bits}.xml")
+        constants = [node for node in ov.Core().read_model(path).get_ops() if node.get_type_name() == "Constant"]
+        sizes: dict[str, int] = {}
+        for node in constants:
+            kind = node.get_element_type().get_type_name()
+            sizes[kind] = sizes.get(kind, 0) + math.prod(node.get_output_shape(0))
+        return sizes
+
+    weights = sum(linear.weight.numel() for linear in quantized_linears(quantized()))
+    eight, four = stored(8), stored(4)
+    assert eight["i8"] == four["i4"] == weights and "i4" not in eight and "i8" not in four
+    assert (tmp_path / "w8.bin").stat().st_size - (tmp_path / "w4.bin").stat().st_size >= weights // 2
+
+
+def test_an_odd_number_of_four_bit_weights(convert, tmp_path):
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.linear(x)
+
+    torch.manual_seed(0)
+    inputs = (torch.randn(4, 6, 5), torch.arange(4))
+    exported = export_transformer(Odd().eval(), inputs)
+    converted = convert(exported, PTQ4DiTQuantizer(weight_bits=4, aggregation="none"), [inputs])
+    output, _ = run_ir(export_to(converted, "openvino", tmp_path / "odd"), inputs)
+    assert sqnr_db(converted(*inputs), output) > 60
+
+
+def test_a_failed_write_leaves_what_was_there(quantized, tmp_path, monkeypatch):
+    path = export_to(quantized(), "openvino", tmp_path / "model")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def fail(model: object, path: Path, **options: object) -> None:
+        path.write_text("half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(ov, "save_model", fail)
+    with pytest.raises(OSError, match="disk full"):
+        export_to(quantized(weight_bits=4), "openvino", path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_an_ir_has_no_float_dtype(quantized, tmp_path):
+    with pytest.raises(LoweringError, match=r"cannot say that .* torch\.bfloat16: .* leave float_dtype out"):
+        export_to(quantized(), "openvino", tmp_path / "model", float_dtype=torch.bfloat16)

@@ -1,0 +1,178 @@
+"""The NNCF door: balance a model as a recipe says, and let NNCF quantize it, in the script that calls NNCF already.
+
+::
+
+    ready = balance_for_nncf(transformer, load_recipe("dit_w8a8"), samples)
+    quantized = nncf.quantize(**ready.quantize())  # an openvino.Model
+    compressed = nncf.compress_weights(**ready.compress_weights(bits=4))  # another
+    converted = quantize_pt2e(**ready.quantize_pt2e())  # nncf.experimental.torch.fx; a graph for ptq4dit_ao.lower
+
+A method returns the arguments of NNCF's function of that name; any of them can be changed before the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from ptq4dit_ao._optional import require
+from ptq4dit_ao.calibration import CalibrationSamples
+from ptq4dit_ao.errors import ArgumentError, CalibrationError, LoweringError
+from ptq4dit_ao.graph import export_transformer
+from ptq4dit_ao.graph.names import LINEAR
+from ptq4dit_ao.lowering.openvino import to_openvino
+from ptq4dit_ao.passes import balance, collect_salience
+from ptq4dit_ao.quantizer.overrides import LayerPlan, plan_layers
+from ptq4dit_ao.recipe import Recipe
+from ptq4dit_ao.workflow.apply import (
+    EXAMPLE_ROWS,
+    SHUFFLE_SEED,
+    balance_settings,
+    overrides_of,
+    quantizer_from_recipe,
+    site_policy,
+)
+
+Batch = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalancedForNNCF:
+    """A balanced float model, and what a recipe wants of its layers."""
+
+    graph: GraphModule
+    batches: Sequence[Batch]
+    recipe: Recipe
+    plans: Mapping[str, LayerPlan]
+    """Node name of each linear -> what it is to get."""
+
+    def quantize(self) -> dict[str, Any]:
+        """Arguments of ``nncf.quantize``: balanced, so not smoothed; convolutions stay float.
+
+        A patch embedding in 8 bits would cost more accuracy than all linears together.
+
+        Raises:
+            LoweringError: the recipe asks for other than 8 bits.
+        """
+        self._need_eight_bits("nncf.quantize", "use compress_weights(), or apply_recipe and the backend 'openvino'")
+        nncf, model = require("nncf", extra="openvino"), self.openvino_model()
+        smoothing = nncf.AdvancedSmoothQuantParameters(convolution=-1, matmul=-1)
+        return {
+            "model": model,
+            "calibration_dataset": nncf.Dataset(self.batches, _by_index),
+            "model_type": nncf.ModelType.TRANSFORMER,
+            "ignored_scope": self._ignored(model, self._skipped(), "Convolution"),
+            "advanced_parameters": nncf.AdvancedQuantizationParameters(smooth_quant_alphas=smoothing),
+        }
+
+    def compress_weights(self, *, bits: int) -> dict[str, Any]:
+        """Arguments of ``nncf.compress_weights``: int4 or int8, symmetric, per output channel.
+
+        Only the layers whose weights the recipe wants in that many bits; where it wants both, call for each.
+
+        Raises:
+            ArgumentError: ``bits`` is neither 4 nor 8.
+            LoweringError: the recipe wants no layer in that many bits.
+        """
+        nncf, model = require("nncf", extra="openvino"), self.openvino_model()
+        per_channel = {"ratio": 1.0, "group_size": -1, "all_layers": True}
+        modes = {
+            4: {"mode": nncf.CompressWeightsMode.INT4_SYM, **per_channel},
+            8: {"mode": nncf.CompressWeightsMode.INT8_SYM},
+        }
+        if bits not in modes:
+            raise ArgumentError(f"bits is {bits!r}; NNCF compresses weights to 4 or 8")
+        others = {name for name, plan in self.plans.items() if plan.weight_bits != bits} | self._skipped()
+        if others == self.plans.keys():
+            raise LoweringError(f"no layer is to have weights of {bits} bits ({self._widths()}); choose another recipe")
+        return {"model": model, "ignored_scope": self._ignored(model, others, "Convolution", "Gather"), **modes[bits]}
+
+    def quantize_pt2e(self) -> dict[str, Any]:
+        """Arguments of ``nncf.experimental.torch.fx.quantize_pt2e``.
+
+        Raises:
+            LoweringError: the recipe asks for other than 8 bits, which NNCF would make 8 without a word.
+        """
+        self._need_eight_bits("quantize_pt2e", "use apply_recipe, or torchao's prepare_pt2e and convert_pt2e")
+        done = self.recipe.balance.model_copy(update={"aggregation": "none"})
+        return {
+            "model": self.graph,
+            "quantizer": quantizer_from_recipe(self.recipe.model_copy(update={"balance": done})),
+            "calibration_dataset": require("nncf", extra="openvino").Dataset(self.batches),
+            "do_copy": True,
+        }
+
+    def openvino_model(self) -> Any:
+        """The balanced model, in float, as a new ``openvino.Model``."""
+        model, _ = to_openvino(self.graph, self.batches[0])
+        return model
+
+    def _skipped(self) -> set[str]:
+        return {name for name, plan in self.plans.items() if plan.skip}
+
+    def _ignored(self, model: Any, linears: set[str], *types: str) -> Any:
+        """NNCF's scope of these linears, by the names of their MatMuls, and of operations."""
+        exported = [node.name for node in self.graph.graph.nodes if node.target is LINEAR]
+        # The model was exported anew, which numbers them in the same order; equal ones have become one.
+        names = {f"linear_{i}" if i else "linear" for i, name in enumerate(exported) if name in linears}
+        nodes = {name: f"{name}/aten.linear.default/MatMul" for name in names}
+        present = {node.get_friendly_name() for node in model.get_ops()}
+        scope = require("nncf", extra="openvino").IgnoredScope
+        return scope(names=sorted(present & set(nodes.values())), types=list(types), validate=False)
+
+    def _need_eight_bits(self, function: str, instead: str) -> None:
+        plans = [plan for plan in self.plans.values() if not plan.skip]
+        if any((plan.weight_bits, plan.activation_bits) != (8, 8) for plan in plans):
+            raise LoweringError(
+                f"{function} quantizes to 8 bits, whatever it is asked for ({self._widths()}); {instead}"
+            )
+
+    def _widths(self) -> str:
+        plans = [plan for plan in self.plans.values() if not plan.skip]
+        widths = sorted({f"W{plan.weight_bits}A{plan.activation_bits}" for plan in plans})
+        return f"the recipe says {' and '.join(widths)}"
+
+
+@torch.no_grad()
+def balance_for_nncf(
+    model: nn.Module, recipe: Recipe, samples: CalibrationSamples | Iterable[Sequence[Tensor]]
+) -> BalancedForNNCF:
+    """Balance a model on the CPU as a recipe says; NNCF calibrates on the same samples.
+
+    Args:
+        model: an eval-mode module, or the graph that ``export_transformer`` made of it. Not changed.
+        recipe: balances.
+        samples: as for :func:`~ptq4dit_ao.apply_recipe`.
+
+    Raises:
+        ArgumentError: the recipe does not balance.
+        CalibrationError: there are no samples.
+        PTQ4DiTError: see :func:`~ptq4dit_ao.collect_salience` and :func:`~ptq4dit_ao.balance`.
+    """
+    settings, policy = balance_settings(recipe), site_policy(recipe)
+    example = samples.example(EXAMPLE_ROWS) if isinstance(samples, CalibrationSamples) else None
+    if isinstance(samples, CalibrationSamples):
+        samples = samples.shuffled(SHUFFLE_SEED).batches(recipe.calibration.rows)
+    batches = [tuple(batch) for batch in samples]
+    if not batches:
+        raise CalibrationError("there are no calibration samples; pass at least one tuple of inputs")
+    exported = model if isinstance(model, GraphModule) else export_transformer(model, example or batches[0])
+    plans = plan_layers(
+        exported,
+        weight_bits=recipe.weights.bits,
+        activation_bits=recipe.activations.bits,
+        overrides=overrides_of(recipe),
+    )
+    exclude = [plan.layer for plan in plans.values() if not plan.balance]
+    statistics = collect_salience(exported, batches, exclude=exclude, policy=policy)
+    graph = balance(exported, statistics, settings, exclude=exclude, policy=policy, verify=recipe.balance.verify)
+    return BalancedForNNCF(graph=graph, batches=batches, recipe=recipe, plans=plans)
+
+
+def _by_index(batch: Batch) -> dict[int, Any]:
+    return {i: tensor.numpy() for i, tensor in enumerate(batch)}

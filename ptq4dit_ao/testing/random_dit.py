@@ -1,0 +1,54 @@
+"""DiTs of the published widths with random parameters: for speed, memory and kernels, not for images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptq4dit_ao.errors import check_choice
+from ptq4dit_ao.testing.facebook_dit import randomize_
+
+WIDTHS = {"dit-s": (6, 64, 12), "dit-b": (12, 64, 12), "dit-l": (16, 64, 24), "dit-xl": (16, 72, 28)}
+"""Name -> (heads, channels of a head, blocks)."""
+
+CHANNELS, SIZE, CLASSES, TIMESTEPS = 4, 32, 1000, 1000
+"""Of the 256 x 256 ImageNet models: patches of 2 make 256 tokens."""
+
+
+def random_dit(width: str, blocks: int | None = None) -> nn.Module:
+    """A diffusers DiT of a published width, as deep as published or ``blocks`` deep.
+
+    Every block of diffusers' DiT has its own timestep and class embedders; converted checkpoints have the same
+    parameters in all of them, and so has this.
+
+    Raises:
+        ArgumentError: there is no such width.
+    """
+    from diffusers import DiTTransformer2DModel
+
+    check_choice("width", width, tuple(WIDTHS))
+    heads, head_dim, depth = WIDTHS[width]
+    model: Any = DiTTransformer2DModel(
+        num_attention_heads=heads, attention_head_dim=head_dim, num_layers=blocks or depth, in_channels=CHANNELS,
+        out_channels=2 * CHANNELS, sample_size=SIZE, patch_size=2, num_embeds_ada_norm=CLASSES,
+    )  # fmt: skip
+    randomize_(model, seed=0, std=0.02)
+    first, *others = model.transformer_blocks
+    for block in others:
+        block.norm1.emb.load_state_dict(first.norm1.emb.state_dict())
+    return model.eval().requires_grad_(False)
+
+
+def random_batches(count: int, rows: int, seed: int = 0) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Noise, timesteps and labels for :func:`random_dit`: ``(x (N, 4, 32, 32), t (N,), y (N,))``."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (
+            torch.randn(rows, CHANNELS, SIZE, SIZE, generator=generator),
+            torch.randint(TIMESTEPS, (rows,), generator=generator),
+            torch.randint(CLASSES, (rows,), generator=generator),
+        )
+        for _ in range(count)
+    ]

@@ -1,0 +1,84 @@
+"""``as_diffusers_transformer``: a quantized model for somebody's pipeline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ptq4dit_ao._optional import require
+from ptq4dit_ao.errors import ArgumentError
+from ptq4dit_ao.lowering import LoweredModel
+from ptq4dit_ao.workflow.quantized_model import QuantizedModel
+
+if TYPE_CHECKING:
+    from ptq4dit_ao.workflow.diffusers_transformer import QuantizedTransformer
+
+
+def as_diffusers_transformer(
+    quantized: QuantizedModel | LoweredModel,
+    config: Mapping[str, Any] | str | Path | None = None,
+    *,
+    backend: str = "auto",
+    dtype: torch.dtype | None = None,
+) -> QuantizedTransformer:
+    """A module for ``pipe.transformer = ...``: called like the one it was, and for a pipeline it looks like it.
+
+    Args:
+        quantized: of a diffusers model, just quantized or loaded.
+        config: the original's ``config``, or its folder, or that of its pipeline. The quantized model remembers it;
+            only a class of your own, which diffusers does not know, needs that of the class it comes from.
+        backend: what to lower a :class:`~ptq4dit_ao.QuantizedModel` to; see :func:`~ptq4dit_ao.lower`.
+        dtype: of the pipeline's other components, which may be in 16 bits while the graph computes in 32; the graph's
+            if not given.
+
+    Raises:
+        ArgumentError: it was not captured from a diffusers model, or the configuration is of none.
+        LoweringError: the backend cannot run it.
+        MissingDependencyError: diffusers is not installed.
+    """
+    if quantized.captured is None:
+        raise ArgumentError(
+            "this quantized model does not know how its transformer was called: it was not captured from a diffusers "
+            "model; quantize one with apply_recipe, which keeps that"
+        )
+    remembered = quantized.captured.config
+    original = _original({"_class_name": remembered["_class_name"], **_configuration(config)} if config else remembered)
+    from ptq4dit_ao.workflow.diffusers_transformer import QuantizedTransformer
+
+    lowered = quantized.lower(backend) if isinstance(quantized, QuantizedModel) else quantized
+    return QuantizedTransformer(lowered, original, quantized.captured.call, dtype)
+
+
+def _original(config: Mapping[str, Any]) -> Any:
+    """The diffusers model that a configuration describes, without weights."""
+    diffusers = require("diffusers", extra="diffusers")
+    name = config["_class_name"]
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
+        raise ArgumentError(
+            f"the configuration is of the class {name!r}, which is no model of diffusers {diffusers.__version__}; give "
+            "the config of the class of diffusers that it comes from, with its '_class_name'"
+        )
+    try:
+        with torch.device("meta"):
+            return kind.from_config(config).eval()  # type: ignore[attr-defined]
+    except Exception as error:  # whatever a constructor makes of wrong values
+        raise ArgumentError(f"no {name} can be built from its configuration: {error}; is it damaged?") from error
+
+
+def _configuration(config: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
+    """That of a folder with a ``config.json``, or with a transformer that has one."""
+    if isinstance(config, Mapping):
+        return config
+    paths = [Path(config) / "config.json", Path(config) / "transformer" / "config.json"]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise ArgumentError(f"folder {config} has neither config.json nor transformer/config.json")
+    try:
+        return {**json.loads(path.read_text())}
+    except (OSError, ValueError, TypeError) as error:
+        raise ArgumentError(f"{path} is not the configuration of a diffusers model: {error}") from error

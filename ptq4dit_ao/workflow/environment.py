@@ -1,0 +1,62 @@
+"""Where figures were measured: processor, threads, versions, commit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+import ptq4dit_ao
+
+PACKAGES = ("torch", "torchao", "diffusers", "openvino", "nncf", "onnxruntime")
+
+
+def environment() -> dict[str, object]:
+    """What a figure of this process must be read with, as JSON."""
+    return {
+        "cpu": torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: found for name in PACKAGES if (found := installed(name)) is not None},
+        "ptq4dit-ao": commit() or ptq4dit_ao.__version__,
+    }
+
+
+def installed(distribution: str) -> str | None:
+    """The version of an installed package."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """The commit that this package runs from, ``-dirty`` if files differ from it; None outside a git checkout."""
+    folder = Path(ptq4dit_ao.__file__).parent
+    if not (folder.parent / ".git").exists():
+        return None
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() or None
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def has_native_bfloat16() -> bool:
+    """Does the processor multiply bfloat16 without converting it to float32 first?"""
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def resident_mb() -> float | None:
+    """This process's memory in MB (VmRSS), where Linux tells."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmRSS:"))
+    return int(line.split()[1]) * 1024 / 1e6
