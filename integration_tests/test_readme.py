@@ -38,6 +38,8 @@ def test_the_python_snippets_run_in_order(tiny_dit, tiny_samples, tmp_path, monk
     assert torch.allclose(scope["balanced"](*tiny_samples[-1]), expected, atol=1e-4)
     assert len(scope["report"].outcomes) == 7 and scope["report"].output_change < 1e-5
     assert scope["denoiser"].proof.integer_gemms > 0
+    assert scope["pipe"].transformer.lowered is scope["denoiser"]
+    assert scope["pipe"]([3], num_inference_steps=2).shape == (1, 4, 8, 8)
 
 
 def test_the_snippet_is_ten_lines_or_so():

@@ -73,5 +73,5 @@ def _comparable(value: object) -> bool:
 
 def _contents(tensor: Tensor) -> object:
     data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    digest = hashlib.sha256(memoryview(data)).digest()
+    digest = hashlib.sha256(data).digest()  # type: ignore[arg-type]
     return digest, tensor.dtype, tensor.shape, tensor.device, isinstance(tensor, torch.nn.Parameter)

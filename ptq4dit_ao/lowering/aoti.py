@@ -48,7 +48,7 @@ def write(request: Request, path: Path) -> None:
 
 
 def _compile(request: Request, path: Path) -> Runnable:
-    unshare_weights(request.linears)
+    unshare_weights(request.graph, request.linears)
     if request.float_dtype is not None:
         compute_in(request.graph, request.float_dtype, request.example_inputs)
     program = as_program(request.graph, request.example_inputs)

@@ -1,28 +1,30 @@
 """One weight for each linear, as Inductor's int8 patterns need it.
 
-Inductor merges equal dequantizations, those of a weight that several linears read, and its patterns then match none of
-them, for the dequantized weight has other readers.
+Inductor merges equal dequantizations, so those of a weight that several linears read; its patterns then match none of
+them, for a dequantized weight must have no other reader.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch.fx import GraphModule
+
 from ptq4dit_ao.lowering.match import QuantizedLinear
 
 
-def unshare_weights(linears: Sequence[QuantizedLinear]) -> None:
+def unshare_weights(model: GraphModule, linears: Sequence[QuantizedLinear]) -> None:
     """Let every linear after the first that reads a weight read a view of it, by another name, in place."""
-    read: set[object] = set()
+    graph, read = model.graph, set()
     for linear in linears:
-        shared, graph = linear.dequantize_weight, linear.node.graph
-        weight = shared.args[0]
+        dequantize = linear.dequantize_weight
+        weight = dequantize.args[0]
         if weight in read:
             name = f"_weight_of_{linear.name}"
-            linear.graph.register_buffer(name, linear.weight.view_as(linear.weight))
+            model.register_buffer(name, linear.weight.view_as(linear.weight))
             with graph.inserting_before(linear.node):
-                own = graph.node_copy(shared)
-                with graph.inserting_before(own):
-                    own.update_arg(0, graph.get_attr(name))
-            linear.node.replace_input_with(shared, own)
+                view, own = graph.get_attr(name), graph.node_copy(dequantize)
+            own.update_arg(0, view)
+            linear.node.replace_input_with(dequantize, own)
         read.add(weight)
+    model.recompile()

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._pytree import TreeSpec
 
 from ptq4dit_ao.graph.export import call_like
 from ptq4dit_ao.lowering.backend import Runnable
@@ -109,11 +109,11 @@ def nncf_int8(model: FloatModel) -> Started:
     import nncf
 
     nncf.set_log_level(logging.ERROR)
-    float_model, outputs = to_openvino(model.exported, model.batches[0])
+    float_model, program = to_openvino(model.exported, model.batches[0])
     data = nncf.Dataset(model.batches, _numpy)
     with contextlib.redirect_stdout(io.StringIO()):  # progress bars
         quantized = nncf.quantize(float_model, data, model_type=nncf.ModelType.TRANSFORMER)
-    return _openvino(quantized, outputs)
+    return _openvino(quantized, program)
 
 
 def sdnq_int8(model: FloatModel) -> Started:
@@ -169,7 +169,7 @@ def _counted(run: Runnable, model: FloatModel) -> Started:
     return Started(run=run, integer_gemms=calls)
 
 
-def _openvino(model: Any, outputs: TreeSpec, **properties: str) -> Started:
+def _openvino(model: Any, program: ExportedProgram, **properties: str) -> Started:
     import openvino
 
     settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY", **properties}
@@ -177,7 +177,7 @@ def _openvino(model: Any, outputs: TreeSpec, **properties: str) -> Started:
     about = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
     products = [info for info in about if info["layerType"].astype(str) in ("FullyConnected", "MatMul")]
     integer = [info for info in products if info["runtimePrecision"].astype(str) in ("u8", "i8")]
-    return Started(run=OpenVINORunnable(compiled, outputs), integer_gemms=len(integer))
+    return Started(run=OpenVINORunnable(compiled, program), integer_gemms=len(integer))
 
 
 def _numpy(tensors: Sequence[Tensor]) -> dict[int, Any]:

