@@ -24,7 +24,7 @@ from ptq4dit_ao.core import sqnr_db
 from ptq4dit_ao.lowering.backend import BACKENDS, Backend
 from ptq4dit_ao.reference import SAMPLING
 from ptq4dit_ao.workflow import QuantizedModel
-from ptq4dit_ao.workflow.environment import environment
+from ptq4dit_ao.workflow.environment import environment, one_line
 
 RECIPES = {"W8A8": "digits_w8a8", "W4A8": "digits_w4a8"}
 PARITY_DB = 45
@@ -85,7 +85,7 @@ def main() -> int:
             table.add_row(f"[green]{name}[/]", *kernels, *columns)
         progress.update(task, advance=1, description="done")
     console.print(table)
-    console.print(", ".join(f"{name} {value}" for name, value in environment().items() if value is not None))
+    console.print(one_line(environment()))
     return 1 if failed else 0
 
 

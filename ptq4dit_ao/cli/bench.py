@@ -17,6 +17,7 @@ from ptq4dit_ao.lowering.backend import choose_backend
 from ptq4dit_ao.recipe import load_recipe
 from ptq4dit_ao.workflow.bench import COMPILED, EAGER, BenchResult, Row
 from ptq4dit_ao.workflow.bench import bench as measure
+from ptq4dit_ao.workflow.environment import one_line
 from ptq4dit_ao.workflow.samples import OnProgress
 from ptq4dit_ao.workflow.subjects import Subject, random_subject, saved_subject
 
@@ -110,11 +111,7 @@ def remarks(result: BenchResult) -> Iterator[str]:
     if result.note:
         yield result.note
     yield from (f"not here: {name}: {why}" for name, why in result.missing.items())
-    about = dict(result.environment)
-    versions = about.pop("versions")
-    assert isinstance(versions, dict)
-    about |= {**versions, "seed": result.seed}
-    yield ", ".join(f"{name} {value}" for name, value in about.items() if value is not None)
+    yield one_line({**result.environment, "seed": result.seed})
 
 
 def markdown(result: BenchResult) -> str:

@@ -100,8 +100,7 @@ def _export(request: Request, path: Path) -> Session:
         _spell_out(linear)
     request.graph.recompile()
     program = as_program(request.graph, request.example_inputs)
-    # Not optimized: that would fold the weights' DequantizeLinear into float weights.
-    exported = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False)
+    exported = torch.onnx.export(program, dynamo=True, verbose=False)
     assert exported is not None
     exported.save(path)
     return Session(path, program.call_spec.out_spec)

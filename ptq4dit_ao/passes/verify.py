@@ -175,7 +175,7 @@ class _PastObservers(Interpreter):
         return _Weight(target) if target in pending(self.module) else super().get_attr(target, args, kwargs)
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if isinstance(self.submodules[target], ObserverBase):
+        if isinstance(self.fetch_attr(target), ObserverBase):  # not self.submodules, which knows a shared one once
             return args[0]
         return super().call_module(target, args, kwargs)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -25,6 +26,14 @@ def environment() -> dict[str, object]:
         "versions": {name: found for name in PACKAGES if (found := installed(name)) is not None},
         "ptq4dit-ao": commit() or ptq4dit_ao.__version__,
     }
+
+
+def one_line(about: Mapping[str, object]) -> str:
+    """What :func:`environment` returned, and more of its kind, for people; what is None is left out."""
+    versions = about["versions"]
+    assert isinstance(versions, Mapping)
+    flat = {**{name: value for name, value in about.items() if name != "versions"}, **versions}
+    return ", ".join(f"{name} {value}" for name, value in flat.items() if value is not None)
 
 
 def installed(distribution: str) -> str | None:

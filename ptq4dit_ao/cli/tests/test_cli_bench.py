@@ -100,7 +100,7 @@ def test_failures_and_missing_peers_are_shown():
     assert cli_bench.cells(shown, rows[1]) == ["odd failed: ValueError: a | b", *["-"] * 8]
     page = cli_bench.markdown(shown)
     assert r"| odd failed: ValueError: a \| b | - |" in page
-    for line in ("* random", "* not here: SDNQ: sdnq is not installed", "* cpu a, torch 2, seed 0"):
+    for line in ("* random", "* not here: SDNQ: sdnq is not installed", "* cpu a, seed 0, torch 2"):
         assert line in page.splitlines()
 
 

@@ -11,7 +11,6 @@ from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_map_only
 
 from ptq4dit_ao.graph.names import get_attribute, set_tensor
-from ptq4dit_ao.graph.shapes import tensor_of
 from ptq4dit_ao.lowering.backend import Backend, Capabilities, Request, Runnable, register
 from ptq4dit_ao.lowering.cuda.ops import has_triton, int4_linear, int8_linear, pack_halves
 from ptq4dit_ao.lowering.match import QuantizedLinear
@@ -114,8 +113,8 @@ def replace_linears(request: Request, device: torch.device) -> GraphModule:
         assert isinstance(source, Node)
         if linear.quantize not in quantizers:
             quantizers[linear.quantize] = _call(graph, f"_quantize_{i}", Quantize(linear), source, linear.quantize)
-        result = tensor_of(linear.node)
-        module = IntegerLinear(linear, linear.dtype if result is None else result.dtype).to(device)
+        narrowed = request.float_dtype if linear.dtype == torch.float32 else None
+        module = IntegerLinear(linear, narrowed or linear.dtype).to(device)
         node = _call(graph, f"_integer_linear_{i}", module, quantizers[linear.quantize], linear.node)
         linear.replace_by(node)
     _move(graph, device)

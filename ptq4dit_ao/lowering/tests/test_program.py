@@ -35,7 +35,7 @@ def test_inputs_that_a_program_takes():
         (lambda x, t, y: (x, t), "got 2 inputs; this program takes 3"),
         (lambda x, t, y: (x.double(), t, y), r"input 0 is torch.float64 .* for torch.float32 \('n', 4, 8, 8\)"),
         (lambda x, t, y: (x[..., :4], t, y), r"input 0 is torch.float32 \(3, 4, 8, 4\); .* \(3, 4, 8, 8\)"),
-        (lambda x, t, y: (x[0], t, y), r"input 0 is torch.float32 \(4, 8, 8\)"),
+        (lambda x, t, y: (x[..., 0], t, y), r"input 0 is torch.float32 \(3, 4, 8\)"),
         (lambda x, t, y: (x, t.int(), y), "input 1 is torch.int32"),
         (lambda x, t, y: (x, t, y[:2]), r"input 2 is torch.int64 \(2,\); .* for torch.int64 \(3,\)"),
     ],
