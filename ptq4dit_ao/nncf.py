@@ -79,7 +79,7 @@ class BalancedForNNCF:
             ArgumentError: ``bits`` is neither 4 nor 8.
             LoweringError: the recipe wants no layer in that many bits.
         """
-        nncf, model = require("nncf", extra="openvino"), self.openvino_model()
+        nncf = require("nncf", extra="openvino")
         per_channel = {"ratio": 1.0, "group_size": -1, "all_layers": True}
         modes = {
             4: {"mode": nncf.CompressWeightsMode.INT4_SYM, **per_channel},
@@ -90,6 +90,7 @@ class BalancedForNNCF:
         others = {name for name, plan in self.plans.items() if plan.weight_bits != bits} | self._skipped()
         if others == self.plans.keys():
             raise LoweringError(f"no layer is to have weights of {bits} bits ({self._widths()}); choose another recipe")
+        model = self.openvino_model()
         return {"model": model, "ignored_scope": self._ignored(model, others, "Convolution", "Gather"), **modes[bits]}
 
     def quantize_pt2e(self) -> dict[str, Any]:

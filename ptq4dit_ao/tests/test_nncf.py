@@ -16,7 +16,8 @@ from ptq4dit_ao import PTQ4DiTQuantizer, load_recipe, lower
 from ptq4dit_ao.calibration import CalibrationSamples
 from ptq4dit_ao.errors import ArgumentError, CalibrationError, LoweringError, MissingDependencyError
 from ptq4dit_ao.lowering import quantized_linears
-from ptq4dit_ao.lowering.openvino import compile_model, to_openvino
+from ptq4dit_ao.lowering.openvino import compile_model
+from ptq4dit_ao.lowering.program import as_program
 from ptq4dit_ao.nncf import BalancedForNNCF, balance_for_nncf
 from ptq4dit_ao.recipe import Balance, Override, Recipe, Weights
 
@@ -51,8 +52,7 @@ def mixed(tiny_exported, tiny_samples) -> BalancedForNNCF:
 
 def run(ready: BalancedForNNCF, model: Any) -> tuple[Tensor, list[Any]]:
     """The output for the first batch, and the nodes that were executed."""
-    _, program = to_openvino(ready.graph, ready.batches[0])
-    compiled = compile_model(model, program)
+    compiled = compile_model(model, as_program(ready.graph, ready.batches[0]))
     output = compiled(*ready.batches[0])
     return output, [node for node in compiled.request.get_profiling_info() if node.status == node.Status.EXECUTED]
 
@@ -94,8 +94,9 @@ def test_quantize_pt2e_gives_a_graph_for_any_backend(ready):
 
 def test_weights_are_compressed_to_the_bits_of_their_layer(ready, mixed):
     for source, bits, count in ((mixed, 4, LINEARS - 2), (mixed, 8, 2), (ready, 8, LINEARS)):
-        before = stored(source.openvino_model())
-        compressed = nncf.compress_weights(**source.compress_weights(bits=bits))
+        arguments = source.compress_weights(bits=bits)
+        before = stored(arguments["model"])
+        compressed = nncf.compress_weights(**arguments)
         after = stored(compressed)
         assert after[f"i{bits}"] == count and after["f32"] == before["f32"] - count
         assert sqnr_db(source.graph(*source.batches[0]), run(source, compressed)[0]) > (20 if bits == 4 else 40)
