@@ -45,7 +45,7 @@ def bench(args: argparse.Namespace, console: Console) -> None:
         )
     table = Table(title=escape(title(result)))
     for column in COLUMNS:
-        table.add_column(column, justify="left" if column == COLUMNS[0] else "right")
+        table.add_column(column, justify="left" if column == COLUMNS[0] else "right", overflow="fold")
     for row in result.rows:
         table.add_row(*(escape(cell) for cell in cells(result, row)))
     console.print(table)

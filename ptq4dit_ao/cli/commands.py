@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from ptq4dit_ao.calibration import Sampling
 from ptq4dit_ao.calibration import sample as draw
@@ -105,7 +105,7 @@ def export(args: argparse.Namespace, console: Console) -> None:
 def backends(args: argparse.Namespace, console: Console) -> None:
     """``ptq4dit-ao backends``."""
     missing = missing_backends()
-    table = Table("backend", "here", "what it is", "carries", "writes")
+    table = Table(*(Column(title, overflow="fold") for title in ("backend", "here", "what it is", "carries", "writes")))
     for name, backend in BACKENDS.items():
         here = "[green]yes[/]" if name not in missing else f"no: {escape(missing[name])}"
         table.add_row(name, here, backend.summary, _carried(backend.carries), backend.suffix or "-")
