@@ -13,6 +13,7 @@ from torch._inductor import config as inductor_config
 from ptq4dit_ao.lowering.backend import Backend, Capabilities, Request, Runnable, register
 from ptq4dit_ao.lowering.machine import no_compiler, no_onednn, no_x86, saturates
 from ptq4dit_ao.lowering.mixed import compute_in
+from ptq4dit_ao.lowering.unshare import unshare_weights
 
 INT8 = Capabilities(activation_dtypes=(torch.uint8, torch.int8), float_dtypes=(torch.bfloat16,))
 
@@ -24,6 +25,7 @@ def unavailable() -> str | None:
 
 def build(request: Request) -> Runnable:
     """Compile; the first call with a new batch size compiles once more, then any batch runs."""
+    unshare_weights(request.graph, request.linears)
     if request.float_dtype is not None:
         compute_in(request.graph, request.float_dtype, request.example_inputs)
     compiled = torch.compile(request.graph)
