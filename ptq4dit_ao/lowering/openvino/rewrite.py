@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -69,12 +68,16 @@ def quantize_early(model: Any) -> None:
 
     A quantization per tensor commutes with moving elements, and by itself it costs a pass over memory.
     """
+    ov = require("openvino", extra="openvino")
     for node in model.get_ordered_ops():
-        if node.get_type_name() != "FakeQuantize" or any(math.prod(port.get_shape()) > 1 for port in node.inputs()[1:]):
+        if node.get_type_name() != "FakeQuantize":
             continue
+        bounds = [value.get_node() for value in node.input_values()[1:]]
         moves = _moves_before(node.input_value(0))
-        if not moves or len(moves[-1].input_value(0).get_target_inputs()) > 1:
+        if not moves or any(bound.get_type_name() != "Constant" or bound.data.size > 1 for bound in bounds):
             continue
+        for port, bound in enumerate(bounds, start=1):  # scalars: they may have more axes than the tensor had before
+            node.input(port).replace_source_output(ov.op.Constant(bound.data.reshape(())).output(0))
         for reader in node.output(0).get_target_inputs():
             reader.replace_source_output(moves[0].output(0))
         node.input(0).replace_source_output(moves[-1].input_value(0))
@@ -104,12 +107,12 @@ def store_int4(model: Any) -> None:
 
 
 def _moves_before(output: Any) -> list[Any]:
-    """The operations that moved the elements of an output and that nothing else reads, the last one first."""
+    """The operations that moved the elements of an output, the last one first; nothing else reads what they read."""
     moves = []
     while output.get_node().get_type_name() in MOVES and len(output.get_target_inputs()) == 1:
         moves.append(output.get_node())
         output = moves[-1].input_value(0)
-    return moves
+    return moves if len(output.get_target_inputs()) == 1 else []
 
 
 def _as_float(node: Node, shape: list[int]) -> Node:
