@@ -16,6 +16,7 @@ from rich.table import Column, Table
 from ptq4dit_ao.calibration import Sampling
 from ptq4dit_ao.calibration import sample as draw
 from ptq4dit_ao.cli.bench import bench as bench  # a command like those below
+from ptq4dit_ao.cli.evaluate import evaluate as evaluate
 from ptq4dit_ao.cli.progress import progress
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.lowering import export_to, missing_backends

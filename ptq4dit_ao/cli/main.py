@@ -1,4 +1,4 @@
-"""``ptq4dit-ao``: quantize, balance, sample, inspect, export, bench.
+"""``ptq4dit-ao``: quantize, balance, sample, inspect, evaluate, export, bench.
 
 Exit codes: 0 done, 1 it could not be done (the message says why), 2 the command line is wrong.
 """
@@ -27,6 +27,7 @@ examples:
   ptq4dit-ao balance --model ./DiT-XL-2-256 --output ./balanced  a better float model, for any quantizer
   ptq4dit-ao sample out/digits --backend fbgemm                  a grid of samples, integer kernels
   ptq4dit-ao inspect out/digits                                  layers, bits, sites, kernel proof
+  ptq4dit-ao evaluate out/digits --backend reference fbgemm      errors against float, distances to real images
   ptq4dit-ao export out/digits --backend openvino --output m.xml what another program runs
   ptq4dit-ao bench out/digits --peers                            speed against float and against other quantizers
   ptq4dit-ao bench --width dit-xl --blocks 4                     the same without weights
@@ -100,6 +101,32 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("directory", type=Path, metavar="DIR", help="a quantized model")
     p.add_argument("--backend", default="auto", help=f"{BACKEND_HELP}; 'none' for no proof")
+
+    p = commands.add_parser(
+        "evaluate", parents=[common], help="measure errors against float, and distances to real images",
+        description="Compare a quantized model with its float model at equal inputs and equal noise, and what both "
+        "draw with a reference set.",
+    )  # fmt: skip
+    p.add_argument("directory", type=Path, metavar="DIR", help="a quantized model")
+    p.add_argument("--model", metavar="MODEL", help="the float model, as for quantize; default: what the recipe names")
+    p.add_argument(
+        "--backend", nargs="+", default=["reference"], metavar="NAME",
+        help="one or several, a row each; 'reference' simulates (default)",
+    )  # fmt: skip
+    p.add_argument("--samples", type=_positive, default=200, metavar="N", help="images to draw (default: %(default)s)")
+    p.add_argument("--steps", type=_positive, default=50, help="sampling steps (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="seed of noise and intervals (default: %(default)s)")
+    p.add_argument(
+        "--features", metavar="NETWORK",
+        help="what distances are measured in: 'digits' or package.module:function; default: digits, for that model",
+    )  # fmt: skip
+    p.add_argument(
+        "--reference", type=Path, metavar="REAL",
+        help="real images: a folder of PNG, an .npz like ADM's, or what --cache kept (.safetensors)",
+    )  # fmt: skip
+    p.add_argument("--cache", type=Path, metavar="FILE", help="keep the reference's statistics here (safetensors)")
+    p.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
+    p.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables as Markdown")
 
     p = commands.add_parser(
         "export", parents=[common, float_dtype], help="write what another program runs",

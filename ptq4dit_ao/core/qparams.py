@@ -45,7 +45,7 @@ def affine_qparams(
     return scale.clamp(min=eps).to(torch.float32), zero_point.clamp(quant_min, quant_max).to(torch.int64)
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor | float, zero_point: Tensor | int, quant_min: int, quant_max: int) -> Tensor:
     """Quantize and dequantize; ``scale`` and ``zero_point`` broadcast against ``x``. Rounds half to even."""
-    q = ((x / scale).round() + zero_point).clamp(quant_min, quant_max)
-    return (q - zero_point) * scale
+    q = (x / scale).round_().add_(zero_point).clamp_(quant_min, quant_max)
+    return q.sub_(zero_point).mul_(scale)

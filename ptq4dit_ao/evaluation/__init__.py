@@ -1,6 +1,31 @@
-"""How good and how fast: paired errors and latency."""
+"""How good and how fast: paired errors, distances between sets of images, and latency."""
 
+from ptq4dit_ao.evaluation.bootstrap import Estimate, bootstrap
+from ptq4dit_ao.evaluation.distribution import Gaussian, frechet_distance, inception_score, precision_recall
+from ptq4dit_ao.evaluation.features import FeatureNetwork, Features, extract
+from ptq4dit_ao.evaluation.images import ImageErrors, image_errors, ssim
 from ptq4dit_ao.evaluation.latency import LatencyResult, measure_latency
 from ptq4dit_ao.evaluation.paired import PairedError, layer_sqnr, paired_error
+from ptq4dit_ao.evaluation.statistics import Distances, ReferenceStatistics
 
-__all__ = ["LatencyResult", "PairedError", "layer_sqnr", "measure_latency", "paired_error"]
+__all__ = [
+    "Distances",
+    "Estimate",
+    "FeatureNetwork",
+    "Features",
+    "Gaussian",
+    "ImageErrors",
+    "LatencyResult",
+    "PairedError",
+    "ReferenceStatistics",
+    "bootstrap",
+    "extract",
+    "frechet_distance",
+    "image_errors",
+    "inception_score",
+    "layer_sqnr",
+    "measure_latency",
+    "paired_error",
+    "precision_recall",
+    "ssim",
+]

@@ -2,26 +2,89 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from ptq4dit_ao.core import sqnr_db
+from ptq4dit_ao.errors import ArgumentError
+from ptq4dit_ao.evaluation.bootstrap import Estimate, bootstrap
 from ptq4dit_ao.graph.names import LINEAR
 
 Denoiser = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class PairedError:
-    """Signal-to-quantization-noise ratio of the predicted noise, pooled and per timestep, in dB."""
+    """Signal-to-quantization-noise ratio (SQNR) of the predicted noise, in dB, from the energies of every row.
 
-    sqnr_db: float
-    per_timestep: dict[float, float]
-    rows: int
+    Intervals draw rows as if they were independent, which the rows of one image are not quite.
+    """
+
+    timesteps: np.ndarray
+    """(rows,), like the energies, float64."""
+    signal: np.ndarray
+    """``sum ref^2`` of a row."""
+    noise: np.ndarray
+    """``sum (ref - approx)^2`` of a row."""
+
+    @property
+    def rows(self) -> int:
+        return len(self.timesteps)
+
+    @property
+    def sqnr_db(self) -> float:
+        """Of all rows, by their summed energies: the loudest error decides."""
+        return self._pooled_db(np.arange(self.rows))
+
+    @functools.cached_property
+    def per_timestep(self) -> dict[float, float]:
+        """Timestep -> dB of its rows, ascending."""
+        return {float(t): self._pooled_db(self._rows_at(t)) for t in np.unique(self.timesteps)}
+
+    @property
+    def median_db(self) -> float:
+        """Over timesteps: each counts the same."""
+        return float(np.median(list(self.per_timestep.values())))
+
+    def sqnr_estimate(self, *, seed: int = 0) -> Estimate:
+        """:attr:`sqnr_db` with its bootstrap interval."""
+        return self._estimate(np.arange(self.rows), seed)
+
+    def median_estimate(self, *, seed: int = 0) -> Estimate:
+        """:attr:`median_db` with its bootstrap interval."""
+        _, which = np.unique(self.timesteps, return_inverse=True)
+
+        def median(rows: np.ndarray) -> float:
+            drawn = np.bincount(which[rows]) > 0
+            signal, noise = (np.bincount(which[rows], energy[rows])[drawn] for energy in (self.signal, self.noise))
+            return float(np.median(_ratio_db(signal, noise)))
+
+        return bootstrap(self.rows, median, seed=seed)
+
+    def timestep_estimates(self, *, seed: int = 0) -> dict[float, Estimate]:
+        """:attr:`per_timestep` with bootstrap intervals over the rows of each."""
+        return {t: self._estimate(self._rows_at(t), seed) for t in self.per_timestep}
+
+    def _estimate(self, rows: np.ndarray, seed: int) -> Estimate:
+        return bootstrap(len(rows), lambda drawn: self._pooled_db(rows[drawn]), seed=seed)
+
+    def _rows_at(self, t: float) -> np.ndarray:
+        return np.flatnonzero(self.timesteps == t)
+
+    def _pooled_db(self, rows: np.ndarray) -> float:
+        return float(_ratio_db(self.signal[rows].sum(), self.noise[rows].sum()))
+
+
+def _ratio_db(signal: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """``10 log10(signal / noise)``, as :func:`~ptq4dit_ao.core.sqnr_db` has it for tensors."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(noise == 0, np.inf, 10 * (np.log10(signal) - np.log10(noise)))
 
 
 @torch.no_grad()
@@ -35,23 +98,28 @@ def paired_error(
         quantized: its quantized form.
         batches: input tuples, each tensor (N, ...).
         timestep_index: which input holds the timestep, (N,) or, with one for each token, (N, T); None if none does.
+
+    Raises:
+        ArgumentError: the outputs have different shapes.
     """
-    expected, actual, timesteps = [], [], []
+    parts = []
     for inputs in batches:
-        expected.append(_rows(reference(*inputs)))
-        actual.append(_rows(quantized(*inputs)))
-        t = torch.zeros(len(expected[-1])) if timestep_index is None else inputs[timestep_index].double().cpu()
-        timesteps.append(t.flatten(1).amax(1) if t.ndim > 1 else t)
-    e, a, t = torch.cat(expected), torch.cat(actual), torch.cat(timesteps)
-    per_timestep = {value.item(): sqnr_db(e[t == value], a[t == value]) for value in t.unique()}
-    return PairedError(sqnr_db=sqnr_db(e, a), per_timestep=per_timestep, rows=len(t))
+        expected, actual = _rows(reference(*inputs)), _rows(quantized(*inputs))
+        if expected.shape != actual.shape:
+            raise ArgumentError(f"shapes differ: reference {tuple(expected.shape)}, got {tuple(actual.shape)}")
+        t = torch.zeros(len(expected)) if timestep_index is None else inputs[timestep_index].double().cpu()
+        t = t.flatten(1).amax(1) if t.ndim > 1 else t
+        energies = [x.square().flatten(1).sum(1) for x in (expected, expected - actual)]
+        parts.append(torch.stack([t.double(), *energies]))
+    timesteps, signal, noise = torch.cat(parts, dim=1).numpy()
+    return PairedError(timesteps=timesteps, signal=signal, noise=noise)
 
 
 def _rows(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """(N, ...) on the CPU; several outputs side by side, (N, values)."""
+    """(N, ...) float64 on the CPU; several outputs side by side, (N, values)."""
     if isinstance(output, Tensor):
-        return output.float().cpu()
-    return torch.cat([part.float().cpu().flatten(1) for part in output], dim=1)
+        return output.double().cpu()
+    return torch.cat([part.double().cpu().flatten(1) for part in output], dim=1)
 
 
 @torch.no_grad()

@@ -1,16 +1,28 @@
 """Observers that torchao's prepare/convert insert and call, and the statistics they keep."""
 
 from ptq4dit_ao.observers.clock import InputObserver, TimestepClock
-from ptq4dit_ao.observers.hooks import ConvertHook, RangeObserver, SalienceObserver, WeightObserver
+from ptq4dit_ao.observers.hooks import (
+    ActivationObserver,
+    ConvertHook,
+    RangeObserver,
+    Rounded,
+    SalienceObserver,
+    WeightObserver,
+)
+from ptq4dit_ao.observers.moments import Moments, TokenSample
 from ptq4dit_ao.observers.statistics import ChannelStatistics, SalienceStatistics
 
 __all__ = [
+    "ActivationObserver",
     "ChannelStatistics",
     "ConvertHook",
     "InputObserver",
+    "Moments",
     "RangeObserver",
+    "Rounded",
     "SalienceObserver",
     "SalienceStatistics",
     "TimestepClock",
+    "TokenSample",
     "WeightObserver",
 ]

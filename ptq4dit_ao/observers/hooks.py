@@ -6,6 +6,7 @@ not during calibration. Activation ranges after balancing follow exactly from mi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -13,10 +14,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e import ObserverBase
 
+from ptq4dit_ao.core import fake_quantize
 from ptq4dit_ao.errors import CalibrationError
 from ptq4dit_ao.graph.pending import tensor_at
 from ptq4dit_ao.observers.clock import TimestepClock
-from ptq4dit_ao.observers.qdq import QuantSpec, insert_qdq
+from ptq4dit_ao.observers.moments import Moments
+from ptq4dit_ao.observers.qdq import QuantSpec, insert_bias, insert_qdq
 from ptq4dit_ao.observers.statistics import ChannelStatistics
 
 
@@ -39,22 +42,67 @@ class _HookedObserver(ObserverBase):
         self.hook.before_convert(model)
         source = node.args[0]
         assert isinstance(source, Node)
-        scale, zero_point = self._qparams(model, source)
-        insert_qdq(model, node, self.spec, scale, zero_point)
+        self._convert(model, node, source)
 
     def calculate_qparams(self, **kwargs: object) -> tuple[Tensor, Tensor]:
         raise NotImplementedError("qparams depend on the fold; convert_pt2e computes them")
 
-    def _qparams(self, model: GraphModule, source: Node) -> tuple[Tensor, Tensor]:
+    def _convert(self, model: GraphModule, node: Node, source: Node) -> None:
         raise NotImplementedError
 
 
-class RangeObserver(_HookedObserver):
+class ActivationObserver(_HookedObserver):
+    """What is known of one linear input, (N, ..., C): its range, and its moments if anybody asks for them."""
+
+    def __init__(
+        self, spec: QuantSpec, hook: ConvertHook, layer: str, clock: TimestepClock, moments: Moments | None = None
+    ) -> None:
+        super().__init__(spec, hook)
+        self.layer, self.clock, self.moments = layer, clock, moments
+        self.tokens = 0
+        """Rows of C numbers seen."""
+        self.clipped: tuple[float, float] | None = None
+        """A range chosen after balancing, instead of minimum and maximum."""
+
+    @property
+    def scale(self) -> Tensor | None:
+        """The balancing vector that divides the input after the fold, (C,) float64; None if there is none."""
+        return None
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        """Smallest and largest value, after balancing: scalars.
+
+        Raises:
+            CalibrationError: nothing was observed.
+        """
+        raise NotImplementedError
+
+    def _count(self, x: Tensor) -> None:
+        self.tokens += x.numel() // x.shape[-1]
+        if self.moments is not None:
+            self.moments.update(x.detach())
+
+    def qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point."""
+        low, high = self.range() if self.clipped is None else map(torch.tensor, self.clipped)
+        return self.spec.qparams(low, high)
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """What the quantized network computes with instead of ``x``, of its shape and dtype."""
+        scale, zero_point = self.qparams()
+        return fake_quantize(x, float(scale), int(zero_point), self.spec.quant_min, self.spec.quant_max)
+
+    def _convert(self, model: GraphModule, node: Node, source: Node) -> None:
+        insert_qdq(model, node, self.spec, *self.qparams())
+
+
+class RangeObserver(ActivationObserver):
     """Minimum and maximum of a whole activation, for inputs that no balancing vector reaches."""
 
-    def __init__(self, spec: QuantSpec, hook: ConvertHook, layer: str, clock: TimestepClock) -> None:
-        super().__init__(spec, hook)
-        self.layer, self.clock = layer, clock
+    def __init__(
+        self, spec: QuantSpec, hook: ConvertHook, layer: str, clock: TimestepClock, moments: Moments | None = None
+    ) -> None:
+        super().__init__(spec, hook, layer, clock, moments)
         self.minimum, self.maximum = torch.tensor(torch.inf), torch.tensor(-torch.inf)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,15 +110,16 @@ class RangeObserver(_HookedObserver):
         check_finite(low, high, x, self.layer, self.clock)
         self.minimum = torch.minimum(self.minimum, low.to("cpu", torch.float32))
         self.maximum = torch.maximum(self.maximum, high.to("cpu", torch.float32))
+        self._count(x)
         return x
 
-    def _qparams(self, model: GraphModule, source: Node) -> tuple[Tensor, Tensor]:
+    def range(self) -> tuple[Tensor, Tensor]:
         if self.minimum > self.maximum:
             raise _not_calibrated(self.layer)
-        return self.spec.qparams(self.minimum, self.maximum)
+        return self.minimum, self.maximum
 
 
-class SalienceObserver(_HookedObserver):
+class SalienceObserver(ActivationObserver):
     """Minimum and maximum per (timestep, channel) of a balance site's input, (N, ..., C), N at ``batch_axis``.
 
     After the hook has set :attr:`balance` (C,), the range is ``min_j(min_j / b_j) .. max_j(max_j / b_j)``: exact,
@@ -85,40 +134,88 @@ class SalienceObserver(_HookedObserver):
         clock: TimestepClock,
         channels: int,
         batch_axis: int | None = 0,
+        moments: Moments | None = None,
     ) -> None:
-        super().__init__(spec, hook)
-        self.layer, self.clock, self.batch_axis = layer, clock, batch_axis
+        super().__init__(spec, hook, layer, clock, moments)
+        self.batch_axis = batch_axis
         self.statistics = ChannelStatistics(channels)
         self.balance: Tensor | None = None
 
+    @property
+    def scale(self) -> Tensor | None:
+        return self.balance
+
     def forward(self, x: Tensor) -> Tensor:
         record_range(x.detach(), self.statistics, self.clock, self.layer, self.batch_axis)
+        self._count(x)
         return x
 
-    def _qparams(self, model: GraphModule, source: Node) -> tuple[Tensor, Tensor]:
+    def range(self) -> tuple[Tensor, Tensor]:
         if len(self.statistics.timesteps) == 0:
             raise _not_calibrated(self.layer)
-        b = torch.ones(self.statistics.channels) if self.balance is None else self.balance
-        low = self.statistics.minimum.amin(0).to(torch.float64) / b
-        high = self.statistics.maximum.amax(0).to(torch.float64) / b
-        return self.spec.qparams(low.amin(), high.amax())
+        return self.statistics.range(self.balance)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounded:
+    """A weight that was rounded in view of its inputs."""
+
+    integers: Tensor
+    """(C_out, C_in) int8."""
+    scale: Tensor
+    """(C_out,) float32."""
+    bias: Tensor
+    """(C_out,) float32: corrected for what rounding does to the output's mean."""
+
+    def weight(self) -> Tensor:
+        """The weight that the integers stand for, (C_out, C_in) float32."""
+        return self.integers * self.scale.unsqueeze(1)
 
 
 class WeightObserver(_HookedObserver):
     """Looks at the weight when converting, once, after the fold; costs nothing during calibration."""
 
+    def __init__(self, spec: QuantSpec, hook: ConvertHook) -> None:
+        super().__init__(spec, hook)
+        self.rounded: Rounded | None = None
+        """What rounding has decided; else the weight is rounded to nearest."""
+
     def forward(self, weight: Tensor) -> Tensor:
         return weight
 
-    def _qparams(self, model: GraphModule, source: Node) -> tuple[Tensor, Tensor]:
-        weight = tensor_at(model, str(source.target)).detach()
+    def qparams(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point that cover a weight.
+
+        Raises:
+            CalibrationError: it is not finite.
+        """
         axis = self.spec.channel_axis
         rows = weight.reshape(1, -1) if axis is None else weight.movedim(axis, 0).reshape(weight.shape[axis], -1)
         low, high = torch.aminmax(rows, dim=1)
         if not (low.isfinite().all() and high.isfinite().all()):
-            raise CalibrationError(f"weight {source.target!r} has NaN or infinite values; it cannot be quantized")
+            raise CalibrationError(f"weight {name!r} has NaN or infinite values; it cannot be quantized")
         low, high = (low[0], high[0]) if axis is None else (low, high)
         return self.spec.qparams(low, high)
+
+    def fake_quantize(self, name: str, weight: Tensor) -> Tensor:
+        """What the quantized network computes with instead of ``weight``, of its shape and dtype."""
+        if self.rounded is not None:
+            return self.rounded.weight().to(weight.dtype)
+        scale, zero_point = self.qparams(name, weight)
+        if (axis := self.spec.channel_axis) is not None:
+            shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
+            scale, zero_point = scale.view(shape), zero_point.view(shape)
+        return fake_quantize(weight, scale, zero_point, self.spec.quant_min, self.spec.quant_max).to(weight.dtype)
+
+    def _convert(self, model: GraphModule, node: Node, source: Node) -> None:
+        if self.rounded is None:
+            weight = tensor_at(model, str(source.target)).detach()
+            insert_qdq(model, node, self.spec, *self.qparams(str(source.target), weight))
+            return
+        (linear,) = node.users
+        insert_bias(model, linear, self.rounded.bias)
+        scale = self.rounded.scale if self.spec.channel_axis is not None else self.rounded.scale[0]
+        insert_qdq(model, node, self.spec, scale, torch.zeros_like(scale, dtype=torch.int64), self.rounded.integers)
 
 
 def record_range(

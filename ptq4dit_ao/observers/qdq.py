@@ -52,10 +52,18 @@ class QuantSpec:
         return affine_qparams(minimum, maximum, self.quant_min, self.quant_max, symmetric=self.symmetric, eps=self.eps)
 
 
-def insert_qdq(model: GraphModule, observer: Node, spec: QuantSpec, scale: Tensor, zero_point: Tensor) -> None:
+def insert_qdq(
+    model: GraphModule,
+    observer: Node,
+    spec: QuantSpec,
+    scale: Tensor,
+    zero_point: Tensor,
+    integers: Tensor | None = None,
+) -> None:
     """Replace an observer node by ``dequantize(quantize(x))``, in the form torchao's own convert writes.
 
-    An attribute, that is a weight, is quantized now: torchao's own folding gives up where the graph writes in place.
+    An attribute, that is a weight, is quantized now, unless its integers are known: torchao's own folding gives up
+    where the graph writes in place.
     """
     source = observer.args[0]
     assert isinstance(source, Node)
@@ -76,7 +84,8 @@ def insert_qdq(model: GraphModule, observer: Node, spec: QuantSpec, scale: Tenso
         value = source.meta.get("val")
         kwargs = {} if value is None or value.dtype == torch.float32 else {"out_dtype": value.dtype}
         if source.op == "get_attr":
-            integers = _integers(tensor_at(model, str(source.target)).detach(), spec, scale, zero_point)
+            if integers is None:
+                integers = _integers(tensor_at(model, str(source.target)).detach(), spec, scale, zero_point)
             q = _buffer(model, f"_{observer.name}_integers", integers)
             if value is not None:
                 q.meta["val"] = value.fake_mode.from_tensor(integers, static_shapes=True)
@@ -85,6 +94,17 @@ def insert_qdq(model: GraphModule, observer: Node, spec: QuantSpec, scale: Tenso
         dq = graph.call_function(getattr(quantized, f"dequantize_{kind}").default, (q, *arguments), kwargs)
     observer.replace_all_uses_with(dq)
     graph.erase_node(observer)
+
+
+def insert_bias(model: GraphModule, linear: Node, bias: Tensor) -> None:
+    """Give a linear this bias, (C_out,), instead of the one it has, if it has one."""
+    value = linear.meta.get("val")
+    stored = bias if value is None else bias.to(value.device, value.dtype)
+    with model.graph.inserting_before(linear):
+        node = _buffer(model, f"_{linear.name}_bias", stored)
+    if value is not None:
+        node.meta["val"] = value.fake_mode.from_tensor(stored, static_shapes=True)
+    linear.args = (*linear.args[:2], node, *linear.args[3:])
 
 
 def _integers(tensor: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor) -> Tensor:

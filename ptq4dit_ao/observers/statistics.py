@@ -45,6 +45,13 @@ class ChannelStatistics:
         """``max |x|`` per timestep and channel: (T, C) float32."""
         return torch.maximum(self.minimum.abs(), self.maximum.abs())
 
+    def range(self, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Smallest and largest value of any channel, each channel divided by its scale, (C,) positive."""
+        low, high = self.minimum.amin(0).to(torch.float64), self.maximum.amax(0).to(torch.float64)
+        if scale is not None:
+            low, high = low / scale, high / scale
+        return low.amin(), high.amax()
+
     def update(self, timesteps: Tensor, minimum: Tensor, maximum: Tensor) -> None:
         """Take in rows: timesteps (N,), minimum and maximum (N, C)."""
         keys = timesteps.to(torch.float64).tolist()

@@ -1,7 +1,7 @@
 """Graph passes: solve for the balancing vectors, insert them, fold them away."""
 
 from ptq4dit_ao.passes.balance import BalanceSettings, SiteOutcome, balance_sites
-from ptq4dit_ao.passes.balance_first import balance, collect_salience
+from ptq4dit_ao.passes.balance_first import balance, balanced_as, collect_salience
 from ptq4dit_ao.passes.fold import fold_balance
 from ptq4dit_ao.passes.insert import insert_balance
 from ptq4dit_ao.passes.module import ModuleBalance, balance_module
@@ -19,6 +19,7 @@ __all__ = [
     "balance_module",
     "balance_result",
     "balance_sites",
+    "balanced_as",
     "collect_salience",
     "example_inputs",
     "fold_balance",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from torch.fx import GraphModule
 
 from ptq4dit_ao.core import aggregate_salience, balance_vector, clip_balance, ssc_weights
 from ptq4dit_ao.core.salience import AGGREGATIONS, Aggregation
-from ptq4dit_ao.errors import CalibrationError, check_choice
+from ptq4dit_ao.errors import ArgumentError, CalibrationError, check_choice
 from ptq4dit_ao.graph import Consumer, Site
 from ptq4dit_ao.graph.names import get_attribute
 from ptq4dit_ao.graph.pending import tensor_at
@@ -22,19 +24,29 @@ from ptq4dit_ao.passes.insert import insert_balance
 
 logger = logging.getLogger(__name__)
 
+ALPHAS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Exponents that a search tries."""
+
+SEARCHED: tuple[Aggregation, ...] = ("ssc", "max")
+"""Aggregations that a search tries."""
+
+Score = Callable[[GraphModule, Site, Tensor], float]
+"""``score(model, site, b)``: how bad a balancing vector (V,) is for a site that is not balanced yet."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BalanceSettings:
     """How b is computed and folded.
 
+    ``alpha`` or ``aggregation`` ``"auto"``: of several, and of no balancing at all, each site takes what scores best.
     ``max_scale`` bounds b to [1/max_scale, max_scale]; ``min_timesteps`` is how many distinct timesteps SSC needs.
     Storing ``(1 + bias)/b - 1`` (fold form ``bias``) rounds ``1 + scale`` by up to ``b * eps/2`` of its size;
     ``max_rounding`` bounds that: a vector that exceeds 2.56 in bfloat16, 20 in float16, is scaled down as a whole.
     ``stored_dtype`` says what a float32 model will be stored in.
     """
 
-    aggregation: Aggregation = "ssc"
-    alpha: float = 0.5
+    aggregation: Aggregation | Literal["auto"] = "ssc"
+    alpha: float | Literal["auto"] = 0.5
     max_scale: float = 1000.0
     fold_form: FoldForm = "constant"
     max_rounding: float = 0.01
@@ -42,10 +54,24 @@ class BalanceSettings:
     min_timesteps: int = 2
 
     def __post_init__(self) -> None:
-        check_choice("aggregation", self.aggregation, AGGREGATIONS)
+        check_choice("aggregation", self.aggregation, (*AGGREGATIONS, "auto"))
         check_choice("fold_form", self.fold_form, FOLD_FORMS)
-        balance_vector(torch.ones(1), torch.ones(1), self.alpha)
+        if isinstance(self.alpha, str):
+            check_choice("alpha", self.alpha, ("auto",))
+        else:
+            balance_vector(torch.ones(1), torch.ones(1), self.alpha)
         clip_balance(torch.ones(1), self.max_scale)
+
+    @property
+    def searches(self) -> bool:
+        """Does it take a score to find b?"""
+        return "auto" in (self.alpha, self.aggregation)
+
+    def candidates(self) -> list[tuple[Aggregation, float]]:
+        """Aggregations and exponents to choose from."""
+        aggregations = SEARCHED if self.aggregation == "auto" else (self.aggregation,)
+        alphas = ALPHAS if isinstance(self.alpha, str) else (self.alpha,)
+        return list(itertools.product(aggregations, alphas))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +88,19 @@ class SiteOutcome:
     """Largest salience of any channel, per timestep."""
     rho: Tensor
     eta: Tensor
+    aggregation: Aggregation | Literal["none"]
+    """``none``: a search found that the site is best left alone; b is 1."""
+    alpha: float
+    scores: dict[str, float] = field(default_factory=dict)
+    """What a search found: ``"AGGREGATION ALPHA"`` or ``"none"`` -> score, less is better."""
 
 
 def balance_sites(
-    model: GraphModule, sites: Sequence[Site], statistics: SalienceStatistics, settings: BalanceSettings
+    model: GraphModule,
+    sites: Sequence[Site],
+    statistics: SalienceStatistics,
+    settings: BalanceSettings,
+    score: Score | None = None,
 ) -> dict[str, SiteOutcome]:
     """Balance and fold every site without refusal, in place, from the output towards the input.
 
@@ -73,14 +108,19 @@ def balance_sites(
     is about to read.
 
     Raises:
+        ArgumentError: the settings ask for a search, and there is no score.
         CalibrationError: a site was not observed, or at too few timesteps; the graph is untouched then.
     """
+    if settings.searches and score is None:
+        raise ArgumentError(
+            "alpha or aggregation 'auto' is chosen by the error after quantization, which only PTQ4DiTQuantizer and "
+            "apply_recipe know; give a number and one of " + ", ".join(AGGREGATIONS)
+        )
     observed = [(site, _observed(site, statistics, settings)) for site in sites if site.refusal is None]
     outcomes: dict[str, SiteOutcome] = {}
     for site, (timesteps, salience_t) in reversed(observed):
-        outcome = _solve(model, site, timesteps, salience_t, settings)
-        insert_balance(model, site, outcome.b)
-        fold_balance(model, site, outcome.b, settings.fold_form)
+        outcome = _solve(model, site, timesteps, salience_t, settings, score)
+        apply_outcome(model, outcome, settings.fold_form)
         outcomes[site.name] = outcome
         logger.debug("%s: b in [%.3g, %.3g]", site.name, outcome.b.min(), outcome.b.max())
     model.recompile()
@@ -88,41 +128,70 @@ def balance_sites(
     return dict(reversed(outcomes.items()))
 
 
+def apply_outcome(model: GraphModule, outcome: SiteOutcome, form: FoldForm) -> None:
+    """Insert and fold one site's vector; ``model.recompile()`` is the caller's."""
+    if outcome.aggregation != "none":
+        insert_balance(model, outcome.site, outcome.b)
+        fold_balance(model, outcome.site, outcome.b, form)
+
+
 def _observed(site: Site, statistics: SalienceStatistics, settings: BalanceSettings) -> tuple[Tensor, Tensor]:
     """Timesteps (T,) and activation salience (T, V), enough of them for the aggregation."""
     timesteps, salience_t = _activation_salience(site, statistics)
-    if settings.aggregation == "ssc" and len(timesteps) < settings.min_timesteps:
+    if settings.aggregation in ("ssc", "auto") and len(timesteps) < settings.min_timesteps:
         raise CalibrationError(
-            f"{site.name} was observed at {len(timesteps)} timestep(s); aggregation 'ssc' needs at least "
-            f"{settings.min_timesteps}: calibrate on more timesteps, name the input that holds the "
+            f"{site.name} was observed at {len(timesteps)} timestep(s); aggregation {settings.aggregation!r} needs at "
+            f"least {settings.min_timesteps}: calibrate on more timesteps, name the input that holds the "
             "timestep with timestep_input, or use aggregation 'max'"
         )
     return timesteps, salience_t
 
 
 def _solve(
-    model: GraphModule, site: Site, timesteps: Tensor, salience_t: Tensor, settings: BalanceSettings
+    model: GraphModule,
+    site: Site,
+    timesteps: Tensor,
+    salience_t: Tensor,
+    settings: BalanceSettings,
+    score: Score | None,
 ) -> SiteOutcome:
     salience_w = _weight_salience(model, site)
     eta, rho = ssc_weights(salience_t, salience_w)
-    salience_x = aggregate_salience(salience_t, salience_w, settings.aggregation)
-    b = balance_vector(salience_x, salience_w, settings.alpha)
+
+    def outcome(aggregation: Aggregation, alpha: float) -> SiteOutcome:
+        salience_x = aggregate_salience(salience_t, salience_w, aggregation)
+        b, clipped = _bounded(model, site, balance_vector(salience_x, salience_w, alpha), settings)
+        return SiteOutcome(
+            site=site,
+            b=b,
+            clipped=clipped,
+            salience_x=salience_x,
+            salience_w=salience_w,
+            timesteps=timesteps,
+            salience_t=salience_t.amax(1),
+            rho=rho,
+            eta=eta,
+            aggregation=aggregation,
+            alpha=alpha,
+        )
+
+    found = {f"{aggregation} {alpha:g}": outcome(aggregation, alpha) for aggregation, alpha in settings.candidates()}
+    if not settings.searches:
+        return next(iter(found.values()))
+    assert score is not None
+    alone = next(iter(found.values()))
+    ones = torch.ones_like(alone.b)
+    found["none"] = replace(alone, aggregation="none", alpha=0.0, b=ones, clipped=torch.zeros_like(alone.clipped))
+    scores = {name: score(model, site, candidate.b) for name, candidate in found.items()}
+    return replace(found[min(scores, key=scores.__getitem__)], scores=scores)
+
+
+def _bounded(model: GraphModule, site: Site, b: Tensor, settings: BalanceSettings) -> tuple[Tensor, Tensor]:
     if settings.fold_form == "bias" and site.scalars:
         # A common factor of b changes nothing but the digits that the bias keeps.
         dtype = settings.stored_dtype or get_attribute(model, site.parameters[0].paths[0]).dtype
         b = b * (2 * settings.max_rounding / torch.finfo(dtype).eps / b.max()).clamp_max(1)
-    b, clipped = clip_balance(b, settings.max_scale)
-    return SiteOutcome(
-        site=site,
-        b=b,
-        clipped=clipped,
-        salience_x=salience_x,
-        salience_w=salience_w,
-        timesteps=timesteps,
-        salience_t=salience_t.amax(1),
-        rho=rho,
-        eta=eta,
-    )
+    return clip_balance(b, settings.max_scale)
 
 
 def _activation_salience(site: Site, statistics: SalienceStatistics) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from ptq4dit_ao.graph.names import layer_name, linears, timestep_placeholder
 from ptq4dit_ao.graph.shapes import batch_axis
 from ptq4dit_ao.observers import ChannelStatistics, SalienceStatistics, TimestepClock
 from ptq4dit_ao.observers.hooks import record_range
-from ptq4dit_ao.passes.balance import BalanceSettings, balance_sites
+from ptq4dit_ao.passes.balance import BalanceSettings, apply_outcome, balance_sites
 from ptq4dit_ao.passes.result import BalanceResult, attach_result
 from ptq4dit_ao.passes.verify import SelfCheck
 
@@ -91,6 +91,16 @@ def balance(
         layers={node.name: layer_name(node) for node in linears(exported)},
     )
     attach_result(model, result)
+    return model
+
+
+def balanced_as(exported: GraphModule, result: BalanceResult) -> GraphModule:
+    """The float graph with the vectors of a result folded in; shares the tensors that balancing leaves alone."""
+    model = GraphModule(exported, copy.deepcopy(exported.graph))
+    if result.settings is not None:
+        for outcome in reversed(result.outcomes.values()):
+            apply_outcome(model, outcome, result.settings.fold_form)
+        model.recompile()
     return model
 
 

@@ -19,10 +19,9 @@ from ptq4dit_ao.graph import Site
 from ptq4dit_ao.graph.names import placeholders
 from ptq4dit_ao.graph.pending import pending, tensor_at
 from ptq4dit_ao.graph.shapes import shape_of, symbolic_axes, tensor_of
-from ptq4dit_ao.passes.balance import SiteOutcome
+from ptq4dit_ao.passes.balance import SiteOutcome, apply_outcome
 from ptq4dit_ao.passes.edit import Snapshot
-from ptq4dit_ao.passes.fold import FoldForm, fold_balance
-from ptq4dit_ao.passes.insert import insert_balance
+from ptq4dit_ao.passes.fold import FoldForm
 
 logger = logging.getLogger(__name__)
 
@@ -101,8 +100,7 @@ class SelfCheck:
         """The graph as it was, with these sites folded."""
         self.before.restore(model)
         for outcome in outcomes:
-            insert_balance(model, outcome.site, outcome.b)
-            fold_balance(model, outcome.site, outcome.b, form)
+            apply_outcome(model, outcome, form)
         model.recompile()
 
     def _run(self, model: GraphModule) -> list[Tensor]:

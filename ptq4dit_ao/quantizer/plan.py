@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from ptq4dit_ao.observers import SalienceObserver, SalienceStatistics, TimestepC
 from ptq4dit_ao.observers.hooks import WeightObserver
 from ptq4dit_ao.passes import BalanceResult, BalanceSettings, SelfCheck, SiteOutcome, attach_result, balance_sites
 from ptq4dit_ao.passes.edit import scale_of
+from ptq4dit_ao.rounding import OnGroup, PostRoundingScore, RoundingSettings, round_in_one_pass, round_sequentially
 
 
 @dataclass
@@ -26,6 +29,9 @@ class BalancePlan:
 
     sites: tuple[Site, ...]
     settings: BalanceSettings | None
+    rounding: RoundingSettings
+    sequential: bool
+    """Are weights rounded by :meth:`round_sequentially`, or in one pass?"""
     clock: TimestepClock
     verify: bool
     layers: dict[str, str]
@@ -35,19 +41,51 @@ class BalancePlan:
     _done: bool = False
 
     def before_convert(self, model: GraphModule) -> None:
-        """Balance and fold, once."""
+        """Balance, fold and round, once.
+
+        Raises:
+            CalibrationError: it was to be rounded layer by layer, and was not.
+        """
         if self._done:
             return
+        if self.sequential:
+            raise CalibrationError(
+                "this quantizer rounds layer by layer: call ptq4dit_ao.round_sequentially(prepared, batches) between "
+                "calibration and convert_pt2e, or leave out sequential=True"
+            )
+        self.balance(model)
+        round_in_one_pass(model, self.rounding)
+        self._done = True
+
+    def round_sequentially(
+        self, model: GraphModule, batches: Iterable[Sequence[Tensor]], on_group: OnGroup, resume: Path | None
+    ) -> None:
+        """Balance, fold, and round layer by layer.
+
+        Raises:
+            CalibrationError: it was done before.
+        """
+        if self._done:
+            raise CalibrationError("this model has been rounded already; prepare it again to round it anew")
+        self.balance(model)
+        round_sequentially(model, batches, self.rounding, on_group=on_group, resume=resume)
+        self._done = True
+
+    def balance(self, model: GraphModule) -> None:
+        """Balance and fold."""
         statistics = self.statistics()
         outcomes: dict[str, SiteOutcome] = {}
         if self.settings is not None:
             check = SelfCheck(model, self.clock.example) if self.verify else None
             with factors_wait(model, may_stay=_only_quantized(model).__contains__):
-                outcomes = balance_sites(model, self.sites, statistics, self.settings)
+                score = None
+                if self.settings.searches:
+                    score = PostRoundingScore(model, self.observers, self.rounding)
+                outcomes = balance_sites(model, self.sites, statistics, self.settings, score)
                 if check is not None:
                     self.sites, outcomes = check.settle(model, self.sites, outcomes, self.settings.fold_form)
         for site in self.sites:
-            if site.name in outcomes:
+            if site.name in outcomes and outcomes[site.name].aggregation != "none":
                 self._set_balance(site, outcomes[site.name].b)
         result = BalanceResult(
             sites=self.sites,
@@ -57,7 +95,6 @@ class BalancePlan:
             layers=self.layers,
         )
         attach_result(model, result)
-        self._done = True
 
     def statistics(self) -> SalienceStatistics:
         """What the observers have seen so far."""

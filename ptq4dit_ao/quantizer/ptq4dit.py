@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
 
+from torch import Tensor
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e import ObserverOrFakeQuantize
 from torchao.quantization.pt2e.quantizer import EdgeOrNode, QuantizationSpec, Quantizer
@@ -15,9 +18,11 @@ from ptq4dit_ao.errors import ArgumentError, BalanceError, CalibrationError
 from ptq4dit_ao.graph import Site, SitePolicy, find_sites, first_refusals, refuse_sites
 from ptq4dit_ao.graph.constants import constants
 from ptq4dit_ao.graph.names import TIMESTEP_NAMES, layer_name, linears, placeholders, timestep_placeholder
-from ptq4dit_ao.graph.shapes import batch_axis
+from ptq4dit_ao.graph.shapes import batch_axis, shape_of
 from ptq4dit_ao.observers import (
+    ActivationObserver,
     InputObserver,
+    Moments,
     RangeObserver,
     SalienceObserver,
     SalienceStatistics,
@@ -30,6 +35,8 @@ from ptq4dit_ao.passes.fold import FoldForm
 from ptq4dit_ao.quantizer.linear import LinearQuantizer
 from ptq4dit_ao.quantizer.overrides import SAFE_LAYERS, LayerPlan, Override, apply_plan, check_bits, plan_layers
 from ptq4dit_ao.quantizer.plan import BalancePlan
+from ptq4dit_ao.rounding import OnGroup, RoundingSettings
+from ptq4dit_ao.rounding.settings import Rounding
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +60,14 @@ class PTQ4DiTQuantizer(Quantizer):
         weight_bits: 2 to 8, of every linear weight, per output channel.
         activation_bits: 2 to 8, of every linear input, per tensor.
         aggregation: how salience over timesteps becomes one vector: ``ssc``, ``max`` (SmoothQuant) or ``mean``;
-            ``none`` does not balance.
-        alpha: ``b = s(X)^alpha / s(W)^(1 - alpha)``.
+            ``none`` does not balance, ``auto`` lets each site choose.
+        alpha: ``b = s(X)^alpha / s(W)^(1 - alpha)``; ``auto`` lets each site choose, by the error after rounding.
         max_scale: bound on b, to [1/max_scale, max_scale].
+        rounding: ``nearest``; or ``gptq``, which rounds weights, cuts ranges and corrects biases in view of what the
+            weights are multiplied with (observers then also keep the second moment of every quantized input, C_in^2
+            numbers); or settings.
+        sequential: round layer by layer for the inputs of the quantized network, which is more exact, in
+            :func:`~ptq4dit_ao.round_sequentially`, before ``convert_pt2e``.
         fold_form: where the 1 of ``1 + scale`` goes; see :mod:`ptq4dit_ao.passes.fold`.
         layers: which layers differ by default; :data:`SAFE_LAYERS` or :data:`PAPER_LAYERS`.
         overrides: exceptions by module name, applied after ``layers``.
@@ -78,7 +90,9 @@ class PTQ4DiTQuantizer(Quantizer):
         weight_bits: int = 8,
         activation_bits: int = 8,
         aggregation: Aggregation | str = "ssc",
-        alpha: float = 0.5,
+        alpha: float | Literal["auto"] = 0.5,
+        rounding: Rounding | RoundingSettings = "nearest",
+        sequential: bool = False,
         max_scale: float = 1000.0,
         fold_form: FoldForm = "constant",
         layers: Sequence[Override] = SAFE_LAYERS,
@@ -102,6 +116,10 @@ class PTQ4DiTQuantizer(Quantizer):
                 fold_form=fold_form,
             )
         )
+        if isinstance(rounding, str):
+            rounding = RoundingSettings(rounding=rounding, ranges="output" if rounding == "gptq" else "minmax")
+        self._rounding = rounding
+        self._sequential = sequential
         self._overrides = (*layers, *overrides)
         self._timestep_input = timestep_input
         self._policy, self._verify = policy, verify
@@ -140,6 +158,8 @@ class PTQ4DiTQuantizer(Quantizer):
         plan = BalancePlan(
             sites=self._sites(model, quantized),
             settings=self._settings,
+            rounding=self._rounding,
+            sequential=self._sequential,
             clock=clock,
             verify=self._verify,
             layers={name: layer.layer for name, layer in self._layers.items()},
@@ -232,11 +252,18 @@ class _Swap:
         layer = layer_name(node)
         found = self.site_input.get((node.name, x.name))
         if found is None:
-            return RangeObserver(spec, self.plan, layer, self.clock)
+            return RangeObserver(spec, self.plan, layer, self.clock, self._moments(x, searched=False))
         key, channels = found
-        observer = SalienceObserver(spec, self.plan, layer, self.clock, channels, batch_axis(x))
+        moments = self._moments(x, searched=True)
+        observer = SalienceObserver(spec, self.plan, layer, self.clock, channels, batch_axis(x), moments)
         self.plan.observers.setdefault(key, []).append(observer)
         return observer
+
+    def _moments(self, x: Node, *, searched: bool) -> Moments | None:
+        """What rounding and the search for b will ask of an input."""
+        rounded = not self.plan.sequential and not self.plan.rounding.plain
+        searched = searched and self.plan.settings is not None and self.plan.settings.searches
+        return Moments(shape_of(x)[-1]) if rounded or searched else None
 
 
 def _activation_spec(node: Node) -> QuantizationSpec | None:
@@ -260,3 +287,40 @@ def salience_statistics(prepared: GraphModule) -> SalienceStatistics:
         CalibrationError: the model was not prepared with :class:`PTQ4DiTQuantizer`.
     """
     return _plan_of(prepared).statistics()
+
+
+def tokens_seen(prepared: GraphModule) -> int:
+    """How many tokens the calibration of a prepared model has shown to the layer that saw most.
+
+    Raises:
+        CalibrationError: the model was not prepared with :class:`PTQ4DiTQuantizer`.
+    """
+    _plan_of(prepared)
+    return max(module.tokens for module in prepared.modules() if isinstance(module, ActivationObserver))
+
+
+def round_sequentially(
+    prepared: GraphModule,
+    batches: Iterable[Sequence[Tensor]],
+    *,
+    on_group: OnGroup = lambda *_: None,
+    resume: str | Path | None = None,
+) -> None:
+    """Balance a calibrated model and round it layer by layer; then call ``convert_pt2e``.
+
+    Each layer is rounded for what the layers before it hand it once they are quantized, and fitted to what the float
+    network's layer puts out.
+
+    Args:
+        prepared: from ``prepare_pt2e`` with ``PTQ4DiTQuantizer(sequential=True, ...)``, run on calibration samples.
+        batches: input tuples, such as those samples. Their activations are all held at once: in the float and in the
+            quantized network, those that a later layer still reads.
+        on_group: called with the number of quantized inputs done, and in all.
+        resume: a folder to note every rounded layer in. A later call with the same model and batches, as after it was
+            killed, takes what it finds there.
+
+    Raises:
+        CalibrationError: the model was not prepared with :class:`PTQ4DiTQuantizer`, or was not run; there are no
+            batches; the folder holds something else, or cannot be written.
+    """
+    _plan_of(prepared).round_sequentially(prepared, batches, on_group, None if resume is None else Path(resume))

@@ -47,7 +47,8 @@ def choices(node: Node) -> list[str]:
 def allowed(node: Node) -> str:
     """What a value may be, as it reads after "it must be"."""
     if "const" in node:
-        return f"{str(node['const']).lower()}, or left out"
+        const = node["const"]
+        return const if isinstance(const, str) else f"{str(const).lower()}, or left out"
     if "enum" in node:
         return f"one of {', '.join(choices(node))}"
     if "type" not in node:

@@ -16,12 +16,15 @@ from ptq4dit_ao.errors import RecipeError
 from ptq4dit_ao.recipe.problems import describe, show, version_problem
 from ptq4dit_ao.recipe.values import (
     Aggregation,
+    Alpha,
     Bits,
     Count,
     FoldForm,
     LayerPreset,
     OnlyFalse,
     OnlyTrue,
+    Ranges,
+    RoundingMethod,
     Seed,
     Timesteps,
     Version,
@@ -53,13 +56,12 @@ class Balance(_Section):
         default="ssc",
         description="How the activation salience of several timesteps becomes one: 'ssc' weighs timesteps by "
         "Spearman's rho with the weight salience (the lower, the more), 'max' and 'mean' ignore the weights, 'none' "
-        "turns balancing off (plain min-max baseline).",
+        "turns balancing off (plain min-max baseline). 'auto': each site takes what leaves least error after rounding.",
     )
-    alpha: float = Field(
+    alpha: Alpha = Field(
         default=0.5,
-        ge=0,
-        le=1,
-        description="Balancing exponent, 0 to 1; 0.5 is the geometric mean of activation and weight salience.",
+        description="Balancing exponent, 0 to 1; 0.5 is the geometric mean of activation and weight salience. 'auto': "
+        "each site takes what leaves least error after rounding, or is left alone.",
     )
     max_scale: float = Field(
         default=1000.0, gt=1, description="A balancing factor is clipped into [1/max_scale, max_scale]; above 1."
@@ -83,6 +85,36 @@ class Balance(_Section):
     verify: bool = Field(
         default=True,
         description="false: do not check that the balanced float model computes what it did before.",
+    )
+
+
+class Rounding(_Section):
+    """How weights are rounded, and how far the ranges reach, after balancing."""
+
+    method: RoundingMethod = Field(
+        default="nearest",
+        description="'nearest'; or 'gptq', which rounds weights and corrects biases in view of what they are "
+        "multiplied with.",
+    )
+    ranges: Ranges = Field(
+        default="minmax",
+        description="'minmax': a range holds every value seen. 'output': tails are cut where the layer's output gains.",
+    )
+    sequential: bool = Field(
+        default=False,
+        description="true: round layer by layer, each for the inputs of the quantized network and towards the float "
+        "network's output. false: in one pass, from statistics of the float network.",
+    )
+    tokens: Count = Field(
+        default=32768,
+        description="How many calibration tokens (rows of a linear's input) a sequential rounding runs; its memory "
+        "grows with them.",
+    )
+    damping: float = Field(
+        default=0.01,
+        gt=0,
+        le=1,
+        description="What GPTQ adds to the diagonal of the inputs' second moment, as a part of its mean.",
     )
 
 
@@ -180,6 +212,7 @@ class Recipe(_Section):
     weights: Weights = Weights()
     activations: Activations = Activations()
     balance: Balance = Balance()
+    rounding: Rounding = Rounding()
     layers: LayerPreset = Field(default="safe", description="Preset of layers that stay float: 'safe' or 'paper'.")
     overrides: Annotated[tuple[Override, ...], BeforeValidator(as_tuple)] = Field(
         default=(), description="Exceptions for single modules; where several patterns match, the later one wins."

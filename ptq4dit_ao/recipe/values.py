@@ -53,7 +53,19 @@ TimestepList = Annotated[
 Timesteps = Annotated[
     Annotated[Count, Tag("count")] | Annotated[TimestepList, Tag("list")], Discriminator(_count_or_list)
 ]
-Aggregation = Literal["ssc", "max", "mean", "none"]
+Aggregation = Literal["ssc", "max", "mean", "none", "auto"]
+
+
+def _number_or_auto(value: object) -> str:
+    return "auto" if isinstance(value, str) else "number"
+
+
+Alpha = Annotated[
+    Annotated[float, Field(ge=0, le=1), Tag("number")] | Annotated[Literal["auto"], Tag("auto")],
+    Discriminator(_number_or_auto),
+]
+RoundingMethod = Literal["nearest", "gptq"]
+Ranges = Literal["minmax", "output"]
 FoldForm = Literal["constant", "bias"]
 LayerPreset = Literal["safe", "paper"]
 OnlyTrue = Annotated[Literal[True], exactly(bool)]

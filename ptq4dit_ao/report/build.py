@@ -15,6 +15,7 @@ from ptq4dit_ao.lowering import float_linears, quantized_linears
 from ptq4dit_ao.passes import BalanceResult, SiteOutcome, balance_result
 
 _VECTORS = ("b", "salience_x", "salience_w", "timesteps", "salience_t", "rho", "eta")
+_LEFT = "left as it is: of all that was tried, this leaves least error after rounding"
 _PACKAGES = ("ptq4dit-ao", "torch", "torchao", "diffusers")
 
 
@@ -77,8 +78,8 @@ def _site(site: Site, outcome: SiteOutcome | None) -> dict[str, Any]:
         "layers": list(dict.fromkeys(consumer.layer for consumer in site.consumers)),
         "channels": site.channels,
         "variables": site.num_variables,
-        "status": "refused" if outcome is None else "folded",
-        "reason": site.refusal,
+        "status": "refused" if outcome is None or outcome.aggregation == "none" else "folded",
+        "reason": site.refusal if outcome is None or outcome.aggregation != "none" else _LEFT,
         "kind": site.kind,
         "vector_multiplies": len(site.cuts),
         "couples_blocks": site.couples_blocks,
@@ -89,6 +90,8 @@ def _site(site: Site, outcome: SiteOutcome | None) -> dict[str, Any]:
     }
     if outcome is not None:
         about["clipped"] = int(outcome.clipped.sum())
+        about |= {"aggregation": outcome.aggregation, "alpha": outcome.alpha}
+        about["scores"] = {name: _float(score) for name, score in outcome.scores.items()}
         about |= {name: _floats(getattr(outcome, name)) for name in _VECTORS}
     return about
 

@@ -177,7 +177,7 @@ def _settings(settings: Mapping[str, Any]) -> str:
     return (
         "Each balanced channel of an activation is divided by its b and the weights that read it are multiplied by "
         "it, which leaves the product as it was. The division is folded into the parameters named below. "
-        f"Aggregation over timesteps {escape(str(settings['aggregation']))}, alpha {_number(settings['alpha'], 'g')}, "
+        f"Aggregation over timesteps {escape(str(settings['aggregation']))}, alpha {_alpha(settings['alpha'])}, "
         f"b bounded to [1/{_number(bound, 'g')}, {_number(bound, 'g')}], "
         f"fold form {escape(str(settings['fold_form']))}."
     )
@@ -240,13 +240,23 @@ def _refusals(sites: Sequence[Entry]) -> str:
 
 
 def _sites_table(sites: Sequence[Entry]) -> str:
-    columns = ("Site", "#Channels", "#b", "Status", "Range of b", "#Clipped", "Folded into, or why not")
+    columns = (
+        "Site",
+        "#Channels",
+        "#b",
+        "Status",
+        "Aggregation, alpha",
+        "Range of b",
+        "#Clipped",
+        "Folded into, or why not",
+    )
     rows = [
         (
             f"<code>{escape(site['name'])}</code>",
             f"{site['channels']:,}",
             f"{site['variables']:,}",
             _status(site["status"]),
+            f"{escape(site['aggregation'])} {_alpha(site['alpha'])}" if site["status"] == "folded" else "–",
             _site_range(site),
             f"{site['clipped']:,}" if site["status"] == "folded" else "–",
             _outcome(site),
@@ -365,6 +375,10 @@ def _bullets(lines: Sequence[str]) -> str:
     if rest:
         rest = f"<details><summary>{len(items) - _OPEN_LINES} more</summary><ul>{rest}</ul></details>"
     return f"<ul>{first}</ul>{rest}"
+
+
+def _alpha(alpha: float | str) -> str:
+    return escape(alpha) if isinstance(alpha, str) else _number(alpha, "g")
 
 
 def _site_range(site: Entry) -> str:

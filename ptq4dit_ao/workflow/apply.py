@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,10 +25,20 @@ from ptq4dit_ao.graph.interface import InputSpec
 from ptq4dit_ao.graph.names import placeholders
 from ptq4dit_ao.graph.ties import share_equal_tensors
 from ptq4dit_ao.passes import BalanceSettings
-from ptq4dit_ao.quantizer import PAPER_LAYERS, SAFE_LAYERS, Override, PTQ4DiTQuantizer
+from ptq4dit_ao.quantizer import (
+    PAPER_LAYERS,
+    SAFE_LAYERS,
+    Override,
+    PTQ4DiTQuantizer,
+    round_sequentially,
+    tokens_seen,
+)
 from ptq4dit_ao.recipe import Recipe
 from ptq4dit_ao.report import build_report
+from ptq4dit_ao.rounding import OnGroup, RoundingSettings
 from ptq4dit_ao.workflow.quantized_model import QuantizedModel
+
+logger = logging.getLogger(__name__)
 
 EXAMPLE_ROWS = 2
 SHUFFLE_SEED = 0
@@ -45,6 +57,10 @@ def quantizer_from_recipe(
         activation_bits=recipe.activations.bits,
         aggregation=recipe.balance.aggregation,
         alpha=recipe.balance.alpha,
+        rounding=RoundingSettings(
+            rounding=recipe.rounding.method, ranges=recipe.rounding.ranges, damping=recipe.rounding.damping
+        ),
+        sequential=recipe.rounding.sequential,
         max_scale=recipe.balance.max_scale,
         fold_form=recipe.balance.fold_form,
         layers=(),
@@ -71,14 +87,24 @@ def site_policy(recipe: Recipe) -> SitePolicy:
 
 
 def balance_settings(recipe: Recipe) -> BalanceSettings:
-    """How a recipe balances.
+    """How a recipe balances a float model, whatever quantizes it then.
 
     Raises:
         ArgumentError: it does not balance.
     """
+    aggregation, alpha = recipe.balance.aggregation, recipe.balance.alpha
+    if "auto" in (aggregation, alpha):
+        aggregation = "ssc" if aggregation == "auto" else aggregation
+        alpha = 0.5 if isinstance(alpha, str) else alpha
+        logger.warning(
+            "the recipe chooses its balancing by the error after quantization, which is another tool's here: balancing "
+            "with aggregation %r and alpha %g",
+            aggregation,
+            alpha,
+        )
     return BalanceSettings(
-        aggregation=recipe.balance.aggregation,  # type: ignore[arg-type]  # 'none' is refused there
-        alpha=recipe.balance.alpha,
+        aggregation=aggregation,  # type: ignore[arg-type]  # 'none' is refused there
+        alpha=alpha,
         max_scale=recipe.balance.max_scale,
         fold_form=recipe.balance.fold_form,
     )
@@ -94,6 +120,8 @@ def apply_recipe(
     timestep_input: str | None = None,
     name: str | None = None,
     on_sample: Callable[[int], None] | None = None,
+    on_layer: OnGroup = lambda *_: None,
+    resume: str | Path | None = None,
 ) -> QuantizedModel:
     """Quantize a denoiser as a recipe says.
 
@@ -106,6 +134,8 @@ def apply_recipe(
         timestep_input: name of the input that holds the timestep, if it is not an obvious one.
         name: of the model, for the report.
         on_sample: called with the number of tuples done.
+        on_layer: called with the number of inputs of layers that are rounded, and in all, by a sequential rounding.
+        resume: a folder for what a sequential rounding has done so far; what is found there is not done again.
 
     Raises:
         ExportError: the model cannot be captured.
@@ -131,11 +161,18 @@ def apply_recipe(
     clock.lap("export")
     prepared = prepare_pt2e(exported, quantizer_from_recipe(recipe, base, timestep_input=timestep_input))
     clock.lap("prepare")
+    kept = []
     for done, inputs in enumerate(itertools.chain([first], iterator), start=1):
         prepared(*on_device_of(model, tuple(inputs)))
+        if recipe.rounding.sequential:
+            kept.append(tuple(inputs))
         if on_sample is not None:
             on_sample(done)
     clock.lap("calibrate")
+    if recipe.rounding.sequential:
+        batches = [on_device_of(model, batch) for batch in enough(kept, recipe.rounding.tokens, tokens_seen(prepared))]
+        round_sequentially(prepared, batches, on_group=on_layer, resume=resume)
+        clock.lap("round")
     converted = convert_pt2e(prepared)
     share_equal_tensors(converted)
     clock.lap("convert")
@@ -150,6 +187,11 @@ def apply_recipe(
     )
     specs = tuple(InputSpec.of(node) for node in placeholders(converted))
     return QuantizedModel(graph=converted, recipe=recipe, inputs=specs, report=report, captured=captured)
+
+
+def enough(batches: list[tuple[Tensor, ...]], tokens: int, seen: int) -> list[tuple[Tensor, ...]]:
+    """The first batches, so many that they have about ``tokens`` of the ``seen`` tokens of all."""
+    return batches[: max(1, round(len(batches) * tokens / max(1, seen)))]
 
 
 def on_device_of(model: nn.Module, inputs: Any) -> Any:

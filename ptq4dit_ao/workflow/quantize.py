@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from ptq4dit_ao.evaluation import layer_sqnr, paired_error
 from ptq4dit_ao.graph import export_transformer
 from ptq4dit_ao.graph.names import placeholders, timestep_placeholder
 from ptq4dit_ao.lowering import quantized_linears
-from ptq4dit_ao.passes import balance, balance_result
+from ptq4dit_ao.passes import balance_result, balanced_as
 from ptq4dit_ao.recipe import Recipe
 from ptq4dit_ao.report import build_report, write_html
 from ptq4dit_ao.workflow.apply import EXAMPLE_ROWS, SHUFFLE_SEED, Stopwatch, apply_recipe, on_device_of
@@ -41,7 +42,8 @@ def quantize(
     Args:
         model: the float model.
         recipe: what to do.
-        output: folder for the artifact, ``report.json`` and ``report.html``.
+        output: folder for the artifact, ``report.json`` and ``report.html``. Layers that are rounded one after another
+            are kept in ``OUTPUT.rounding`` until it is written; after a kill, the same call goes on from there.
         samples: recorded calibration samples; else the model's pipeline draws them. Recorded samples are also what
             the error is measured on.
         on_progress: called as stages advance.
@@ -50,6 +52,7 @@ def quantize(
         PTQ4DiTError: see :func:`~ptq4dit_ao.apply_recipe` and :func:`~ptq4dit_ao.save_quantized`.
     """
     check_target(output)
+    resume = Path(f"{output}.rounding") if recipe.rounding.sequential else None
     clock = Stopwatch()
     recorded = evaluated = recorded_samples(model, recipe, samples, on_progress=on_progress)
     if samples is None:  # before the long part, which a wrong setting must not waste
@@ -64,6 +67,8 @@ def quantize(
         recorded,
         name=model.name,
         on_sample=lambda done: on_progress("calibrate", done, batches),
+        on_layer=lambda done, total: on_progress("round", done, total),
+        resume=resume,
     )
     sampling = None if model.sampling is None else model.sampling.to_dict()
     quantized = dataclasses.replace(quantized, sampling=sampling)
@@ -86,6 +91,8 @@ def quantize(
     report["size"] = size_of(model.transformer, quantized, size.total_bytes)
     write_report(report, Path(output), images)
     on_progress("save", 1, 1)
+    if resume is not None:
+        shutil.rmtree(resume)
     return quantized
 
 
@@ -98,10 +105,7 @@ def _evaluate(
     rows = quantized.recipe.calibration.rows
     batches = (on_device_of(exported, batch) for batch in samples.batches(rows))
     error = paired_error(exported, quantized.graph, batches, timestep_index=position)
-    result = balance_result(quantized.graph)
-    balanced = exported
-    if result.settings is not None:
-        balanced = balance(exported, result.statistics, result.settings, sites=result.sites, verify=False)
+    balanced = balanced_as(exported, balance_result(quantized.graph))
     mixed = on_device_of(exported, next(samples.shuffled(SHUFFLE_SEED).batches(rows)))
     about: dict[str, object] = {
         "sqnr_db": error.sqnr_db,

@@ -19,7 +19,7 @@ from ptq4dit_ao.lowering import KernelProof, LoweredModel
 from ptq4dit_ao.recipe import shipped_recipe_path, shipped_recipes
 from ptq4dit_ao.workflow import QuantizedModel, load_quantized
 
-COMMANDS = ["quantize", "sample", "inspect", "export", "bench", "backends", "recipes"]
+COMMANDS = ["quantize", "sample", "inspect", "evaluate", "export", "bench", "backends", "recipes"]
 PNG = b"\x89PNG\r\n\x1a\n"
 
 MODELS = """

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from ptq4dit_ao.errors import ArgumentError
-from ptq4dit_ao.evaluation import layer_sqnr, measure_latency, paired_error
+from ptq4dit_ao.evaluation import PairedError, layer_sqnr, measure_latency, paired_error
 from ptq4dit_ao.passes import balance, balance_result
 
 
@@ -53,6 +55,37 @@ def test_rounding_to_another_dtype_counts_as_error():
     inputs = [(x, torch.arange(6), torch.zeros(6))]
     error = paired_error(lambda x, t, y: x, lambda x, t, y: x.bfloat16(), inputs)  # bfloat16 has no 1 + 2**-10
     assert error.sqnr_db == pytest.approx(20 * math.log10(2**10 + 1), abs=1e-4)
+
+
+def test_the_median_counts_every_timestep_once():
+    error = paired_error(noisy(0), noisy(0.01), batches())
+    assert error.median_db == pytest.approx(40, abs=1e-4)
+    assert error.timesteps.tolist() == [2, 3, 2, 8, 3, 8] and error.signal.tolist() == [3.0] * 6
+    assert error.noise == pytest.approx([3e-4, 3e-2, 3e-4, 3e-4, 3e-2, 3e-4], rel=1e-3)
+
+
+def four_rows(timesteps: list[float], noise: list[float]) -> PairedError:
+    return PairedError(timesteps=np.array(timesteps), signal=np.ones(4), noise=np.array(noise))
+
+
+def test_intervals_are_those_of_rows_drawn_with_replacement():
+    estimate = four_rows([0, 0, 1, 1], [0.1, 0, 0, 0]).sqnr_estimate(seed=3)
+    # The noisy row is drawn not at all with probability 0.32, three times or more with 0.051, four times with 0.004.
+    assert estimate.value == pytest.approx(10 * math.log10(4 / 0.1))
+    assert estimate.low == pytest.approx(10 * math.log10(4 / 0.3)) and estimate.high == math.inf
+
+
+def test_the_median_has_an_interval_over_the_same_rows():
+    estimate = four_rows([0, 0, 1, 1], [0.1, 0.1, 0.001, 0.001]).median_estimate()
+    # A timestep is not drawn at all with probability 1/16; the median is then that of the other.
+    assert (estimate.low, estimate.value, estimate.high) == pytest.approx((10, 20, 30))
+
+
+def test_a_timestep_has_an_interval_over_its_own_rows():
+    estimates = four_rows([7, 5, 7, 5], [0.1, 0.001, 0.1, 0.1]).timestep_estimates(seed=1)
+    assert list(estimates) == [5, 7]
+    assert dataclasses.astuple(estimates[7]) == pytest.approx((10, 10, 10))
+    assert dataclasses.astuple(estimates[5]) == pytest.approx((10 * math.log10(2 / 0.101), 10, 30))
 
 
 def test_outputs_of_different_shapes_are_refused():

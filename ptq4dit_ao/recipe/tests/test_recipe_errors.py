@@ -49,7 +49,8 @@ WRONG = {
     "number for extends": ("extends: 3", "extends: 3 is not allowed; it must be non-empty text"),
     "aggregation": (
         "balance: {aggregation: scc}",
-        "balance.aggregation: 'scc' (text) is not allowed; it must be one of ssc, max, mean, none; did you mean 'ssc'?",
+        "balance.aggregation: 'scc' (text) is not allowed; it must be one of ssc, max, mean, none, auto; "
+        "did you mean 'ssc'?",
     ),
     "fold form": (
         "balance: {fold_form: 1}",
@@ -61,14 +62,17 @@ WRONG = {
     ),
     "bits too few": ("weights: {bits: 1}", f"weights.bits: 1 is not allowed; it must be {BITS}"),
     "bits too many": ("activations: {bits: 9}", f"activations.bits: 9 is not allowed; it must be {BITS}"),
-    "alpha": ("balance: {alpha: 1.5}", "balance.alpha: 1.5 is not allowed; it must be a number from 0 to 1"),
+    "alpha": ("balance: {alpha: 1.5}", "balance.alpha: 1.5 is not allowed; it must be a number from 0 to 1 or auto"),
     "negative alpha": (
         "balance: {alpha: -1e-5}",
-        "balance.alpha: -1e-05 is not allowed; it must be a number from 0 to 1",
+        "balance.alpha: -1e-05 is not allowed; it must be a number from 0 to 1 or auto",
     ),
     "max_scale": ("balance: {max_scale: 1}", "balance.max_scale: 1 is not allowed; it must be a number > 1"),
     "infinite": ("balance: {max_scale: .inf}", "balance.max_scale: Infinity is not allowed; it must be a number > 1"),
-    "not a number": ("balance: {alpha: .nan}", "balance.alpha: NaN is not allowed; it must be a number from 0 to 1"),
+    "not a number": (
+        "balance: {alpha: .nan}",
+        "balance.alpha: NaN is not allowed; it must be a number from 0 to 1 or auto",
+    ),
     "guidance": ("calibration: {guidance: -1}", "calibration.guidance: -1 is not allowed; it must be a number >= 0"),
     "samples": ("evaluation: {samples: 0}", "evaluation.samples: 0 is not allowed; it must be a whole number >= 1"),
     "steps": ("calibration: {steps: 0}", "calibration.steps: 0 is not allowed; it must be a whole number >= 1"),

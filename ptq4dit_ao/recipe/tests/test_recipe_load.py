@@ -127,7 +127,7 @@ def test_an_error_names_the_file_in_which_it_stands(write: Write, refusal: Refus
     top = "version: 1\nextends: base.yaml\nbalance:\n  max_scale: 0\n"
     assert refusal(top) == [
         "x.yaml:4: balance.max_scale: 0 is not allowed; it must be a number > 1",
-        "base.yaml:4: balance.alpha: 2 is not allowed; it must be a number from 0 to 1",
+        "base.yaml:4: balance.alpha: 2 is not allowed; it must be a number from 0 to 1 or auto",
     ]
 
 

@@ -1,0 +1,138 @@
+"""``evaluate``: what it prints and writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from diffusers import DiTTransformer2DModel
+
+from ptq4dit_ao.cli import evaluate as cli_evaluate
+from ptq4dit_ao.errors import PTQ4DiTError
+from ptq4dit_ao.evaluation import Distances, Estimate, ImageErrors
+from ptq4dit_ao.recipe import Calibration, Evaluation, Recipe
+from ptq4dit_ao.reference.models import DIT_CONFIG, SAMPLING
+from ptq4dit_ao.testing.facebook_dit import randomize_
+from ptq4dit_ao.workflow import apply_recipe, load_model
+from ptq4dit_ao.workflow.evaluation_result import EvaluationResult, EvaluationRow, SqnrEstimates
+from ptq4dit_ao.workflow.samples import recorded_samples
+
+FEW = {"timesteps": 2, "samples": 2}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """``model`` and the ``float`` model it was made of."""
+    folder = tmp_path_factory.mktemp("saved")
+    transformer = randomize_(DiTTransformer2DModel(**{**DIT_CONFIG, "num_layers": 1}), seed=0).eval()
+    transformer.save_pretrained(folder / "float")
+    recipe = Recipe(calibration=Calibration(**FEW, steps=2, guidance=1.5), evaluation=Evaluation(**FEW))
+    quantized = apply_recipe(transformer, recipe, recorded_samples(load_model(str(folder / "float")), recipe))
+    dataclasses.replace(quantized, sampling=SAMPLING.to_dict()).save(folder / "model")
+    return folder
+
+
+def test_evaluate_writes_what_it_prints(run, saved, tmp_path):
+    figures, tables = tmp_path / "figures.json", tmp_path / "tables.md"
+    code, out, _ = run(
+        "evaluate", saved / "model", "--model", saved / "float", "--backend", "reference", "fbgemm", "--samples", 4,
+        "--steps", 2, "--features", "digits", "--json", figures, "--markdown", tables,
+    )  # fmt: skip
+    assert code == 0 and "sample float32" in out and "eps fbgemm" in out and "eta" in out
+    written, page = json.loads(figures.read_text()), tables.read_text()
+    assert (written["samples"], written["steps"], written["seed"]) == (4, 2, 0)
+    lines = [line.split(" | ") for line in page.splitlines() if line.startswith("| W8A8")]
+    assert [line[0] for line in lines] == ["| W8A8 simulated, reference", "| W8A8 integer, fbgemm"] * 2
+    pooled = written["rows"][1]["eps"]["pooled"]
+    assert lines[0][1] == f"{pooled['value']:.2f} [{pooled['low']:.2f}, {pooled['high']:.2f}]"
+    assert lines[2][1] == f"{written['rows'][1]['distances']['frechet']:#.4g}"
+    for line in lines:
+        assert all(cell.strip("| ") in out for cell in line)
+    for remark in ("fbgemm: 7/7 quantized linears", "no reference set: distances are to what the float model draws"):
+        assert f"* {remark}" in page and remark in out
+    assert "digits classifier" in page and "FID" not in page
+
+
+def result(network: str, is_inception: bool) -> EvaluationResult:
+    one = Estimate(value=1.0, low=0.5, high=2.0)
+    eps = SqnrEstimates(pooled=one, median=one, per_timestep=((7.0, one),), rows=3)
+    row = EvaluationRow(
+        model="W8A8",
+        execution="simulated",
+        backend="a|b",
+        eps=eps,
+        images=ImageErrors(mse=one, psnr_db=one, ssim=one, images=2, data_range=2.0),
+        distances=Distances(frechet=9.5, spatial_frechet=8, inception_score=7, precision=0.5, recall=0.25),
+    )
+    return EvaluationResult(
+        model="m", rows=(row,), network=network, is_inception=is_inception, reference="real", reference_images=5,
+        samples=2, steps=1, guidance=1.5, seed=4, eps_seed=6, notes=("said",), environment={"cpu": "c", "versions": {}},
+    )  # fmt: skip
+
+
+def test_only_inception_gives_a_distance_the_name_fid():
+    _, plain = cli_evaluate.sheets(result("toy", False))
+    _, inception = cli_evaluate.sheets(result("inception-2015", True))
+    assert plain.columns[1:4] == ("Frechet distance (toy)", "spatial Frechet distance (toy)", "Inception score (toy)")
+    assert inception.columns[1:4] == (
+        "FID (inception-2015)",
+        "sFID (inception-2015)",
+        "Inception score (inception-2015)",
+    )
+    assert plain.lines == (("W8A8 simulated, a|b", "9.500", "8.000", "7.000", "0.5000", "0.2500"),)
+
+
+def test_the_page_says_what_it_must_be_read_with():
+    page = cli_evaluate.markdown(result("toy", False)).splitlines()
+    assert page[0] == "Model 'm' against its float32 form: equal inputs, equal noise"
+    one, two = "1.00 [0.50, 2.00]", "1.00e+00 [5.00e-01, 2.00e+00]"
+    assert rf"| W8A8 simulated, a\|b | {one} | {one} | 1.00 at 7 | {two} | {one} | 1.0000 [0.5000, 2.0000] |" in page
+    assert "2 images of each against 5: real" in page
+    assert page[-4:] == [
+        "* said",
+        "* [95 % bootstrap intervals] over 3 rows of inputs (seed 6) and 2 images",
+        "* 1 DDIM steps, guidance 1.5, seed 4; data range 2",
+        "* cpu c",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "changes"),
+    [
+        ((), {}),
+        (
+            ("--model", "m", "--backend", "a", "b", "--samples", 9, "--steps", 3, "--seed", 2, "--features", "f:g"),
+            {"model": "m", "backends": ["a", "b"], "samples": 9, "steps": 3, "seed": 2, "features": "f:g"},
+        ),
+        (("--reference", "r.npz", "--cache", "c"), {"reference": Path("r.npz"), "cache": Path("c")}),
+    ],
+)
+def test_options_arrive(run, monkeypatch, options, changes):
+    seen = []
+
+    def measure(directory, model, *, on_progress, **arguments):
+        seen.append({"directory": directory, "model": model, **arguments})
+        raise PTQ4DiTError("enough")
+
+    monkeypatch.setattr(cli_evaluate, "measure", measure)
+    assert run("evaluate", "out", *options)[0] == 1
+    defaults = {
+        "directory": Path("out"), "model": None, "backends": ["reference"], "samples": 200, "steps": 50, "seed": 0,
+        "features": None, "reference": None, "cache": None,
+    }  # fmt: skip
+    assert seen == [{**defaults, **changes}]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--backend", "fbgem"], "backend 'fbgem' is unknown"),
+        (["--features", "inception"], "feature network 'inception' is neither 'digits' nor 'package.module:function'"),
+        (["--features", "digits", "--reference", "real.jpg"], "is neither a folder of PNG, nor .npz"),
+    ],
+)
+def test_user_errors(run, saved, options, message):
+    code, _, err = run("evaluate", saved / "model", "--model", saved / "float", *options)
+    assert code == 1 and err.startswith("error: ") and message in err and len(err.splitlines()) == 1

@@ -1,0 +1,86 @@
+"""Ranges that are smaller than minimum and maximum, where cutting the tails costs less than a wider step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ptq4dit_ao.core.qparams import fake_quantize
+
+WEIGHT_RATIOS = torch.linspace(1.0, 0.6, 9).tolist()
+ACTIVATION_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+
+Qparams = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""``(minimum, maximum) -> (scale, zero_point)``."""
+
+
+def clipped_weight_range(
+    weight: Tensor, importance: Tensor, qparams: Qparams, quant_min: int, quant_max: int
+) -> tuple[Tensor, Tensor]:
+    """Per output channel, the part of its range with the least ``sum_j E[x_j^2] (Q(w_j) - w_j)^2``.
+
+    Args:
+        weight: (C_out, C_in).
+        importance: E[x_j^2], (C_in,).
+        qparams: the quantizer's.
+        quant_min: smallest integer.
+        quant_max: largest integer.
+
+    Returns:
+        Minimum and maximum, (C_out,) each.
+    """
+    low, high = torch.aminmax(weight, dim=1)
+    best = torch.full_like(low, torch.inf)
+    ratio = torch.ones_like(low)
+    for r in WEIGHT_RATIOS:
+        scale, zero_point = qparams(low * r, high * r)
+        rounded = fake_quantize(weight, scale.unsqueeze(1), zero_point.unsqueeze(1), quant_min, quant_max)
+        error = (rounded - weight).square_() @ importance.to(weight.dtype)
+        better = error < best
+        best, ratio = error.where(better, best), torch.where(better, r, ratio)
+    return low * ratio, high * ratio
+
+
+def clipped_activation_range(
+    tokens: Tensor,
+    low: float,
+    high: float,
+    weight: Tensor,
+    qparams: Qparams,
+    quant_min: int,
+    quant_max: int,
+    ratios: Sequence[float] = ACTIVATION_RATIOS,
+) -> tuple[float, float]:
+    """The part of a range with the least error of the layer's output, ``|(Q(x) - x) W^T|^2`` over some tokens.
+
+    Both ends are drawn in together first, then each by itself.
+
+    Args:
+        tokens: (n, C_in).
+        low: smallest value of the whole activation, not of these tokens alone.
+        high: largest value.
+        weight: (C_out, C_in).
+        qparams: the quantizer's.
+        quant_min: smallest integer.
+        quant_max: largest integer.
+        ratios: parts of the range that are tried, 1 among them.
+    """
+    metric = weight.T @ weight if len(weight) > weight.shape[1] else None
+
+    def error(low: float, high: float) -> float:
+        scale, zero_point = qparams(torch.tensor(low), torch.tensor(high))
+        noise = fake_quantize(tokens, scale, zero_point, quant_min, quant_max) - tokens
+        if metric is not None:
+            return float(((noise @ metric) * noise).sum())
+        return float((noise @ weight.T).square_().sum())
+
+    both = {r: error(low * r, high * r) for r in ratios}
+    r = min(both, key=both.__getitem__)
+    low, high, best = low * r, high * r, both[r]
+    for candidates in ([(low * s, high) for s in ratios], [(low, high * s) for s in ratios]):
+        for ends in candidates:
+            if (e := error(*ends)) < best:
+                (low, high), best = ends, e
+    return low, high

@@ -1,0 +1,79 @@
+"""GPTQ: round a weight column by column, and let the columns that follow make up for each error.
+
+The layer's error ``E |x (W_q - W)^T|^2 = tr((W_q - W) H (W_q - W)^T)`` needs of the inputs only their second moment
+``H = E[x x^T]`` (Frantar et al. 2023, arXiv 2210.17323, algorithm 1). Balancing transforms H exactly,
+``H' = diag(1/b) H diag(1/b)``, so that a balancing vector can be judged, and its weight rounded, from statistics of the
+model as it was.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 128
+"""Columns after which the errors are handed on to the rest of the weight at once."""
+
+
+def gptq(
+    weight: Tensor, scale: Tensor, moment: Tensor, quant_min: int, quant_max: int, *, damping: float = 0.01
+) -> Tensor:
+    """Integers of a weight, per output channel and symmetric, that keep the layer's output.
+
+    Columns are taken by falling ``H_jj`` ("act-order"): those that matter most are rounded while all others can still
+    make up for them. A column that is never used (``H_jj`` = 0) is rounded to nearest.
+
+    Args:
+        weight: (C_out, C_in).
+        scale: (C_out,), positive.
+        moment: H, (C_in, C_in), positive semi-definite.
+        quant_min: smallest integer.
+        quant_max: largest integer.
+        damping: what is added to the diagonal of H, as a part of its mean.
+
+    Returns:
+        (C_out, C_in) int8.
+    """
+    order = moment.diagonal().argsort(descending=True)
+    factor = _inverse_factor(moment[order][:, order], damping)
+    # Columns as rows, so that what a step reads and writes is contiguous.
+    w = weight.to(torch.float32).T[order].contiguous()
+    scale = scale.to(torch.float32)
+    integers = torch.empty_like(w, dtype=torch.int8)
+    for start in range(0, len(w), BLOCK):
+        end = min(start + BLOCK, len(w))
+        block, errors = w[start:end], torch.empty_like(w[start:end])
+        for i in range(end - start):
+            q = (block[i] / scale).round_().clamp_(quant_min, quant_max)
+            integers[start + i] = q
+            row = factor[start + i, start:end]
+            torch.div(block[i] - q * scale, row[i], out=errors[i])
+            block[i + 1 :].addr_(row[i + 1 :], errors[i], alpha=-1)
+        w[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+    return integers[order.argsort()].T.contiguous()
+
+
+def nearest(weight: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """Integers of a weight, per output channel and symmetric, each rounded by itself: (C_out, C_in) int8."""
+    return (weight / scale.to(weight.dtype).unsqueeze(1)).round_().clamp_(quant_min, quant_max).to(torch.int8)
+
+
+def damped(moment: Tensor, damping: float) -> Tensor:
+    """A second moment that can be inverted, float64: unused channels get 1, all grow by a part of the mean."""
+    h = moment.to(torch.float64, copy=True)
+    diagonal = h.diagonal()
+    diagonal[diagonal <= 0] = 1.0
+    diagonal += damping * diagonal.mean()
+    return h
+
+
+def _inverse_factor(moment: Tensor, damping: float) -> Tensor:
+    """The upper Cholesky factor of ``H^-1``; row i holds what the error of column i costs the columns after it."""
+    h = damped(moment, damping)
+    while True:
+        lower, failed = torch.linalg.cholesky_ex(h)
+        if not failed:
+            break
+        h.diagonal().mul_(1 + damping)  # rounding made it indefinite
+    inverse = torch.cholesky_inverse(lower)
+    return torch.linalg.cholesky(inverse, upper=True).to(torch.float32)

@@ -1,0 +1,90 @@
+"""Feature networks: what distances between sets of images are measured in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ptq4dit_ao.errors import ArgumentError
+
+SPATIAL_CHANNELS = 7
+"""ADM's sFID takes the first 7 channels of a feature map: about as many values as it takes pooled ones."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Features:
+    """What a network sees in N images."""
+
+    pooled: Tensor
+    """(N, D), before the classifier's head."""
+    spatial: Tensor
+    """(N, C, H, W), a feature map half-way."""
+    probabilities: Tensor
+    """(N, classes)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureNetwork:
+    """A network with a name, which every figure that is measured with it carries.
+
+    Wrap any module: ``read`` takes images (N, C, H, W) in [-1, 1] of 256 levels, resizes them if it must, and returns
+    :class:`Features`.
+    """
+
+    name: str
+    read: Callable[[Tensor], Features]
+
+    @property
+    def is_inception(self) -> bool:
+        """Does it call itself Inception? Only then is a distance called FID."""
+        return self.name.lower().startswith("inception")
+
+
+@torch.no_grad()
+def extract(
+    network: FeatureNetwork,
+    images: Tensor,
+    *,
+    batch_size: int = 64,
+    on_batch: Callable[[int, int], None] = lambda *_: None,
+) -> Features:
+    """Features of (N, C, H, W) images in [-1, 1], with ``spatial`` as (N, H * W * 7): ADM's channels and order.
+
+    Images are rounded to 256 levels first, as they are on disk. ``on_batch`` is called with (images done, in all).
+
+    Raises:
+        ArgumentError: the network returns something else.
+    """
+    parts = []
+    for batch in to_levels(images).split(batch_size):
+        parts.append(_checked(network, network.read(batch.float() / 127.5 - 1), len(batch)))
+        on_batch(sum(len(part.pooled) for part in parts), len(images))
+    return Features(
+        pooled=torch.cat([part.pooled for part in parts]),
+        spatial=torch.cat([_first_channels(part.spatial) for part in parts]),
+        probabilities=torch.cat([part.probabilities for part in parts]),
+    )
+
+
+def to_levels(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as 8-bit levels, uint8."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def _first_channels(spatial: Tensor) -> Tensor:
+    return spatial[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+
+
+def _checked(network: FeatureNetwork, features: Features, rows: int) -> Features:
+    for name, axes in (("pooled", 2), ("spatial", 4), ("probabilities", 2)):
+        tensor = getattr(features, name, None)
+        if not isinstance(tensor, Tensor) or tensor.ndim != axes or len(tensor) != rows:
+            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ArgumentError(
+                f"feature network {network.name!r} returned {name} {got} for {rows} images; expected a tensor of "
+                f"{axes} axes, the first of them {rows}"
+            )
+    return features

@@ -1,0 +1,61 @@
+"""Rounding inside plain prepare and convert: from the float model's moments, with no second pass over the samples."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ptq4dit_ao.errors import CalibrationError
+from ptq4dit_ao.observers import Moments
+from ptq4dit_ao.rounding.layers import Group, find_groups
+from ptq4dit_ao.rounding.settings import RoundingSettings
+from ptq4dit_ao.rounding.solve import Inputs, choose_range, quantize_tokens, solve
+
+logger = logging.getLogger(__name__)
+
+
+def round_in_one_pass(prepared: GraphModule, settings: RoundingSettings) -> None:
+    """Leave in the observers of a balanced, prepared graph what ``convert_pt2e`` shall write.
+
+    Raises:
+        CalibrationError: an input was never seen.
+    """
+    if settings.plain:
+        return
+    groups = find_groups(prepared)
+    for group in groups:
+        moments = group.observer.moments
+        if moments is None or moments.count == 0:
+            raise CalibrationError(
+                f"{group.name!r} was never run: call the prepared model on calibration samples before convert_pt2e"
+            )
+        _round(prepared, group, moments, settings)
+    logger.info("rounded %d weights with %s", sum(len(g.layers) for g in groups), settings.rounding)
+
+
+def _round(prepared: GraphModule, group: Group, moments: Moments, settings: RoundingSettings) -> None:
+    observer = group.observer
+    tokens, second, mean = balanced_moments(moments, observer.scale)
+    weights = {layer: layer.weight(prepared) for layer in group.layers}
+    if observer.clipped is None:
+        observer.clipped = choose_range(
+            observer.spec, tokens, *observer.range(), torch.cat(list(weights.values())), settings.ranges
+        )
+    shift = (quantize_tokens(observer.spec, tokens, observer.clipped) - tokens).mean(0)
+    inputs = Inputs(mean=mean, quantized_mean=mean + shift, moment=second)
+    for spec, layers in group.by_spec().items():
+        biases = [layer.bias(prepared) for layer in layers]
+        solved = solve([weights[layer] for layer in layers], biases, spec, inputs, settings)
+        for layer, rounded in zip(layers, solved, strict=True):
+            layer.observer.rounded = rounded
+
+
+def balanced_moments(moments: Moments, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens (n, C), ``E[x x^T]`` and ``E[x]`` of the inputs divided by a balancing vector."""
+    if scale is None:
+        return moments.tokens, moments.second, moments.mean
+    inverse = (1 / scale).to(moments.tokens)
+    return moments.tokens * inverse, moments.second * torch.outer(inverse, inverse), moments.mean * inverse

@@ -1,0 +1,67 @@
+"""A site's balancing vector, judged by the error of its layers' outputs after rounding at the true bit widths.
+
+Rounding to nearest would prefer vectors that spare the weights, whose error GPTQ removes anyway; so candidates are
+rounded as the weights will be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ptq4dit_ao.graph import Site
+from ptq4dit_ao.observers import SalienceObserver
+from ptq4dit_ao.passes.edit import scale_of
+from ptq4dit_ao.rounding.layers import Group, find_groups
+from ptq4dit_ao.rounding.one_pass import balanced_moments
+from ptq4dit_ao.rounding.settings import RoundingSettings
+from ptq4dit_ao.rounding.solve import Inputs, choose_range, quantize_tokens, solve
+
+ROWS = 1024
+"""Output channels that are tried, of each set of layers that are quantized alike."""
+
+STEP = 4
+"""Of so many tokens, one is taken to choose a candidate's range."""
+
+
+class PostRoundingScore:
+    """``score(model, site, b)``: mean square error of the site's outputs on the tokens that its observers kept."""
+
+    def __init__(
+        self, prepared: GraphModule, observers: Mapping[str, Sequence[SalienceObserver]], settings: RoundingSettings
+    ) -> None:
+        self._observers = observers
+        self._settings = settings
+        self._groups: dict[SalienceObserver, list[Group]] = {}
+        for group in find_groups(prepared):
+            if isinstance(group.observer, SalienceObserver):
+                self._groups.setdefault(group.observer, []).append(group)
+
+    def __call__(self, model: GraphModule, site: Site, b: Tensor) -> float:
+        """Error with the balancing vector ``b`` (V,) of a site that is not balanced yet."""
+        total = 0.0
+        for key, consumer in site.inputs.items():
+            scale = scale_of(b, consumer.variables)
+            for observer in self._observers.get(key, ()):
+                total += sum(self._error(model, group, scale) for group in self._groups.get(observer, ()))
+        return total
+
+    def _error(self, model: GraphModule, group: Group, scale: Tensor) -> float:
+        observer, moments = group.observer, group.observer.moments
+        assert isinstance(observer, SalienceObserver) and moments is not None
+        tokens, second, mean = balanced_moments(moments, scale)
+        error = 0.0
+        for spec, layers in group.by_spec().items():
+            weight = torch.cat([layer.weight(model) for layer in layers])
+            weight = weight[:: -(-len(weight) // ROWS)] * scale.to(weight)
+            low, high = observer.statistics.range(scale)
+            bounds = choose_range(observer.spec, tokens[::STEP], low, high, weight, self._settings.ranges)
+            quantized = quantize_tokens(observer.spec, tokens, bounds)
+            inputs = Inputs(mean=mean, quantized_mean=mean + (quantized - tokens).mean(0), moment=second)
+            (rounded,) = solve([weight], [None], spec, inputs, self._settings)
+            noise = quantized @ rounded.weight().T + rounded.bias - tokens @ weight.T
+            error += float(noise.square().sum(1).mean())
+        return error

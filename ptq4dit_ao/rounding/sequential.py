@@ -1,0 +1,109 @@
+"""Rounding layer by layer, with the float and the quantized network in lockstep.
+
+Each layer is rounded for the inputs that the quantized network hands it, and fitted to what the float network's layer
+puts out, so that it also makes up for the error of the layers before it. All calibration batches advance together, from
+one quantized input to the next; of the activations only those are kept which a later node still reads.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from ptq4dit_ao.observers import ActivationObserver, TokenSample
+from ptq4dit_ao.rounding.layers import Group, find_groups
+from ptq4dit_ao.rounding.resume import Progress, fingerprint
+from ptq4dit_ao.rounding.settings import RoundingSettings
+from ptq4dit_ao.rounding.solve import Inputs, choose_range, solve
+from ptq4dit_ao.rounding.streams import Streams
+
+logger = logging.getLogger(__name__)
+
+OnGroup = Callable[[int, int], None]
+"""``(groups done, in all)``."""
+
+
+@torch.no_grad()
+def round_sequentially(
+    prepared: GraphModule,
+    batches: Iterable[Sequence[Tensor]],
+    settings: RoundingSettings,
+    *,
+    on_group: OnGroup = lambda *_: None,
+    resume: Path | None = None,
+) -> None:
+    """Leave in the observers of a balanced, prepared graph what ``convert_pt2e`` shall write.
+
+    Args:
+        prepared: from ``prepare_pt2e`` with our quantizer, calibrated, balanced.
+        batches: input tuples; all of them are held at once.
+        settings: how.
+        on_group: called as layers are done.
+        resume: a folder to note them in; what is found there is not done again.
+    """
+    groups, batches = find_groups(prepared), list(batches)
+    progress = Progress(resume, "" if resume is None else fingerprint(prepared, groups, batches, settings))
+    streams = Streams(prepared, batches)
+    for done, group in enumerate(groups, start=1):
+        streams.advance(group.node)
+        if not progress.load(done, group):
+            _round(prepared, group, streams, settings)
+            progress.save(done, group)
+        on_group(done, len(groups))
+    logger.info("rounded %d weights with %s, layer by layer", sum(len(g.layers) for g in groups), settings.rounding)
+
+
+def _round(prepared: GraphModule, group: Group, streams: Streams, settings: RoundingSettings) -> None:
+    observer = group.observer
+    weights = {layer: layer.weight(prepared) for layer in group.layers}
+    if observer.clipped is None:  # else it observed another tensor, too, and was here before
+        tokens, low, high = _look(streams, group.node)
+        weight = torch.cat(list(weights.values()))
+        observer.clipped = choose_range(observer.spec, tokens, low, high, weight, settings.ranges)
+    inputs = _inputs(streams, group.node, observer)
+    for spec, layers in group.by_spec().items():
+        biases = [layer.bias(prepared) for layer in layers]
+        solved = solve([weights[layer] for layer in layers], biases, spec, inputs, settings)
+        for layer, rounded in zip(layers, solved, strict=True):
+            layer.observer.rounded = rounded
+
+
+def _look(streams: Streams, node: Node) -> tuple[Tensor, Tensor, Tensor]:
+    """Some tokens of the quantized network's input, and its range."""
+    sample, low, high = None, [], []
+    for _, x in streams.inputs(node):
+        rows = x.flatten(0, -2)
+        sample = sample or TokenSample(rows.shape[1])
+        sample.update(rows)
+        low.append(rows.amin())
+        high.append(rows.amax())
+    assert sample is not None
+    return sample.tokens, torch.stack(low).amin(), torch.stack(high).amax()
+
+
+def _inputs(streams: Streams, node: Node, observer: ActivationObserver) -> Inputs:
+    """The moments of a layer's inputs in both networks."""
+    example, _ = next(streams.inputs(node))
+    channels, device = example.shape[-1], example.device
+    mean, quantized_mean = torch.zeros(2, channels, dtype=torch.float64, device=device)
+    moment, cross = torch.zeros(2, channels, channels, device=device)
+    count = 0
+    for x, unquantized in streams.inputs(node):
+        x = x.flatten(0, -2).to(torch.float32)
+        q = observer.fake_quantize(unquantized).flatten(0, -2).to(torch.float32)
+        count += len(x)
+        mean += x.sum(0, dtype=torch.float64)
+        quantized_mean += q.sum(0, dtype=torch.float64)
+        moment.addmm_(q.T, q)
+        cross.addmm_(q.T, x - q)
+    return Inputs(
+        mean=(mean / count).float(),
+        quantized_mean=(quantized_mean / count).float(),
+        moment=moment.div_(count),
+        cross=cross.div_(count),
+    )

@@ -1,0 +1,101 @@
+"""One group of linears, from the statistics of its input to integers, scales, biases and a range."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ptq4dit_ao.core.clipping import clipped_activation_range, clipped_weight_range
+from ptq4dit_ao.core.gptq import gptq, nearest
+from ptq4dit_ao.core.qparams import fake_quantize
+from ptq4dit_ao.core.refit import corrected_bias, refit
+from ptq4dit_ao.observers import Rounded
+from ptq4dit_ao.observers.qdq import QuantSpec
+from ptq4dit_ao.rounding.settings import RoundingSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a group's weights are multiplied with, after balancing; q is quantized, x is the float network's."""
+
+    mean: Tensor
+    """E[x], (C,)."""
+    quantized_mean: Tensor
+    """E[q], (C,)."""
+    moment: Tensor
+    """E[q q^T], (C, C)."""
+    cross: Tensor | None = None
+    """E[q (x - q)^T], (C, C); None if only x is known."""
+
+
+def choose_range(
+    spec: QuantSpec,
+    tokens: Tensor,
+    low: Tensor,
+    high: Tensor,
+    weight: Tensor,
+    ranges: str,
+) -> tuple[float, float]:
+    """The range of an activation: tokens (n, C_in), weight (C_out, C_in)."""
+    if ranges == "minmax" or len(tokens) == 0:
+        return float(low), float(high)
+    return clipped_activation_range(
+        tokens, float(low), float(high), weight, spec.qparams, spec.quant_min, spec.quant_max
+    )
+
+
+def quantize_tokens(spec: QuantSpec, tokens: Tensor, bounds: tuple[float, float]) -> Tensor:
+    """Tokens as the quantized layer sees them."""
+    scale, zero_point = spec.qparams(torch.tensor(bounds[0]), torch.tensor(bounds[1]))
+    return fake_quantize(tokens, scale, zero_point, spec.quant_min, spec.quant_max)
+
+
+def solve(
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    spec: QuantSpec,
+    inputs: Inputs,
+    settings: RoundingSettings,
+) -> list[Rounded]:
+    """Round the weights of linears that read one input and are quantized alike.
+
+    Args:
+        weights: (C_out, C_in) each.
+        biases: (C_out,) each, or None.
+        spec: of the weights; symmetric.
+        inputs: what they are multiplied with.
+        settings: how.
+    """
+    weight = torch.cat(list(weights))
+    moment = inputs.moment - torch.outer(inputs.quantized_mean, inputs.quantized_mean)  # the bias takes the mean
+    target = weight
+    if inputs.cross is not None and settings.rounding == "gptq":
+        cross = inputs.cross - torch.outer(inputs.quantized_mean, inputs.mean - inputs.quantized_mean)
+        target = refit(weight, moment, cross, damping=settings.damping)
+    scale = weight_scale(target, spec, moment.diagonal(), settings)
+    bounds = (spec.quant_min, spec.quant_max)
+    if settings.rounding == "gptq":
+        integers = gptq(target, scale, moment, *bounds, damping=settings.damping)
+    else:
+        integers = nearest(target, scale, *bounds)
+    solved, start = [], 0
+    for w, bias in zip(weights, biases, strict=True):
+        rows = slice(start, start := start + len(w))
+        q, s = integers[rows], scale[rows]
+        new = corrected_bias(bias, w, inputs.mean, q * s.unsqueeze(1), inputs.quantized_mean)
+        solved.append(Rounded(integers=q.clone(), scale=s.clone(), bias=new.to(torch.float32)))
+    return solved
+
+
+def weight_scale(weight: Tensor, spec: QuantSpec, importance: Tensor, settings: RoundingSettings) -> Tensor:
+    """(C_out,) float32; equal for all channels where the spec has one scale."""
+    if settings.ranges == "output":
+        low, high = clipped_weight_range(weight, importance.clamp_min(0), spec.qparams, spec.quant_min, spec.quant_max)
+    else:
+        low, high = torch.aminmax(weight, dim=1)
+    if spec.channel_axis is None:
+        low, high = low.amin().expand(len(weight)), high.amax().expand(len(weight))
+    return spec.qparams(low, high)[0]

@@ -1,0 +1,239 @@
+"""Rounding on a tiny DiT: what it gains, that it costs nothing at run time, that it resumes."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.fx import Interpreter
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+    X86InductorQuantizer,
+    get_default_x86_inductor_quantization_config,
+)
+
+import ptq4dit_ao.rounding.sequential as sequential
+from ptq4dit_ao.core import sqnr_db
+from ptq4dit_ao.errors import ArgumentError, CalibrationError
+from ptq4dit_ao.lowering import lower, quantized_linears
+from ptq4dit_ao.passes import BalanceSettings, balance, balance_result, collect_salience
+from ptq4dit_ao.quantizer import PTQ4DiTQuantizer, round_sequentially, tokens_seen
+from ptq4dit_ao.rounding import RoundingSettings
+from ptq4dit_ao.rounding.layers import find_groups
+from ptq4dit_ao.rounding.streams import Streams
+
+W4 = {"weight_bits": 4}
+
+
+@pytest.fixture
+def prepare(tiny_exported, tiny_samples, duplicate):
+    """``prepare(**options)``: the tiny DiT, calibrated."""
+
+    def run(**options):
+        prepared = prepare_pt2e(duplicate(tiny_exported), PTQ4DiTQuantizer(**options))
+        for sample in tiny_samples:
+            prepared(*sample)
+        return prepared
+
+    return run
+
+
+@pytest.fixture
+def layer_by_layer(prepare, tiny_samples):
+    def run(**options):
+        prepared = prepare(sequential=True, **options)
+        round_sequentially(prepared, tiny_samples)
+        return convert_pt2e(prepared)
+
+    return run
+
+
+@pytest.fixture
+def error_db(tiny_exported, tiny_samples):
+    expected = torch.cat([tiny_exported(*sample) for sample in tiny_samples])
+    return lambda converted: sqnr_db(expected, torch.cat([converted(*sample) for sample in tiny_samples]))
+
+
+def test_each_step_gains(quantized, layer_by_layer, error_db):
+    plain = error_db(quantized(**W4))
+    one_pass = error_db(quantized(**W4, rounding="gptq"))
+    sequentially = error_db(layer_by_layer(**W4, rounding="gptq"))
+    assert one_pass > plain + 1
+    assert sequentially > one_pass + 1
+
+
+@pytest.mark.parametrize("sequentially", [False, True])
+def test_rounding_costs_nothing_at_run_time(quantized, layer_by_layer, sequentially):
+    rounded = layer_by_layer(rounding="gptq") if sequentially else quantized(rounding="gptq")
+
+    def calls(model):
+        return Counter(str(node.target) for node in model.graph.nodes if node.op == "call_function")
+
+    assert calls(rounded) == calls(quantized())
+    assert lower(rounded, "fbgemm").proof.integer_gemms == 14
+
+
+def test_streams_are_the_float_and_the_quantized_network(prepare, tiny_exported, tiny_samples):
+    prepared = prepare(**W4, sequential=True, rounding="gptq")
+    seen = []
+
+    def look(streams, node, observer):
+        seen[:] = [observer.fake_quantize(q) for _, q in streams.inputs(node)], [x for x, _ in streams.inputs(node)]
+        return original(streams, node, observer)
+
+    original, sequential._inputs = sequential._inputs, look
+    try:
+        round_sequentially(prepared, tiny_samples)
+    finally:
+        sequential._inputs = original
+    read = find_groups(prepared)[-1].node.args[0].name
+    layer = find_groups(prepared)[-1].layers[0].node.name
+
+    class Watch(Interpreter):
+        def run_node(self, n):
+            value = super().run_node(n)
+            if n.name == read:
+                self.exact = value
+            if n.name == layer:
+                self.quantized = self.env[n.args[0]]
+            return value
+
+    exact = Watch(tiny_exported, garbage_collect_values=False)
+    exact.run(*tiny_samples[0])
+    torch.testing.assert_close(seen[1][0], exact.exact, rtol=1e-4, atol=1e-5)  # no balancing reaches FC2's input
+    converted = convert_pt2e(prepared)
+    quantized = Watch(converted, garbage_collect_values=False)
+    quantized.run(*tiny_samples[0])
+    assert sqnr_db(quantized.quantized, seen[0][0]) > 50  # a value on a boundary may fall on either side
+
+
+def test_a_search_takes_the_least_error(quantized):
+    result = balance_result(quantized(**W4, rounding="gptq", alpha="auto", aggregation="auto"))
+    assert result.outcomes
+    for outcome in result.outcomes.values():
+        assert len(outcome.scores) == 13
+        chosen = "none" if outcome.aggregation == "none" else f"{outcome.aggregation} {outcome.alpha:g}"
+        assert outcome.scores[chosen] == min(outcome.scores.values())
+        if chosen == "none":
+            assert (outcome.b == 1).all()
+
+
+def test_a_search_is_as_good_as_the_fixed_choices(quantized, error_db):
+    found = error_db(quantized(weight_bits=4, activation_bits=4, rounding="gptq", alpha="auto", aggregation="auto"))
+    fixed = [error_db(quantized(weight_bits=4, activation_bits=4, rounding="gptq", alpha=a)) for a in (0.3, 0.5, 0.9)]
+    assert found > max(fixed) - 0.5
+    assert found > min(fixed) + 0.5
+
+
+def test_a_weight_without_a_bias_gets_one(tiny_dit, tiny_samples, duplicate):
+    import copy
+
+    from ptq4dit_ao.graph import export_transformer
+
+    model = copy.deepcopy(tiny_dit)
+    model.transformer_blocks[0].attn1.to_q.bias = None
+    prepared = prepare_pt2e(export_transformer(model, tiny_samples[0]), PTQ4DiTQuantizer(**W4, rounding="gptq"))
+    for sample in tiny_samples:
+        prepared(*sample)
+    layers = balance_result(converted := convert_pt2e(prepared)).layers
+    (query,) = [q for q in quantized_linears(converted) if layers[q.name] == "transformer_blocks.0.attn1.to_q"]
+    assert query.bias is not None and query.bias.shape == (32,)
+
+
+def test_other_quantizers_of_torchao_are_rounded_too(tiny_exported, tiny_samples, convert, error_db):
+    def base():
+        return X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
+
+    plain = convert(tiny_exported, PTQ4DiTQuantizer(base(), **W4), tiny_samples)
+    rounded = convert(tiny_exported, PTQ4DiTQuantizer(base(), **W4, rounding="gptq"), tiny_samples)
+    assert error_db(rounded) > error_db(plain) + 1
+
+
+def test_a_killed_run_goes_on(prepare, tiny_samples, tmp_path, monkeypatch):
+    def interrupt(done, total):
+        if done == 6:
+            raise KeyboardInterrupt
+
+    options = {**W4, "sequential": True, "rounding": "gptq"}
+    with pytest.raises(KeyboardInterrupt):
+        round_sequentially(prepare(**options), tiny_samples, on_group=interrupt, resume=tmp_path / "rounded")
+    solved = []
+    original = sequential._round
+    monkeypatch.setattr(sequential, "_round", lambda *args: solved.append(args) or original(*args))
+    resumed, whole = prepare(**options), prepare(**options)
+    round_sequentially(resumed, tiny_samples, resume=tmp_path / "rounded")
+    groups = len(find_groups(resumed))
+    assert len(solved) == groups - 6
+    round_sequentially(whole, tiny_samples)
+    for sample in tiny_samples[:1]:
+        assert torch.equal(convert_pt2e(resumed)(*sample), convert_pt2e(whole)(*sample))
+
+
+def test_a_folder_of_another_run_is_refused(prepare, tiny_samples, tmp_path):
+    options = {"sequential": True, "rounding": "gptq"}
+    round_sequentially(prepare(**options), tiny_samples, resume=tmp_path)
+    with pytest.raises(CalibrationError, match="rounded for another model, recipe or calibration set"):
+        round_sequentially(prepare(**options, **W4), tiny_samples, resume=tmp_path)
+    (tmp_path / "0003.safetensors").write_bytes(b"x")
+    with pytest.raises(CalibrationError, match=r"0003.safetensors is damaged .* remove it"):
+        round_sequentially(prepare(**options), tiny_samples, resume=tmp_path)
+
+
+def test_a_folder_with_something_else_is_refused(prepare, tiny_samples, tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(CalibrationError, match="holds something else than rounded layers"):
+        round_sequentially(prepare(sequential=True, rounding="gptq"), tiny_samples, resume=tmp_path)
+
+
+def test_order_of_calls(prepare, tiny_samples):
+    prepared = prepare(sequential=True, rounding="gptq")
+    with pytest.raises(CalibrationError, match=r"call ptq4dit_ao.round_sequentially\(prepared, batches\) between"):
+        convert_pt2e(prepared)
+    prepared = prepare(sequential=True, rounding="gptq")
+    with pytest.raises(CalibrationError, match="there are no calibration samples"):
+        round_sequentially(prepared, [])
+    prepared = prepare(sequential=True, rounding="gptq")
+    round_sequentially(prepared, tiny_samples)
+    with pytest.raises(CalibrationError, match="has been rounded already"):
+        round_sequentially(prepared, tiny_samples)
+
+
+def test_an_input_that_was_never_seen_is_named(tiny_exported, duplicate):
+    prepared = prepare_pt2e(duplicate(tiny_exported), PTQ4DiTQuantizer(aggregation="none", rounding="gptq"))
+    with pytest.raises(CalibrationError, match=r"'transformer_blocks.0.* was never run: call the prepared model"):
+        convert_pt2e(prepared)
+
+
+def test_wrong_settings_are_named():
+    with pytest.raises(ArgumentError, match="rounding is 'gptx'; choose one of nearest, gptq"):
+        RoundingSettings(rounding="gptx")
+    with pytest.raises(ArgumentError, match="ranges is 'max'; choose one of minmax, output"):
+        RoundingSettings(ranges="max")
+    with pytest.raises(ArgumentError, match=r"damping is 0; it must lie in \(0, 1\]"):
+        RoundingSettings(damping=0)
+    with pytest.raises(ArgumentError, match="alpha is 'best'; choose one of auto"):
+        BalanceSettings(alpha="best")
+
+
+def test_a_float_graph_has_no_error_to_choose_by(tiny_exported, tiny_samples):
+    statistics = collect_salience(tiny_exported, tiny_samples)
+    with pytest.raises(ArgumentError, match="chosen by the error after quantization, which only PTQ4DiTQuantizer"):
+        balance(tiny_exported, statistics, BalanceSettings(alpha="auto"))
+
+
+def test_tokens_are_counted(prepare, tiny_samples):
+    assert tokens_seen(prepare()) == 16 * sum(len(x) for x, _, _ in tiny_samples)
+
+
+def test_a_graph_that_writes_in_place_shares_nothing(prepare, tiny_samples):
+    prepared = prepare(sequential=True, rounding="gptq")
+    graph = prepared.graph
+    (first, *_) = find_groups(prepared)
+    with graph.inserting_before(first.node):
+        graph.call_function(torch.ops.aten.mul_.Tensor, (first.node.args[0], 1.0))
+    prepared.recompile()
+    streams = Streams(prepared, tiny_samples)
+    streams.advance(find_groups(prepared)[0].node)
+    exact, quantized = next(streams.inputs(find_groups(prepared)[0].node))
+    assert exact is not quantized and torch.equal(exact, quantized)

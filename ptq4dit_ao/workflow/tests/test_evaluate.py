@@ -1,0 +1,202 @@
+"""``evaluate``: each figure is that of the function it comes from, on the same inputs and noise."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+
+from ptq4dit_ao.calibration import as_denoiser, sample
+from ptq4dit_ao.errors import ArgumentError, LoweringError, MissingDependencyError
+from ptq4dit_ao.evaluation import ReferenceStatistics, image_errors, paired_error
+from ptq4dit_ao.recipe import Calibration, Evaluation, Recipe
+from ptq4dit_ao.reference.models import DIT_CONFIG, SAMPLING
+from ptq4dit_ao.testing.facebook_dit import randomize_
+from ptq4dit_ao.workflow import apply_recipe, load_model, load_quantized
+from ptq4dit_ao.workflow.evaluate import evaluate
+from ptq4dit_ao.workflow.samples import recorded_samples
+
+module = importlib.import_module("ptq4dit_ao.workflow.evaluate")
+
+SAMPLES, STEPS = 12, 2
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """``model``, W8A8, and the ``float`` model it was made of: one random block that denoises 8 x 8 pixels."""
+    folder = tmp_path_factory.mktemp("saved")
+    few = {"timesteps": 2, "samples": 2}
+    recipe = Recipe(calibration=Calibration(**few, steps=2, guidance=1.5), evaluation=Evaluation(**few, seed=5))
+    transformer = randomize_(DiTTransformer2DModel(**{**DIT_CONFIG, "num_layers": 1}), seed=0).eval()
+    transformer.save_pretrained(folder / "float")
+    quantized = apply_recipe(transformer, recipe, recorded_samples(load_model(str(folder / "float")), recipe))
+    dataclasses.replace(quantized, sampling=SAMPLING.to_dict()).save(folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def result(saved):
+    options = {"backends": ("reference", "fbgemm"), "samples": SAMPLES, "steps": STEPS, "seed": 3}
+    return evaluate(saved / "model", str(saved / "float"), features="digits", **options)
+
+
+def drawn(denoiser):
+    labels = torch.arange(SAMPLES) % 10
+    generator = torch.Generator().manual_seed(3)
+    return sample(denoiser, SAMPLING, labels, steps=STEPS, guidance=1.5, generator=generator)
+
+
+def test_simulated_and_integer_execution_have_rows_of_their_own(result):
+    assert [(row.model, row.execution, row.backend) for row in result.rows] == [
+        ("float32", "float", None),
+        ("W8A8", "simulated", "reference"),
+        ("W8A8", "integer", "fbgemm"),
+    ]
+    assert "7/7 quantized linears" in result.rows[2].proof and result.rows[1].proof is None
+
+
+def test_figures_are_those_of_the_same_inputs_and_noise(result, saved):
+    loaded, quantized = load_model(str(saved / "float")), load_quantized(saved / "model")
+    float_model = as_denoiser(loaded.transformer)
+    recorded = recorded_samples(loaded, quantized.recipe, evaluate=True)
+    error = paired_error(float_model, quantized.graph, recorded.batches(32))
+    row = result.rows[1]
+    assert row.eps.pooled.value == pytest.approx(error.sqnr_db) and row.eps.rows == len(recorded) == 8
+    assert row.eps.median.value == pytest.approx(error.median_db)
+    assert {t: e.value for t, e in row.eps.per_timestep} == pytest.approx(error.per_timestep)
+    assert row.eps.worst[1].value == min(error.per_timestep.values())
+    images = image_errors(drawn(float_model), drawn(quantized.graph), seed=3)
+    assert row.images.mse.value == pytest.approx(images.mse.value) and row.images.images == SAMPLES
+    assert row.images.ssim.low == pytest.approx(images.ssim.low)
+    assert (result.samples, result.steps, result.guidance, result.seed, result.eps_seed) == (SAMPLES, STEPS, 1.5, 3, 5)
+
+
+def test_without_a_reference_the_float_model_is_one_and_that_is_said(result):
+    assert result.rows[0].distances is None
+    assert result.rows[1].distances.frechet > 0 and result.rows[2].distances.frechet > 0
+    assert (result.network, result.is_inception) == ("digits classifier", False)
+    assert (result.reference, result.reference_images) == ("what the float model draws", SAMPLES)
+    assert result.notes == ("no reference set: distances are to what the float model draws",)
+
+
+def test_without_a_network_there_are_no_distances_and_that_is_said(saved):
+    result = evaluate(saved / "model", str(saved / "float"), samples=2, steps=1)
+    assert [row.distances for row in result.rows] == [None, None]
+    assert (result.network, result.reference, result.reference_images) == (None, None, None)
+    assert result.notes == ("no distances: there is no feature network; give one (--features)",)
+
+
+def test_a_reference_set_measures_the_float_model_too(saved, tmp_path):
+    levels = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 1), dtype=np.uint8)
+    np.savez(tmp_path / "real.npz", arr_0=levels)
+    options = {"features": "digits", "samples": 8, "steps": 1, "cache": tmp_path / "kept.safetensors"}
+    first = evaluate(saved / "model", str(saved / "float"), reference=tmp_path / "real.npz", **options)
+    assert first.rows[0].distances is not None and first.notes == ()
+    assert (first.reference, first.reference_images) == ("real.npz", 9)
+    options["cache"] = None
+    second = evaluate(saved / "model", str(saved / "float"), reference=tmp_path / "kept.safetensors", **options)
+    assert second.reference == "kept.safetensors"
+    assert [row.distances for row in second.rows] == [row.distances for row in first.rows]
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_shipped_model_knows_its_digits(saved, installed, monkeypatch):
+    def missing():
+        raise MissingDependencyError("no scikit-learn")
+
+    if not installed:
+        monkeypatch.setattr(module, "load_digits", missing)
+    stages = []
+    result = evaluate(
+        saved / "model", "reference", samples=4, steps=1, on_progress=lambda stage, *n: stages.append((stage, *n))
+    )
+    assert result.network == "digits classifier"
+    reference = ("scikit-learn's digits", 1797) if installed else ("what the float model draws", 4)
+    assert (result.reference, result.reference_images) == reference
+    assert len(result.notes) == (not installed)
+    last = {stage: (done, total) for stage, done, total in stages}
+    assert list(last)[-3:] == ["sample reference", "eps reference", "features reference"]
+    assert last["sample float32"] == (1, 1) and last["eps reference"] == (8, 8) and last["features reference"] == (4, 4)
+
+
+def test_many_images_are_drawn_in_batches(saved, monkeypatch):
+    monkeypatch.setattr(module, "BATCH", 4)
+    told = []
+    denoiser = as_denoiser(load_model(str(saved / "float")).transformer)
+    images = module._draw(denoiser, SAMPLING, 10, 2, 1.5, 3, lambda *n: told.append(n))
+    assert images.shape == (10, 1, 8, 8) and told == [(i, 6) for i in range(1, 7)]
+    assert torch.equal(images[:4], module._draw(denoiser, SAMPLING, 4, 2, 1.5, 3, lambda *_: None))
+    assert not torch.equal(images[:4], images[4:8])
+
+
+def test_infinite_figures_are_null_in_json(result):
+    row = result.rows[1]
+    eps = dataclasses.replace(row.eps, pooled=dataclasses.replace(row.eps.pooled, high=math.inf))
+    changed = dataclasses.replace(result, rows=(dataclasses.replace(row, eps=eps),))
+    data = json.loads(json.dumps(changed.to_dict(), allow_nan=False))
+    assert data["rows"][0]["eps"]["pooled"] == {
+        "value": row.eps.pooled.value,
+        "low": row.eps.pooled.low,
+        "high": None,
+    }
+    assert data["environment"]["threads"] == torch.get_num_threads()
+
+
+# -- user errors -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"backends": ("fbgem",), "features": "no"},
+            LoweringError,
+            "backend 'fbgem' is unknown; .* did you mean 'fbgemm'",
+        ),
+        ({"reference": "real.npz"}, ArgumentError, "reference real.npz needs a feature network"),
+        ({"cache": "kept"}, ArgumentError, "reference kept needs a feature network"),
+        ({"features": "digits", "samples": 3}, ArgumentError, "3 images are too few for distances; draw at least 4"),
+        ({"features": "didgits"}, ArgumentError, "feature network 'didgits' is neither"),
+        (
+            {"features": "digits", "reference": "missing.npz"},
+            ArgumentError,
+            "cannot read reference images from missing",
+        ),
+    ],
+)
+def test_wrong_options_are_found_before_the_work(saved, options, error, message):
+    with pytest.raises(error, match=message):
+        evaluate(saved / "model", str(saved / "float"), **options, on_progress=lambda *_: pytest.fail("began"))
+
+
+def test_kept_statistics_are_of_one_network_and_have_no_cache(saved, tmp_path):
+    kept = tmp_path / "kept.safetensors"
+    options = {"features": "digits", "samples": 4, "steps": 1}
+    evaluate(saved / "model", str(saved / "float"), cache=kept, **options)
+    with pytest.raises(ArgumentError, match=r"cache other: the reference .*kept.safetensors is statistics already"):
+        evaluate(saved / "model", str(saved / "float"), reference=kept, cache="other", **options)
+    dataclasses.replace(ReferenceStatistics.load(kept), network="other").save(kept)
+    with pytest.raises(ArgumentError, match="kept.safetensors is of the network 'other', not of 'digits classifier'"):
+        evaluate(saved / "model", str(saved / "float"), reference=kept, **options)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        (None, "was saved without the way to sample it, so no images can be compared"),
+        ({"channels": 4}, "denoises 4-channel latents; only what draws images is compared"),
+        ({}, "does not know its float model; say which with --model"),
+    ],
+)
+def test_models_that_cannot_be_evaluated(saved, tmp_path, sampling, message):
+    quantized = load_quantized(saved / "model")
+    known = None if sampling is None else {**SAMPLING.to_dict(), **sampling}
+    dataclasses.replace(quantized, sampling=known).save(tmp_path / "odd")
+    with pytest.raises(ArgumentError, match=message):
+        evaluate(tmp_path / "odd")
