@@ -37,11 +37,12 @@ def artifact(request, tmp_path_factory):
 def test_the_report_says_what_happened(artifact):
     report = json.loads((artifact / "report.json").read_text())
     folded = [site["name"] for site in report["sites"] if site["status"] == "folded"]
-    assert len(folded) == 18  # QKV, attention output and FC1 in six blocks
+    kept = [site for site in report["sites"] if site["status"] == "refused" and "left as it is" in site["reason"]]
+    assert len(folded) + len(kept) == 18 and len(folded) > 9  # QKV, attention output and FC1 in six blocks
     assert all(site["reason"] for site in report["sites"] if site["status"] == "refused")
     assert sum(layer["status"] == "integer" for layer in report["layers"]) == 42
     wide = report["recipe"]["weights"]["bits"] == 8
-    assert report["evaluation"]["sqnr_db"] > (33 if wide else 18)
+    assert report["evaluation"]["sqnr_db"] > (34 if wide else 25)
     assert report["size"]["quantized_layers_ratio"] < (0.30 if wide else 0.18)
     page = (artifact / "report.html").read_text()
     HTMLParser().feed(page)

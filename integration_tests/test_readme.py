@@ -23,7 +23,7 @@ def blocks(language: str) -> list[str]:
 
 def test_the_python_snippets_run_in_order(tiny_dit, tiny_samples, tmp_path, monkeypatch):
     snippets = blocks("python")
-    assert len(snippets) == 3
+    assert len(snippets) == 5
     monkeypatch.chdir(tmp_path)
     sampling = Sampling(channels=4, size=8, null_label=10, clip=False)
     scope = {"model": tiny_dit, "samples": tiny_samples, "inputs": tiny_samples[0], "batches": tiny_samples}

@@ -153,11 +153,12 @@ def _print_report(report: dict[str, Any], console: Console, *, layers: bool = Fa
     console.print(f"[bold]{report['title']}[/]: {report['model']['parameters'] / 1e6:.2f} M parameters")
     folded = [site for site in report["sites"] if site["status"] == "folded"]
     if folded:
-        table = Table("balanced site", "channels", "b", "folded into")
+        table = Table("balanced site", "channels", "salience, alpha", "b", "folded into")
         for site in folded:
             where = ", ".join(dict.fromkeys(path.rpartition(".")[0] for path in site["folded_into"]))
             spread = f"{min(site['b']):.3g} .. {max(site['b']):.3g}" if "b" in site else "-"
-            table.add_row(site["name"], f"{site['variables']}/{site['channels']}", spread, where)
+            chosen = f"{site['aggregation']} {site['alpha']:g}"
+            table.add_row(site["name"], f"{site['variables']}/{site['channels']}", chosen, spread, where)
         console.print(table)
     refused = Counter(site["reason"].partition(": ")[2] for site in report["sites"] if site["status"] == "refused")
     for reason, count in refused.items():

@@ -58,22 +58,26 @@ def nearest(weight: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Te
     return (weight / scale.to(weight.dtype).unsqueeze(1)).round_().clamp_(quant_min, quant_max).to(torch.int8)
 
 
-def damped(moment: Tensor, damping: float) -> Tensor:
-    """A second moment that can be inverted, float64: unused channels get 1, all grow by a part of the mean."""
+def cholesky(moment: Tensor, damping: float) -> Tensor:
+    """The lower Cholesky factor, float64, of a second moment whose diagonal grows by a part of its mean.
+
+    Channels that are never used get the mean. Where rounding has made the moment indefinite, the part is ten times
+    larger, until it is not.
+    """
     h = moment.to(torch.float64, copy=True)
     diagonal = h.diagonal()
-    diagonal[diagonal <= 0] = 1.0
-    diagonal += damping * diagonal.mean()
-    return h
+    used = diagonal > 0
+    mean = diagonal[used].mean() if used.any() else torch.ones((), dtype=h.dtype, device=h.device)
+    diagonal[~used] = mean
+    while True:
+        diagonal += damping * mean
+        factor, failed = torch.linalg.cholesky_ex(h)
+        if not failed:
+            return factor
+        damping *= 10
 
 
 def _inverse_factor(moment: Tensor, damping: float) -> Tensor:
     """The upper Cholesky factor of ``H^-1``; row i holds what the error of column i costs the columns after it."""
-    h = damped(moment, damping)
-    while True:
-        lower, failed = torch.linalg.cholesky_ex(h)
-        if not failed:
-            break
-        h.diagonal().mul_(1 + damping)  # rounding made it indefinite
-    inverse = torch.cholesky_inverse(lower)
+    inverse = torch.cholesky_inverse(cholesky(moment, damping))
     return torch.linalg.cholesky(inverse, upper=True).to(torch.float32)

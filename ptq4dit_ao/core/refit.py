@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ptq4dit_ao.core.gptq import damped
+from ptq4dit_ao.core.gptq import cholesky
 
 
 def refit(weight: Tensor, moment: Tensor, cross: Tensor, *, damping: float = 0.01) -> Tensor:
@@ -24,7 +24,7 @@ def refit(weight: Tensor, moment: Tensor, cross: Tensor, *, damping: float = 0.0
         cross: ``E[q (x - q)^T]``, (C_in, C_in).
         damping: what is added to the diagonal of Q, as a part of its mean.
     """
-    d = torch.cholesky_solve(cross.to(torch.float64), torch.linalg.cholesky(damped(moment, damping)))
+    d = torch.cholesky_solve(cross.to(torch.float64), cholesky(moment, damping))
     return weight + weight @ d.T.to(weight.dtype)
 
 

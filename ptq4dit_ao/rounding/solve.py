@@ -16,6 +16,9 @@ from ptq4dit_ao.observers import Rounded
 from ptq4dit_ao.observers.qdq import QuantSpec
 from ptq4dit_ao.rounding.settings import RoundingSettings
 
+FLOOR = 1e-5
+"""A variance below this part of the mean square cannot be told from 0 in float32 sums."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
@@ -71,6 +74,7 @@ def solve(
     """
     weight = torch.cat(list(weights))
     moment = inputs.moment - torch.outer(inputs.quantized_mean, inputs.quantized_mean)  # the bias takes the mean
+    moment.diagonal().add_(FLOOR * inputs.moment.diagonal())
     target = weight
     if inputs.cross is not None and settings.rounding == "gptq":
         cross = inputs.cross - torch.outer(inputs.quantized_mean, inputs.mean - inputs.quantized_mean)

@@ -20,6 +20,9 @@ REGENERATE = (
     "> recipes/recipe.schema.json"
 )
 
+METHODS = {"auto", "fast", "minmax", "smoothquant"}
+"""Recipes that say how and leave the bits at 8; the others build on one of them, or are a paper's."""
+
 
 def matches_schema(text: str) -> bool:
     return bool(jsonschema.Draft202012Validator(recipe_json_schema()).is_valid(read_yaml(text, "x.yaml").value))
@@ -29,10 +32,26 @@ def test_names() -> None:
     names = shipped_recipes()
     assert names == sorted(names)
     assert {"digits_w4a8", "digits_w8a8", "dit_w4a8", "dit_w8a8", "paper_w4a8", "paper_w8a8"} <= set(names)
+    assert set(names) >= METHODS
     assert {name.replace("w4a8", "w8a8") for name in names} <= set(names), "4 bits without 8"
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_method_is_described_and_matches_the_schema(name: str) -> None:
+    text = shipped_recipe_path(name).read_text(encoding="utf-8")
+    assert text.startswith("# yaml-language-server: $schema=recipe.schema.json\n# ") and matches_schema(text)
+    assert load_recipe(name).description and load_recipe(name).weights.bits == 8
+
+
+def test_what_is_no_papers_builds_on_auto() -> None:
+    auto = load_recipe("auto")
+    for name in set(shipped_recipes()) - METHODS - {"paper_w4a8", "paper_w8a8"}:
+        recipe = load_recipe(name)
+        assert (recipe.rounding, recipe.balance) == (auto.rounding, auto.balance), name
+    assert auto.balance.alpha == "auto" and auto.rounding.method == "gptq" and auto.rounding.sequential
+
+
+@pytest.mark.parametrize("name", sorted(set(shipped_recipes()) - METHODS))
 def test_shipped_recipe(name: str) -> None:
     text = shipped_recipe_path(name).read_text(encoding="utf-8")
     assert text.startswith("# yaml-language-server: $schema=recipe.schema.json\n# ")

@@ -61,6 +61,8 @@ def folded(name: str, b: list[float], **changes: object) -> dict:
         "reason": None,
         "folded_into": [f"{name}.norm.weight", f"{name}.norm.bias"],
         "clipped": 1,
+        "aggregation": "ssc",
+        "alpha": 0.7,
         "b": b,
         "salience_x": [4.0] * len(b),
         "salience_w": [1.0] * len(b),
