@@ -3,10 +3,11 @@
 from ptq4dit_ao.calibration.pipeline import collect_from_pipeline
 from ptq4dit_ao.calibration.samples import CalibrationSamples
 from ptq4dit_ao.calibration.sampling import Sampling, SamplingPipeline, as_denoiser, sample
-from ptq4dit_ao.calibration.timesteps import choose_timesteps
+from ptq4dit_ao.calibration.timesteps import NormalTimesteps, choose_timesteps
 
 __all__ = [
     "CalibrationSamples",
+    "NormalTimesteps",
     "Sampling",
     "SamplingPipeline",
     "as_denoiser",

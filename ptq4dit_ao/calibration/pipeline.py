@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4dit_ao.calibration.samples import CalibrationSamples, join_calls
-from ptq4dit_ao.calibration.timesteps import StepSelection, choose_timesteps
+from ptq4dit_ao.calibration.timesteps import NormalTimesteps, StepSelection, choose_timesteps
 from ptq4dit_ao.errors import ArgumentError, CalibrationError
 from ptq4dit_ao.graph.names import TIMESTEP_NAMES
 from ptq4dit_ao.graph.signature import CallSignature, flatten_call
@@ -22,7 +22,7 @@ def collect_from_pipeline(
     pipeline: Any,
     prompts: Sequence[int] | Sequence[str] | None,
     *,
-    timesteps: int | Sequence[float],
+    timesteps: int | Sequence[float] | NormalTimesteps,
     steps: int = 50,
     guidance: float | None = 4.0,
     seed: int = 0,
@@ -42,10 +42,10 @@ def collect_from_pipeline(
         prompts: classes or texts, given to the pipeline as ``class_labels`` or ``prompt``; None if ``call`` says
             everything, which is one call of the pipeline.
         timesteps: how many, evenly spaced over ``steps``, or which, as the transformer receives them: for some flow
-            models that is in [0, 1].
+            models that is in [0, 1]; or :class:`NormalTimesteps`, where each sample has steps of its own.
         steps: sampling steps.
         guidance: classifier-free guidance scale; None leaves it to the pipeline.
-        seed: of the initial noise; equal seeds record equal samples.
+        seed: of the initial noise and of drawn timesteps; equal seeds record equal samples.
         batch_size: prompts per pipeline call.
         component: the attribute of the pipeline that is recorded.
         call: more arguments for every call of the pipeline, passed as they are; they go before those above.
@@ -54,12 +54,14 @@ def collect_from_pipeline(
     Raises:
         CalibrationError: the timesteps do not occur, the component does not exist or was not called, or its calls do
             not fit together.
-        ArgumentError: the pipeline does not take such prompts, or the component takes what cannot be captured.
+        ArgumentError: the pipeline does not take such prompts, or the component takes what cannot be captured; or
+            timesteps are to be drawn for prompts that ``call`` holds.
     """
     module, call = _component(pipeline, component), dict(call or {})
     parameters = inspect.signature(pipeline.__call__).parameters
     selection = StepSelection(timesteps, steps)
     batches = _batches(pipeline, parameters, prompts, batch_size, call)
+    draws = _draws(timesteps, prompts, steps, seed)
     length = _steps_per_run(pipeline, selection, whole_schedule="class_labels" in parameters and not call)
     options: dict[str, object] = {
         "num_inference_steps": steps,
@@ -75,7 +77,7 @@ def collect_from_pipeline(
                 if on_step is not None:
                     on_step(before + min(done, length), len(batches) * length)
 
-            recorder.start(report)
+            recorder.start(report, draws and draws[index * batch_size :][:batch_size])
             try:
                 pipeline(**arguments, **batch)
             except _Enough:
@@ -121,6 +123,19 @@ def _batches(
     return [{name: list(prompts[i : i + size])} for i in range(0, len(prompts), size)]
 
 
+def _draws(
+    timesteps: object, prompts: Sequence[int] | Sequence[str] | None, steps: int, seed: int
+) -> list[list[int]] | None:
+    """For each prompt the positions it is kept at, if each has its own."""
+    if not isinstance(timesteps, NormalTimesteps):
+        return None
+    if prompts is None:
+        raise ArgumentError(
+            "NormalTimesteps deals its draws out to prompts, but prompts is None; give the prompts there, not in call"
+        )
+    return timesteps.deal(len(prompts), steps, seed)
+
+
 def _steps_per_run(pipeline: Any, selection: StepSelection, *, whole_schedule: bool) -> int:
     """How many steps a run takes until it is given up, as far as that is known.
 
@@ -159,6 +174,7 @@ class _Recorder:
         self.before = 0
         """Calls recorded in earlier runs."""
         self.report: Callable[[int], None] = lambda done: None
+        self.draws: list[list[int]] | None = None
 
     def __enter__(self) -> _Recorder:
         self._hook = self.module.register_forward_pre_hook(self._record, with_kwargs=True, prepend=True)
@@ -167,9 +183,9 @@ class _Recorder:
     def __exit__(self, *exc: object) -> None:
         self._hook.remove()
 
-    def start(self, report: Callable[[int], None]) -> None:
-        """Begin a run; ``report`` is told the number of finished steps."""
-        self.report, self.before = report, len(self.calls)
+    def start(self, report: Callable[[int], None], draws: list[list[int]] | None) -> None:
+        """Begin a run; ``report`` is told the number of finished steps. Of ``draws`` each sample has its own."""
+        self.report, self.before, self.draws = report, len(self.calls), draws
         self.selection.start()
 
     def finish(self) -> None:
@@ -204,6 +220,10 @@ class _Recorder:
                 _check_shapes(first.tensors, tensors)
             else:
                 _check_batch(module, tensors, given)
+            if self.draws is not None:
+                tensors = _drawn_rows(tensors, self.draws, self.selection.visited[t])
+                if not tensors:
+                    return
             known = {} if first is None else first.tensors
             self.calls.append(_Call(t, signature, {name: _keep(x, known.get(name)) for name, x in tensors.items()}))
 
@@ -218,6 +238,16 @@ def _check_batch(module: nn.Module, tensors: Mapping[str, Tensor], given: Mappin
         )
     if tensors[name].ndim == 0:
         raise CalibrationError(f"{type(module).__name__} received {name!r}, a tensor without a batch axis, first")
+
+
+def _drawn_rows(tensors: dict[str, Tensor], draws: list[list[int]], position: int) -> dict[str, Tensor]:
+    """A call's rows of the samples that drew its position, as often as they did; nothing if there are none.
+
+    Row r is of sample r modulo their number: so are both halves of guidance.
+    """
+    batch = len(next(iter(tensors.values())))
+    rows = [row for row in range(batch) for _ in range(draws[row % len(draws)].count(position))]
+    return {name: x[rows] if x.shape[:1] == (batch,) else x for name, x in tensors.items()} if rows else {}
 
 
 def _keep(tensor: Tensor, known: Tensor | None) -> Tensor:

@@ -1,10 +1,10 @@
-"""DDIM sampling with classifier-free guidance for class-conditional denoisers, in pixels or latents."""
+"""Sampling with classifier-free guidance for class-conditional denoisers, in pixels or latents."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,19 @@ class Sampling:
         return scheduler
 
 
+class Step(NamedTuple):
+    """One step of a sampler."""
+
+    t: Tensor
+    """() as the scheduler counts."""
+    x: Tensor
+    """(N, C, H, W) before the step."""
+    eps: Tensor
+    """(N, C, H, W) predicted there, after guidance."""
+    result: Tensor
+    """(N, C, H, W) after the step."""
+
+
 @torch.no_grad()
 def sample(
     denoiser: Denoiser,
@@ -57,20 +70,56 @@ def sample(
     steps: int = 50,
     guidance: float = 1.5,
     generator: torch.Generator | None = None,
+    scheduler: Any = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Draw one image per label: (N,) -> (N, C, H, W); equal generators start from equal noise."""
-    scheduler = sampling.scheduler(steps)
-    x = torch.randn(len(labels), sampling.channels, sampling.size, sampling.size, generator=generator)
-    y = torch.cat([labels, torch.full_like(labels, sampling.null_label)])
-    for done, t in enumerate(scheduler.timesteps, start=1):
-        eps = denoiser(torch.cat([x, x]), t.expand(len(y)), y)[:, : sampling.channels]
-        conditional, unconditional = eps.float().chunk(2)
-        eps = unconditional + guidance * (conditional - unconditional)
-        x = scheduler.step(eps, t, x).prev_sample
+    """Draw one image per label: (N,) -> (N, C, H, W); equal generators start from equal noise.
+
+    ``scheduler`` is one of diffusers', or one that wraps it; DDIM, as ``sampling`` says, if not given.
+    """
+    path = trajectory(
+        denoiser, sampling, labels, steps=steps, guidance=guidance, generator=generator, scheduler=scheduler
+    )
+    for done, step in enumerate(path, start=1):
+        x = step.result
         if on_step is not None:
             on_step(done, steps)
     return x.clamp(-1, 1) if sampling.clip else x
+
+
+@torch.no_grad()
+def trajectory(
+    denoiser: Denoiser,
+    sampling: Sampling,
+    labels: Tensor,
+    *,
+    steps: int,
+    guidance: float,
+    generator: torch.Generator | None = None,
+    scheduler: Any = None,
+) -> Iterator[Step]:
+    """The steps by which :func:`sample` gets to its images."""
+    if scheduler is None:
+        scheduler = sampling.scheduler(steps)
+    else:
+        scheduler.set_timesteps(steps)
+    x = torch.randn(len(labels), sampling.channels, sampling.size, sampling.size, generator=generator)
+    for t in scheduler.timesteps:
+        eps = guided_noise(denoiser, sampling, x, t, labels, guidance)
+        result = scheduler.step(eps, t, x, generator=generator).prev_sample
+        yield Step(t, x, eps, result)
+        x = result
+
+
+@torch.no_grad()
+def guided_noise(
+    denoiser: Denoiser, sampling: Sampling, x: Tensor, t: Tensor, labels: Tensor, guidance: float
+) -> Tensor:
+    """Predicted noise after classifier-free guidance: x (N, C, H, W), t (), labels (N,) -> (N, C, H, W)."""
+    y = torch.cat([labels, torch.full_like(labels, sampling.null_label)])
+    eps = denoiser(torch.cat([x, x]), t.expand(len(y)), y)[:, : sampling.channels]
+    conditional, unconditional = eps.float().chunk(2)
+    return unconditional + guidance * (conditional - unconditional)
 
 
 def as_denoiser(transformer: nn.Module) -> Denoiser:

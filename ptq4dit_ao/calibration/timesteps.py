@@ -4,13 +4,52 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from ptq4dit_ao.errors import CalibrationError
+from ptq4dit_ao.errors import ArgumentError, CalibrationError
 
 RELATIVE_TOLERANCE = 1e-4
 """How near a visited timestep must be to one asked for: float32 arithmetic, and decimals as people write them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormalTimesteps:
+    """PTQ4DM's draw (Shang et al. 2022, arXiv 2211.15736): ``t_i = clamp(floor(N(mean, std) T), 0, T - 1)``.
+
+    T counts the sampler's steps, and t = 0 is its last one, which sees the least noise. The draws are dealt out to the
+    samples in turn: with as many as samples, each sample is kept at one step of its own, as in the paper; a step that
+    is drawn twice for a sample is kept twice. (The paper has std = 0.5 and mean at most that, the authors' code 0.4
+    for both.)
+
+    Raises:
+        ArgumentError: a value is not finite, std is negative, or nothing is drawn.
+    """
+
+    mean: float = 0.4
+    """Fraction of the schedule."""
+    std: float = 0.4
+    """Fraction of the schedule."""
+    count: int = 1024
+    """Draws in all."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std >= 0 and self.count >= 1):
+            raise ArgumentError(f"{self} needs a finite mean, a finite std of at least 0, and a count of at least 1")
+
+    def deal(self, samples: int, steps: int, seed: int) -> list[list[int]]:
+        """For each sample, positions in the sampler's order, of ``range(steps)``.
+
+        Raises:
+            CalibrationError: there are fewer draws than samples.
+        """
+        if self.count < samples:
+            raise CalibrationError(f"{self.count} timesteps are drawn for {samples} samples; give count={samples}")
+        drawn = np.random.default_rng(seed).normal(self.mean, self.std, self.count) * steps
+        t = np.clip(np.floor(drawn), 0, steps - 1).astype(int)
+        positions = (steps - 1 - t).tolist()
+        return [positions[i::samples] for i in range(samples)]
 
 
 def choose_timesteps(available: Sequence[float], wanted: int | Sequence[float]) -> list[float]:
@@ -54,17 +93,23 @@ class StepSelection:
     Calls at one timestep are one step: guidance in two passes, or a solver that evaluates twice (Heun).
 
     Args:
-        wanted: how many, evenly spaced over ``steps``; or which timesteps.
+        wanted: how many, evenly spaced over ``steps``; or which timesteps; of a draw, all steps.
         steps: how many the sampler is asked to take.
 
     Raises:
         CalibrationError: more are wanted than there are, or none.
     """
 
-    def __init__(self, wanted: int | Sequence[float], steps: int) -> None:
+    def __init__(self, wanted: int | Sequence[float] | NormalTimesteps, steps: int) -> None:
         self.steps = steps
-        self.positions = spaced_positions(wanted, steps) if isinstance(wanted, int) else None
-        self.wanted = [] if isinstance(wanted, int) else _not_empty(wanted)
+        self.positions: list[int] | None = None
+        self.wanted: list[float] = []
+        if isinstance(wanted, NormalTimesteps):
+            self.positions = list(range(steps))
+        elif isinstance(wanted, int):
+            self.positions = spaced_positions(wanted, steps)
+        else:
+            self.wanted = _not_empty(wanted)
         self.visited: dict[float, int] = {}
         """Position of every timestep of this run."""
 

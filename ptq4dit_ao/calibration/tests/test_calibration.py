@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 from safetensors.torch import save_file
+from scipy import stats
 from torch import Tensor, nn
 
 from ptq4dit_ao.calibration import (
     CalibrationSamples,
+    NormalTimesteps,
     Sampling,
     SamplingPipeline,
     as_denoiser,
@@ -20,7 +22,7 @@ from ptq4dit_ao.calibration import (
     collect_from_pipeline,
     sample,
 )
-from ptq4dit_ao.errors import CalibrationError
+from ptq4dit_ao.errors import ArgumentError, CalibrationError
 from ptq4dit_ao.graph import export_transformer
 from ptq4dit_ao.testing.facebook_dit import randomize_
 
@@ -61,6 +63,32 @@ def test_timesteps_are_chosen_in_the_order_of_the_sampler(wanted, chosen):
 def test_timesteps_that_do_not_exist(wanted, message):
     with pytest.raises(CalibrationError, match=message):
         choose_timesteps(AVAILABLE, wanted)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.4, 0.4), (0.5, 0.5), (0.1, 0.05)])
+def test_drawn_timesteps_are_normal_and_those_outside_go_to_the_ends(mean, std):
+    count, steps = 100_000, 10
+    (positions,) = NormalTimesteps(mean=mean, std=std, count=count).deal(1, steps, seed=3)
+    edges = stats.norm(mean, std).cdf([-torch.inf, *(t / steps for t in range(1, steps)), torch.inf])
+    expected = edges[1:] - edges[:-1]
+    found = [positions.count(steps - 1 - t) / count for t in range(steps)]  # t = 0 comes last
+    assert found == pytest.approx(expected.tolist(), abs=0.006) and len(positions) == count
+
+
+def test_draws_are_dealt_out_in_turn():
+    one = NormalTimesteps(count=8)
+    (whole,) = one.deal(1, 50, seed=0)
+    assert one.deal(3, 50, seed=0) == [whole[0::3], whole[1::3], whole[2::3]]
+    assert one.deal(1, 50, seed=1) != [whole]
+    assert NormalTimesteps(mean=0.4, std=0.0, count=2).deal(2, 10, seed=0) == [[5], [5]]
+    with pytest.raises(CalibrationError, match="8 timesteps are drawn for 9 samples; give count=9"):
+        one.deal(9, 50, seed=0)
+
+
+@pytest.mark.parametrize("wrong", [{"mean": torch.nan}, {"std": -0.1}, {"std": torch.inf}, {"count": 0}])
+def test_draws_that_make_no_sense(wrong):
+    with pytest.raises(ArgumentError, match=r"NormalTimesteps\(.*\) needs a finite mean"):
+        NormalTimesteps(**wrong)
 
 
 # -- samples ---------------------------------------------------------------------------------------------------------
@@ -185,6 +213,32 @@ def test_every_label_is_recorded_at_the_chosen_timesteps(pipeline):
     assert list(samples.inputs) == ["hidden_states", "timestep", "class_labels"]
     assert len(samples) == 2 * len(LABELS) * 4
     assert Counter(rows) == expected | nulls
+
+
+@pytest.mark.parametrize("batch_size", [2, 16])
+def test_each_label_is_recorded_at_the_steps_it_drew(pipeline, batch_size):
+    normal = NormalTimesteps(count=20)  # so that some steps are drawn twice for a label
+    samples = collect_from_pipeline(
+        pipeline, LABELS, timesteps=normal, steps=STEPS, guidance=4.0, seed=6, batch_size=batch_size
+    )
+    pipeline.scheduler.set_timesteps(STEPS)
+    visited = pipeline.scheduler.timesteps.tolist()
+    expected = Counter(
+        (visited[position], label)
+        for y, positions in zip(LABELS, normal.deal(len(LABELS), STEPS, seed=6), strict=True)
+        for position in positions
+        for label in (y, null_label(pipeline))
+    )
+    rows = zip(samples.inputs["timestep"].tolist(), samples.inputs["class_labels"].tolist(), strict=True)
+    assert Counter(rows) == expected and max(expected.values()) > 1 and len(samples) == 2 * 20
+
+
+def test_a_drawn_row_is_what_the_transformer_received(pipeline, calls):
+    samples = collect_from_pipeline(pipeline, LABELS, timesteps=NormalTimesteps(count=3), steps=STEPS)
+    received = {(int(t), int(y)): x for inputs in calls.inputs for x, t, y in zip(*inputs, strict=True) if y < 5}
+    for x, t, y in zip(*samples.inputs.values(), strict=True):
+        if y < 5:
+            assert torch.equal(x, received.pop((int(t), int(y))))
 
 
 def test_without_guidance_there_are_no_unconditional_rows():
@@ -316,6 +370,16 @@ def test_guidance_leads_from_the_unconditional_to_the_conditional_noise(guidance
         x = scheduler.step(eps, t, x).prev_sample
     torch.testing.assert_close(images, x)
     assert seen == [(i, 5) for i in range(1, 6)]
+
+
+def test_another_scheduler_draws_its_noise_from_the_generator():
+    def draw(seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return sample(
+            lambda x, t, y: x, PIXELS, torch.tensor([1, 2]), steps=3, generator=generator, scheduler=DDPMScheduler()
+        )
+
+    assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
 
 
 def test_clipped_samples_stay_in_range():

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ptq4dit_ao.calibration import CalibrationSamples, choose_timesteps, collect_from_pipeline
+from ptq4dit_ao.calibration import CalibrationSamples, NormalTimesteps, choose_timesteps, collect_from_pipeline
 from ptq4dit_ao.errors import ArgumentError, CalibrationError
 from ptq4dit_ao.graph import export_transformer
 from ptq4dit_ao.graph.signature import flatten_call
@@ -368,6 +368,21 @@ def test_a_sampler_that_takes_fewer_steps():
     with pytest.raises(CalibrationError, match="6 calibration timesteps asked for, the sampler has 5 steps"):
         record(once, timesteps=6)
     assert len(record(once, pipeline=pipeline, timesteps=3, steps=3)) == 9
+
+
+def test_drawn_steps_hold_in_both_calls_of_guidance():
+    normal = NormalTimesteps(count=7)
+    samples = record(twice, timesteps=normal, seed=2, batch_size=2)
+    times = Stub(twice).times
+    drawn = Counter(times[p] for positions in normal.deal(3, 5, seed=2) for p in positions)
+    assert Counter(samples.inputs["timestep"].tolist()) == {t: 2 * count for t, count in drawn.items()}
+
+
+def test_draws_need_prompts_and_all_steps():
+    with pytest.raises(ArgumentError, match="deals its draws out to prompts, but prompts is None"):
+        record(once, prompts=None, timesteps=NormalTimesteps(), call={"prompt": ["a"]})
+    with pytest.raises(CalibrationError, match=r"but the sampler took 3; give steps=3"):
+        record(once, pipeline=Stub(once, times=[9.0, 7.0, 5.0]), timesteps=NormalTimesteps())
 
 
 def test_a_timestep_that_comes_back_is_the_step_it_was():

@@ -1,0 +1,95 @@
+"""Measure how a quantized denoiser's noise differs from the float model's, along the float model's trajectory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptq4dit_ao.calibration.sampling import Denoiser, Sampling, guided_noise, trajectory
+from ptq4dit_ao.errors import CalibrationError
+from ptq4dit_ao.ptqd.table import NoiseCorrection
+
+
+@torch.no_grad()
+def fit_noise_correction(
+    float_denoiser: Denoiser,
+    quantized_denoiser: Denoiser,
+    sampling: Sampling,
+    labels: Tensor,
+    *,
+    steps: int = 50,
+    guidance: float = 1.5,
+    generator: torch.Generator | None = None,
+    scheduler: Any = None,
+    batch_size: int = 64,
+    on_step: Callable[[int, int], None] | None = None,
+) -> NoiseCorrection:
+    """Sample with the float model, and at each step regress the quantized model's error on the float model's noise.
+
+    Args:
+        float_denoiser: whose trajectory is followed.
+        quantized_denoiser: on any backend; is given the same x at every step.
+        sampling: what a sampler must know of both.
+        labels: (N,), one image for each.
+        steps: of the sampler that the correction is for.
+        guidance: as it will be used: the noise is compared after classifier-free guidance.
+        generator: of the starting noise.
+        scheduler: the one of diffusers that is to be corrected; DDIM, as ``sampling`` says, if not given.
+        batch_size: labels sampled at a time.
+        on_step: called with (steps done, steps in all).
+
+    Raises:
+        CalibrationError: there are no labels, or a model predicts what is not finite.
+    """
+    if len(labels) == 0:
+        raise CalibrationError("there are no labels to sample; give some, best of every class")
+    batches = labels.split(batch_size)
+    timesteps: list[int] = []
+    sums = torch.zeros(steps, len(_MOMENTS), sampling.channels, dtype=torch.float64)
+    for done, batch in enumerate(batches):
+        path = trajectory(
+            float_denoiser, sampling, batch, steps=steps, guidance=guidance, generator=generator, scheduler=scheduler
+        )
+        for i, (t, x, eps, _) in enumerate(path):
+            eps_q = guided_noise(quantized_denoiser, sampling, x, t, batch, guidance)
+            sums[i] += sums_of_moments(eps.double(), eps_q.double())
+            if done == 0:
+                timesteps.append(int(t))
+            if on_step is not None:
+                on_step(done * steps + i + 1, len(batches) * steps)
+    k, mu, sigma_q = solve(sums / (len(labels) * sampling.size**2))
+    bad = ~(k.isfinite() & sigma_q.isfinite())
+    if bad.any():
+        raise CalibrationError(
+            f"the noise predicted at timestep {timesteps[int(bad.nonzero()[0])]} is not finite, or one constant; run "
+            "both models on an input of that timestep"
+        )
+    return NoiseCorrection(timesteps=torch.tensor(timesteps), k=k, mu=mu, sigma_q=sigma_q, guidance=guidance)
+
+
+_MOMENTS = ("eps", "d", "eps^2", "eps d", "d^2")
+"""With d = eps_q - eps."""
+
+
+def sums_of_moments(eps: Tensor, eps_q: Tensor) -> Tensor:
+    """(N, C, ...) twice -> (5, C): sums over all but the channels of what :func:`solve` needs."""
+    d = eps_q - eps
+    columns = torch.stack([eps, d, eps * eps, eps * d, d * d])
+    return columns.transpose(1, 2).flatten(2).sum(2)
+
+
+def solve(moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Means of :func:`sums_of_moments`, (T, 5, C) -> k (T,), mu (T, C), sigma_q (T,).
+
+    Least squares of ``d = k eps + mu_c`` over all elements of a step, with ``k`` not below 0. (The authors' code has
+    one intercept for all channels, which lets their biases leak into ``k``, and takes the mean of d for ``mu_c``,
+    which differs by ``k E[eps]``.)
+    """
+    eps, d, eps_eps, eps_d, d_d = moments.unbind(1)
+    k = ((eps_d - eps * d).mean(1) / (eps_eps - eps * eps).mean(1)).clamp(min=0)
+    mu = d - k[:, None] * eps
+    residual = (d_d - 2 * k[:, None] * eps_d + k[:, None].square() * eps_eps - mu.square()).mean(1)
+    return k, mu, residual.clamp(min=0).sqrt()
