@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,6 +38,7 @@ class BalancePlan:
     """Node name of every linear -> its layer's name."""
     observers: dict[str, list[SalienceObserver]] = field(default_factory=dict)
     """Site input key -> its observers (more than one if layers ask for different bits)."""
+    _balanced: bool = False
     _done: bool = False
 
     def before_convert(self, model: GraphModule) -> None:
@@ -68,11 +69,15 @@ class BalancePlan:
         if self._done:
             raise CalibrationError("this model has been rounded already; prepare it again to round it anew")
         self.balance(model)
+        for observer in self._every_observer():
+            observer.moments = None  # the search is over, and memory is short
         round_sequentially(model, batches, self.rounding, on_group=on_group, resume=resume)
         self._done = True
 
     def balance(self, model: GraphModule) -> None:
-        """Balance and fold."""
+        """Balance and fold, once: what comes after may fail, and be tried again."""
+        if self._balanced:
+            return
         statistics = self.statistics()
         outcomes: dict[str, SiteOutcome] = {}
         if self.settings is not None:
@@ -95,6 +100,7 @@ class BalancePlan:
             layers=self.layers,
         )
         attach_result(model, result)
+        self._balanced = True
 
     def statistics(self) -> SalienceStatistics:
         """What the observers have seen so far."""
@@ -114,6 +120,10 @@ class BalancePlan:
         for key, observers in self.observers.items():
             for observer in observers:
                 observer.statistics.merge(statistics[key])
+
+    def _every_observer(self) -> Iterator[SalienceObserver]:
+        for observers in self.observers.values():
+            yield from observers
 
     def _set_balance(self, site: Site, b: Tensor) -> None:
         for key, consumer in site.inputs.items():

@@ -9,6 +9,7 @@ from ptq4dit_ao.recipe.schema import (
     Evaluation,
     Override,
     Recipe,
+    Rounding,
     Weights,
 )
 from ptq4dit_ao.recipe.shipped import shipped_recipe_path, shipped_recipes
@@ -20,6 +21,7 @@ __all__ = [
     "Evaluation",
     "Override",
     "Recipe",
+    "Rounding",
     "Weights",
     "load_recipe",
     "recipe_json_schema",

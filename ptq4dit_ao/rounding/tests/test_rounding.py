@@ -199,6 +199,17 @@ def test_order_of_calls(prepare, tiny_samples):
         round_sequentially(prepared, tiny_samples)
 
 
+def test_a_failed_rounding_can_be_tried_again(prepare, tiny_samples, tmp_path):
+    options = {**W4, "sequential": True, "rounding": "gptq", "alpha": "auto"}
+    prepared, whole = prepare(**options), prepare(**options)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CalibrationError, match="cannot keep rounded layers in .*file"):
+        round_sequentially(prepared, tiny_samples, resume=tmp_path / "file")
+    round_sequentially(prepared, tiny_samples)  # not balanced twice
+    round_sequentially(whole, tiny_samples)
+    assert torch.equal(convert_pt2e(prepared)(*tiny_samples[0]), convert_pt2e(whole)(*tiny_samples[0]))
+
+
 def test_an_input_that_was_never_seen_is_named(tiny_exported, duplicate):
     prepared = prepare_pt2e(duplicate(tiny_exported), PTQ4DiTQuantizer(aggregation="none", rounding="gptq"))
     with pytest.raises(CalibrationError, match=r"'transformer_blocks.0.* was never run: call the prepared model"):
