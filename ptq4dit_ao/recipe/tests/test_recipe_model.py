@@ -140,6 +140,7 @@ def test_public_names() -> None:
         "Evaluation",
         "Override",
         "Recipe",
+        "Rounding",
         "Weights",
         "load_recipe",
         "recipe_json_schema",
