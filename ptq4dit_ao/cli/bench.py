@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from ptq4dit_ao.cli.progress import progress
+from ptq4dit_ao.cli.results import print_table, write_results
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.lowering.backend import choose_backend
 from ptq4dit_ao.recipe import load_recipe
@@ -43,18 +42,10 @@ def bench(args: argparse.Namespace, console: Console) -> None:
             rounds=args.rounds,
             on_progress=on_progress,
         )
-    table = Table(title=escape(title(result)))
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == COLUMNS[0] else "right", overflow="fold")
-    for row in result.rows:
-        table.add_row(*(escape(cell) for cell in cells(result, row)))
-    console.print(table)
+    print_table(console, title(result), COLUMNS, (cells(result, row) for row in result.rows))
     for line in remarks(result):
         console.print(escape(line), soft_wrap=True)
-    if args.json:
-        args.json.write_text(json.dumps(result.to_dict(), indent=1, allow_nan=False) + "\n")
-    if args.markdown:
-        args.markdown.write_text(markdown(result))
+    write_results(args, result.to_dict(), markdown(result))
 
 
 def _subject(args: argparse.Namespace, on_progress: OnProgress) -> Subject:

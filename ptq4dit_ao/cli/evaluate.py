@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from ptq4dit_ao.cli.progress import progress
+from ptq4dit_ao.cli.results import print_table, write_results
 from ptq4dit_ao.evaluation import Estimate
 from ptq4dit_ao.workflow.environment import one_line
 from ptq4dit_ao.workflow.evaluate import evaluate as measure
@@ -43,18 +42,10 @@ def evaluate(args: argparse.Namespace, console: Console) -> None:
             on_progress=on_progress,
         )
     for sheet in sheets(result):
-        table = Table(title=escape(sheet.title))
-        for column in sheet.columns:
-            table.add_column(column, justify="left" if column == sheet.columns[0] else "right", overflow="fold")
-        for line in sheet.lines:
-            table.add_row(*map(escape, line))
-        console.print(table)
+        print_table(console, sheet.title, sheet.columns, sheet.lines)
     for remark in remarks(result):
         console.print(escape(remark), soft_wrap=True)
-    if args.json:
-        args.json.write_text(json.dumps(result.to_dict(), indent=1, allow_nan=False) + "\n")
-    if args.markdown:
-        args.markdown.write_text(markdown(result))
+    write_results(args, result.to_dict(), markdown(result))
 
 
 def sheets(result: EvaluationResult) -> Iterator[Sheet]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -51,7 +51,6 @@ def clipped_activation_range(
     qparams: Qparams,
     quant_min: int,
     quant_max: int,
-    ratios: Sequence[float] = ACTIVATION_RATIOS,
 ) -> tuple[float, float]:
     """The part of a range with the least error of the layer's output, ``|(Q(x) - x) W^T|^2`` over some tokens.
 
@@ -65,7 +64,6 @@ def clipped_activation_range(
         qparams: the quantizer's.
         quant_min: smallest integer.
         quant_max: largest integer.
-        ratios: parts of the range that are tried, 1 among them.
     """
     metric = weight.T @ weight if len(weight) > weight.shape[1] else None
 
@@ -76,10 +74,10 @@ def clipped_activation_range(
             return float(((noise @ metric) * noise).sum())
         return float((noise @ weight.T).square_().sum())
 
-    both = {r: error(low * r, high * r) for r in ratios}
+    both = {r: error(low * r, high * r) for r in ACTIVATION_RATIOS}
     r = min(both, key=both.__getitem__)
     low, high, best = low * r, high * r, both[r]
-    for candidates in ([(low * s, high) for s in ratios], [(low, high * s) for s in ratios]):
+    for candidates in ([(low * s, high) for s in ACTIVATION_RATIOS], [(low, high * s) for s in ACTIVATION_RATIOS]):
         for ends in candidates:
             if (e := error(*ends)) < best:
                 (low, high), best = ends, e

@@ -12,7 +12,7 @@ from ptq4dit_ao.errors import CalibrationError
 from ptq4dit_ao.observers import Moments
 from ptq4dit_ao.rounding.layers import Group, find_groups
 from ptq4dit_ao.rounding.settings import RoundingSettings
-from ptq4dit_ao.rounding.solve import Inputs, choose_range, quantize_tokens, solve
+from ptq4dit_ao.rounding.solve import Inputs, choose_range, quantize_tokens, solve_group
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +46,7 @@ def _round(prepared: GraphModule, group: Group, moments: Moments, settings: Roun
         )
     shift = (quantize_tokens(observer.spec, tokens, observer.clipped) - tokens).mean(0)
     inputs = Inputs(mean=mean, quantized_mean=mean + shift, moment=second)
-    for spec, layers in group.by_spec().items():
-        biases = [layer.bias(prepared) for layer in layers]
-        solved = solve([weights[layer] for layer in layers], biases, spec, inputs, settings)
-        for layer, rounded in zip(layers, solved, strict=True):
-            layer.observer.rounded = rounded
+    solve_group(prepared, group, weights, inputs, settings)
 
 
 def balanced_moments(moments: Moments, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

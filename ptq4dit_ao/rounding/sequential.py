@@ -19,7 +19,7 @@ from ptq4dit_ao.observers import ActivationObserver, TokenSample
 from ptq4dit_ao.rounding.layers import Group, find_groups
 from ptq4dit_ao.rounding.resume import Progress, fingerprint
 from ptq4dit_ao.rounding.settings import RoundingSettings
-from ptq4dit_ao.rounding.solve import Inputs, choose_range, solve
+from ptq4dit_ao.rounding.solve import Inputs, choose_range, solve_group
 from ptq4dit_ao.rounding.streams import Streams
 
 logger = logging.getLogger(__name__)
@@ -66,11 +66,7 @@ def _round(prepared: GraphModule, group: Group, streams: Streams, settings: Roun
         weight = torch.cat(list(weights.values()))
         observer.clipped = choose_range(observer.spec, tokens, low, high, weight, settings.ranges)
     inputs = _inputs(streams, group.node, observer)
-    for spec, layers in group.by_spec().items():
-        biases = [layer.bias(prepared) for layer in layers]
-        solved = solve([weights[layer] for layer in layers], biases, spec, inputs, settings)
-        for layer, rounded in zip(layers, solved, strict=True):
-            layer.observer.rounded = rounded
+    solve_group(prepared, group, weights, inputs, settings)
 
 
 def _look(streams: Streams, node: Node) -> tuple[Tensor, Tensor, Tensor]:

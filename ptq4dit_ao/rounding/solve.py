@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from ptq4dit_ao.core.clipping import clipped_activation_range, clipped_weight_range
 from ptq4dit_ao.core.gptq import gptq, nearest
@@ -14,6 +15,7 @@ from ptq4dit_ao.core.qparams import fake_quantize
 from ptq4dit_ao.core.refit import corrected_bias, refit
 from ptq4dit_ao.observers import Rounded
 from ptq4dit_ao.observers.qdq import QuantSpec
+from ptq4dit_ao.rounding.layers import Group, Layer
 from ptq4dit_ao.rounding.settings import RoundingSettings
 
 FLOOR = 1e-5
@@ -54,6 +56,17 @@ def quantize_tokens(spec: QuantSpec, tokens: Tensor, bounds: tuple[float, float]
     """Tokens as the quantized layer sees them."""
     scale, zero_point = spec.qparams(torch.tensor(bounds[0]), torch.tensor(bounds[1]))
     return fake_quantize(tokens, scale, zero_point, spec.quant_min, spec.quant_max)
+
+
+def solve_group(
+    prepared: GraphModule, group: Group, weights: Mapping[Layer, Tensor], inputs: Inputs, settings: RoundingSettings
+) -> None:
+    """Leave in the weight observers of a group what its weights, (C_out, C_in) each, are rounded to."""
+    for spec, layers in group.by_spec().items():
+        biases = [layer.bias(prepared) for layer in layers]
+        solved = solve([weights[layer] for layer in layers], biases, spec, inputs, settings)
+        for layer, rounded in zip(layers, solved, strict=True):
+            layer.observer.rounded = rounded
 
 
 def solve(
