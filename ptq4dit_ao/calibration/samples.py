@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ptq4dit_ao._tensor_file import read_tensors
 from ptq4dit_ao.errors import CalibrationError
 from ptq4dit_ao.graph.names import TIMESTEP_NAMES
 from ptq4dit_ao.graph.signature import CallSignature
@@ -100,14 +101,7 @@ class CalibrationSamples:
         Raises:
             CalibrationError: the file is missing, is something else, or is damaged.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-        except (OSError, SafetensorError) as error:
-            raise CalibrationError(f"cannot read calibration samples from {path}: {error}") from error
-        if metadata.get("format") != _FORMAT:
-            raise CalibrationError(f"{path} is not a file of calibration samples")
+        metadata, tensors = read_tensors(path, form=_FORMAT, what="calibration samples", error=CalibrationError)
         try:
             inputs = {name: tensors.pop(name) for name in metadata["inputs"].split(",")}
             text = metadata.get("signature")

@@ -8,10 +8,11 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ptq4dit_ao._tensor_file import read_tensors
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.evaluation.distribution import Gaussian, frechet_distance, inception_score, precision_recall
 from ptq4dit_ao.evaluation.features import Features, to_levels
@@ -105,16 +106,13 @@ class ReferenceStatistics:
         Raises:
             ArgumentError: the file is missing, is something else, or is damaged.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                about = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-        except (OSError, SafetensorError) as error:
-            raise ArgumentError(f"cannot read reference statistics from {path}: {error}") from error
-        if about.get("format") != _FORMAT:
-            raise ArgumentError(
-                f"{path} is not a file of reference statistics; 'ptq4dit-ao evaluate --cache' writes one"
-            )
+        about, tensors = read_tensors(
+            path,
+            form=_FORMAT,
+            what="reference statistics",
+            error=ArgumentError,
+            hint="; 'ptq4dit-ao evaluate --cache' writes one",
+        )
         fits = {
             f"{name}_fit": Gaussian(mean=tensors[f"{name}_mean"], covariance=tensors[f"{name}_covariance"])
             for name in ("pooled", "spatial")

@@ -13,10 +13,10 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ptq4dit_ao._tensor_file import read_tensors
 from ptq4dit_ao.errors import ArgumentError, CalibrationError
 
 _FORMAT = "ptq4dit-ao noise correction"
@@ -120,14 +120,7 @@ class NoiseCorrection:
         Raises:
             CalibrationError: the file is missing, is something else, or is damaged.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-        except (OSError, SafetensorError) as error:
-            raise CalibrationError(f"cannot read a noise correction from {path}: {error}") from error
-        if metadata.get("format") != _FORMAT:
-            raise CalibrationError(f"{path} is not a file of a noise correction")
+        metadata, tensors = read_tensors(path, form=_FORMAT, what="a noise correction", error=CalibrationError)
         if tensors.keys() != _TENSORS.keys():
             raise CalibrationError(f"the noise correction in {path} holds {', '.join(sorted(tensors))}; fit it again")
         try:
