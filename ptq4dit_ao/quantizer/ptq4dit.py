@@ -65,7 +65,7 @@ class PTQ4DiTQuantizer(Quantizer):
         max_scale: bound on b, to [1/max_scale, max_scale].
         rounding: ``nearest``; or ``gptq``, which rounds weights, cuts ranges and corrects biases in view of what the
             weights are multiplied with (observers then also keep the second moment of every quantized input, C_in^2
-            numbers); or settings.
+            numbers); or ``adaround``, by which blocks learn how to round (with ``sequential``); or settings.
         sequential: round layer by layer for the inputs of the quantized network, which is more exact, in
             :func:`~ptq4dit_ao.round_sequentially`, before ``convert_pt2e``.
         fold_form: where the 1 of ``1 + scale`` goes; see :mod:`ptq4dit_ao.passes.fold`.
@@ -118,6 +118,8 @@ class PTQ4DiTQuantizer(Quantizer):
         )
         if isinstance(rounding, str):
             rounding = RoundingSettings(rounding=rounding, ranges="output" if rounding == "gptq" else "minmax")
+        if rounding.rounding == "adaround" and not sequential:
+            raise ArgumentError("rounding is 'adaround', which learns block by block; pass sequential=True with it")
         self._rounding = rounding
         self._sequential = sequential
         self._overrides = (*layers, *overrides)
@@ -315,8 +317,8 @@ def round_sequentially(
         prepared: from ``prepare_pt2e`` with ``PTQ4DiTQuantizer(sequential=True, ...)``, run on calibration samples.
         batches: input tuples, such as those samples. Their activations are all held at once: in the float and in the
             quantized network, those that a later layer still reads.
-        on_group: called with the number of quantized inputs done, and in all.
-        resume: a folder to note every rounded layer in. A later call with the same model and batches, as after it was
+        on_group: called with the number of parts done, and in all.
+        resume: a folder to note what is rounded in. A later call with the same model and batches, as after it was
             killed, takes what it finds there.
 
     Raises:

@@ -93,8 +93,8 @@ class Rounding(_Section):
 
     method: RoundingMethod = Field(
         default="nearest",
-        description="'nearest'; or 'gptq', which rounds weights and corrects biases in view of what they are "
-        "multiplied with.",
+        description="'nearest'; 'gptq', which rounds weights and corrects biases in view of what they are multiplied "
+        "with; or 'adaround', by which the weights of a block learn together which way to round (sequential: true).",
     )
     ranges: Ranges = Field(
         default="minmax",
@@ -116,6 +116,20 @@ class Rounding(_Section):
         le=1,
         description="What GPTQ adds to the diagonal of the inputs' second moment, as a part of its mean.",
     )
+    steps: Count = Field(default=20_000, description="How often 'adaround' updates the weights of a block.")
+    minutes: float | None = Field(
+        default=None,
+        gt=0,
+        description="What 'adaround' may take for all blocks together; with a limit, results depend on the machine.",
+    )
+
+    @model_validator(mode="after")
+    def _learns_in_sequence(self) -> Self:
+        if self.method == "adaround" and not self.sequential:
+            raise PydanticCustomError(
+                "recipe_rule", "method 'adaround' learns block by block; add sequential: true", {}
+            )
+        return self
 
 
 _NOT_WITH_SKIP = ("weight_bits", "activation_bits", "balance")

@@ -64,7 +64,7 @@ Alpha = Annotated[
     Annotated[float, Field(ge=0, le=1), Tag("number")] | Annotated[Literal["auto"], Tag("auto")],
     Discriminator(_number_or_auto),
 ]
-RoundingMethod = Literal["nearest", "gptq"]
+RoundingMethod = Literal["nearest", "gptq", "adaround"]
 Ranges = Literal["minmax", "output"]
 FoldForm = Literal["constant", "bias"]
 LayerPreset = Literal["safe", "paper"]

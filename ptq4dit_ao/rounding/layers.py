@@ -62,7 +62,7 @@ def find_groups(prepared: GraphModule) -> list[Group]:
     """
     groups = []
     for node in prepared.graph.nodes:
-        observer = _module(prepared, node)
+        observer = module_of(prepared, node)
         if isinstance(observer, ActivationObserver) and (layers := tuple(_layers(prepared, node))):
             groups.append(Group(node, observer, layers))
     return groups
@@ -72,7 +72,7 @@ def weight_observer(prepared: GraphModule, linear: Node) -> WeightObserver | Non
     """Ours, if the linear's weight has one."""
     weight = linear.args[1]
     assert isinstance(weight, Node)
-    observer = _module(prepared, weight)
+    observer = module_of(prepared, weight)
     return observer if isinstance(observer, WeightObserver) else None
 
 
@@ -104,5 +104,6 @@ def _can_round(observer: WeightObserver, linear: Node) -> bool:
     )
 
 
-def _module(prepared: GraphModule, node: Node) -> object:
+def module_of(prepared: GraphModule, node: Node) -> object:
+    """The module that a node calls; None if it calls none."""
     return prepared.get_submodule(str(node.target)) if node.op == "call_module" else None

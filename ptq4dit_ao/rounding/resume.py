@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -53,38 +54,32 @@ class Progress:
         except (OSError, ValueError) as error:
             raise CalibrationError(f"cannot keep rounded layers in {folder}: {error}") from error
 
-    def load(self, index: int, group: Group) -> bool:
-        """Give a group what was found for it; False if there is nothing."""
+    def load(self, index: int, groups: Sequence[Group]) -> bool:
+        """Give groups what was found for them; False if there is nothing."""
         if self._folder is None or not (path := self._path(index)).exists():
             return False
         try:
             with safe_open(path, "pt") as file:
-                low, high = file.get_tensor("range").tolist()
-                parts = ("integers", "scale", "bias")
-                rounded = [
-                    Rounded(**{part: file.get_tensor(f"{i}.{part}") for part in parts})
-                    for i in range(len(group.layers))
-                ]
+                found = [_read(file, f"{number}.", group) for number, group in enumerate(groups)]
         except (OSError, SafetensorError, ValueError) as error:
             raise CalibrationError(f"{path} is damaged ({error}); remove it, and it is computed again") from error
-        group.observer.clipped = (low, high)
-        for layer, found in zip(group.layers, rounded, strict=True):
-            layer.observer.rounded = found
+        for group, (bounds, rounded) in zip(groups, found, strict=True):
+            group.observer.clipped = bounds
+            for layer, solution in zip(group.layers, rounded, strict=True):
+                layer.observer.rounded = solution
         return True
 
-    def save(self, index: int, group: Group) -> None:
-        """Note what was found for a group.
+    def save(self, index: int, groups: Sequence[Group]) -> None:
+        """Note what was found for groups.
 
         Raises:
             CalibrationError: it cannot be written.
         """
         if self._folder is None:
             return
-        assert group.observer.clipped is not None
-        tensors = {"range": torch.tensor(group.observer.clipped, dtype=torch.float64)}
-        for i, layer in enumerate(group.layers):
-            assert layer.observer.rounded is not None
-            tensors |= {f"{i}.{part}": value.contiguous() for part, value in vars(layer.observer.rounded).items()}
+        tensors: dict[str, Tensor] = {}
+        for number, group in enumerate(groups):
+            tensors |= _tensors(f"{number}.", group)
         try:
             _write(self._path(index), lambda path: save_file(tensors, path))
         except (OSError, SafetensorError) as error:
@@ -107,6 +102,23 @@ def fingerprint(
     for batch in batches:
         digest.update(repr([_sums(x) for x in batch]).encode())
     return digest.hexdigest()
+
+
+def _tensors(prefix: str, group: Group) -> dict[str, Tensor]:
+    assert group.observer.clipped is not None
+    tensors = {f"{prefix}range": torch.tensor(group.observer.clipped, dtype=torch.float64)}
+    for i, layer in enumerate(group.layers):
+        assert layer.observer.rounded is not None
+        for part, value in vars(layer.observer.rounded).items():
+            tensors[f"{prefix}{i}.{part}"] = value.contiguous()
+    return tensors
+
+
+def _read(file: Any, prefix: str, group: Group) -> tuple[tuple[float, float], list[Rounded]]:
+    low, high = file.get_tensor(f"{prefix}range").tolist()
+    parts = ("integers", "scale", "bias")
+    count = range(len(group.layers))
+    return (low, high), [Rounded(**{part: file.get_tensor(f"{prefix}{i}.{part}") for part in parts}) for i in count]
 
 
 def _sums(x: Tensor) -> tuple[object, ...]:

@@ -7,6 +7,7 @@ rounded as the weights will be.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -34,7 +35,8 @@ class PostRoundingScore:
         self, prepared: GraphModule, observers: Mapping[str, Sequence[SalienceObserver]], settings: RoundingSettings
     ) -> None:
         self._observers = observers
-        self._settings = settings
+        learned = settings.rounding == "adaround"  # closer to what GPTQ leaves than to rounding to nearest
+        self._settings = replace(settings, rounding="gptq") if learned else settings
         self._groups: dict[SalienceObserver, list[Group]] = {}
         for group in find_groups(prepared):
             if isinstance(group.observer, SalienceObserver):

@@ -8,7 +8,7 @@ one quantized input to the next; of the activations only those are kept which a 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ptq4dit_ao.observers import ActivationObserver, TokenSample
+from ptq4dit_ao.rounding.blocks import Block, find_blocks
 from ptq4dit_ao.rounding.layers import Group, find_groups
+from ptq4dit_ao.rounding.reconstruct import Budget, reconstruct
 from ptq4dit_ao.rounding.resume import Progress, fingerprint
 from ptq4dit_ao.rounding.settings import RoundingSettings
 from ptq4dit_ao.rounding.solve import Inputs, choose_range, solve_group
@@ -25,7 +27,10 @@ from ptq4dit_ao.rounding.streams import Streams
 logger = logging.getLogger(__name__)
 
 OnGroup = Callable[[int, int], None]
-"""``(groups done, in all)``."""
+"""``(parts done, in all)``."""
+
+PARTS = 100
+"""In so many parts the progress of a block that learns is told."""
 
 
 @torch.no_grad()
@@ -47,15 +52,45 @@ def round_sequentially(
         resume: a folder to note them in; what is found there is not done again.
     """
     groups, batches = find_groups(prepared), list(batches)
+    learns = settings.rounding == "adaround"
+    parts = PARTS if learns else 1
+    blocks = list(find_blocks(prepared, groups, together=learns))
     progress = Progress(resume, "" if resume is None else fingerprint(prepared, groups, batches, settings))
+    budget = Budget(settings, [block.weights(prepared) for block in blocks])
     streams = Streams(prepared, batches)
-    for done, group in enumerate(groups, start=1):
-        streams.advance(group.node)
-        if not progress.load(done, group):
-            _round(prepared, group, streams, settings)
-            progress.save(done, group)
-        on_group(done, len(groups))
+    for index, block in enumerate(blocks):
+        streams.advance(block.start)
+        if not progress.load(index + 1, block.groups):
+            if learns:
+                _learn(prepared, block, streams, settings, _told(budget.progress(index), index, len(blocks), on_group))
+            else:
+                _round(prepared, block.groups[0], streams, settings)
+            progress.save(index + 1, block.groups)
+        on_group((index + 1) * parts, len(blocks) * parts)
     logger.info("rounded %d weights with %s, layer by layer", sum(len(g.layers) for g in groups), settings.rounding)
+
+
+def _learn(
+    prepared: GraphModule, block: Block, streams: Streams, settings: RoundingSettings, progress: Iterator[float]
+) -> None:
+    held = streams.held(block.nodes)
+    new = [group.observer for group in block.groups if group.observer.clipped is None]
+    for group in block.groups:
+        streams.advance(group.node)
+        _round(prepared, group, streams, settings)
+    streams.advance(block.end)
+    reconstruct(prepared, block, held, streams.exact(block.outputs()), progress=progress, ranges=new)
+    streams.redo(block.nodes, held)
+
+
+def _told(progress: Iterator[float], block: int, blocks: int, on_group: OnGroup) -> Iterator[float]:
+    """The same, with every hundredth told to ``on_group``."""
+    told = 0
+    for spent in progress:
+        if int(spent * PARTS) > told:
+            told = int(spent * PARTS)
+            on_group(block * PARTS + told, blocks * PARTS)
+        yield spent
 
 
 def _round(prepared: GraphModule, group: Group, streams: Streams, settings: RoundingSettings) -> None:

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from ptq4dit_ao.errors import ArgumentError, check_choice
 
-Rounding = Literal["nearest", "gptq"]
+Rounding = Literal["nearest", "gptq", "adaround"]
 ROUNDINGS: tuple[str, ...] = get_args(Rounding)
 Ranges = Literal["minmax", "output"]
 RANGES: tuple[str, ...] = get_args(Ranges)
@@ -17,20 +17,29 @@ RANGES: tuple[str, ...] = get_args(Ranges)
 class RoundingSettings:
     """What happens to a linear's weight and to the range of its input after balancing.
 
-    ``rounding`` is ``nearest``, or ``gptq``, which also corrects the bias. ``ranges`` is ``minmax``, or ``output``,
-    which cuts the tails where the layer's output gains. ``damping`` is what GPTQ adds to the diagonal of the inputs'
-    second moment, as a part of its mean.
+    ``rounding`` is ``nearest``; ``gptq``, which also corrects the bias; or ``adaround``, by which the weights of a
+    block learn together which way to round, and its inputs' ranges how wide to be. ``ranges`` is ``minmax``, or
+    ``output``, which cuts the tails where the layer's output gains. ``damping`` is what GPTQ adds to the diagonal of
+    the inputs' second moment, as a part of its mean. ``steps`` is how often a block's weights are updated, with one
+    batch each time, and ``minutes`` what all blocks may take together; what ends sooner counts, so that with a time
+    limit results depend on the machine.
     """
 
     rounding: Rounding = "nearest"
     ranges: Ranges = "minmax"
     damping: float = 0.01
+    steps: int = 20_000
+    minutes: float | None = None
 
     def __post_init__(self) -> None:
         check_choice("rounding", self.rounding, ROUNDINGS)
         check_choice("ranges", self.ranges, RANGES)
         if not 0 < self.damping <= 1:
             raise ArgumentError(f"damping is {self.damping}; it must lie in (0, 1] (0.01 is GPTQ's)")
+        if self.steps < 1:
+            raise ArgumentError(f"steps is {self.steps}; it must be at least 1 (the paper's is 20000)")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ArgumentError(f"minutes is {self.minutes}; it must be above 0, or None for no limit")
 
     @property
     def plain(self) -> bool:

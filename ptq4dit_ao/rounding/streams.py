@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
-from torch.fx.node import map_arg
+from torch.fx.node import map_aggregate, map_arg
 from torch.nn import functional
 
 from ptq4dit_ao.errors import CalibrationError
 from ptq4dit_ao.graph.names import is_linear, placeholders, weight_path
 from ptq4dit_ao.graph.pending import tensor_at
 from ptq4dit_ao.observers import ActivationObserver
-from ptq4dit_ao.rounding.layers import bias_of, is_stored, weight_observer
+from ptq4dit_ao.rounding.layers import bias_of, is_stored, module_of, weight_observer
 
 Values = dict[Node, Any]
+Instead = dict[Node, Callable[[Tensor], Tensor]]
 
 
 class Streams:
@@ -53,10 +55,10 @@ class Streams:
         end = self._nodes.index(stop)
         segment = [node for node in self._nodes[self._next : end] if node.op != "placeholder"]
         self._next = max(self._next, end)
-        linears = {node: _Linear(self._model, node) for node in segment if is_linear(node) and is_stored(node)}
+        instead = float_network(self._model, segment), quantized_network(self._model, segment)
         for exact, quantized in zip(self._float, self._quantized, strict=True):
             for node in segment:
-                self._step(node, linears.get(node), exact, quantized)
+                self._step(node, instead, exact, quantized)
 
     def inputs(self, node: Node) -> Iterator[tuple[Tensor, Tensor]]:
         """What a node is about to read, batch by batch: in the float network, and in the quantized one."""
@@ -64,16 +66,38 @@ class Streams:
         for exact, quantized in zip(self._float, self._quantized, strict=True):
             yield exact[source], quantized[source] if source in quantized else exact[source]
 
-    def _step(self, node: Node, linear: _Linear | None, exact: Values, quantized: Values) -> None:
-        module = self._interpreter.fetch_attr(str(node.target)) if node.op == "call_module" else None
-        changes = isinstance(module, ActivationObserver) or (linear is not None and linear.changes)
-        value = self._value(node, linear, module, exact.__getitem__, quantize=False)
-        if changes or self._in_place or any(source in quantized for source in node.all_input_nodes):
+    def held(self, nodes: Sequence[Node]) -> list[Values]:
+        """What nodes about to be run read from before them, batch by batch, in the quantized network."""
+        inside = set(nodes)
+        sources = dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in inside)
+        batches = zip(self._float, self._quantized, strict=True)
+        held = [{s: quantized[s] if s in quantized else exact[s] for s in sources} for exact, quantized in batches]
+        if self._in_place:
+            return [{source: _copy(value) for source, value in values.items()} for values in held]
+        return held
+
+    def exact(self, nodes: Sequence[Node]) -> list[Values]:
+        """What nodes have put out, and a later one reads, batch by batch, in the float network."""
+        return [{node: values[node] for node in nodes} for values in self._float]
+
+    def redo(self, nodes: Sequence[Node], held: Sequence[Values]) -> None:
+        """Run nodes that were run before again in the quantized network, as their weights are by now."""
+        instead = quantized_network(self._model, nodes)
+        for before, quantized in zip(held, self._quantized, strict=True):
+            values = dict(before)
+            for node in nodes:
+                values[node] = run_node(self._interpreter, node, values.__getitem__, instead)
+            quantized.update((node, values[node]) for node in nodes if node in quantized)
+
+    def _step(self, node: Node, instead: tuple[Instead, Instead], exact: Values, quantized: Values) -> None:
+        value = run_node(self._interpreter, node, exact.__getitem__, instead[0])
+        changes = _quantizes(self._model, node) or any(source in quantized for source in node.all_input_nodes)
+        if changes or self._in_place:
 
             def read(source: Node) -> Any:
                 return quantized.get(source, exact.get(source))
 
-            other = self._value(node, linear, module, read, quantize=True)
+            other = run_node(self._interpreter, node, read, instead[1])
             if node.users:
                 quantized[node] = other
         if node.users:
@@ -83,35 +107,67 @@ class Streams:
                 exact.pop(source, None)
                 quantized.pop(source, None)
 
-    def _value(
-        self, node: Node, linear: _Linear | None, module: object, read: Callable[[Node], Any], *, quantize: bool
-    ) -> Any:
-        if node.op == "get_attr":
-            return self._interpreter.fetch_attr(str(node.target))
-        if linear is not None:
-            return linear(read(node.all_input_nodes[0]), quantize=quantize)
-        if node.op == "call_module":
-            x = read(node.all_input_nodes[0])
-            return module.fake_quantize(x) if quantize and isinstance(module, ActivationObserver) else x
-        args, kwargs = map_arg((node.args, node.kwargs), read)  # type: ignore[misc]
-        return self._interpreter.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+
+def run_node(interpreter: Interpreter, node: Node, read: Callable[[Node], Any], instead: Instead) -> Any:
+    """The value of one node of a prepared graph.
+
+    Args:
+        interpreter: of the graph.
+        node: any but a placeholder or the output.
+        read: gives the value of an earlier node.
+        instead: what some nodes do with their first input instead of what they say. Other observers do nothing.
+    """
+    if node.op == "get_attr":
+        return interpreter.fetch_attr(str(node.target))
+    if node in instead:
+        return instead[node](read(node.all_input_nodes[0]))
+    if node.op == "call_module":
+        return read(node.all_input_nodes[0])
+    args, kwargs = map_arg((node.args, node.kwargs), read)  # type: ignore[misc]
+    return interpreter.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
 
 
+def float_network(model: GraphModule, nodes: Iterable[Node]) -> Instead:
+    """What linears of a prepared graph do in the float network: multiply with balanced weights."""
+    return {node: _Linear(*_stored(model, node)) for node in nodes if is_linear(node) and is_stored(node)}
+
+
+def quantized_network(model: GraphModule, nodes: Iterable[Node]) -> Instead:
+    """What observed inputs and linears of a prepared graph do in the quantized network."""
+    instead = float_network(model, nodes)
+    for node in nodes:
+        if isinstance(module := module_of(model, node), ActivationObserver):
+            instead[node] = module.fake_quantize
+        elif node in instead and (observer := weight_observer(model, node)) is not None:
+            weight, bias = _stored(model, node)
+            weight = observer.fake_quantize(weight_path(node), weight)
+            instead[node] = _Linear(weight, bias if observer.rounded is None else observer.rounded.bias.to(weight))
+    return instead
+
+
+def _quantizes(model: GraphModule, node: Node) -> bool:
+    """Is what a node puts out another in the quantized network, even if what it reads is not?"""
+    if isinstance(module_of(model, node), ActivationObserver):
+        return True
+    return is_linear(node) and is_stored(node) and weight_observer(model, node) is not None
+
+
+@dataclass(frozen=True)
 class _Linear:
-    """A linear's weight and bias in both networks."""
+    weight: Tensor
+    bias: Tensor | None
 
-    def __init__(self, model: GraphModule, node: Node) -> None:
-        path, bias = weight_path(node), bias_of(node)
-        self._float = tensor_at(model, path), None if bias is None else tensor_at(model, bias)
-        observer = weight_observer(model, node)
-        self.changes = observer is not None
-        self._quantized = self._float
-        if observer is not None:
-            weight = observer.fake_quantize(path, self._float[0])
-            self._quantized = (weight, self._float[1] if observer.rounded is None else observer.rounded.bias.to(weight))
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
 
-    def __call__(self, x: Tensor, *, quantize: bool) -> Tensor:
-        return functional.linear(x, *(self._quantized if quantize else self._float))
+
+def _stored(model: GraphModule, node: Node) -> tuple[Tensor, Tensor | None]:
+    bias = bias_of(node)
+    return tensor_at(model, weight_path(node)), None if bias is None else tensor_at(model, bias)
+
+
+def _copy(value: Any) -> Any:
+    return map_aggregate(value, lambda part: part.clone() if isinstance(part, Tensor) else part)
 
 
 def _writes(node: Node) -> bool:

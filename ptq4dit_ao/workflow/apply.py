@@ -58,7 +58,11 @@ def quantizer_from_recipe(
         aggregation=recipe.balance.aggregation,
         alpha=recipe.balance.alpha,
         rounding=RoundingSettings(
-            rounding=recipe.rounding.method, ranges=recipe.rounding.ranges, damping=recipe.rounding.damping
+            rounding=recipe.rounding.method,
+            ranges=recipe.rounding.ranges,
+            damping=recipe.rounding.damping,
+            steps=recipe.rounding.steps,
+            minutes=recipe.rounding.minutes,
         ),
         sequential=recipe.rounding.sequential,
         max_scale=recipe.balance.max_scale,

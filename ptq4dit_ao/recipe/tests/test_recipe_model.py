@@ -83,7 +83,14 @@ def test_to_dict_holds_every_default_and_no_null() -> None:
             "min_variables": 4,
             "verify": True,
         },
-        "rounding": {"method": "nearest", "ranges": "minmax", "sequential": False, "tokens": 32768, "damping": 0.01},
+        "rounding": {
+            "method": "nearest",
+            "ranges": "minmax",
+            "sequential": False,
+            "tokens": 32768,
+            "damping": 0.01,
+            "steps": 20000,
+        },
         "layers": "safe",
         "overrides": [{"pattern": "a", "skip": True}],
         "calibration": {

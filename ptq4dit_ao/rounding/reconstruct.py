@@ -1,0 +1,163 @@
+"""AdaRound by blocks: all weights of a block learn which way to round, so that its output comes close to the float one.
+
+As in BRECQ (Li et al. 2021, arXiv 2102.05426), whose procedure PTQ4DiT follows: what goes in is the quantized
+network's, the target is the float network's, and the steps of the activations are learned, too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter
+from torch.nn import functional
+
+from ptq4dit_ao.core.adaround import exponent, inverse_rectified_sigmoid, rectified_sigmoid, undecided
+from ptq4dit_ao.observers import ActivationObserver
+from ptq4dit_ao.rounding.blocks import Block
+from ptq4dit_ao.rounding.layers import Layer
+from ptq4dit_ao.rounding.settings import RoundingSettings
+from ptq4dit_ao.rounding.streams import Instead, Values, quantized_network, run_node
+
+REGULARIZER = 0.01
+"""Weight of the regularizer against the block's square error, summed over channels (BRECQ, Q-Diffusion)."""
+
+ROUNDING_RATE = 1e-3
+
+RANGE_RATE = 4e-4
+"""Learning rate of the logarithm of an activation's step."""
+
+SEED = 0
+
+
+class Budget:
+    """How far a block's learning has come: in steps, or in time where that runs out sooner.
+
+    Args:
+        settings: ``steps`` of every block, ``minutes`` for all of them.
+        work: of each block; time is shared out accordingly.
+    """
+
+    def __init__(self, settings: RoundingSettings, work: Sequence[int]) -> None:
+        self._settings = settings
+        self._work = list(work)
+        self._deadline = None if settings.minutes is None else time.monotonic() + 60 * settings.minutes
+
+    def progress(self, block: int) -> Iterator[float]:
+        """Parts of a block's budget that are spent, rising from 0, one for each step that is to be made."""
+        start = time.monotonic()
+        seconds = float("inf")
+        if self._deadline is not None:
+            seconds = (self._deadline - start) * self._work[block] / sum(self._work[block:])
+        step = 0
+        while step < self._settings.steps and (spent := time.monotonic() - start) < seconds:
+            yield max(step / self._settings.steps, spent / seconds)
+            step += 1
+
+
+class SoftLinear(nn.Module):
+    """A linear whose weight lies between its two nearest roundings."""
+
+    def __init__(self, layer: Layer, weight: Tensor) -> None:
+        super().__init__()
+        assert layer.observer.rounded is not None
+        self.layer, self.rounded, self.spec = layer, layer.observer.rounded, layer.observer.spec
+        self.scale = self.rounded.scale.unsqueeze(1)
+        position = weight / self.scale
+        self.floor = position.floor()
+        self.v = nn.Parameter(inverse_rectified_sigmoid(position - self.floor))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self._integers(self.h()) * self.scale, self.rounded.bias)
+
+    def h(self) -> Tensor:
+        return rectified_sigmoid(self.v)
+
+    def harden(self) -> None:
+        """Leave the decision in the layer's observer."""
+        integers = self._integers(self.h() >= 0.5).to(torch.int8)
+        self.layer.observer.rounded = replace(self.rounded, integers=integers)
+
+    def _integers(self, up: Tensor) -> Tensor:
+        return (self.floor + up).clamp(self.spec.quant_min, self.spec.quant_max)
+
+
+class LearnedRange(nn.Module):
+    """An activation's quantizer whose step is learned, its zero point kept (LSQ, Esser et al. 2020)."""
+
+    def __init__(self, observer: ActivationObserver) -> None:
+        super().__init__()
+        scale, zero_point = observer.qparams()
+        self.observer, self.spec, self.zero_point = observer, observer.spec, int(zero_point)
+        self.log_scale = nn.Parameter(scale.log())
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.log_scale.exp()
+        q = x / scale
+        q = (q + (q.round() - q).detach() + self.zero_point).clamp(self.spec.quant_min, self.spec.quant_max)
+        return (q - self.zero_point) * scale
+
+    def harden(self) -> None:
+        """Leave the range in the observer."""
+        scale = float(self.log_scale.exp())
+        low, high = (scale * (bound - self.zero_point) for bound in (self.spec.quant_min, self.spec.quant_max))
+        self.observer.clipped = low, high
+
+
+def reconstruct(
+    prepared: GraphModule,
+    block: Block,
+    inputs: Sequence[Values],
+    targets: Sequence[Values],
+    *,
+    progress: Iterator[float],
+    ranges: Sequence[ActivationObserver],
+) -> None:
+    """Let a block's weights, rounded before, and some of its ranges learn.
+
+    Args:
+        prepared: the graph.
+        block: part of it.
+        inputs: what the block reads in the quantized network, batch by batch.
+        targets: what its outputs are in the float network.
+        progress: parts of the time that are spent, one for each step.
+        ranges: observers whose range may change.
+    """
+    linears = {layer.node: SoftLinear(layer, layer.weight(prepared)) for g in block.groups for layer in g.layers}
+    learned = {observer: LearnedRange(observer) for observer in ranges}
+    observed = {g.node: learned[g.observer] for g in block.groups if g.observer in learned}
+    run = _Run(prepared, block, {**linears, **observed})
+    roundings, steps = [linear.v for linear in linears.values()], [step.log_scale for step in learned.values()]
+    optimizer = torch.optim.Adam([{"params": roundings, "lr": ROUNDING_RATE}, {"params": steps, "lr": RANGE_RATE}])
+    generator = torch.Generator().manual_seed(SEED)
+    with torch.enable_grad():
+        for spent in progress:
+            batch = int(torch.randint(len(inputs), (), generator=generator))
+            loss = run.error(inputs[batch], targets[batch])
+            if (beta := exponent(spent)) is not None:
+                loss = loss + REGULARIZER * torch.stack([undecided(m.h(), beta).sum() for m in linears.values()]).sum()
+            optimizer.zero_grad()
+            loss.backward(inputs=[*roundings, *steps])  # type: ignore[no-untyped-call]
+            optimizer.step()
+    for linear in linears.values():
+        linear.harden()
+    for step in learned.values():
+        step.harden()
+
+
+class _Run:
+    """A block of the quantized network, with modules that learn in the place of some of its nodes."""
+
+    def __init__(self, prepared: GraphModule, block: Block, learning: Instead) -> None:
+        self._interpreter, self._nodes, self._outputs = Interpreter(prepared), block.nodes, block.outputs()
+        self._instead = quantized_network(prepared, block.nodes) | learning
+
+    def error(self, inputs: Values, targets: Values) -> Tensor:
+        """Square error of what the block puts out, summed over channels and outputs, mean over tokens."""
+        values = dict(inputs)
+        for node in self._nodes:
+            values[node] = run_node(self._interpreter, node, values.__getitem__, self._instead)
+        return torch.stack([(values[n] - targets[n]).square().sum(-1).mean() for n in self._outputs]).sum()

@@ -1,0 +1,148 @@
+"""AdaRound by blocks on a tiny DiT."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+import ptq4dit_ao.rounding.sequential as sequential
+from ptq4dit_ao.core import sqnr_db
+from ptq4dit_ao.errors import ArgumentError
+from ptq4dit_ao.lowering import lower
+from ptq4dit_ao.quantizer import PTQ4DiTQuantizer, round_sequentially
+from ptq4dit_ao.rounding import RoundingSettings
+from ptq4dit_ao.rounding.blocks import block_name, find_blocks
+from ptq4dit_ao.rounding.layers import find_groups
+from ptq4dit_ao.rounding.reconstruct import Budget, LearnedRange, SoftLinear
+
+
+def settings(**options):
+    return RoundingSettings(rounding="adaround", **{"steps": 60, **options})
+
+
+@pytest.fixture
+def prepare(tiny_exported, tiny_samples, duplicate):
+    def run(rounding, **options):
+        quantizer = PTQ4DiTQuantizer(weight_bits=4, rounding=rounding, sequential=True, **options)
+        prepared = prepare_pt2e(duplicate(tiny_exported), quantizer)
+        for sample in tiny_samples:
+            prepared(*sample)
+        return prepared
+
+    return run
+
+
+@pytest.fixture
+def error_db(tiny_exported, tiny_samples):
+    expected = torch.cat([tiny_exported(*sample) for sample in tiny_samples])
+    return lambda converted: sqnr_db(expected, torch.cat([converted(*sample) for sample in tiny_samples]))
+
+
+def test_learning_gains(prepare, tiny_samples, error_db):
+    plain, learned = prepare(RoundingSettings()), prepare(settings(steps=400))
+    for prepared in (plain, learned):
+        round_sequentially(prepared, tiny_samples)
+    learned = convert_pt2e(learned)
+    assert error_db(learned) > error_db(convert_pt2e(plain)) + 2
+    assert lower(learned, "fbgemm").proof.integer_gemms == 14
+
+
+def test_a_weight_is_rounded_up_or_down(prepare, tiny_samples):
+    prepared = prepare(settings())
+    round_sequentially(prepared, tiny_samples)
+    for group in find_groups(prepared):
+        for layer in group.layers:
+            rounded = layer.observer.rounded
+            steps = layer.weight(prepared) / rounded.scale.unsqueeze(1) - rounded.integers
+            assert steps.abs().max() < 1 + 1e-4
+            torch.testing.assert_close(rounded.bias, layer.bias(prepared))  # AdaRound leaves it
+
+
+def test_learning_starts_at_the_float_weight(prepare, tiny_samples):
+    prepared = prepare(settings(steps=1))
+    round_sequentially(prepared, tiny_samples)
+    layer = find_groups(prepared)[0].layers[0]
+    weight = layer.weight(prepared)
+    soft = SoftLinear(layer, weight)
+    torch.testing.assert_close(soft(torch.eye(weight.shape[1])) - layer.bias(prepared), weight.T, atol=1e-4, rtol=1e-4)
+
+
+def test_a_learned_range_computes_what_the_observer_will(prepare, tiny_samples):
+    observer = find_groups(prepare(settings()))[0].observer
+    learned, x = LearnedRange(observer), torch.randn(64, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(learned(x), observer.fake_quantize(x))
+        learned.log_scale += 0.3
+        learned.harden()
+        torch.testing.assert_close(learned(x), observer.fake_quantize(x))
+
+
+def test_blocks_are_what_the_model_lists(prepare):
+    prepared = prepare(settings())
+    blocks = list(find_blocks(prepared, find_groups(prepared), together=True))
+    assert [{block_name(g.name) for g in b.groups} for b in blocks] == [
+        {"transformer_blocks.0"},
+        {"transformer_blocks.1"},
+    ]
+    assert all(a.end is b.start for a, b in itertools.pairwise(blocks))
+    assert [len(block.outputs()) for block in blocks] == [1, 1]  # the hidden states
+    assert block_name("proj_out_1") == "proj_out_1" and block_name("a.blocks.12.ff.net.2") == "a.blocks.12"
+
+
+def test_a_killed_run_goes_on_at_its_block(prepare, tiny_samples, tmp_path, monkeypatch):
+    def interrupt(done, total):
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        round_sequentially(prepare(settings()), tiny_samples, on_group=interrupt, resume=tmp_path / "rounded")
+    learned = []
+    original = sequential.reconstruct
+    monkeypatch.setattr(sequential, "reconstruct", lambda *a, **k: learned.append(a[1]) or original(*a, **k))
+    resumed, whole = prepare(settings()), prepare(settings())
+    round_sequentially(resumed, tiny_samples, resume=tmp_path / "rounded")
+    assert len(learned) == 1
+    round_sequentially(whole, tiny_samples)
+    assert torch.equal(convert_pt2e(resumed)(*tiny_samples[0]), convert_pt2e(whole)(*tiny_samples[0]))
+
+
+def test_the_float_model_and_the_rest_of_the_graph_do_not_learn(prepare, tiny_samples):
+    prepared = prepare(settings(), aggregation="none")
+    before = copy.deepcopy(prepared.state_dict())
+    round_sequentially(prepared, tiny_samples)
+    for name, value in prepared.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(parameter.grad is None for parameter in prepared.parameters())
+
+
+def test_steps_end_a_block():
+    assert list(Budget(settings(steps=4), [1, 1]).progress(0)) == [0, 0.25, 0.5, 0.75]
+
+
+def test_time_is_shared_out_by_work(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    budget = Budget(settings(steps=1000, minutes=1), [1, 3])
+
+    def run(block):
+        spent = []
+        for part in budget.progress(block):
+            spent.append(part)
+            now[0] += 5
+        return spent
+
+    assert run(0) == pytest.approx([0, 1 / 3, 2 / 3])
+    assert len(run(1)) == 9 and now[0] == 160
+
+
+def test_wrong_settings_are_named():
+    with pytest.raises(ArgumentError, match=r"steps is 0; it must be at least 1 \(the paper's is 20000\)"):
+        settings(steps=0)
+    with pytest.raises(ArgumentError, match="minutes is -1; it must be above 0, or None"):
+        settings(minutes=-1)
+    with pytest.raises(ArgumentError, match="learns block by block; pass sequential=True with it"):
+        PTQ4DiTQuantizer(rounding="adaround")
