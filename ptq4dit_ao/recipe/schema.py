@@ -98,7 +98,8 @@ class Rounding(_Section):
     )
     ranges: Ranges = Field(
         default="minmax",
-        description="'minmax': a range holds every value seen. 'output': tails are cut where the layer's output gains.",
+        description="'minmax': a range holds every value seen. 'output': tails are cut where the layer's output gains. "
+        "'percentile': PTQ4DiT's and RepQ-ViT's search, 'lp': PTQ4DM's and Q-Diffusion's, for what keeps the values.",
     )
     sequential: bool = Field(
         default=False,

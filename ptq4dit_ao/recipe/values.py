@@ -65,7 +65,7 @@ Alpha = Annotated[
     Discriminator(_number_or_auto),
 ]
 RoundingMethod = Literal["nearest", "gptq"]
-Ranges = Literal["minmax", "output"]
+Ranges = Literal["minmax", "output", "percentile", "lp"]
 FoldForm = Literal["constant", "bias"]
 LayerPreset = Literal["safe", "paper"]
 OnlyTrue = Annotated[Literal[True], exactly(bool)]

@@ -60,9 +60,13 @@ class Progress:
         try:
             with safe_open(path, "pt") as file:
                 low, high = file.get_tensor("range").tolist()
-                parts = ("integers", "scale", "bias")
+                names = file.keys()
                 rounded = [
-                    Rounded(**{part: file.get_tensor(f"{i}.{part}") for part in parts})
+                    Rounded(
+                        integers=file.get_tensor(f"{i}.integers"),
+                        scale=file.get_tensor(f"{i}.scale"),
+                        bias=file.get_tensor(f"{i}.bias") if f"{i}.bias" in names else None,
+                    )
                     for i in range(len(group.layers))
                 ]
         except (OSError, SafetensorError, ValueError) as error:
@@ -84,7 +88,8 @@ class Progress:
         tensors = {"range": torch.tensor(group.observer.clipped, dtype=torch.float64)}
         for i, layer in enumerate(group.layers):
             assert layer.observer.rounded is not None
-            tensors |= {f"{i}.{part}": value.contiguous() for part, value in vars(layer.observer.rounded).items()}
+            parts = vars(layer.observer.rounded).items()
+            tensors |= {f"{i}.{part}": value.contiguous() for part, value in parts if value is not None}
         try:
             _write(self._path(index), lambda path: save_file(tensors, path))
         except (OSError, SafetensorError) as error:

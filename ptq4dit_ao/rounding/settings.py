@@ -9,7 +9,7 @@ from ptq4dit_ao.errors import ArgumentError, check_choice
 
 Rounding = Literal["nearest", "gptq"]
 ROUNDINGS: tuple[str, ...] = get_args(Rounding)
-Ranges = Literal["minmax", "output"]
+Ranges = Literal["minmax", "output", "percentile", "lp"]
 RANGES: tuple[str, ...] = get_args(Ranges)
 
 
@@ -17,9 +17,10 @@ RANGES: tuple[str, ...] = get_args(Ranges)
 class RoundingSettings:
     """What happens to a linear's weight and to the range of its input after balancing.
 
-    ``rounding`` is ``nearest``, or ``gptq``, which also corrects the bias. ``ranges`` is ``minmax``, or ``output``,
-    which cuts the tails where the layer's output gains. ``damping`` is what GPTQ adds to the diagonal of the inputs'
-    second moment, as a part of its mean.
+    ``rounding`` is ``nearest``, or ``gptq``, which also corrects the bias. ``ranges`` is ``minmax``; ``output``,
+    which cuts the tails where the layer's output gains; or a search of the papers', ``percentile`` or ``lp``
+    (:mod:`ptq4dit_ao.core.range_search`). ``damping`` is what GPTQ adds to the diagonal of the inputs' second moment,
+    as a part of its mean.
     """
 
     rounding: Rounding = "nearest"

@@ -108,7 +108,8 @@ class _Linear:
         self._quantized = self._float
         if observer is not None:
             weight = observer.fake_quantize(path, self._float[0])
-            self._quantized = (weight, self._float[1] if observer.rounded is None else observer.rounded.bias.to(weight))
+            corrected = None if observer.rounded is None else observer.rounded.bias
+            self._quantized = (weight, self._float[1] if corrected is None else corrected.to(weight))
 
     def __call__(self, x: Tensor, *, quantize: bool) -> Tensor:
         return functional.linear(x, *(self._quantized if quantize else self._float))
