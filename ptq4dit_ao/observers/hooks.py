@@ -164,8 +164,8 @@ class Rounded:
     """(C_out, C_in) int8."""
     scale: Tensor
     """(C_out,) float32."""
-    bias: Tensor
-    """(C_out,) float32: corrected for what rounding does to the output's mean."""
+    bias: Tensor | None = None
+    """(C_out,) float32: corrected for what rounding does to the output's mean; None leaves the layer's own."""
 
     def weight(self) -> Tensor:
         """The weight that the integers stand for, (C_out, C_in) float32."""
@@ -213,7 +213,8 @@ class WeightObserver(_HookedObserver):
             insert_qdq(model, node, self.spec, *self.qparams(str(source.target), weight))
             return
         (linear,) = node.users
-        insert_bias(model, linear, self.rounded.bias)
+        if self.rounded.bias is not None:
+            insert_bias(model, linear, self.rounded.bias)
         scale = self.rounded.scale if self.spec.channel_axis is not None else self.rounded.scale[0]
         insert_qdq(model, node, self.spec, scale, torch.zeros_like(scale, dtype=torch.int64), self.rounded.integers)
 

@@ -11,6 +11,8 @@ from pydantic_core import core_schema
 
 Node = Mapping[str, object]
 
+_UNIONS = ("oneOf", "anyOf")
+
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
 
@@ -41,7 +43,8 @@ def node_at(root: Node, path: Sequence[str | int]) -> Node:
 
 def choices(node: Node) -> list[str]:
     """The names that ``node`` knows: keys of a mapping or the values of an enumeration."""
-    return list(cast(Sequence[str], node.get("properties") or node.get("enum") or []))
+    own = cast(Sequence[str], node.get("properties") or node.get("enum") or [])
+    return list(own) or [name for branch in _branches(node) for name in choices(branch)]
 
 
 def allowed(node: Node) -> str:
@@ -58,21 +61,22 @@ def allowed(node: Node) -> str:
 
 def _resolved(root: Node, node: Node) -> Node:
     reference = node.get("$ref")
-    if reference is None:
-        return node
-    definitions = cast(Mapping[str, Node], root["$defs"])
-    return definitions[str(reference).removeprefix("#/$defs/")]
+    if reference is not None:
+        definitions = cast(Mapping[str, Node], root["$defs"])
+        node = definitions[str(reference).removeprefix("#/$defs/")]
+    branches = {key: [_resolved(root, branch) for branch in _branches(node)] for key in _UNIONS if key in node}
+    return {**node, **branches}
 
 
 def _below(node: Node, part: str | int) -> Node:
-    if isinstance(part, str):
-        return cast(Mapping[str, Node], node["properties"])[part]
-    lists = [branch for branch in (node, *_branches(node)) if "items" in branch]
-    return cast(Node, lists[0]["items"])
+    """What stands under a key or an index, in the one branch of a union that has such."""
+    key = "properties" if isinstance(part, str) else "items"
+    (inside,) = [branch[key] for branch in (node, *_branches(node)) if key in branch]
+    return cast(Mapping[str, Node], inside)[part] if isinstance(part, str) else cast(Node, inside)
 
 
 def _branches(node: Node) -> Sequence[Node]:
-    return cast(Sequence[Node], node.get("oneOf") or node.get("anyOf") or [])
+    return next((cast(Sequence[Node], node[key]) for key in _UNIONS if key in node), [])
 
 
 def _range(node: Node, noun: str) -> str:

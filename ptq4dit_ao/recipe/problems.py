@@ -65,7 +65,7 @@ def _schema(model: type[BaseModel]) -> dict[str, object]:
 
 
 def _describe(details: ErrorDetails, schema: Mapping[str, object], data: Mapping[str, object]) -> Problem:
-    path, value = _found(data, details["loc"])
+    path, value = _found(data, details["loc"], missing=details["type"] == "missing")
     return Problem(path=path, text=f"{dotted(path)}: {_sentence(details, path, value, schema)}")
 
 
@@ -85,14 +85,17 @@ def _sentence(details: ErrorDetails, path: KeyPath, value: object, schema: Mappi
     return f"{show(value)} is not allowed; it must be {allowed(node)}{near}"
 
 
-def _found(data: object, loc: KeyPath) -> tuple[KeyPath, object]:
+def _found(data: object, loc: KeyPath, *, missing: bool) -> tuple[KeyPath, object]:
     """The key path that ``loc`` means, and the value there.
 
-    For a union, pydantic puts the name of the branch into ``loc``: text where ``data`` has no mapping to look it up in.
+    For a union, pydantic puts the name of the branch into ``loc``: text that ``data`` has no mapping to look up in, or
+    one that does not hold it. So does a key that is missing, but that comes last.
     """
     path: list[str | int] = []
-    for part in loc:
+    for i, part in enumerate(loc):
         if isinstance(data, Mapping):
+            if part not in data and not (missing and i == len(loc) - 1):
+                continue
             data = data.get(part)
         elif isinstance(part, int) and isinstance(data, Sequence):
             data = data[part]

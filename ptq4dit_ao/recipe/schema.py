@@ -7,9 +7,18 @@ Every default lives here and nowhere else. ``RecipeFile`` is the same recipe as 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from ptq4dit_ao.errors import RecipeError
@@ -26,9 +35,11 @@ from ptq4dit_ao.recipe.values import (
     Ranges,
     RoundingMethod,
     Seed,
+    TimestepList,
     Timesteps,
     Version,
     as_tuple,
+    count_or_list,
 )
 from ptq4dit_ao.recipe.yaml_text import write_yaml
 
@@ -98,7 +109,8 @@ class Rounding(_Section):
     )
     ranges: Ranges = Field(
         default="minmax",
-        description="'minmax': a range holds every value seen. 'output': tails are cut where the layer's output gains.",
+        description="'minmax': a range holds every value seen. 'output': tails are cut where the layer's output gains. "
+        "'percentile': PTQ4DiT's and RepQ-ViT's search, 'lp': PTQ4DM's and Q-Diffusion's, for what keeps the values.",
     )
     sequential: bool = Field(
         default=False,
@@ -173,11 +185,31 @@ class Override(_Section):
         return self
 
 
+class NormalDraw(_Section):
+    """PTQ4DM's draw of calibration timesteps: each image is observed at timesteps of its own."""
+
+    draw: Literal["normal"] = Field(description="'normal': positions in the schedule are normally distributed.")
+    mean: float = Field(
+        default=0.4, description="Mean, as a fraction of the schedule; 0 is its end, which sees the least noise."
+    )
+    std: float = Field(default=0.4, ge=0, description="Standard deviation, as a fraction of the schedule.")
+    count: Count = Field(default=1024, description="Draws in all, at least as many as images.")
+
+
+def _count_list_or_draw(value: object) -> str:
+    return "drawn" if isinstance(value, Mapping | NormalDraw) else count_or_list(value)
+
+
 class Calibration(_Section):
     """What the activation statistics are taken from."""
 
-    timesteps: Timesteps = Field(
-        default=25, description="How many timesteps to observe, or the list of them (numbers >= 0, all different)."
+    timesteps: Annotated[
+        Annotated[Count, Tag("count")] | Annotated[TimestepList, Tag("list")] | Annotated[NormalDraw, Tag("drawn")],
+        Discriminator(_count_list_or_draw),
+    ] = Field(
+        default=25,
+        description="How many timesteps to observe, evenly spaced; or the list of them (numbers >= 0, all different); "
+        "or how to draw them for each image.",
     )
     samples: Count = Field(default=16, description="Images per timestep.")
     batch_size: Count = Field(

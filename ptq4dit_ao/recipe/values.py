@@ -34,7 +34,8 @@ def _all_different(values: tuple[float, ...]) -> tuple[float, ...]:
     return values
 
 
-def _count_or_list(value: object) -> str:
+def count_or_list(value: object) -> str:
+    """The tag of a count or a list."""
     return "list" if isinstance(value, list | tuple) else "count"
 
 
@@ -51,7 +52,7 @@ TimestepList = Annotated[
 ]
 # The discriminator decides count or list first, so that a wrong item is reported once and not once per branch.
 Timesteps = Annotated[
-    Annotated[Count, Tag("count")] | Annotated[TimestepList, Tag("list")], Discriminator(_count_or_list)
+    Annotated[Count, Tag("count")] | Annotated[TimestepList, Tag("list")], Discriminator(count_or_list)
 ]
 Aggregation = Literal["ssc", "max", "mean", "none", "auto"]
 
@@ -65,7 +66,7 @@ Alpha = Annotated[
     Discriminator(_number_or_auto),
 ]
 RoundingMethod = Literal["nearest", "gptq", "adaround"]
-Ranges = Literal["minmax", "output"]
+Ranges = Literal["minmax", "output", "percentile", "lp"]
 FoldForm = Literal["constant", "bias"]
 LayerPreset = Literal["safe", "paper"]
 OnlyTrue = Annotated[Literal[True], exactly(bool)]

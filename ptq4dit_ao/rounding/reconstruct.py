@@ -61,17 +61,17 @@ class Budget:
 class SoftLinear(nn.Module):
     """A linear whose weight lies between its two nearest roundings."""
 
-    def __init__(self, layer: Layer, weight: Tensor) -> None:
+    def __init__(self, layer: Layer, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         assert layer.observer.rounded is not None
         self.layer, self.rounded, self.spec = layer, layer.observer.rounded, layer.observer.spec
-        self.scale = self.rounded.scale.unsqueeze(1)
+        self.scale, self.bias = self.rounded.scale.unsqueeze(1), bias
         position = weight / self.scale
         self.floor = position.floor()
         self.v = nn.Parameter(inverse_rectified_sigmoid(position - self.floor))
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self._integers(self.h()) * self.scale, self.rounded.bias)
+        return functional.linear(x, self._integers(self.h()) * self.scale, self.bias)
 
     def h(self) -> Tensor:
         return rectified_sigmoid(self.v)
@@ -126,7 +126,8 @@ def reconstruct(
         progress: parts of the time that are spent, one for each step.
         ranges: observers whose range may change.
     """
-    linears = {layer.node: SoftLinear(layer, layer.weight(prepared)) for g in block.groups for layer in g.layers}
+    layers = [layer for group in block.groups for layer in group.layers]
+    linears = {layer.node: SoftLinear(layer, layer.weight(prepared), layer.bias(prepared)) for layer in layers}
     learned = {observer: LearnedRange(observer) for observer in ranges}
     observed = {g.node: learned[g.observer] for g in block.groups if g.observer in learned}
     run = _Run(prepared, block, {**linears, **observed})

@@ -109,16 +109,24 @@ def _tensors(prefix: str, group: Group) -> dict[str, Tensor]:
     tensors = {f"{prefix}range": torch.tensor(group.observer.clipped, dtype=torch.float64)}
     for i, layer in enumerate(group.layers):
         assert layer.observer.rounded is not None
-        for part, value in vars(layer.observer.rounded).items():
-            tensors[f"{prefix}{i}.{part}"] = value.contiguous()
+        found = vars(layer.observer.rounded).items()
+        tensors |= {f"{prefix}{i}.{part}": value.contiguous() for part, value in found if value is not None}
     return tensors
 
 
 def _read(file: Any, prefix: str, group: Group) -> tuple[tuple[float, float], list[Rounded]]:
     low, high = file.get_tensor(f"{prefix}range").tolist()
-    parts = ("integers", "scale", "bias")
-    count = range(len(group.layers))
-    return (low, high), [Rounded(**{part: file.get_tensor(f"{prefix}{i}.{part}") for part in parts}) for i in count]
+    names, rounded = set(file.keys()), []
+    for i in range(len(group.layers)):
+        integers, scale, bias = (f"{prefix}{i}.{part}" for part in ("integers", "scale", "bias"))
+        rounded.append(
+            Rounded(
+                integers=file.get_tensor(integers),
+                scale=file.get_tensor(scale),
+                bias=file.get_tensor(bias) if bias in names else None,
+            )
+        )
+    return (low, high), rounded
 
 
 def _sums(x: Tensor) -> tuple[object, ...]:

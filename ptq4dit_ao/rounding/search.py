@@ -64,6 +64,8 @@ class PostRoundingScore:
             quantized = quantize_tokens(observer.spec, tokens, bounds)
             inputs = Inputs(mean=mean, quantized_mean=mean + (quantized - tokens).mean(0), moment=second)
             (rounded,) = solve([weight], [None], spec, inputs, self._settings)
-            noise = quantized @ rounded.weight().T + rounded.bias - tokens @ weight.T
+            noise = quantized @ rounded.weight().T - tokens @ weight.T
+            if rounded.bias is not None:
+                noise += rounded.bias
             error += float(noise.square().sum(1).mean())
         return error

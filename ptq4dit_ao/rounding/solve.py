@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from ptq4dit_ao.core.clipping import clipped_activation_range, clipped_weight_range
 from ptq4dit_ao.core.gptq import gptq, nearest
 from ptq4dit_ao.core.qparams import fake_quantize
+from ptq4dit_ao.core.range_search import search_range
 from ptq4dit_ao.core.refit import corrected_bias, refit
 from ptq4dit_ao.observers import Rounded
 from ptq4dit_ao.observers.qdq import QuantSpec
@@ -47,9 +48,12 @@ def choose_range(
     """The range of an activation: tokens (n, C_in), weight (C_out, C_in)."""
     if ranges == "minmax" or len(tokens) == 0:
         return float(low), float(high)
-    return clipped_activation_range(
-        tokens, float(low), float(high), weight, spec.qparams, spec.quant_min, spec.quant_max
-    )
+    quantizer = (spec.qparams, spec.quant_min, spec.quant_max)
+    if ranges == "output":
+        return clipped_activation_range(tokens, float(low), float(high), weight, *quantizer)
+    low, high = low.reshape(1).to(tokens), high.reshape(1).to(tokens)
+    low, high = search_range(tokens.reshape(1, -1), low, high, ranges, *quantizer)
+    return float(low), float(high)
 
 
 def quantize_tokens(spec: QuantSpec, tokens: Tensor, bounds: tuple[float, float]) -> Tensor:
@@ -76,7 +80,7 @@ def solve(
     inputs: Inputs,
     settings: RoundingSettings,
 ) -> list[Rounded]:
-    """Round the weights of linears that read one input and are quantized alike.
+    """Round the weights of linears that read one input and are quantized alike; rounded to nearest, biases stay.
 
     Args:
         weights: (C_out, C_in) each.
@@ -88,13 +92,13 @@ def solve(
     weight = torch.cat(list(weights))
     moment = inputs.moment - torch.outer(inputs.quantized_mean, inputs.quantized_mean)  # the bias takes the mean
     moment.diagonal().add_(FLOOR * inputs.moment.diagonal())
-    target = weight
-    if inputs.cross is not None and settings.rounding == "gptq":
+    target, compensated = weight, settings.rounding == "gptq"
+    if inputs.cross is not None and compensated:
         cross = inputs.cross - torch.outer(inputs.quantized_mean, inputs.mean - inputs.quantized_mean)
         target = refit(weight, moment, cross, damping=settings.damping)
     scale = weight_scale(target, spec, moment.diagonal(), settings)
     bounds = (spec.quant_min, spec.quant_max)
-    if settings.rounding == "gptq":
+    if compensated:
         integers = gptq(target, scale, moment, *bounds, damping=settings.damping)
     else:
         integers = nearest(target, scale, *bounds)
@@ -102,17 +106,22 @@ def solve(
     for w, bias in zip(weights, biases, strict=True):
         rows = slice(start, start := start + len(w))
         q, s = integers[rows], scale[rows]
-        new = corrected_bias(bias, w, inputs.mean, q * s.unsqueeze(1), inputs.quantized_mean)
-        solved.append(Rounded(integers=q.clone(), scale=s.clone(), bias=new.to(torch.float32)))
+        new = None
+        if compensated:
+            new = corrected_bias(bias, w, inputs.mean, q * s.unsqueeze(1), inputs.quantized_mean).to(torch.float32)
+        solved.append(Rounded(integers=q.clone(), scale=s.clone(), bias=new))
     return solved
 
 
 def weight_scale(weight: Tensor, spec: QuantSpec, importance: Tensor, settings: RoundingSettings) -> Tensor:
     """(C_out,) float32; equal for all channels where the spec has one scale."""
+    quantizer = (spec.qparams, spec.quant_min, spec.quant_max)
+    rows = weight if spec.channel_axis is not None else weight.reshape(1, -1)
+    low, high = torch.aminmax(rows, dim=1)
     if settings.ranges == "output":
-        low, high = clipped_weight_range(weight, importance.clamp_min(0), spec.qparams, spec.quant_min, spec.quant_max)
-    else:
-        low, high = torch.aminmax(weight, dim=1)
+        low, high = clipped_weight_range(weight, importance.clamp_min(0), *quantizer)
+    elif settings.ranges != "minmax":
+        low, high = search_range(rows, low, high, settings.ranges, *quantizer)
     if spec.channel_axis is None:
         low, high = low.amin().expand(len(weight)), high.amax().expand(len(weight))
     return spec.qparams(low, high)[0]

@@ -141,7 +141,8 @@ def quantized_network(model: GraphModule, nodes: Iterable[Node]) -> Instead:
         elif node in instead and (observer := weight_observer(model, node)) is not None:
             weight, bias = _stored(model, node)
             weight = observer.fake_quantize(weight_path(node), weight)
-            instead[node] = _Linear(weight, bias if observer.rounded is None else observer.rounded.bias.to(weight))
+            corrected = None if observer.rounded is None else observer.rounded.bias
+            instead[node] = _Linear(weight, bias if corrected is None else corrected.to(weight))
     return instead
 
 

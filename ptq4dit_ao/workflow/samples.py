@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from ptq4dit_ao.calibration import CalibrationSamples, collect_from_pipeline
+from ptq4dit_ao.calibration import CalibrationSamples, NormalTimesteps, collect_from_pipeline
 from ptq4dit_ao.errors import CalibrationError
-from ptq4dit_ao.recipe import Recipe
+from ptq4dit_ao.recipe import NormalDraw, Recipe
 from ptq4dit_ao.workflow.models import LoadedModel
 
 OnProgress = Callable[[str, int, int], None]
@@ -50,7 +50,7 @@ def recorded_samples(
     return collect_from_pipeline(
         model.pipeline,
         _prompts(model, recipe, settings.samples, settings.seed),
-        timesteps=settings.timesteps,
+        timesteps=wanted_timesteps(settings.timesteps),
         steps=recipe.calibration.steps,
         guidance=recipe.calibration.guidance,
         seed=settings.seed,
@@ -58,6 +58,13 @@ def recorded_samples(
         call=size,
         on_step=lambda done, total: on_progress(stage, done, total),
     )
+
+
+def wanted_timesteps(timesteps: int | Sequence[float] | NormalDraw) -> int | Sequence[float] | NormalTimesteps:
+    """What a recipe says, as :func:`~ptq4dit_ao.collect_from_pipeline` takes it."""
+    if isinstance(timesteps, NormalDraw):
+        return NormalTimesteps(mean=timesteps.mean, std=timesteps.std, count=timesteps.count)
+    return timesteps
 
 
 def _prompts(model: LoadedModel, recipe: Recipe, count: int, seed: int) -> Sequence[int] | Sequence[str]:

@@ -114,6 +114,30 @@ def fake_quantize(x: ArrayLike, scale: ArrayLike, zp: ArrayLike, qmin: int, qmax
     return (integers - zp) * scale
 
 
+def range_error(x: ArrayLike, lo: float, hi: float, p: float, qmin: int, qmax: int, symmetric: bool) -> float:
+    """``mean |Q(x) - x|^p`` over all elements of ``x``, Q covering ``[lo, hi]``."""
+    scale, zp = affine_qparams(lo, hi, qmin, qmax, symmetric, 2**-12)
+    return float((np.abs(fake_quantize(x, scale, zp, qmin, qmax) - x) ** p).mean())
+
+
+def percentile_ranges(x: ArrayLike) -> list[tuple[float, float]]:
+    """PTQ4DiT: ``{.999, .9999, .99999}``, as much cut from both tails; between two values, linearly."""
+    ordered = np.sort(np.asarray(x, dtype=np.float64).ravel())
+
+    def quantile(fraction: float) -> float:
+        position = fraction * (len(ordered) - 1)
+        below = int(np.floor(position))
+        above = min(below + 1, len(ordered) - 1)
+        return float(ordered[below] + (position - below) * (ordered[above] - ordered[below]))
+
+    return [(quantile(1 - f), quantile(f)) for f in (0.999, 0.9999, 0.99999)]
+
+
+def shrunk_ranges(lo: float, hi: float) -> list[tuple[float, float]]:
+    """PTQ4DM and Q-Diffusion: the range of minimum and maximum times 1, 0.99, ... 0.21."""
+    return [(lo * (1 - 0.01 * i), hi * (1 - 0.01 * i)) for i in range(80)]
+
+
 def sqnr_db(reference: ArrayLike, approximation: ArrayLike) -> float:
     """``10 log10(sum reference^2 / sum (reference - approximation)^2)``; inf where both are equal."""
     reference = np.asarray(reference, dtype=np.float64)

@@ -12,6 +12,7 @@ from ptq4dit_ao.recipe import Recipe
 Refusal = Callable[[str], list[str]]
 
 COUNT_OR_LIST = "a whole number >= 1 or a non-empty list of different numbers >= 0"
+COUNT_LIST_OR_DRAW = f"{COUNT_OR_LIST} or a mapping (keys: draw, mean, std, count)"
 BITS = "a whole number from 2 to 8"
 SEED = "a whole number from 0 to 4294967295"
 
@@ -80,7 +81,7 @@ WRONG = {
     "wide seed": ("evaluation: {seed: 4294967296}", f"evaluation.seed: 4294967296 is not allowed; it must be {SEED}"),
     "no timesteps": (
         "calibration: {timesteps: 0}",
-        f"calibration.timesteps: 0 is not allowed; it must be {COUNT_OR_LIST}",
+        f"calibration.timesteps: 0 is not allowed; it must be {COUNT_LIST_OR_DRAW}",
     ),
     "text for timesteps": (
         "evaluation: {timesteps: all}",
@@ -88,7 +89,7 @@ WRONG = {
     ),
     "empty timesteps": (
         "calibration: {timesteps: []}",
-        f"calibration.timesteps: [] is not allowed; it must be {COUNT_OR_LIST}",
+        f"calibration.timesteps: [] is not allowed; it must be {COUNT_LIST_OR_DRAW}",
     ),
     "negative timestep": (
         "calibration: {timesteps: [3, -1]}",
@@ -101,6 +102,30 @@ WRONG = {
     "duplicate timesteps": (
         "evaluation: {timesteps: [1, 2.5, 3, 2.5]}",
         "evaluation.timesteps: 2.5 stands more than once in the list; keep one of them",
+    ),
+    "a draw for evaluation": (
+        "evaluation: {timesteps: {draw: normal}}",
+        f'evaluation.timesteps: {{"draw": "normal"}} is not allowed; it must be {COUNT_OR_LIST}',
+    ),
+    "another draw": (
+        "calibration: {timesteps: {draw: uniform}}",
+        "calibration.timesteps.draw: 'uniform' (text) is not allowed; it must be normal",
+    ),
+    "a draw without its name": (
+        "calibration: {timesteps: {mean: 0.4}}",
+        "calibration.timesteps.draw: missing; it must be normal",
+    ),
+    "unknown key of a draw": (
+        "calibration: {timesteps: {draw: normal, men: 0.4}}",
+        "calibration.timesteps.men: unknown key; did you mean 'mean'?",
+    ),
+    "std": (
+        "calibration: {timesteps: {draw: normal, std: -1}}",
+        "calibration.timesteps.std: -1 is not allowed; it must be a number >= 0",
+    ),
+    "draws": (
+        "calibration: {timesteps: {draw: normal, count: 0}}",
+        "calibration.timesteps.count: 0 is not allowed; it must be a whole number >= 1",
     ),
     "override without pattern": (
         "overrides: [{skip: true}]",

@@ -15,7 +15,17 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 import ptq4dit_ao.recipe
-from ptq4dit_ao.recipe import Activations, Balance, Calibration, Evaluation, Override, Recipe, Weights, load_recipe
+from ptq4dit_ao.recipe import (
+    Activations,
+    Balance,
+    Calibration,
+    Evaluation,
+    NormalDraw,
+    Override,
+    Recipe,
+    Weights,
+    load_recipe,
+)
 from ptq4dit_ao.recipe.yaml_text import read_yaml
 
 BITS = st.integers(2, 8)
@@ -25,6 +35,7 @@ NUMBERS = st.floats(0, 1e9)
 TIMESTEPS = COUNTS | st.lists(NUMBERS, min_size=1, max_size=4, unique=True)
 # The characters that YAML gives a meaning to, with some that it escapes.
 TEXTS = st.text("a1e-+.:#'\"\n\t \\é\x85\u2028\U0001f600{}[]*&!|>%@`~,?<=", max_size=8)
+DRAWS = st.builds(NormalDraw, draw=st.just("normal"), mean=st.floats(-1, 2), std=NUMBERS, count=COUNTS)
 NON_EMPTY = TEXTS.filter(bool)
 
 SKIPS = st.builds(Override, pattern=NON_EMPTY, skip=st.just(True))
@@ -50,7 +61,9 @@ RECIPES = st.builds(
     ),
     layers=st.sampled_from(["safe", "paper"]),
     overrides=st.lists(SKIPS | CHANGES, max_size=3),
-    calibration=st.builds(Calibration, timesteps=TIMESTEPS, samples=COUNTS, steps=COUNTS, guidance=NUMBERS, seed=SEEDS),
+    calibration=st.builds(
+        Calibration, timesteps=TIMESTEPS | DRAWS, samples=COUNTS, steps=COUNTS, guidance=NUMBERS, seed=SEEDS
+    ),
     evaluation=st.builds(Evaluation, timesteps=TIMESTEPS, samples=COUNTS, seed=SEEDS),
 )
 
@@ -145,6 +158,7 @@ def test_public_names() -> None:
         "Balance",
         "Calibration",
         "Evaluation",
+        "NormalDraw",
         "Override",
         "Recipe",
         "Rounding",

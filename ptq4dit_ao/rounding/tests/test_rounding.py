@@ -126,6 +126,37 @@ def test_a_search_is_as_good_as_the_fixed_choices(quantized, error_db):
     assert found > min(fixed) + 0.5
 
 
+@pytest.mark.parametrize("ranges", ["percentile", "lp", "output"])
+def test_nearest_moves_ranges_and_nothing_else(quantized, tiny_exported, ranges):
+    converted = quantized(**W4, aggregation="none", rounding=RoundingSettings(ranges=ranges))
+    names = balance_result(converted).layers
+    for linear in quantized_linears(converted):
+        layer = tiny_exported.get_submodule(names[linear.name])
+        scale = linear.weight_scale.unsqueeze(1)
+        assert torch.equal(linear.weight, (layer.weight / scale).round().clamp(-8, 7).to(torch.int8))
+        assert torch.equal(linear.bias, layer.bias)
+        assert (scale.squeeze() <= layer.weight.abs().amax(1) / 7.5 * 1.001).all()
+
+
+def test_nearest_leaves_biases_alone_layer_by_layer_and_when_resumed(prepare, tiny_samples, tiny_exported, tmp_path):
+    options = {**W4, "aggregation": "none", "rounding": RoundingSettings(ranges="lp"), "sequential": True}
+    for prepared in (prepare(**options), prepare(**options)):
+        round_sequentially(prepared, tiny_samples, resume=tmp_path)
+        converted = convert_pt2e(prepared)
+        names = balance_result(converted).layers
+        for linear in quantized_linears(converted):
+            assert torch.equal(linear.bias, tiny_exported.get_submodule(names[linear.name]).bias)
+
+
+def test_papers_ranges_cut_tails_of_weights_and_activations(quantized):
+    plain = quantized_linears(quantized(**W4, aggregation="none"))
+    lp = quantized_linears(quantized(**W4, aggregation="none", rounding=RoundingSettings(ranges="lp")))
+    for before, after in zip(plain, lp, strict=True):
+        assert after.x_scale <= before.x_scale * (1 + 1e-6)
+        assert (after.weight_scale < before.weight_scale).any()
+    assert any(after.x_scale < before.x_scale for before, after in zip(plain, lp, strict=True))
+
+
 def test_a_weight_without_a_bias_gets_one(tiny_dit, tiny_samples, duplicate):
     import copy
 
@@ -219,7 +250,7 @@ def test_an_input_that_was_never_seen_is_named(tiny_exported, duplicate):
 def test_wrong_settings_are_named():
     with pytest.raises(ArgumentError, match="rounding is 'gptx'; choose one of nearest, gptq"):
         RoundingSettings(rounding="gptx")
-    with pytest.raises(ArgumentError, match="ranges is 'max'; choose one of minmax, output"):
+    with pytest.raises(ArgumentError, match="ranges is 'max'; choose one of minmax, output, percentile, lp"):
         RoundingSettings(ranges="max")
     with pytest.raises(ArgumentError, match=r"damping is 0; it must lie in \(0, 1\]"):
         RoundingSettings(damping=0)

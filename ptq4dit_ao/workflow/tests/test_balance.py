@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ptq4dit_ao.calibration import CalibrationSamples
+from ptq4dit_ao.calibration import CalibrationSamples, NormalTimesteps
 from ptq4dit_ao.errors import ArgumentError, BalanceError, CalibrationError, ExportError
 from ptq4dit_ao.graph.signature import CallSignature, TensorName, flatten_call
 from ptq4dit_ao.passes import ModuleBalance
@@ -240,6 +240,26 @@ def test_prompts_repeat_and_the_recipe_says_the_rest(drawn):
     assert progress == [("calibration samples", 2, 7), ("evaluation samples", 3, 7)]
     assert options == {"timesteps": 3, "steps": 7, "guidance": 2.5, "seed": 4, "batch_size": 16, "call": {"height": 16}}
     assert others == {**options, "timesteps": 20, "seed": 8}
+
+
+DRAW = {"draw": "normal", "mean": 0.3, "std": 0.2, "count": 6}
+
+
+def test_timesteps_are_drawn_as_the_recipe_says(drawn):
+    recipe = Recipe.from_dict({"version": 1, "calibration": {**CALIBRATION, "timesteps": DRAW}})
+    recorded_samples(with_pipeline(), recipe)
+    recorded_samples(with_pipeline(), recipe, evaluate=True)
+    assert drawn[0][1]["timesteps"] == NormalTimesteps(mean=0.3, std=0.2, count=6)
+    assert drawn[1][1]["timesteps"] == 20
+
+
+def test_each_row_of_a_draw_has_a_timestep_of_its_own():
+    calibration = {"timesteps": DRAW, "samples": 3, "batch_size": 2, "steps": 8}
+    samples = recorded_samples(load_model("reference"), Recipe.from_dict({"version": 1, "calibration": calibration}))
+    drawn = NormalTimesteps(mean=0.3, std=0.2, count=6).deal(3, 8, seed=0)
+    expected = sorted(875 - 125 * position for sample in drawn for position in sample for _ in ("label", "null"))
+    assert sorted(samples.inputs["timestep"].tolist()) == expected and len(set(expected)) > 2
+    assert (samples.inputs["class_labels"] == 10).sum() == 6
 
 
 def test_labels_are_drawn_where_the_model_takes_them(drawn):
