@@ -118,7 +118,7 @@ class PTQ4DiTQuantizer(Quantizer):
         )
         if isinstance(rounding, str):
             rounding = RoundingSettings(rounding=rounding, ranges="output" if rounding == "gptq" else "minmax")
-        if rounding.rounding == "adaround" and not sequential:
+        if rounding.learned and not sequential:
             raise ArgumentError("rounding is 'adaround', which learns block by block; pass sequential=True with it")
         self._rounding = rounding
         self._sequential = sequential

@@ -35,6 +35,7 @@ from ptq4dit_ao.recipe.values import (
     Ranges,
     RoundingMethod,
     Seed,
+    Start,
     TimestepList,
     Timesteps,
     Version,
@@ -127,6 +128,9 @@ class Rounding(_Section):
         gt=0,
         le=1,
         description="What GPTQ adds to the diagonal of the inputs' second moment, as a part of its mean.",
+    )
+    start: Start = Field(
+        default="nearest", description="Where 'adaround' starts: at the float weight, or at what 'gptq' finds."
     )
     steps: Count = Field(default=20_000, description="How often 'adaround' updates the weights of a block.")
     minutes: float | None = Field(

@@ -66,6 +66,7 @@ Alpha = Annotated[
     Discriminator(_number_or_auto),
 ]
 RoundingMethod = Literal["nearest", "gptq", "adaround"]
+Start = Literal["nearest", "gptq"]
 Ranges = Literal["minmax", "output", "percentile", "lp"]
 FoldForm = Literal["constant", "bias"]
 LayerPreset = Literal["safe", "paper"]

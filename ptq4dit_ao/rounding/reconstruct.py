@@ -22,15 +22,24 @@ from ptq4dit_ao.rounding.layers import Layer
 from ptq4dit_ao.rounding.settings import RoundingSettings
 from ptq4dit_ao.rounding.streams import Instead, Values, quantized_network, run_node
 
+INSIDE = 0.49
+"""A place that far from an integer is still nearest to it."""
+
 REGULARIZER = 0.01
 """Weight of the regularizer against the block's square error, summed over channels (BRECQ, Q-Diffusion)."""
 
-ROUNDING_RATE = 1e-3
+NEAR = 0.5
+"""How far on the way from GPTQ's integer to the float weight, or to the next integer, learning starts."""
 
 RANGE_RATE = 4e-4
 """Learning rate of the logarithm of an activation's step."""
 
 SEED = 0
+
+
+def rounding_rate(steps: int) -> float:
+    """Learning rate of V: the papers' 1e-3 for their 20,000 steps, so that fewer can lead as far."""
+    return min(0.03, 20 / steps)
 
 
 class Budget:
@@ -61,12 +70,15 @@ class Budget:
 class SoftLinear(nn.Module):
     """A linear whose weight lies between its two nearest roundings."""
 
-    def __init__(self, layer: Layer, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, prepared: GraphModule, layer: Layer, settings: RoundingSettings) -> None:
         super().__init__()
         assert layer.observer.rounded is not None
         self.layer, self.rounded, self.spec = layer, layer.observer.rounded, layer.observer.spec
-        self.scale, self.bias = self.rounded.scale.unsqueeze(1), bias
-        position = weight / self.scale
+        self.scale = self.rounded.scale.unsqueeze(1)
+        self.bias = layer.bias(prepared) if self.rounded.bias is None else self.rounded.bias
+        position = layer.weight(prepared) / self.scale
+        if settings.start == "gptq":  # its integers are the nearest to where learning starts
+            position = self.rounded.integers + NEAR * (position - self.rounded.integers).clamp(-INSIDE, INSIDE)
         self.floor = position.floor()
         self.v = nn.Parameter(inverse_rectified_sigmoid(position - self.floor))
 
@@ -112,6 +124,7 @@ def reconstruct(
     block: Block,
     inputs: Sequence[Values],
     targets: Sequence[Values],
+    settings: RoundingSettings,
     *,
     progress: Iterator[float],
     ranges: Sequence[ActivationObserver],
@@ -123,16 +136,19 @@ def reconstruct(
         block: part of it.
         inputs: what the block reads in the quantized network, batch by batch.
         targets: what its outputs are in the float network.
+        settings: how.
         progress: parts of the time that are spent, one for each step.
         ranges: observers whose range may change.
     """
     layers = [layer for group in block.groups for layer in group.layers]
-    linears = {layer.node: SoftLinear(layer, layer.weight(prepared), layer.bias(prepared)) for layer in layers}
+    linears = {layer.node: SoftLinear(prepared, layer, settings) for layer in layers}
     learned = {observer: LearnedRange(observer) for observer in ranges}
     observed = {g.node: learned[g.observer] for g in block.groups if g.observer in learned}
     run = _Run(prepared, block, {**linears, **observed})
     roundings, steps = [linear.v for linear in linears.values()], [step.log_scale for step in learned.values()]
-    optimizer = torch.optim.Adam([{"params": roundings, "lr": ROUNDING_RATE}, {"params": steps, "lr": RANGE_RATE}])
+    optimizer = torch.optim.Adam(
+        [{"params": roundings, "lr": rounding_rate(settings.steps)}, {"params": steps, "lr": RANGE_RATE}]
+    )
     generator = torch.Generator().manual_seed(SEED)
     with torch.enable_grad():
         for spent in progress:

@@ -35,8 +35,8 @@ class PostRoundingScore:
         self, prepared: GraphModule, observers: Mapping[str, Sequence[SalienceObserver]], settings: RoundingSettings
     ) -> None:
         self._observers = observers
-        learned = settings.rounding == "adaround"  # closer to what GPTQ leaves than to rounding to nearest
-        self._settings = replace(settings, rounding="gptq") if learned else settings
+        # What is learned is closer to GPTQ's solution than to rounding to nearest.
+        self._settings = replace(settings, rounding="gptq") if settings.learned else settings
         self._groups: dict[SalienceObserver, list[Group]] = {}
         for group in find_groups(prepared):
             if isinstance(group.observer, SalienceObserver):

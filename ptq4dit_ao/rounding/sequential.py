@@ -52,7 +52,7 @@ def round_sequentially(
         resume: a folder to note them in; what is found there is not done again.
     """
     groups, batches = find_groups(prepared), list(batches)
-    learns = settings.rounding == "adaround"
+    learns = settings.learned
     parts = PARTS if learns else 1
     blocks = list(find_blocks(prepared, groups, together=learns))
     progress = Progress(resume, "" if resume is None else fingerprint(prepared, groups, batches, settings))
@@ -79,7 +79,8 @@ def _learn(
         streams.advance(group.node)
         _round(prepared, group, streams, settings)
     streams.advance(block.end)
-    reconstruct(prepared, block, held, streams.exact(block.outputs()), progress=progress, ranges=new)
+    targets = streams.exact(block.outputs())
+    reconstruct(prepared, block, held, targets, settings, progress=progress, ranges=new)
     streams.redo(block.nodes, held)
 
 

@@ -9,6 +9,8 @@ from ptq4dit_ao.errors import ArgumentError, check_choice
 
 Rounding = Literal["nearest", "gptq", "adaround"]
 ROUNDINGS: tuple[str, ...] = get_args(Rounding)
+Start = Literal["nearest", "gptq"]
+STARTS: tuple[str, ...] = get_args(Start)
 Ranges = Literal["minmax", "output", "percentile", "lp"]
 RANGES: tuple[str, ...] = get_args(Ranges)
 
@@ -18,7 +20,8 @@ class RoundingSettings:
     """What happens to a linear's weight and to the range of its input after balancing.
 
     ``rounding`` is ``nearest``; ``gptq``, which also corrects the bias; or ``adaround``, by which the weights of a
-    block learn together which way to round, and its inputs' ranges how wide to be. ``ranges`` is ``minmax``;
+    block learn together which way to round, and its inputs' ranges how wide to be; they ``start`` at the float weight,
+    or near what GPTQ has found. ``ranges`` is ``minmax``;
     ``output``, which cuts the tails where the layer's output gains; or a search of the papers', ``percentile`` or
     ``lp`` (:mod:`ptq4dit_ao.core.range_search`). ``damping`` is what GPTQ adds to the diagonal of the inputs' second
     moment, as a part of its mean. ``steps`` is how often a block's weights are updated, with one batch each time, and
@@ -29,18 +32,30 @@ class RoundingSettings:
     rounding: Rounding = "nearest"
     ranges: Ranges = "minmax"
     damping: float = 0.01
+    start: Start = "nearest"
     steps: int = 20_000
     minutes: float | None = None
 
     def __post_init__(self) -> None:
         check_choice("rounding", self.rounding, ROUNDINGS)
         check_choice("ranges", self.ranges, RANGES)
+        check_choice("start", self.start, STARTS)
         if not 0 < self.damping <= 1:
             raise ArgumentError(f"damping is {self.damping}; it must lie in (0, 1] (0.01 is GPTQ's)")
         if self.steps < 1:
             raise ArgumentError(f"steps is {self.steps}; it must be at least 1 (the paper's is 20000)")
         if self.minutes is not None and not self.minutes > 0:
             raise ArgumentError(f"minutes is {self.minutes}; it must be above 0, or None for no limit")
+
+    @property
+    def learned(self) -> bool:
+        """Do weights learn how to round?"""
+        return self.rounding == "adaround"
+
+    @property
+    def closed_form(self) -> str:
+        """How weights are rounded before they learn."""
+        return self.start if self.rounding == "adaround" else self.rounding
 
     @property
     def plain(self) -> bool:

@@ -92,7 +92,7 @@ def solve(
     weight = torch.cat(list(weights))
     moment = inputs.moment - torch.outer(inputs.quantized_mean, inputs.quantized_mean)  # the bias takes the mean
     moment.diagonal().add_(FLOOR * inputs.moment.diagonal())
-    target, compensated = weight, settings.rounding == "gptq"
+    target, compensated = weight, settings.closed_form == "gptq"
     if inputs.cross is not None and compensated:
         cross = inputs.cross - torch.outer(inputs.quantized_mean, inputs.mean - inputs.quantized_mean)
         target = refit(weight, moment, cross, damping=settings.damping)

@@ -61,6 +61,7 @@ def quantizer_from_recipe(
             rounding=recipe.rounding.method,
             ranges=recipe.rounding.ranges,
             damping=recipe.rounding.damping,
+            start=recipe.rounding.start,
             steps=recipe.rounding.steps,
             minutes=recipe.rounding.minutes,
         ),

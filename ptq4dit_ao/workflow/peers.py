@@ -99,12 +99,27 @@ def torchao_static(model: FloatModel) -> Started:
     return _counted(_frozen(torch.compile(convert_pt2e(prepared))), model)
 
 
+def torchao_smoothquant(model: FloatModel) -> Started:
+    """``quantize_`` with SmoothQuant 0.5 over static int8, activations per tensor."""
+    from torchao.prototype.smoothquant import SmoothQuantConfig
+    from torchao.quantization import Int8StaticActivationInt8WeightConfig, quantize_
+    from torchao.quantization.granularity import PerRow, PerTensor
+
+    module = copy.deepcopy(model.module)
+    base = Int8StaticActivationInt8WeightConfig(granularity=(PerTensor(), PerRow()))
+    quantize_(module, SmoothQuantConfig(base, step="prepare"))
+    for batch in model.batches:
+        model.call(module)(*batch)
+    quantize_(module, SmoothQuantConfig(base, step="convert"))
+    return _counted(_frozen(model.call(_compiled(module))), model)
+
+
 def openvino_float32(model: FloatModel) -> Started:
     """OpenVINO without quantization."""
     return _openvino(*to_openvino(model.exported, model.batches[0]), INFERENCE_PRECISION_HINT="f32")
 
 
-def nncf_int8(model: FloatModel) -> Started:
+def nncf_int8(model: FloatModel, **options: Any) -> Started:
     """``nncf.quantize`` of the OpenVINO model, which computes the rest in what the processor does best."""
     import nncf
 
@@ -112,7 +127,7 @@ def nncf_int8(model: FloatModel) -> Started:
     float_model, program = to_openvino(model.exported, model.batches[0])
     data = nncf.Dataset(model.batches, _numpy)
     with contextlib.redirect_stdout(io.StringIO()):  # progress bars
-        quantized = nncf.quantize(float_model, data, model_type=nncf.ModelType.TRANSFORMER)
+        quantized = nncf.quantize(float_model, data, model_type=nncf.ModelType.TRANSFORMER, **options)
     return _openvino(quantized, program)
 
 
@@ -137,6 +152,7 @@ def quanto_int8(model: FloatModel) -> Started:
 PEERS = (
     Contender(name="torchao int8 dynamic", start=torchao_dynamic, packages=("torchao",)),
     Contender(name="torchao X86 static int8", start=torchao_static, packages=("torchao",)),
+    Contender(name="torchao SmoothQuant static int8", start=torchao_smoothquant, packages=("torchao",)),
     Contender(name="OpenVINO float32", start=openvino_float32, packages=("openvino",)),
     Contender(name="NNCF int8 on OpenVINO", start=nncf_int8, packages=("nncf", "openvino")),
     Contender(name="SDNQ int8", start=sdnq_int8, packages=("sdnq",)),

@@ -102,6 +102,7 @@ def test_to_dict_holds_every_default_and_no_null() -> None:
             "sequential": False,
             "tokens": 32768,
             "damping": 0.01,
+            "start": "nearest",
             "steps": 20000,
         },
         "layers": "safe",

@@ -66,9 +66,18 @@ def test_learning_starts_at_the_float_weight(prepare, tiny_samples):
     prepared = prepare(settings(steps=1))
     round_sequentially(prepared, tiny_samples)
     layer = find_groups(prepared)[0].layers[0]
-    weight = layer.weight(prepared)
-    soft = SoftLinear(layer, weight, None)
-    torch.testing.assert_close(soft(torch.eye(weight.shape[1])), weight.T, atol=1e-4, rtol=1e-4)
+    soft, spec = SoftLinear(prepared, layer, settings()), layer.observer.spec
+    weight = layer.weight(prepared).clamp(spec.quant_min * soft.scale, spec.quant_max * soft.scale)
+    torch.testing.assert_close(soft(torch.eye(weight.shape[1])) - soft.bias, weight.T, atol=1e-4, rtol=1e-4)
+
+
+def test_learning_can_start_at_what_gptq_finds(prepare, tiny_samples):
+    closed, learned = prepare("gptq"), prepare(settings(start="gptq", steps=1, ranges="output"))
+    for prepared in (closed, learned):
+        round_sequentially(prepared, tiny_samples)
+    (expected,), (found,) = (find_groups(prepared)[0].layers[:1] for prepared in (closed, learned))
+    torch.testing.assert_close(found.observer.rounded.bias, expected.observer.rounded.bias)
+    assert (found.observer.rounded.integers == expected.observer.rounded.integers).float().mean() > 0.99
 
 
 def test_a_learned_range_computes_what_the_observer_will(prepare, tiny_samples):
