@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from ptq4dit_ao._atomic import replace_text
 from ptq4dit_ao.artifact import check_target
 from ptq4dit_ao.calibration import CalibrationSamples, as_denoiser, sample
 from ptq4dit_ao.calibration.sampling import Denoiser
@@ -157,8 +158,6 @@ def size_of(model: nn.Module, quantized: QuantizedModel, artifact_bytes: int) ->
 
 def write_report(report: dict[str, object], folder: Path, images: tuple[Tensor, Tensor] | None) -> None:
     """``report.json`` and ``report.html`` beside the artifact."""
-    partial = folder / "report.json.tmp"
-    partial.write_text(json.dumps(report, indent=1, allow_nan=False))
-    partial.replace(folder / "report.json")
+    replace_text(folder / "report.json", json.dumps(report, indent=1, allow_nan=False))
     float_images, quantized_images = images or (None, None)
     write_html(report, folder / "report.html", float_images=float_images, quantized_images=quantized_images)
