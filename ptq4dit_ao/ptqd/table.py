@@ -6,6 +6,7 @@ eps_q = (1 + k_t) eps + mu_{t,c} + r,    r of mean 0 and standard deviation sigm
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -73,6 +74,10 @@ class NoiseCorrection:
     def steps(self) -> int:
         """T, of the sampler that it was measured for."""
         return len(self.timesteps)
+
+    def serves(self, timesteps: Iterable[int], guidance: float) -> bool:
+        """Is it of this guidance scale, and of all these timesteps?"""
+        return guidance == self.guidance and set(timesteps) <= self._rows.keys()
 
     def correct(self, eps: Tensor, timestep: int | Tensor) -> Tensor:
         """``(eps - mu_t) / (1 + k_t)``: the quantized model's guided noise (N, C, ...) made like the float model's.

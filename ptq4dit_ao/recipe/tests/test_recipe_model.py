@@ -15,7 +15,17 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 import ptq4dit_ao.recipe
-from ptq4dit_ao.recipe import Activations, Balance, Calibration, Evaluation, Override, Recipe, Weights, load_recipe
+from ptq4dit_ao.recipe import (
+    Activations,
+    Balance,
+    Calibration,
+    Evaluation,
+    NoiseCorrection,
+    Override,
+    Recipe,
+    Weights,
+    load_recipe,
+)
 from ptq4dit_ao.recipe.yaml_text import read_yaml
 
 BITS = st.integers(2, 8)
@@ -51,6 +61,7 @@ RECIPES = st.builds(
     layers=st.sampled_from(["safe", "paper"]),
     overrides=st.lists(SKIPS | CHANGES, max_size=3),
     calibration=st.builds(Calibration, timesteps=TIMESTEPS, samples=COUNTS, steps=COUNTS, guidance=NUMBERS, seed=SEEDS),
+    noise_correction=st.builds(NoiseCorrection, images=st.integers(0, 9), seed=SEEDS),
     evaluation=st.builds(Evaluation, timesteps=TIMESTEPS, samples=COUNTS, seed=SEEDS),
 )
 
@@ -95,6 +106,7 @@ def test_to_dict_holds_every_default_and_no_null() -> None:
             "prompts": [],
             "seed": 0,
         },
+        "noise_correction": {"images": 0, "seed": 2000},
         "evaluation": {"timesteps": 20, "samples": 32, "seed": 1000},
     }
 
@@ -138,6 +150,7 @@ def test_public_names() -> None:
         "Balance",
         "Calibration",
         "Evaluation",
+        "NoiseCorrection",
         "Override",
         "Recipe",
         "Rounding",
