@@ -18,6 +18,7 @@ from ptq4dit_ao.calibration import sample as draw
 from ptq4dit_ao.cli.bench import bench as bench  # a command like those below
 from ptq4dit_ao.cli.evaluate import evaluate as evaluate
 from ptq4dit_ao.cli.progress import progress
+from ptq4dit_ao.cli.table import table as table
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.lowering import export_to, missing_backends
 from ptq4dit_ao.lowering.backend import BACKENDS, Capabilities

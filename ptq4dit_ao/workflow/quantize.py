@@ -139,7 +139,7 @@ def _grids(
         return None
     labels = torch.arange(GRID_CLASSES).repeat_interleave(GRID_PER_CLASS)
     steps = quantized.recipe.calibration.steps
-    corrected = correction and PTQDScheduler(sampling.scheduler(steps), correction)
+    corrected = None if correction is None else PTQDScheduler(sampling.scheduler(steps), correction)
 
     def draw(stage: str, denoiser: Denoiser, scheduler: PTQDScheduler | None = None) -> Tensor:
         return sample(

@@ -26,6 +26,9 @@ from ptq4dit_ao.workflow.models import REFERENCE, LoadedModel
 from ptq4dit_ao.workflow.reference_set import ReferenceSet, Yardstick, read_reference, yardstick
 from ptq4dit_ao.workflow.samples import OnProgress
 
+OWN = "what the float model draws"
+"""The reference set, where there is no other."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Standard:
@@ -103,9 +106,9 @@ def standard_of(
     if network is None:
         notes = ("no distances: there is no feature network; give one (--features)",)
         return Standard(model=model, drawing=drawing, images=images, distances=None, yardstick=None, notes=notes)
-    own = ReferenceSet(name="what the float model draws", images=images)
+    own = ReferenceSet(name=OWN, images=images)
     measure = yardstick(own, network, cache, functools.partial(on_progress, "reference set"))
-    notes = ("no reference set: distances are to what the float model draws",)
+    notes = (f"no reference set: distances are to {OWN}",)
     return Standard(model=model, drawing=drawing, images=images, distances=None, yardstick=measure, notes=notes)
 
 
