@@ -16,7 +16,7 @@ from ptq4dit_ao.errors import ArtifactError
 FORMAT = "ptq4dit-ao"
 FORMAT_VERSION = 1
 MANIFEST, GRAPH, WEIGHTS = "manifest.json", "graph.json", "weights.safetensors"
-REPORTS = ("report.json", "report.html")
+BESIDE = ("report.json", "report.html", "ptqd.safetensors")
 """Written beside a model; not part of it."""
 
 _KEYS = {"format", "format_version", "versions", "input_signature", "metadata", "tensors", "files"}

@@ -17,10 +17,10 @@ from torch.fx import GraphModule
 from ptq4dit_ao.artifact.folder import replacing, set_aside
 from ptq4dit_ao.artifact.graph_json import graph_from_json, graph_to_json
 from ptq4dit_ao.artifact.manifest import (
+    BESIDE,
     FORMAT,
     GRAPH,
     MANIFEST,
-    REPORTS,
     WEIGHTS,
     ArtifactSize,
     Manifest,
@@ -146,7 +146,7 @@ def _check_replaceable(target: Path) -> None:
     if not target.exists():
         return
     names = {path.name for path in target.iterdir()} if target.is_dir() else {target.name}
-    foreign = sorted(names - {MANIFEST, GRAPH, WEIGHTS, *REPORTS})
+    foreign = sorted(names - {MANIFEST, GRAPH, WEIGHTS, *BESIDE})
     if foreign or (names and not is_manifest(target / MANIFEST)):
         found = f"it holds {foreign[0]!r}" if foreign else f"its {MANIFEST} is not ours"
         raise ArtifactError(

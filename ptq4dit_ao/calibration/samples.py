@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ptq4dit_ao._atomic import replacing_file
 from ptq4dit_ao._tensor_file import read_tensors
 from ptq4dit_ao.errors import CalibrationError
 from ptq4dit_ao.graph.names import TIMESTEP_NAMES
@@ -80,7 +81,7 @@ class CalibrationSamples:
         return CalibrationSamples(rows, self.shared, self.signature)
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file.
+        """Write one safetensors file, which replaces what was there when it is complete.
 
         Raises:
             CalibrationError: it cannot be written.
@@ -90,7 +91,8 @@ class CalibrationSamples:
         try:
             if self.signature is not None:
                 metadata["signature"] = json.dumps(self.signature.to_json())
-            save_file(tensors, path, metadata=metadata)
+            with replacing_file(path) as temporary:
+                save_file(tensors, temporary, metadata=metadata)
         except (OSError, SafetensorError, ValueError) as error:
             raise CalibrationError(f"cannot write calibration samples to {path}: {error}") from error
 

@@ -18,6 +18,7 @@ from ptq4dit_ao.calibration import sample as draw
 from ptq4dit_ao.cli.bench import bench as bench  # a command like those below
 from ptq4dit_ao.cli.evaluate import evaluate as evaluate
 from ptq4dit_ao.cli.progress import progress
+from ptq4dit_ao.cli.table import table as table
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.lowering import export_to, missing_backends
 from ptq4dit_ao.lowering.backend import BACKENDS, Capabilities
@@ -25,6 +26,7 @@ from ptq4dit_ao.recipe import load_recipe, recipe_json_schema, shipped_recipe_pa
 from ptq4dit_ao.report import save_image_grid
 from ptq4dit_ao.workflow import QuantizedModel, balance_checkpoint, load_model, load_quantized
 from ptq4dit_ao.workflow import quantize as run_quantize
+from ptq4dit_ao.workflow.correction import corrected_scheduler
 
 
 def quantize(args: argparse.Namespace, console: Console) -> None:
@@ -68,6 +70,8 @@ def sample(args: argparse.Namespace, console: Console) -> None:
             f"{args.directory} denoises {sampling.channels}-channel latents, which its VAE must decode; use it as the "
             "transformer of a diffusers pipeline"
         )
+    guidance = model.recipe.calibration.guidance if args.guidance is None else args.guidance
+    scheduler = corrected_scheduler(args.directory, model, sampling, args.steps, guidance)
     lowered = model.lower(args.backend, float_dtype=_float_dtype(args))
     console.print(str(lowered.proof))
     labels = torch.arange(sampling.null_label).repeat_interleave(args.per_class)
@@ -77,8 +81,9 @@ def sample(args: argparse.Namespace, console: Console) -> None:
             sampling,
             labels,
             steps=args.steps,
-            guidance=model.recipe.calibration.guidance if args.guidance is None else args.guidance,
+            guidance=guidance,
             generator=torch.Generator().manual_seed(args.seed),
+            scheduler=scheduler,
             on_step=lambda done, total: on_progress("sample", done, total),
         )
     save_image_grid(images, args.output, columns=args.per_class)

@@ -1,4 +1,4 @@
-"""``ptq4dit-ao``: quantize, balance, sample, inspect, evaluate, export, bench.
+"""``ptq4dit-ao``: quantize, balance, sample, inspect, evaluate, table, export, bench.
 
 Exit codes: 0 done, 1 it could not be done (the message says why), 2 the command line is wrong.
 """
@@ -28,6 +28,7 @@ examples:
   ptq4dit-ao sample out/digits --backend fbgemm                  a grid of samples, integer kernels
   ptq4dit-ao inspect out/digits                                  layers, bits, sites, kernel proof
   ptq4dit-ao evaluate out/digits --backend reference fbgemm      errors against float, distances to real images
+  ptq4dit-ao table --output out/table                            methods x bits x steps, as papers have it
   ptq4dit-ao export out/digits --backend openvino --output m.xml what another program runs
   ptq4dit-ao bench out/digits --peers                            speed against float and against other quantizers
   ptq4dit-ao bench --width dit-xl --blocks 4                     the same without weights
@@ -129,6 +130,35 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables as Markdown")
 
     p = commands.add_parser(
+        "table", parents=[common], help="compare methods at several widths and step counts",
+        description="Quantize a class-conditional DiT with each method at each width, and measure each at each step "
+        "count, simulated. Writes table.md, table.json and table.png. The same command goes on where it was killed.",
+    )  # fmt: skip
+    p.add_argument("--model", default="reference", metavar="MODEL", help="as for quantize (default: %(default)s)")
+    p.add_argument(
+        "--methods", type=_words, default=("minmax", "smoothquant", "paper", "ptqd", "fast", "auto"), metavar="A,B",
+        help="shipped recipes or recipe files (default: minmax,smoothquant,paper,ptqd,fast,auto)",
+    )  # fmt: skip
+    p.add_argument(
+        "--bits", type=_words, default=("w8a8", "w4a8", "w6a6", "w4a4"), metavar="A,B",
+        help="of weights and activations (default: w8a8,w4a8,w6a6,w4a4)",
+    )  # fmt: skip
+    p.add_argument("--steps", type=_numbers, default=(100, 50), metavar="A,B", help="of the sampler (default: 100,50)")
+    p.add_argument("--samples", type=_positive, default=2000, metavar="N", help="images to draw (default: %(default)s)")
+    p.add_argument(
+        "--calibration-images", type=_positive, default=16, metavar="N", help="at each timestep (default: %(default)s)"
+    )
+    p.add_argument("--seed", type=int, default=0, help="seed of calibration and noise (default: %(default)s)")
+    p.add_argument("--guidance", type=float, default=1.5, help="guidance scale (default: %(default)s)")
+    p.add_argument(
+        "--layers", choices=("paper", "safe"), default="paper", help="what all methods quantize (default: %(default)s)"
+    )
+    p.add_argument("--features", metavar="NETWORK", help="as for evaluate")
+    p.add_argument("--reference", type=Path, metavar="REAL", help="as for evaluate")
+    p.add_argument("--ablation", action="store_true", help="also the paper's parts: base, +CSB, +SSC, +ours")
+    p.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the table and its cells")
+
+    p = commands.add_parser(
         "export", parents=[common, float_dtype], help="write what another program runs",
         description="Write a quantized model as the file of a backend: an OpenVINO IR, an AOTInductor package, ONNX.",
     )  # fmt: skip
@@ -202,6 +232,14 @@ def quiet_imports() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # it sets its logger's level when it is imported
     for name in ("torch", "torchao", "torch.utils._pytree", "diffusers"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(_positive(word) for word in _words(text))
 
 
 def _positive(text: str) -> int:

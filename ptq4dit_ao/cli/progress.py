@@ -30,6 +30,8 @@ def progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
         def on_progress(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total)
+            elif done < bars.tasks[tasks[stage]].completed:  # the stage begins anew, and so do its clock and its ETA
+                bars.reset(tasks[stage])
             bars.update(tasks[stage], completed=done, total=total)
 
         yield on_progress

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +21,10 @@ def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
         raise ArgumentError(f"shapes differ: reference {tuple(reference.shape)}, got {tuple(approximation.shape)}")
     ref = reference.detach().to(torch.float64)
     noise = (ref - approximation.detach().to(torch.float64)).square().sum().item()
-    signal = ref.square().sum().item()
-    if noise == 0.0:
-        return math.inf
-    return 10 * (math.log10(signal) - math.log10(noise)) if signal > 0 else -math.inf
+    return float(energy_ratio_db(np.array(ref.square().sum().item()), np.array(noise)))
+
+
+def energy_ratio_db(signal: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """``10 log10(signal / noise)`` of energies, element by element; no noise gives ``inf``, no signal ``-inf``."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(noise == 0, np.inf, 10 * (np.log10(signal) - np.log10(noise)))

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from ptq4dit_ao.core import sqnr_db
+from ptq4dit_ao.core.metrics import energy_ratio_db
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.evaluation.bootstrap import Estimate, bootstrap
 from ptq4dit_ao.graph.names import LINEAR
@@ -63,7 +64,7 @@ class PairedError:
         def median(rows: np.ndarray) -> float:
             drawn = np.bincount(which[rows]) > 0
             signal, noise = (np.bincount(which[rows], energy[rows])[drawn] for energy in (self.signal, self.noise))
-            return float(np.median(_ratio_db(signal, noise)))
+            return float(np.median(energy_ratio_db(signal, noise)))
 
         return bootstrap(self.rows, median, seed=seed)
 
@@ -78,13 +79,7 @@ class PairedError:
         return np.flatnonzero(self.timesteps == t)
 
     def _pooled_db(self, rows: np.ndarray) -> float:
-        return float(_ratio_db(self.signal[rows].sum(), self.noise[rows].sum()))
-
-
-def _ratio_db(signal: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    """``10 log10(signal / noise)``, as :func:`~ptq4dit_ao.core.sqnr_db` has it for tensors."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(noise == 0, np.inf, 10 * (np.log10(signal) - np.log10(noise)))
+        return float(energy_ratio_db(self.signal[rows].sum(), self.noise[rows].sum()))
 
 
 @torch.no_grad()

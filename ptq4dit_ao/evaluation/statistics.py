@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ptq4dit_ao._atomic import replacing_file
 from ptq4dit_ao._tensor_file import read_tensors
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.evaluation.distribution import Gaussian, frechet_distance, inception_score, precision_recall
@@ -86,18 +85,14 @@ class ReferenceStatistics:
         Raises:
             ArgumentError: it cannot be written.
         """
-        path = Path(path)
         about = {"format": _FORMAT, "network": self.network, "images": str(len(self.pooled)), "checksum": self.checksum}
         tensors = {"pooled": self.pooled, **_fit_tensors("pooled", self.pooled_fit)}
         tensors |= _fit_tensors("spatial", self.spatial_fit)
-        temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")  # a rename needs one file system
         try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=about)
-            os.replace(temporary, path)
+            with replacing_file(path) as temporary:
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=about)
         except (OSError, SafetensorError) as error:
             raise ArgumentError(f"cannot write reference statistics to {path}: {error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> ReferenceStatistics:
@@ -113,11 +108,16 @@ class ReferenceStatistics:
             error=ArgumentError,
             hint="; 'ptq4dit-ao evaluate --cache' writes one",
         )
-        fits = {
-            f"{name}_fit": Gaussian(mean=tensors[f"{name}_mean"], covariance=tensors[f"{name}_covariance"])
-            for name in ("pooled", "spatial")
-        }
-        return cls(network=about["network"], checksum=about["checksum"], pooled=tensors["pooled"], **fits)
+        try:
+            fits = {
+                f"{name}_fit": Gaussian(mean=tensors[f"{name}_mean"], covariance=tensors[f"{name}_covariance"])
+                for name in ("pooled", "spatial")
+            }
+            return cls(network=about["network"], checksum=about["checksum"], pooled=tensors["pooled"], **fits)
+        except KeyError as error:
+            raise ArgumentError(
+                f"the reference statistics in {path} lack {error}; remove the file, and they are measured again"
+            ) from error
 
 
 def images_checksum(images: Tensor) -> str:

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ptq4dit_ao._atomic import replacing_file
 from ptq4dit_ao.errors import CalibrationError
 
 
@@ -123,7 +124,8 @@ class SalienceStatistics(Mapping[str, ChannelStatistics]):
             tensors[f"{name}/minimum"] = table.minimum.contiguous()
             tensors[f"{name}/maximum"] = table.maximum.contiguous()
         try:
-            save_file(tensors, path, metadata={"format": "ptq4dit-ao salience statistics", "version": "1"})
+            with replacing_file(path) as temporary:
+                save_file(tensors, temporary, metadata={"format": "ptq4dit-ao salience statistics", "version": "1"})
         except (OSError, SafetensorError) as error:
             raise CalibrationError(f"cannot write salience statistics to {path}: {error}") from error
 

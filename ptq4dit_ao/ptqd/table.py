@@ -6,16 +6,17 @@ eps_q = (1 + k_t) eps + mu_{t,c} + r,    r of mean 0 and standard deviation sigm
 from __future__ import annotations
 
 import math
-import os
-import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
+from ptq4dit_ao._atomic import replacing_file
 from ptq4dit_ao._tensor_file import read_tensors
 from ptq4dit_ao.errors import ArgumentError, CalibrationError
 
@@ -74,6 +75,10 @@ class NoiseCorrection:
         """T, of the sampler that it was measured for."""
         return len(self.timesteps)
 
+    def serves(self, timesteps: Iterable[int], guidance: float) -> bool:
+        """Is it of this guidance scale, and of all these timesteps?"""
+        return guidance == self.guidance and set(timesteps) <= self._rows.keys()
+
     def correct(self, eps: Tensor, timestep: int | Tensor) -> Tensor:
         """``(eps - mu_t) / (1 + k_t)``: the quantized model's guided noise (N, C, ...) made like the float model's.
 
@@ -103,14 +108,10 @@ class NoiseCorrection:
             CalibrationError: it cannot be written.
         """
         tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
-        data = save(tensors, metadata={"format": _FORMAT, "guidance": repr(self.guidance)})
-        # A sibling, for a rename is atomic within one file system only.
-        temporary = Path(path).with_name(f".{Path(path).name}.tmp-{secrets.token_hex(4)}")
         try:
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with replacing_file(path) as temporary:
+                save_file(tensors, temporary, metadata={"format": _FORMAT, "guidance": repr(self.guidance)})
+        except (OSError, SafetensorError) as error:
             raise CalibrationError(f"cannot write the noise correction to {path}: {error}") from error
 
     @classmethod

@@ -247,6 +247,17 @@ class Evaluation(_Section):
     seed: Seed = Field(default=1000, description="Seed of labels and starting noise; keep it apart from calibration's.")
 
 
+class NoiseCorrection(_Section):
+    """A correction of the predicted noise in the scheduler (PTQD), for models that are drawn by class."""
+
+    images: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="Images along whose trajectories it is fitted, some hundred; 0: no correction. Steps and guidance "
+        "are those of 'calibration'.",
+    )
+    seed: Seed = Field(default=2000, description="Seed of their noise; keep it apart from that of other images.")
+
+
 class Recipe(_Section):
     """Everything that decides how a model is quantized. All sections are optional: ``Recipe()`` is W8A8 with SSC.
 
@@ -268,6 +279,7 @@ class Recipe(_Section):
         default=(), description="Exceptions for single modules; where several patterns match, the later one wins."
     )
     calibration: Calibration = Calibration()
+    noise_correction: NoiseCorrection = NoiseCorrection()
     evaluation: Evaluation = Evaluation()
 
     def to_dict(self) -> dict[str, object]:

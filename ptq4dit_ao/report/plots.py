@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
 import struct
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ptq4dit_ao._atomic import replacing_file
 from ptq4dit_ao._optional import require
 from ptq4dit_ao.errors import ArgumentError
 
@@ -88,15 +88,10 @@ def save_image_grid(images: Tensor, path: str | os.PathLike[str], columns: int =
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write ``data`` so that ``path`` is either the old file or the complete new one."""
+    """Write ``data`` in place of what was there; folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A sibling, for a rename is atomic within one file system only.
-    temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
-    try:
+    with replacing_file(path) as temporary:
         temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _to_uint8(images: Tensor) -> Tensor:

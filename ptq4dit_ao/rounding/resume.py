@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.fx import GraphModule
 
+from ptq4dit_ao._atomic import is_unfinished, replace_text, replacing_file
 from ptq4dit_ao.errors import CalibrationError
 from ptq4dit_ao.observers import Rounded
 from ptq4dit_ao.rounding.layers import Group
@@ -47,10 +48,10 @@ class Progress:
                         f"{folder} holds layers that were rounded for another model, recipe or calibration set; "
                         "remove it to start anew, or give another folder"
                     )
-            elif any(folder.iterdir()):
+            elif not all(is_unfinished(path) for path in folder.iterdir()):
                 raise CalibrationError(f"{folder} holds something else than rounded layers; give another folder")
             else:
-                _write(about, lambda path: path.write_text(json.dumps(expected)))
+                replace_text(about, json.dumps(expected))
         except (OSError, ValueError) as error:
             raise CalibrationError(f"cannot keep rounded layers in {folder}: {error}") from error
 
@@ -81,7 +82,8 @@ class Progress:
         for number, group in enumerate(groups):
             tensors |= _tensors(f"{number}.", group)
         try:
-            _write(self._path(index), lambda path: save_file(tensors, path))
+            with replacing_file(self._path(index)) as temporary:
+                save_file(tensors, temporary)
         except (OSError, SafetensorError) as error:
             raise CalibrationError(f"cannot write {self._path(index)}: {error}") from error
 
@@ -132,9 +134,3 @@ def _read(file: Any, prefix: str, group: Group) -> tuple[tuple[float, float], li
 def _sums(x: Tensor) -> tuple[object, ...]:
     x = x.to(torch.float64)
     return tuple(x.shape), float(x.sum()), float(x.square().sum())
-
-
-def _write(path: Path, write) -> None:  # type: ignore[no-untyped-def]
-    partial = path.with_suffix(".tmp")
-    write(partial)
-    partial.replace(path)

@@ -76,12 +76,13 @@ class EvaluationResult:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON; figures that are not finite are None."""
-        return {key: _finite(value) for key, value in dataclasses.asdict(self).items()}
+        return {key: finite(value) for key, value in dataclasses.asdict(self).items()}
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """As JSON takes it: what is not finite becomes None, wherever it stands."""
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from ptq4dit_ao._atomic import replace_text
 from ptq4dit_ao.artifact import check_target
 from ptq4dit_ao.calibration import CalibrationSamples, as_denoiser, sample
 from ptq4dit_ao.calibration.sampling import Denoiser
@@ -19,9 +20,12 @@ from ptq4dit_ao.graph import export_transformer
 from ptq4dit_ao.graph.names import placeholders, timestep_placeholder
 from ptq4dit_ao.lowering import quantized_linears
 from ptq4dit_ao.passes import balance_result, balanced_as
+from ptq4dit_ao.ptqd import NoiseCorrection, PTQDScheduler
 from ptq4dit_ao.recipe import Recipe
 from ptq4dit_ao.report import build_report, write_html
 from ptq4dit_ao.workflow.apply import EXAMPLE_ROWS, SHUFFLE_SEED, Stopwatch, apply_recipe, on_device_of
+from ptq4dit_ao.workflow.correction import FILE as CORRECTION
+from ptq4dit_ao.workflow.correction import check_correction, fit_correction
 from ptq4dit_ao.workflow.models import LoadedModel
 from ptq4dit_ao.workflow.quantized_model import QuantizedModel
 from ptq4dit_ao.workflow.samples import OnProgress, recorded_samples
@@ -35,6 +39,7 @@ def quantize(
     output: str | Path,
     *,
     samples: str | Path | None = None,
+    grids: bool = True,
     on_progress: OnProgress = lambda *_: None,
 ) -> QuantizedModel:
     """Quantize a diffusion transformer and save it with its report.
@@ -42,16 +47,19 @@ def quantize(
     Args:
         model: the float model.
         recipe: what to do.
-        output: folder for the artifact, ``report.json`` and ``report.html``. Layers that are rounded one after another
-            are kept in ``OUTPUT.rounding`` until it is written; after a kill, the same call goes on from there.
+        output: folder for the artifact, ``report.json`` and ``report.html``; ``ptqd.safetensors``, where the recipe
+            corrects the noise. Layers that are rounded one after another are kept in ``OUTPUT.rounding`` until it is
+            written; after a kill, the same call goes on from there.
         samples: recorded calibration samples; else the model's pipeline draws them. Recorded samples are also what
             the error is measured on.
+        grids: draw images with both models for the report.
         on_progress: called as stages advance.
 
     Raises:
         PTQ4DiTError: see :func:`~ptq4dit_ao.apply_recipe` and :func:`~ptq4dit_ao.save_quantized`.
     """
     check_target(output)
+    check_correction(model, recipe)
     resume = Path(f"{output}.rounding") if recipe.rounding.sequential else None
     clock = Stopwatch()
     recorded = evaluated = recorded_samples(model, recipe, samples, on_progress=on_progress)
@@ -74,7 +82,10 @@ def quantize(
     quantized = dataclasses.replace(quantized, sampling=sampling)
     clock.lap("quantize")
     evaluation, layers = _evaluate(exported, quantized, evaluated, on_calibration=samples is not None)
-    images = _grids(model, quantized, on_progress)
+    correction = fit_correction(
+        model, quantized, recipe.calibration.steps, lambda done, total: on_progress("fit correction", done, total)
+    )
+    images = _grids(model, quantized, correction, on_progress) if grids else None
     clock.lap("evaluate")
     report = build_report(
         quantized.graph,
@@ -88,6 +99,8 @@ def quantize(
     on_progress("save", 0, 1)
     quantized = dataclasses.replace(quantized, report=report)
     size = quantized.save(output)
+    if correction is not None:
+        correction.save(Path(output) / CORRECTION)
     report["size"] = size_of(model.transformer, quantized, size.total_bytes)
     write_report(report, Path(output), images)
     on_progress("save", 1, 1)
@@ -117,25 +130,30 @@ def _evaluate(
     return about, layer_sqnr(balanced, quantized.graph, mixed)
 
 
-def _grids(model: LoadedModel, quantized: QuantizedModel, on_progress: OnProgress) -> tuple[Tensor, Tensor] | None:
+def _grids(
+    model: LoadedModel, quantized: QuantizedModel, correction: NoiseCorrection | None, on_progress: OnProgress
+) -> tuple[Tensor, Tensor] | None:
     """Samples of the float and the quantized model from equal noise, if the model draws images."""
     sampling = model.sampling
     if sampling is None or sampling.channels not in (1, 3):
         return None
     labels = torch.arange(GRID_CLASSES).repeat_interleave(GRID_PER_CLASS)
+    steps = quantized.recipe.calibration.steps
+    corrected = None if correction is None else PTQDScheduler(sampling.scheduler(steps), correction)
 
-    def draw(stage: str, denoiser: Denoiser) -> Tensor:
+    def draw(stage: str, denoiser: Denoiser, scheduler: PTQDScheduler | None = None) -> Tensor:
         return sample(
             denoiser,
             sampling,
             labels,
-            steps=quantized.recipe.calibration.steps,
+            steps=steps,
             guidance=quantized.recipe.calibration.guidance,
             generator=torch.Generator().manual_seed(quantized.recipe.evaluation.seed),
+            scheduler=scheduler,
             on_step=lambda done, total: on_progress(stage, done, total),
         )
 
-    return draw("sample float", as_denoiser(model.transformer)), draw("sample quantized", quantized.graph)
+    return draw("sample float", as_denoiser(model.transformer)), draw("sample quantized", quantized.graph, corrected)
 
 
 def size_of(model: nn.Module, quantized: QuantizedModel, artifact_bytes: int) -> dict[str, object]:
@@ -157,8 +175,6 @@ def size_of(model: nn.Module, quantized: QuantizedModel, artifact_bytes: int) ->
 
 def write_report(report: dict[str, object], folder: Path, images: tuple[Tensor, Tensor] | None) -> None:
     """``report.json`` and ``report.html`` beside the artifact."""
-    partial = folder / "report.json.tmp"
-    partial.write_text(json.dumps(report, indent=1, allow_nan=False))
-    partial.replace(folder / "report.json")
+    replace_text(folder / "report.json", json.dumps(report, indent=1, allow_nan=False))
     float_images, quantized_images = images or (None, None)
     write_html(report, folder / "report.html", float_images=float_images, quantized_images=quantized_images)

@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ptq4dit_ao.errors import ArgumentError
@@ -122,6 +123,17 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(ArgumentError, match=r"cannot write reference statistics to .*kept.safetensors: disk full"):
         statistics().save(path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_statistics_that_lack_a_tensor(tmp_path):
+    path = tmp_path / "kept.safetensors"
+    statistics().save(path)
+    tensors = load_file(path)
+    del tensors["spatial_mean"]
+    with safe_open(path, "pt") as file:
+        save_file(tensors, path, metadata=file.metadata())
+    with pytest.raises(ArgumentError, match=r"the reference statistics in .*kept\.safetensors lack 'spatial_mean'"):
+        ReferenceStatistics.load(path)
 
 
 def test_statistics_of_something_else():

@@ -21,6 +21,7 @@ from ptq4dit_ao.recipe import (
     Calibration,
     Evaluation,
     NormalDraw,
+    NoiseCorrection,
     Override,
     Recipe,
     Weights,
@@ -64,6 +65,7 @@ RECIPES = st.builds(
     calibration=st.builds(
         Calibration, timesteps=TIMESTEPS | DRAWS, samples=COUNTS, steps=COUNTS, guidance=NUMBERS, seed=SEEDS
     ),
+    noise_correction=st.builds(NoiseCorrection, images=st.integers(0, 9), seed=SEEDS),
     evaluation=st.builds(Evaluation, timesteps=TIMESTEPS, samples=COUNTS, seed=SEEDS),
 )
 
@@ -116,6 +118,7 @@ def test_to_dict_holds_every_default_and_no_null() -> None:
             "prompts": [],
             "seed": 0,
         },
+        "noise_correction": {"images": 0, "seed": 2000},
         "evaluation": {"timesteps": 20, "samples": 32, "seed": 1000},
     }
 
@@ -160,6 +163,7 @@ def test_public_names() -> None:
         "Calibration",
         "Evaluation",
         "NormalDraw",
+        "NoiseCorrection",
         "Override",
         "Recipe",
         "Rounding",

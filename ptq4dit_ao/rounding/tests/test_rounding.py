@@ -211,6 +211,12 @@ def test_a_folder_of_another_run_is_refused(prepare, tiny_samples, tmp_path):
         round_sequentially(prepare(**options), tiny_samples, resume=tmp_path)
 
 
+def test_a_folder_that_a_kill_left_at_its_first_write_is_taken(prepare, tiny_samples, tmp_path):
+    (tmp_path / ".about.json.tmp-0123").touch()
+    round_sequentially(prepare(sequential=True, rounding="gptq"), tiny_samples, resume=tmp_path)
+    assert (tmp_path / "about.json").exists()
+
+
 def test_a_folder_with_something_else_is_refused(prepare, tiny_samples, tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(CalibrationError, match="holds something else than rounded layers"):

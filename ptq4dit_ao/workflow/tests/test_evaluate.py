@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
 
-from ptq4dit_ao.calibration import as_denoiser, sample
+from ptq4dit_ao.calibration import Sampling, as_denoiser, sample
 from ptq4dit_ao.errors import ArgumentError, LoweringError, MissingDependencyError
 from ptq4dit_ao.evaluation import ReferenceStatistics, image_errors, paired_error
 from ptq4dit_ao.recipe import Calibration, Evaluation, Recipe
 from ptq4dit_ao.reference.models import DIT_CONFIG, SAMPLING
 from ptq4dit_ao.testing.facebook_dit import randomize_
-from ptq4dit_ao.workflow import apply_recipe, load_model, load_quantized
+from ptq4dit_ao.workflow import apply_recipe, drawing, load_model, load_quantized, quantize, standard
 from ptq4dit_ao.workflow.evaluate import evaluate
 from ptq4dit_ao.workflow.samples import recorded_samples
-
-module = importlib.import_module("ptq4dit_ao.workflow.evaluate")
 
 SAMPLES, STEPS = 12, 2
 
@@ -111,7 +108,7 @@ def test_the_shipped_model_knows_its_digits(saved, installed, monkeypatch):
         raise MissingDependencyError("no scikit-learn")
 
     if not installed:
-        monkeypatch.setattr(module, "load_digits", missing)
+        monkeypatch.setattr(standard, "load_digits", missing)
     stages = []
     result = evaluate(
         saved / "model", "reference", samples=4, steps=1, on_progress=lambda stage, *n: stages.append((stage, *n))
@@ -126,12 +123,13 @@ def test_the_shipped_model_knows_its_digits(saved, installed, monkeypatch):
 
 
 def test_many_images_are_drawn_in_batches(saved, monkeypatch):
-    monkeypatch.setattr(module, "BATCH", 4)
+    monkeypatch.setattr(drawing, "BATCH", 4)
     told = []
     denoiser = as_denoiser(load_model(str(saved / "float")).transformer)
-    images = module._draw(denoiser, SAMPLING, 10, 2, 1.5, 3, lambda *n: told.append(n))
+    settings = drawing.Drawing(sampling=SAMPLING, samples=10, steps=2, guidance=1.5, seed=3)
+    images = settings.draw(denoiser, lambda *n: told.append(n))
     assert images.shape == (10, 1, 8, 8) and told == [(i, 6) for i in range(1, 7)]
-    assert torch.equal(images[:4], module._draw(denoiser, SAMPLING, 4, 2, 1.5, 3, lambda *_: None))
+    assert torch.equal(images[:4], dataclasses.replace(settings, samples=4).draw(denoiser))
     assert not torch.equal(images[:4], images[4:8])
 
 
@@ -190,7 +188,7 @@ def test_kept_statistics_are_of_one_network_and_have_no_cache(saved, tmp_path):
     ("sampling", "message"),
     [
         (None, "was saved without the way to sample it, so no images can be compared"),
-        ({"channels": 4}, "denoises 4-channel latents; only what draws images is compared"),
+        ({"channels": 4}, "denoises 4-channel latents and has no VAE to decode them"),
         ({}, "does not know its float model; say which with --model"),
     ],
 )
@@ -199,4 +197,50 @@ def test_models_that_cannot_be_evaluated(saved, tmp_path, sampling, message):
     known = None if sampling is None else {**SAMPLING.to_dict(), **sampling}
     dataclasses.replace(quantized, sampling=known).save(tmp_path / "odd")
     with pytest.raises(ArgumentError, match=message):
-        evaluate(tmp_path / "odd")
+        evaluate(tmp_path / "odd", str(saved / "float") if sampling else None)
+
+
+# -- latents ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def latent(tmp_path_factory):
+    """``float``, a pipeline whose VAE decodes 4 x 8 x 8 latents into 3 x 16 x 16, and ``model``, its quantized form."""
+    folder = tmp_path_factory.mktemp("latent")
+    config = {**DIT_CONFIG, "num_layers": 1, "in_channels": 4, "out_channels": 4, "num_embeds_ada_norm": 1000}
+    transformer = randomize_(DiTTransformer2DModel(**config), seed=0).eval()
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, scaling_factor=0.5,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    DiTPipeline(transformer=transformer, vae=vae, scheduler=SAMPLING.scheduler(2)).save_pretrained(folder / "float")
+    few = {"timesteps": 2, "samples": 2}
+    recipe = Recipe(calibration=Calibration(**few, steps=2), evaluation=Evaluation(**few))
+    quantize(load_model(str(folder / "float")), recipe, folder / "model")
+    return folder
+
+
+def test_latents_are_decoded_before_images_are_compared(latent, monkeypatch):
+    monkeypatch.setattr(drawing, "DECODED", 2)
+    told = []
+    result = evaluate(
+        latent / "model", str(latent / "float"), samples=3, steps=2, on_progress=lambda *n: told.append(n)
+    )
+    pipeline = load_model(str(latent / "float")).pipeline
+    sampling = Sampling.of(pipeline.transformer)
+
+    def drawn(denoiser):
+        generator = torch.Generator().manual_seed(0)
+        latents = sample(denoiser, sampling, torch.arange(3), steps=2, guidance=1.5, generator=generator)
+        return pipeline.vae.decode(latents / 0.5).sample.clamp(-1, 1)
+
+    with torch.no_grad():
+        images = drawn(as_denoiser(pipeline.transformer)), drawn(load_quantized(latent / "model").graph)
+    assert images[0].shape == (3, 3, 16, 16)
+    assert result.rows[1].images.mse.value == pytest.approx(image_errors(*images).mse.value, rel=1e-3)
+    assert [n[1:] for n in told if n[0] == "sample reference"] == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_latents_without_a_vae_are_refused(latent):
+    with pytest.raises(ArgumentError, match="transformer denoises 4-channel latents and has no VAE .* whole pipeline"):
+        evaluate(latent / "model", str(latent / "float" / "transformer"))

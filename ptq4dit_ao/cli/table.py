@@ -1,0 +1,49 @@
+"""``ptq4dit-ao table``: the comparison of a paper, resumable."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from ptq4dit_ao.cli.progress import progress
+from ptq4dit_ao.cli.results import print_table
+from ptq4dit_ao.errors import PTQ4DiTError
+from ptq4dit_ao.workflow.table import TableSettings, make_table
+from ptq4dit_ao.workflow.table.write import columns, lines, remarks, title
+
+
+def table(args: argparse.Namespace, console: Console) -> None:
+    """``ptq4dit-ao table``."""
+    settings = TableSettings(
+        model=args.model,
+        methods=args.methods,
+        bits=args.bits,
+        steps=args.steps,
+        samples=args.samples,
+        calibration_images=args.calibration_images,
+        seed=args.seed,
+        guidance=args.guidance,
+        layers=args.layers,
+        features=args.features,
+        reference=args.reference,
+        ablation=args.ablation,
+    )
+
+    def on_cell(name: str, problem: str | None) -> None:
+        console.print(f"{name}: done" if problem is None else escape(f"{name}: failed: {problem}"), soft_wrap=True)
+
+    with progress(console) as on_progress:
+        result = make_table(settings, args.output, on_progress=on_progress, on_cell=on_cell)
+    print_table(console, title(result), columns(result), lines(result))
+    for remark in remarks(result):
+        console.print(escape(remark), soft_wrap=True)
+    console.print(f"saved to [bold]{args.output}[/]: table.md, table.json, table.png")
+    _complain(result.failed, args.output)
+
+
+def _complain(failed: dict[str, str], output: Path) -> None:
+    if failed:
+        raise PTQ4DiTError(f"{len(failed)} cells of {output} failed: {', '.join(failed)}; the table has the others")

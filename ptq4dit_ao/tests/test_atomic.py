@@ -1,0 +1,46 @@
+"""A file is the old one or the complete new one."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ptq4dit_ao._atomic import is_unfinished, replace_text, replacing_file
+
+
+def test_a_file_takes_its_place_when_it_is_complete(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with replacing_file(path) as first, replacing_file(path) as second:
+        assert first != second and is_unfinished(first) and first.parent == tmp_path
+        second.write_text("new")
+        assert path.read_text() == "old"
+    replace_text(path, "ä")
+    assert path.read_bytes() == "ä".encode() and list(tmp_path.iterdir()) == [path] and not is_unfinished(path)
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+
+    def fail_half_way():
+        with replacing_file(path) as temporary:
+            temporary.write_text("half")
+            raise ValueError("half way")
+
+    with pytest.raises(ValueError, match="half way"):
+        fail_half_way()
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_safetensors_writes_has_the_mode_of_any_new_file(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with replacing_file(tmp_path / "a.safetensors") as temporary:
+            save_file({"x": torch.zeros(1)}, temporary)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o640

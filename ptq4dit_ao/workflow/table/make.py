@@ -1,0 +1,81 @@
+"""Fill a table's cells, one after another; what lies in its folder is not done again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ptq4dit_ao.errors import PTQ4DiTError
+from ptq4dit_ao.workflow.environment import environment
+from ptq4dit_ao.workflow.samples import OnProgress
+from ptq4dit_ao.workflow.table.cells import Json
+from ptq4dit_ao.workflow.table.paper import PaperFigures, paper_figures
+from ptq4dit_ao.workflow.table.result import Row, TableResult
+from ptq4dit_ao.workflow.table.settings import TableSettings
+from ptq4dit_ao.workflow.table.work import Cell, Work
+from ptq4dit_ao.workflow.table.write import write_table
+
+
+def make_table(
+    settings: TableSettings,
+    output: str | Path,
+    *,
+    on_progress: OnProgress = lambda *_: None,
+    on_cell: Callable[[str, str | None], None] = lambda *_: None,
+) -> TableResult:
+    """Quantize with each method at each width, measure each at each step count, and write the table.
+
+    Args:
+        settings: what is compared.
+        output: folder for ``table.md``, ``table.json``, ``table.png``, the cells, and what these share: quantized
+            models, the float model's images, statistics of the reference set. The same call goes on from what it finds.
+        on_progress: called as stages advance; the stage ``all cells`` counts over the whole table.
+        on_cell: called for each cell that was not there, with its name, and with the reason if it failed.
+
+    Raises:
+        ArgumentError: the model is not drawn by class, an option is wrong, or the folder holds cells of other settings.
+        RecipeError: a method is no recipe.
+        PTQ4DiTError: the float model cannot be drawn or measured. What fails for one method leaves the others alone.
+    """
+    work = Work(settings, Path(output), on_progress)
+    paper = paper_figures(work.model, work.network, settings.reference is not None, settings)
+    rows, failed = [], {}
+    for cell in work.cells():
+        found, problem = work.found(cell), None
+        if found is None:
+            try:
+                found = work.fill(cell)
+            except PTQ4DiTError as error:
+                if cell.recipe is None:
+                    raise
+                failed[cell.name] = problem = str(error)
+            work.done(cell)
+            on_cell(cell.name, problem)
+        if found is not None:
+            rows.append(_row(cell, found, paper))
+    result = TableResult(
+        settings=settings,
+        model=work.model.name,
+        network=None if work.network is None else work.network.name,
+        is_inception=work.network is not None and work.network.is_inception,
+        reference=work.reference,
+        rows=tuple(rows),
+        failed=failed,
+        paper=paper,
+        environment=environment(),
+    )
+    write_table(result, Path(output))
+    return result
+
+
+def _row(cell: Cell, found: Json, paper: PaperFigures | None) -> Row:
+    return Row(
+        steps=cell.steps,
+        bits=cell.bits,
+        method=cell.method,
+        figures=found["row"],
+        paper=None if paper is None else paper.of(cell.steps, cell.bits, cell.method),
+        seconds=found["seconds"],
+        notes=tuple(found["notes"]),
+        environment=found["environment"],
+    )

@@ -1,0 +1,135 @@
+"""What a table compares, and the recipe of each of its cells."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ptq4dit_ao.errors import ArgumentError, check_choice
+from ptq4dit_ao.recipe import Recipe, load_recipe, shipped_recipes
+
+FLOAT = "float32"
+NOISE_SEED = 3000
+"""Added to the seed for images that are compared: apart from those that calibrate, are predicted on, or correct."""
+_BITS = re.compile(r"w([2-8])a([2-8])")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableSettings:
+    """Rows are all of steps x bits x methods.
+
+    Raises:
+        ArgumentError: a list is empty, holds something twice, or something else than it may.
+    """
+
+    model: str
+    methods: tuple[str, ...]
+    """Names of shipped recipes, or recipe files."""
+    bits: tuple[str, ...]
+    """``w4a8``: weights of 4 bits, activations of 8."""
+    steps: tuple[int, ...]
+    """Of the sampler."""
+    samples: int = 2000
+    """Images that each model draws."""
+    calibration_images: int = 16
+    """At each timestep."""
+    seed: int = 0
+    """Of calibration; :data:`NOISE_SEED` more, of images."""
+    guidance: float = 1.5
+    layers: Literal["safe", "paper"] = "paper"
+    """The same preset for all methods, as only methods are compared."""
+    features: str | None = None
+    """As for :func:`~ptq4dit_ao.workflow.evaluate.evaluate`, like ``reference``."""
+    reference: Path | None = None
+    ablation: bool = False
+    """Also the paper's own parts: base, +CSB, +SSC, +ours."""
+
+    def __post_init__(self) -> None:
+        for name in ("methods", "bits", "steps"):
+            values = getattr(self, name)
+            if not values and not (name == "methods" and self.ablation):
+                raise ArgumentError(f"there are no {name}; give at least one (--{name})")
+            twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
+            if twice is not None:
+                raise ArgumentError(f"{name} has {twice!r} twice; leave one out")
+        for name, least in {"samples": 1, "calibration_images": 1, "seed": 0}.items():
+            if getattr(self, name) < least:
+                raise ArgumentError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        for steps in self.steps:
+            if steps < 1:
+                raise ArgumentError(f"steps has {steps}; a sampler has at least 1")
+        for bits in self.bits:
+            _widths(bits)
+        check_choice("layers", self.layers, ("safe", "paper"))
+
+    @property
+    def command(self) -> str:
+        """The command line that asks for this."""
+        words = ["ptq4dit-ao", "table", "--model", self.model]
+        if self.methods:
+            words += ["--methods", ",".join(self.methods)]
+        words += ["--bits", ",".join(self.bits), "--steps", ",".join(map(str, self.steps))]
+        words += ["--samples", str(self.samples), "--calibration-images", str(self.calibration_images)]
+        words += ["--seed", str(self.seed), "--guidance", f"{self.guidance:g}", "--layers", self.layers]
+        for name in ("features", "reference"):
+            if (value := getattr(self, name)) is not None:
+                words += [f"--{name}", str(value)]
+        return shlex.join(words + ["--ablation"] * self.ablation)
+
+    def recipe(self, base: Recipe, bits: str) -> Recipe:
+        """A method's recipe, as all methods of this table are calibrated and at these bits."""
+        weights, activations = _widths(bits)
+        calibration = {"samples": self.calibration_images, "guidance": self.guidance, "seed": self.seed}
+        return base.model_copy(
+            update={
+                "model": self.model,
+                "layers": self.layers,
+                "weights": base.weights.model_copy(update={"bits": weights}),
+                "activations": base.activations.model_copy(update={"bits": activations}),
+                "calibration": base.calibration.model_copy(update=calibration),
+            }
+        )
+
+
+def method_recipes(settings: TableSettings) -> dict[str, Recipe]:
+    """Name -> recipe of each method, in the order of the rows.
+
+    Raises:
+        ArgumentError: two files have one name.
+        RecipeError: there is no such recipe, or it is wrong.
+    """
+    recipes: dict[str, Recipe] = {}
+    for method in settings.methods:
+        name = Path(method).name
+        if name in recipes:
+            raise ArgumentError(f"two methods are called {name!r}; rename one of the files")
+        recipes[name] = _recipe(method)
+    return recipes | (ablation() if settings.ablation else {})
+
+
+def ablation() -> dict[str, Recipe]:
+    """The parts of the paper's method, one by one; then balancing and rounding of ``auto``. The rest is equal."""
+    paper, auto = _recipe("paper"), load_recipe("auto")
+
+    def balanced(aggregation: str) -> Recipe:
+        balance = paper.balance.model_copy(update={"aggregation": aggregation, "alpha": 0.5})
+        return paper.model_copy(update={"balance": balance})
+
+    ours = paper.model_copy(update={"balance": auto.balance, "rounding": auto.rounding})
+    return {"base": balanced("none"), "+CSB": balanced("mean"), "+SSC": balanced("ssc"), "+ours": ours}
+
+
+def _recipe(method: str) -> Recipe:
+    """A recipe whose own name has bits, like ``paper_w8a8``, is found without them, too."""
+    at_8_bits = f"{method}_w8a8"
+    return load_recipe(at_8_bits if method not in shipped_recipes() and at_8_bits in shipped_recipes() else method)
+
+
+def _widths(bits: str) -> tuple[int, int]:
+    found = _BITS.fullmatch(bits)
+    if found is None:
+        raise ArgumentError(f"bits {bits!r} are not like 'w4a8' (weights of 4 bits, activations of 8), from 2 to 8")
+    return int(found[1]), int(found[2])

@@ -1,0 +1,227 @@
+"""One cell of a table: found in the folder, or computed from what cells share."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ptq4dit_ao._atomic import replacing_file
+from ptq4dit_ao.calibration import Sampling
+from ptq4dit_ao.errors import ArgumentError, PTQ4DiTError
+from ptq4dit_ao.recipe import Recipe
+from ptq4dit_ao.workflow.correction import correction_for
+from ptq4dit_ao.workflow.drawing import Drawing, decoder
+from ptq4dit_ao.workflow.environment import environment, installed
+from ptq4dit_ao.workflow.evaluate import CORRECTED
+from ptq4dit_ao.workflow.evaluation_result import EvaluationRow, finite
+from ptq4dit_ao.workflow.models import load_model
+from ptq4dit_ao.workflow.quantize import quantize
+from ptq4dit_ao.workflow.quantized_model import load_quantized
+from ptq4dit_ao.workflow.samples import OnProgress, recorded_samples
+from ptq4dit_ao.workflow.standard import OWN, Standard, given_yardstick, network_for, standard_of
+from ptq4dit_ao.workflow.table.cells import Json, model_digest, read_cell, write_cell
+from ptq4dit_ao.workflow.table.settings import FLOAT, NOISE_SEED, TableSettings, method_recipes
+
+ALL = "all cells"
+"""The stage that counts over the whole table."""
+_PACKAGES = ("ptq4dit-ao", "torch", "torchao", "diffusers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One row of a table that is to be."""
+
+    steps: int
+    method: str = FLOAT
+    bits: str | None = None
+    recipe: Recipe | None = None
+    """None for the float model, like the bits."""
+
+    @property
+    def name(self) -> str:
+        """``paper-w4a8-50``; of the float model, ``float32-50``."""
+        return f"{self.model}-{self.steps}"
+
+    @property
+    def model(self) -> str:
+        return self.method if self.bits is None else f"{self.method}-{self.bits}"
+
+
+class Work:
+    """What the cells of a table have in common: the float model, its images, reference statistics, quantized models.
+
+    Args:
+        settings: of the table.
+        folder: where all is kept.
+        on_progress: called as stages advance; as :data:`ALL`, over all cells.
+
+    Raises:
+        PTQ4DiTError: see :func:`make_table`.
+    """
+
+    def __init__(self, settings: TableSettings, folder: Path, on_progress: OnProgress) -> None:
+        self.settings, self.folder = settings, folder
+        self._recipes = method_recipes(settings)
+        self.model = load_model(settings.model)
+        if self.model.sampling is None:
+            raise ArgumentError(f"{self.model.name} is not drawn by class; a table compares class-conditional DiTs")
+        self._sampling: Sampling = self.model.sampling
+        self._decode = decoder(self.model, self._sampling)
+        self.network = network_for(self.model, settings.features, settings.reference, settings.samples)
+        kept = None
+        if settings.reference is None or settings.reference.suffix != ".safetensors":
+            folder.mkdir(parents=True, exist_ok=True)
+            kept = folder / "reference.safetensors"
+        on_batch = functools.partial(on_progress, "reference set")
+        self.given = given_yardstick(self.model, self.network, settings.reference, kept, on_batch)
+        vae = getattr(self.model.pipeline, "vae", None)
+        self._digest = model_digest(self.model.transformer, None if self._decode is None else vae)
+        self._standard: Standard | None = None
+        self._failed: dict[str, PTQ4DiTError] = {}
+        self._on_progress = on_progress
+        self._before = 0
+        self._all = sum(self._drawing(cell.steps).units for cell in self.cells() if self.found(cell) is None)
+
+    @property
+    def reference(self) -> str | None:
+        """What distances are to."""
+        return self.given.name if self.given is not None else None if self.network is None else OWN
+
+    def cells(self) -> Iterator[Cell]:
+        """In the order of the rows: steps, float first, bits, methods."""
+        for steps in self.settings.steps:
+            yield Cell(steps=steps)
+            for bits in self.settings.bits:
+                for method, base in self._recipes.items():
+                    yield Cell(steps=steps, method=method, bits=bits, recipe=self.settings.recipe(base, bits))
+
+    def found(self, cell: Cell) -> Json | None:
+        """What lies in the folder for a cell.
+
+        Raises:
+            ArgumentError: it, or the quantized model that it is of, was made with other settings.
+        """
+        if cell.recipe is not None:
+            read_cell(self._about(cell), self._made_of(cell.recipe))
+        return read_cell(self._path(cell), self._depends(cell))
+
+    @torch.no_grad()
+    def fill(self, cell: Cell) -> Json:
+        """Compute a cell and keep it.
+
+        Raises:
+            PTQ4DiTError: it cannot be had.
+        """
+        about, notes = {}, []
+        if cell.recipe is None:
+            start = time.perf_counter()
+            standard = self._standard_at(cell.steps)
+            row, notes = standard.float_row, list(standard.notes)
+        else:
+            about = self._quantize(cell, cell.recipe)
+            standard = self._standard_at(cell.steps)
+            start = time.perf_counter()
+            row, corrected = self._measure(cell, cell.recipe, standard)
+            notes = [f"{cell.method}: {CORRECTED}"] if corrected else []
+        seconds = {**about, "measure": round(time.perf_counter() - start, 2)}
+        content = {"row": finite(dataclasses.asdict(row)), "seconds": seconds, "notes": notes}
+        content["environment"] = environment()
+        return write_cell(self._path(cell), self._depends(cell), content)
+
+    def done(self, cell: Cell) -> None:
+        """Count a cell that was not there, filled or failed."""
+        self._before += self._drawing(cell.steps).units
+        self._on_progress(ALL, self._before, self._all)
+
+    def _told(self, stage: str, done: int, total: int) -> None:
+        self._on_progress(stage, done, total)
+        if stage.startswith("sample "):
+            self._on_progress(ALL, self._before + done, self._all)
+
+    def _quantize(self, cell: Cell, recipe: Recipe) -> dict[str, float]:
+        """Have the quantized model in the folder; the seconds that it took, now or then."""
+        if cell.model in self._failed:
+            raise self._failed[cell.model]
+        about, depends = self._about(cell), self._made_of(recipe)
+        found = read_cell(about, depends)
+        if found is None or not self._saved(cell).is_dir():
+            start = time.perf_counter()
+            try:
+                quantize(self.model, recipe, self._saved(cell), grids=False, on_progress=self._told)
+            except PTQ4DiTError as error:
+                self._failed[cell.model] = error
+                raise
+            seconds = {"quantize": round(time.perf_counter() - start, 2)}
+            found = write_cell(about, depends, {"seconds": seconds, "environment": environment()})
+        taken: dict[str, float] = found["seconds"]
+        return taken
+
+    def _measure(self, cell: Cell, recipe: Recipe, standard: Standard) -> tuple[EvaluationRow, bool]:
+        """The row, and whether noise was corrected in the scheduler."""
+        folder = self._saved(cell)
+        quantized = load_quantized(folder)
+        fitting = functools.partial(self._told, "fit correction")
+        correction = correction_for(folder, self.model, quantized, cell.steps, fitting)
+        recorded = recorded_samples(self.model, recipe, evaluate=True, on_progress=self._told)
+        row = standard.row(quantized.lower("reference"), recipe, recorded, correction, self._told)
+        return row, correction is not None
+
+    def _standard_at(self, steps: int) -> Standard:
+        """The float model's images of one step count are in memory at a time; those drawn before are read."""
+        if self._standard is not None and self._standard.drawing.steps == steps:
+            return self._standard
+        path, own = (self.folder / "float32" / f"{name}-{steps}.safetensors" for name in ("images", "statistics"))
+        images = None
+        if self.found(Cell(steps=steps)) is not None and path.exists():
+            images = load_file(path)["images"]
+        else:  # statistics of images that are drawn anew
+            own.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cache = own if self.given is None else None
+        self._standard = standard_of(
+            self.model, self._drawing(steps), self.network, self.given, cache, images, self._told
+        )
+        if images is None:
+            with replacing_file(path) as temporary:
+                save_file({"images": self._standard.images.contiguous()}, temporary)
+        return self._standard
+
+    def _drawing(self, steps: int) -> Drawing:
+        settings = self.settings
+        seed = NOISE_SEED + settings.seed
+        return Drawing(
+            sampling=self._sampling, samples=settings.samples, steps=steps, guidance=settings.guidance, seed=seed,
+            decode=self._decode,
+        )  # fmt: skip
+
+    def _depends(self, cell: Cell) -> Json:
+        drawing = self._drawing(cell.steps)
+        return {
+            **self._made_of(cell.recipe),
+            "sampling": self._sampling.to_dict(),
+            **{name: getattr(drawing, name) for name in ("samples", "steps", "guidance", "seed")},
+            "network": None if self.network is None else self.network.name,
+            "reference": self.reference if self.given is None else self.given.statistics.checksum,
+        }
+
+    def _made_of(self, recipe: Recipe | None) -> Json:
+        """What a quantized model depends on, which is neither its float model's folder nor its recipe's title."""
+        versions = {name: installed(name) for name in _PACKAGES}
+        asked = None if recipe is None else recipe.model_dump(mode="json", exclude={"model", "description"})
+        return {"recipe": asked, "model": self._digest, "versions": versions}
+
+    def _path(self, cell: Cell) -> Path:
+        return self.folder / "cells" / f"{cell.name}.json"
+
+    def _saved(self, cell: Cell) -> Path:
+        return self.folder / "models" / cell.model
+
+    def _about(self, cell: Cell) -> Path:
+        return self.folder / "models" / f"{cell.model}.json"

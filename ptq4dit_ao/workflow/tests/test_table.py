@@ -1,0 +1,175 @@
+"""``table``: its cells are what ``evaluate`` finds, are kept, are not computed twice, and belong to their settings."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from diffusers import DiTTransformer2DModel
+from torch import nn
+
+from ptq4dit_ao.errors import ArgumentError
+from ptq4dit_ao.reference.models import DIT_CONFIG
+from ptq4dit_ao.testing.facebook_dit import randomize_
+from ptq4dit_ao.workflow.drawing import Drawing
+from ptq4dit_ao.workflow.evaluate import evaluate
+from ptq4dit_ao.workflow.evaluation_result import finite
+from ptq4dit_ao.workflow.models import LoadedModel
+from ptq4dit_ao.workflow.table import TableSettings, make_table, work
+from ptq4dit_ao.workflow.table.settings import NOISE_SEED
+
+FEW = "calibration: {timesteps: 2, steps: 2}\nevaluation: {timesteps: 2, samples: 2}"
+NAMES = ["float32-2", "plain-w4a8-2", "corrected-w4a8-2"]
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    """``settings(**changes)``: two methods, of one random block that denoises 8 x 8 pixels."""
+    folder = tmp_path_factory.mktemp("inputs")
+    randomize_(DiTTransformer2DModel(**{**DIT_CONFIG, "num_layers": 1}), seed=0).save_pretrained(folder / "float")
+    (folder / "plain").write_text(f"version: 1\n{FEW}\n")
+    (folder / "corrected").write_text(f"version: 1\n{FEW}\nnoise_correction: {{images: 3}}\n")
+    (folder / "failing").write_text(f"version: 1\n{FEW}\noverrides: [{{pattern: nowhere, skip: true}}]\n")
+
+    def make(**changes):
+        changes["methods"] = tuple(str(folder / name) for name in changes.get("methods", ("plain", "corrected")))
+        options = {"bits": ("w4a8",), "steps": (2,), "samples": 6, "calibration_images": 2, "features": "digits"}
+        return TableSettings(model=str(folder / "float"), **{**options, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def filled(settings, tmp_path_factory):
+    """A folder with a table, and the table."""
+    folder = tmp_path_factory.mktemp("table")
+    return folder, make_table(settings(), folder)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Names of the models that are quantized from now on, and of the stages of drawing."""
+    quantized, drawn = [], []
+    quantize, draw = work.quantize, Drawing.draw
+    monkeypatch.setattr(work, "quantize", lambda *a, **k: quantized.append(a[2].name) or quantize(*a, **k))
+    monkeypatch.setattr(Drawing, "draw", lambda self, *a, **k: drawn.append(self.steps) or draw(self, *a, **k))
+    return quantized, drawn
+
+
+def names(result):
+    return ["-".join(filter(None, (row.method, row.bits, str(row.steps)))) for row in result.rows]
+
+
+def test_rows_are_those_of_the_papers_tables(filled):
+    folder, result = filled
+    assert names(result) == NAMES and result.failed == {} and result.paper is None
+    assert sorted(path.stem for path in (folder / "cells").iterdir()) == sorted(NAMES)
+    assert all(row.figures["execution"] == "simulated" for row in result.rows[1:])
+    assert (result.network, result.reference) == ("digits classifier", "what the float model draws")
+
+
+def test_a_cell_is_what_evaluate_finds(filled, settings):
+    folder, result = filled
+    for row in result.rows[1:]:
+        options = {"samples": 6, "steps": 2, "seed": NOISE_SEED, "features": "digits"}
+        found = evaluate(folder / "models" / f"{row.method}-w4a8", settings().model, **options).to_dict()["rows"][1]
+        assert row.figures == json.loads(json.dumps(found))
+    recipe = json.loads((folder / "cells" / "plain-w4a8-2.json").read_text())["depends"]["recipe"]
+    assert (recipe["weights"]["bits"], recipe["layers"], recipe["calibration"]["samples"]) == (4, "paper", 2)
+
+
+def test_a_finished_table_is_read(filled, settings, counted):
+    folder, result = filled
+    again = make_table(settings(), folder, on_cell=lambda *_: pytest.fail("computed"))
+    assert again.rows == result.rows and counted == ([], [])
+
+
+def test_another_step_count_quantizes_nothing_again(filled, settings, counted):
+    folder, result = filled
+    told = []
+    longer = make_table(settings(steps=(2, 3)), folder, on_progress=lambda *n: told.append(n))
+    assert longer.rows[:3] == result.rows and names(longer)[3] == "float32-3" and len(longer.rows) == 6
+    assert counted == ([], [3] * 3)
+    counts = [n[1:] for n in told if n[0] == work.ALL]
+    assert counts[-1] == (9, 9) and [done for done, _ in counts] == sorted(done for done, _ in counts)
+
+
+def test_the_float_models_images_are_drawn_once(settings, tmp_path, counted):
+    def interrupt(name, problem):
+        if name == NAMES[1]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_table(settings(), tmp_path, on_cell=interrupt)
+    assert counted == (["plain-w4a8"], [2, 2])
+    result = make_table(settings(), tmp_path)
+    assert counted == (["plain-w4a8", "corrected-w4a8"], [2, 2, 2]) and len(result.rows) == 3
+
+
+def test_what_fails_leaves_the_rest_alone(settings, tmp_path, counted):
+    told = []
+    options = settings(methods=("failing", "plain"), steps=(2, 1))
+    result = make_table(options, tmp_path, on_cell=lambda *n: told.append(n))
+    assert names(result) == ["float32-2", "plain-w4a8-2", "float32-1", "plain-w4a8-1"]
+    assert (
+        list(result.failed) == ["failing-w4a8-2", "failing-w4a8-1"] and "'nowhere'" in result.failed["failing-w4a8-1"]
+    )
+    assert counted[0] == ["failing-w4a8", "plain-w4a8"]
+    assert [name for name, problem in told if problem] == list(result.failed)
+    assert "* failed: failing-w4a8-2: " in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"samples": 7}, r"float32-2.json was made with samples 6, not 7; give another folder \(--output\)"),
+        ({"seed": 1}, r"float32-2.json was made with seed 3000, not 3001"),
+        ({"guidance": 2.0}, r"float32-2.json was made with guidance 1.5, not 2.0"),
+        ({"calibration_images": 3}, r"plain-w4a8.json was made with recipe.calibration.samples 2, not 3"),
+        ({"layers": "safe"}, r'plain-w4a8.json was made with recipe.layers "paper", not "safe"'),
+        ({"features": "digits", "model": "reference"}, r"float32-2.json was made with model \"[0-9a-f]+\", not"),
+    ],
+)
+def test_a_folder_of_other_settings_is_refused_before_the_work(filled, settings, counted, changes, message):
+    options = settings(**{key: value for key, value in changes.items() if key != "model"})
+    if "model" in changes:
+        options = TableSettings(**{**vars(options), "model": changes["model"]})
+    with pytest.raises(ArgumentError, match=message):
+        make_table(options, filled[0])
+    assert counted == ([], [])
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": "x"}'])
+def test_a_damaged_cell_is_named(filled, settings, text):
+    path = filled[0] / "cells" / f"{NAMES[1]}.json"
+    before = path.read_text()
+    path.write_text(text)
+    try:
+        with pytest.raises(ArgumentError, match=r"plain-w4a8-2.json is damaged .*; remove it, and it is computed"):
+            make_table(settings(), filled[0])
+    finally:
+        path.write_text(before)
+
+
+def test_what_is_written(filled):
+    folder, result = filled
+    page, data = (folder / "table.md").read_text(), json.loads((folder / "table.json").read_text())
+    lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("|")]
+    assert lines[0][7] == "Frechet distance (digits classifier)" and "FID" not in page and "paper" not in lines[0]
+    assert lines[2][:4] == ["2", "-", "float32", "-"] and lines[3][:3] == ["2", "W4A8", "plain"]
+    mse = result.rows[1].figures["images"]["mse"]
+    assert lines[3][5] == f"{mse['value']:.2e} [{mse['low']:.2e}, {mse['high']:.2e}]"
+    assert lines[3][7] == f"{result.rows[1].figures['distances']['frechet']:#.4g}"
+    assert page.startswith("Model 'float', simulated (Q/DQ): integers computed in float\n") and "integer," not in page
+    assert data["rows"][1]["figures"] == result.rows[1].figures and data["execution"] == "simulated (Q/DQ)"
+    assert data["command"].startswith("ptq4dit-ao table --model ") and data["rows"][1]["seconds"].keys() == {
+        "quantize",
+        "measure",
+    }
+    assert (folder / "table.png").read_bytes().startswith(b"\x89PNG") and finite(data) == data
+
+
+def test_transformers_that_are_not_drawn_by_class(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(work, "load_model", lambda spec: LoadedModel(name="flux", transformer=nn.Identity()))
+    with pytest.raises(ArgumentError, match="flux is not drawn by class; a table compares class-conditional DiTs"):
+        make_table(settings(), tmp_path)
