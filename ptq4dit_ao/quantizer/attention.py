@@ -1,7 +1,7 @@
 """Attention's operands as integers: which specs they get.
 
-As in PTQ4DiT (arXiv 2405.16005, section 4.1): q, k, v and the probabilities, static and per tensor. Probabilities start
-at 0, so their zero point is 0.
+As in PTQ4DiT (arXiv 2405.16005, section 4.1): q, k, v and the probabilities, static and per tensor. No zero points:
+q, k and v are symmetric, probabilities start at 0. That is the form in which integer kernels take two activations.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 
+import torch
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.observer import MinMaxObserver
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation
@@ -22,7 +23,11 @@ from ptq4dit_ao.quantizer.overrides import with_bits
 logger = logging.getLogger(__name__)
 
 # Of a thousand tokens, each gets a probability of about 0.001: torchao's 2**-12 would be a coarse step.
-OPERAND = dataclasses.replace(ACTIVATION, observer_or_fake_quant_ctr=MinMaxObserver.with_args(eps=2**-40))
+PROBABILITIES = dataclasses.replace(ACTIVATION, observer_or_fake_quant_ctr=MinMaxObserver.with_args(eps=2**-40))
+OPERAND = dataclasses.replace(
+    PROBABILITIES, dtype=torch.int8, quant_min=-128, quant_max=127, qscheme=torch.per_tensor_symmetric
+)
+SPECS = {"q": OPERAND, "k": OPERAND, "probabilities": PROBABILITIES, "v": OPERAND}
 
 
 def annotate_attention(model: GraphModule, bits: int) -> None:
@@ -38,13 +43,11 @@ def annotate_attention(model: GraphModule, bits: int) -> None:
             "product that can be read; leave attention_bits out (in a recipe: attention.quantize: false)"
         )
     _warn_of_others(model, found)
-    spec = with_bits(OPERAND, bits)
     for attention in found:
         for product in (attention.scores, attention.mixed):
-            product.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(
-                input_qspec_map=dict.fromkeys(product.args[:2], spec),  # type: ignore[arg-type]
-                _annotated=True,
-            )
+            product.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(input_qspec_map={}, _annotated=True)
+        for name, (x, product) in attention.operands.items():
+            product.meta[Q_ANNOTATION_KEY].input_qspec_map[x] = with_bits(SPECS[name], bits)
 
 
 def _warn_of_others(model: GraphModule, found: list[Attention]) -> None:
@@ -52,7 +55,8 @@ def _warn_of_others(model: GraphModule, found: list[Attention]) -> None:
     others = [node.name for node in model.graph.nodes if node.target in SOFTMAX and node not in read]
     if others:
         logger.warning(
-            "%d of %d softmaxes are not between two matrix products, and what is computed of them stays float: %s",
+            "%d of %d softmaxes do not stand between two matrix products that could be read; what they are multiplied "
+            "with stays float: %s",
             len(others),
             len(others) + len(read),
             ", ".join(others[:3]),
