@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -108,6 +108,8 @@ class Site:
     scalars: tuple[ScalarEdit, ...] = ()
     norms: tuple[NormEdit, ...] = ()
     cuts: tuple[CutEdit, ...] = ()
+    activations: Mapping[str, Ids] = field(default_factory=dict)
+    """Node -> index into the variables of what its output is divided by, with the output's axes or 1 along them."""
     couples_blocks: bool = False
     """Are the consumers of several blocks, or does one read what another one made?"""
     refusal: str | None = None
@@ -333,6 +335,7 @@ def _alternatives(p: Propagation, fixed: int) -> Iterator[dict[str, int]]:
 def _edits(index: GraphIndex, p: Propagation, renumber: Callable[[Ids], Ids]) -> dict[str, Any]:
     """The fields of a site that say what to change."""
     parameters, scalars, norms, cuts = [], [], [], []
+    activations: dict[str, Ids] = {}
     for slot, ids in p.values.items():
         variables = renumber(ids)
         if not variables.any():
@@ -346,10 +349,10 @@ def _edits(index: GraphIndex, p: Propagation, renumber: Callable[[Ids], Ids]) ->
         elif isinstance(slot, str) and index.nodes[slot].op == "get_attr":
             paths = tuple(dict.fromkeys(str(node.target) for node in index.aliases[slot]))
             parameters.append(ParameterEdit(paths=paths, variables=variables))
-    return {
-        name: tuple(edits)
-        for name, edits in (("parameters", parameters), ("scalars", scalars), ("norms", norms), ("cuts", cuts))
-    }
+        elif isinstance(slot, str):
+            activations[slot] = variables
+    edits = {"parameters": parameters, "scalars": scalars, "norms": norms, "cuts": cuts}
+    return {name: tuple(found) for name, found in edits.items()} | {"activations": activations}
 
 
 def _weight(linear: Node) -> Node:

@@ -42,9 +42,10 @@ def write(request: Request, path: Path) -> None:
     """
     with complete(path) as unfinished:
         kernels = count_onednn_gemms(_compile(request, unfinished), request.example_inputs)
-        check_proof(
-            KernelProof(backend="aoti", promised=len(request.linears), kernels=kernels), allow_float_fallback=False
+        proof = KernelProof(
+            backend="aoti", promised=len(request.linears), kernels=kernels, attention=request.attention
         )
+        check_proof(proof, allow_float_fallback=False)
 
 
 def _compile(request: Request, path: Path) -> Runnable:

@@ -63,6 +63,8 @@ class Request:
     example_inputs: tuple[Tensor, ...]
     float_dtype: torch.dtype | None = None
     """What computes beside the integers; None for the model's own dtype."""
+    attention: int = 0
+    """Quantized matrix products of attention in ``graph``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +83,9 @@ class Backend:
     unavailable: Callable[[], str | None] = lambda: None
     """Why this machine cannot run it, and what would help; None if it can."""
     count: Callable[[Runnable, Sequence[Tensor]], dict[str, int]] = count_integer_gemms
-    """Integer GEMMs of one call: kernel -> how often."""
+    """Integer GEMMs of one call, those of linears: kernel -> how often."""
+    count_attention: Callable[[Runnable, Sequence[Tensor]], dict[str, int]] = lambda run, inputs: {}
+    """Matrix products of attention that one call computes with integers: kernel -> how many."""
 
     write: Callable[[Request, Path], None] | None = None
     """Write the file that another program runs; None if it has no such form."""

@@ -17,7 +17,7 @@ from ptq4dit_ao.graph.names import placeholders
 from ptq4dit_ao.graph.shapes import example_shape, tensor_of
 from ptq4dit_ao.graph.ties import merge_equal_computations
 from ptq4dit_ao.lowering.backend import BACKENDS, Backend, Request, Runnable, choose_backend
-from ptq4dit_ao.lowering.match import quantized_linears, unread_linears
+from ptq4dit_ao.lowering.match import quantized_linears, quantized_products, unread_linears
 from ptq4dit_ao.lowering.proof import KernelProof, check_proof
 
 logger = logging.getLogger(__name__)
@@ -74,6 +74,8 @@ def lower(
         promised=promised if chosen.integer else 0,
         kernels=chosen.count(run, request.example_inputs) if chosen.integer else {},
         float_layers=tuple(refused),
+        attention=request.attention,
+        attention_kernels=chosen.count_attention(run, request.example_inputs),
     )
     check_proof(proof, allow_float_fallback=allow_float_fallback)
     logger.info("%s", proof)
@@ -150,7 +152,13 @@ def _request(
         )
     inputs = _example_inputs(graph) if example_inputs is None else tuple(example_inputs)
     carried = [linear for linear in linears if reasons[linear.name] is None]
-    request = Request(graph=graph, linears=carried, example_inputs=inputs, float_dtype=float_dtype)
+    request = Request(
+        graph=graph,
+        linears=carried,
+        example_inputs=inputs,
+        float_dtype=float_dtype,
+        attention=len(quantized_products(graph)),
+    )
     return request, refused, promised
 
 

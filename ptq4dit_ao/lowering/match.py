@@ -1,7 +1,11 @@
-"""Find the quantized linears of a converted graph: ``linear(dq(q(x)), dq(int weight), bias)``."""
+"""Find what is quantized in a converted graph.
+
+Linears: ``linear(dq(q(x)), dq(int weight), bias)``. Products of attention: ``matmul(dq(q(x)), dq(q(y)))``.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +14,10 @@ from torch import Tensor
 from torch.ao.quantization.fx._decomposed import quantized_decomposed_lib  # noqa: F401  (registers the ops)
 from torch.fx import GraphModule, Node
 
+from ptq4dit_ao.graph.attention import PRODUCTS
 from ptq4dit_ao.graph.names import LINEAR, get_attribute
 
-quantized = torch.ops.quantized_decomposed
+aten, quantized = torch.ops.aten, torch.ops.quantized_decomposed
 _QUANTIZE = quantized.quantize_per_tensor.default
 _DEQUANTIZE = quantized.dequantize_per_tensor.default
 _DEQUANTIZE_WEIGHT = quantized.dequantize_per_channel.default
@@ -98,6 +103,40 @@ def float_linears(graph_module: GraphModule) -> list[Node]:
 def unread_linears(graph_module: GraphModule) -> list[Node]:
     """Those whose input is quantized, but whose weight is in a form that no backend reads."""
     return [node for node in float_linears(graph_module) if _calls(node.args[0], _DEQUANTIZE)]
+
+
+def quantized_products(graph_module: GraphModule) -> list[Node]:
+    """Every product of two quantized activations, as attention has them, in execution order."""
+    return [
+        node
+        for node in graph_module.graph.nodes
+        if node.target in PRODUCTS and all(_calls(factor, _DEQUANTIZE) for factor in node.args[:2])
+    ]
+
+
+def quantizers_of(products: Iterable[Node]) -> list[Node]:
+    """The quantize nodes of the factors of products, each once."""
+    factors = (factor.args[0] for product in products for factor in product.all_input_nodes)
+    return list(dict.fromkeys(node for node in factors if isinstance(node, Node) and _calls(node, _QUANTIZE)))
+
+
+def widen(quantizers: Iterable[Node]) -> None:
+    """Let activations of fewer than 8 bits fill their dtype, clamped before to what they can be.
+
+    For runtimes that know no other range than that of the dtype.
+    """
+    for quantize in quantizers:
+        arguments: tuple[Any, ...] = quantize.args
+        x, scale, zero_point, low, high, dtype = arguments
+        full = torch.iinfo(dtype)
+        if (low, high) == (full.min, full.max):
+            continue
+        with quantize.graph.inserting_before(quantize):
+            bounds = ((bound - zero_point) * scale for bound in (low, high))
+            clamped = quantize.graph.call_function(aten.clamp.default, (x, *bounds))
+        for node in (quantize, *quantize.users):
+            node.args = (node.args[0], scale, zero_point, full.min, full.max, dtype)
+        quantize.update_arg(0, clamped)
 
 
 def _match(graph_module: GraphModule, node: Node) -> QuantizedLinear | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +11,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from ptq4dit_ao.errors import LoweringError
+
+logger = logging.getLogger(__name__)
 
 INTEGER_GEMMS = (
     "onednn::qlinear_pointwise",
@@ -31,14 +34,32 @@ class KernelProof:
     """Integer kernel -> calls."""
     float_layers: tuple[tuple[str, str], ...] = ()
     """Linears that compute in float: (name, why)."""
+    attention: int = 0
+    """Quantized matrix products of attention in the graph; those that no integer kernel computes are simulated."""
+    attention_kernels: dict[str, int] = field(default_factory=dict)
+    """Integer kernel -> how many of these it computes."""
 
     @property
     def integer_gemms(self) -> int:
         return sum(self.kernels.values())
 
     def __str__(self) -> str:
-        kernels = ", ".join(f"{name} x{count}" for name, count in self.kernels.items()) or "no integer kernels"
-        return f"{self.backend}: {self.integer_gemms}/{self.promised} quantized linears on integer GEMMs ({kernels})"
+        kernels = _listed(self.kernels) or "no integer kernels"
+        linears = f"{self.integer_gemms}/{self.promised} quantized linears on integer GEMMs ({kernels})"
+        return f"{self.backend}: {linears}{self._attention()}"
+
+    @property
+    def simulated(self) -> int:
+        """Quantized matrix products of attention that are computed in float, of integers all the same."""
+        return self.attention - sum(self.attention_kernels.values())
+
+    def _attention(self) -> str:
+        if not self.attention:
+            return ""
+        if not self.attention_kernels:
+            return f"; attention: {self.attention} matmuls simulated in float"
+        integer = self.attention - self.simulated
+        return f"; attention: {integer}/{self.attention} matmuls with integers ({_listed(self.attention_kernels)})"
 
 
 def count_integer_gemms(model: Callable[..., object], inputs: Sequence[Tensor]) -> dict[str, int]:
@@ -52,7 +73,14 @@ def count_integer_gemms(model: Callable[..., object], inputs: Sequence[Tensor]) 
 
 
 def check_proof(proof: KernelProof, *, allow_float_fallback: bool) -> None:
-    """Raises LoweringError if fewer linears than promised ran as integers."""
+    """Raises LoweringError if fewer linears than promised ran as integers; warns of attention that did not."""
+    if proof.promised and proof.simulated:
+        logger.warning(
+            "backend %r has no integer kernels for %d of %d quantized matmuls of attention; it simulates them in float",
+            proof.backend,
+            proof.simulated,
+            proof.attention,
+        )
     if proof.integer_gemms >= proof.promised or allow_float_fallback:
         return
     why = "; ".join(f"{name}: {reason}" for name, reason in proof.float_layers[:3])
@@ -60,3 +88,7 @@ def check_proof(proof: KernelProof, *, allow_float_fallback: bool) -> None:
         f"backend {proof.backend!r} ran {proof.integer_gemms} of {proof.promised} quantized linears on integer "
         f"kernels{f' ({why})' if why else ''}; pass allow_float_fallback=True to accept that, or use another backend"
     )
+
+
+def _listed(kernels: dict[str, int]) -> str:
+    return ", ".join(f"{name} x{count}" for name, count in kernels.items())

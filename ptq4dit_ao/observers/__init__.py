@@ -1,5 +1,6 @@
 """Observers that torchao's prepare/convert insert and call, and the statistics they keep."""
 
+from ptq4dit_ao.observers.attention import AttentionObserver
 from ptq4dit_ao.observers.clock import InputObserver, TimestepClock
 from ptq4dit_ao.observers.hooks import (
     ActivationObserver,
@@ -14,6 +15,7 @@ from ptq4dit_ao.observers.statistics import ChannelStatistics, SalienceStatistic
 
 __all__ = [
     "ActivationObserver",
+    "AttentionObserver",
     "ChannelStatistics",
     "ConvertHook",
     "InputObserver",

@@ -52,7 +52,7 @@ class _HookedObserver(ObserverBase):
 
 
 class ActivationObserver(_HookedObserver):
-    """What is known of one linear input, (N, ..., C): its range, and its moments if anybody asks for them."""
+    """What is known of one quantized activation, (N, ..., C): its range, and its moments if anybody asks for them."""
 
     def __init__(
         self, spec: QuantSpec, hook: ConvertHook, layer: str, clock: TimestepClock, moments: Moments | None = None
@@ -60,13 +60,13 @@ class ActivationObserver(_HookedObserver):
         super().__init__(spec, hook)
         self.layer, self.clock, self.moments = layer, clock, moments
         self.tokens = 0
-        """Rows of C numbers seen."""
+        """Rows of C numbers seen, by a linear."""
         self.clipped: tuple[float, float] | None = None
         """A range chosen after balancing, instead of minimum and maximum."""
 
     @property
     def scale(self) -> Tensor | None:
-        """The balancing vector that divides the input after the fold, (C,) float64; None if there is none."""
+        """What divides the activation after the fold, (C,) or broadcast to it, float64; None if nothing does."""
         return None
 
     def range(self) -> tuple[Tensor, Tensor]:
@@ -115,7 +115,7 @@ class RangeObserver(ActivationObserver):
 
     def range(self) -> tuple[Tensor, Tensor]:
         if self.minimum > self.maximum:
-            raise _not_calibrated(self.layer)
+            raise not_calibrated(self.layer)
         return self.minimum, self.maximum
 
 
@@ -152,7 +152,7 @@ class SalienceObserver(ActivationObserver):
 
     def range(self) -> tuple[Tensor, Tensor]:
         if len(self.statistics.timesteps) == 0:
-            raise _not_calibrated(self.layer)
+            raise not_calibrated(self.layer)
         return self.statistics.range(self.balance)
 
 
@@ -254,7 +254,8 @@ def check_finite(low: Tensor, high: Tensor, x: Tensor, layer: str, clock: Timest
     )
 
 
-def _not_calibrated(layer: str) -> CalibrationError:
+def not_calibrated(layer: str) -> CalibrationError:
+    """The error of an observer that has seen nothing."""
     return CalibrationError(
         f"{layer!r} was never run: call the prepared model on calibration samples before convert_pt2e"
     )

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from ptq4dit_ao.errors import CalibrationError
 from ptq4dit_ao.graph import Site
 from ptq4dit_ao.graph.pending import factors_wait
-from ptq4dit_ao.observers import SalienceObserver, SalienceStatistics, TimestepClock
+from ptq4dit_ao.observers import AttentionObserver, SalienceObserver, SalienceStatistics, TimestepClock
 from ptq4dit_ao.observers.hooks import WeightObserver
 from ptq4dit_ao.passes import BalanceResult, BalanceSettings, SelfCheck, SiteOutcome, attach_result, balance_sites
 from ptq4dit_ao.passes.edit import scale_of
@@ -38,6 +38,8 @@ class BalancePlan:
     """Node name of every linear -> its layer's name."""
     observers: dict[str, list[SalienceObserver]] = field(default_factory=dict)
     """Site input key -> its observers (more than one if layers ask for different bits)."""
+    operands: dict[str, list[AttentionObserver]] = field(default_factory=dict)
+    """Node that attention multiplies -> its observers."""
     _balanced: bool = False
     _done: bool = False
 
@@ -129,6 +131,9 @@ class BalancePlan:
         for key, consumer in site.inputs.items():
             for observer in self.observers.get(key, []):
                 observer.balance = scale_of(b, consumer.variables).to(torch.float64)
+        for name in site.activations.keys() & self.operands.keys():
+            for operand in self.operands[name]:
+                operand.divide(scale_of(b, site.activations[name]))
 
 
 def _only_quantized(model: GraphModule) -> set[str]:

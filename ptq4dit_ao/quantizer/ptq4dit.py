@@ -16,11 +16,13 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 from ptq4dit_ao.core.salience import Aggregation
 from ptq4dit_ao.errors import ArgumentError, BalanceError, CalibrationError
 from ptq4dit_ao.graph import Site, SitePolicy, find_sites, first_refusals, refuse_sites
+from ptq4dit_ao.graph.attention import Attention, decompose_attention, find_attention
 from ptq4dit_ao.graph.constants import constants
 from ptq4dit_ao.graph.names import TIMESTEP_NAMES, layer_name, linears, placeholders, timestep_placeholder
 from ptq4dit_ao.graph.shapes import batch_axis, shape_of
 from ptq4dit_ao.observers import (
     ActivationObserver,
+    AttentionObserver,
     InputObserver,
     Moments,
     RangeObserver,
@@ -32,6 +34,7 @@ from ptq4dit_ao.observers import (
 from ptq4dit_ao.observers.qdq import DEFAULT_EPS, QuantSpec
 from ptq4dit_ao.passes import BalanceSettings
 from ptq4dit_ao.passes.fold import FoldForm
+from ptq4dit_ao.quantizer.attention import annotate_attention
 from ptq4dit_ao.quantizer.linear import LinearQuantizer
 from ptq4dit_ao.quantizer.overrides import SAFE_LAYERS, LayerPlan, Override, apply_plan, check_bits, plan_layers
 from ptq4dit_ao.quantizer.plan import BalancePlan
@@ -59,6 +62,8 @@ class PTQ4DiTQuantizer(Quantizer):
         base: the quantizer that decides what is quantized to what; ``None`` takes :class:`LinearQuantizer`.
         weight_bits: 2 to 8, of every linear weight, per output channel.
         activation_bits: 2 to 8, of every linear input, per tensor.
+        attention_bits: 2 to 8, of what attention multiplies, per tensor: q, k, v and the probabilities; ``None`` leaves
+            attention float. Where a graph has it as one operation, that becomes matmul, softmax, matmul.
         aggregation: how salience over timesteps becomes one vector: ``ssc``, ``max`` (SmoothQuant) or ``mean``;
             ``none`` does not balance, ``auto`` lets each site choose.
         alpha: ``b = s(X)^alpha / s(W)^(1 - alpha)``; ``auto`` lets each site choose, by the error after rounding.
@@ -77,7 +82,7 @@ class PTQ4DiTQuantizer(Quantizer):
         verify: run the float graph before and after balancing, and undo any site that changes what it computes.
 
     Raises:
-        ArgumentError: an argument is out of range.
+        ArgumentError: an argument is out of range; or (from ``prepare_pt2e``) there is no attention to quantize.
         BalanceError: (from ``prepare_pt2e``) nothing in the model can be balanced.
         OverrideError: (from ``prepare_pt2e``) an override matches no layer.
         CalibrationError: (from the calibration loop or ``convert_pt2e``) samples are missing, too few or not finite.
@@ -89,6 +94,7 @@ class PTQ4DiTQuantizer(Quantizer):
         *,
         weight_bits: int = 8,
         activation_bits: int = 8,
+        attention_bits: int | None = None,
         aggregation: Aggregation | str = "ssc",
         alpha: float | Literal["auto"] = 0.5,
         rounding: Rounding | RoundingSettings = "nearest",
@@ -104,8 +110,11 @@ class PTQ4DiTQuantizer(Quantizer):
         super().__init__()
         check_bits("weight_bits", weight_bits)
         check_bits("activation_bits", activation_bits)
+        if attention_bits is not None:
+            check_bits("attention_bits", attention_bits)
         self._base = LinearQuantizer() if base is None else base
         self._bits = {"weight_bits": weight_bits, "activation_bits": activation_bits}
+        self._attention_bits = attention_bits
         self._settings = (
             None
             if aggregation == "none"
@@ -129,6 +138,8 @@ class PTQ4DiTQuantizer(Quantizer):
 
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
         """Called by ``prepare_pt2e``."""
+        if self._attention_bits is not None:
+            decompose_attention(model)
         return self._base.transform_for_annotation(model)
 
     def annotate(self, model: GraphModule) -> GraphModule:
@@ -140,6 +151,8 @@ class PTQ4DiTQuantizer(Quantizer):
             if node.args[0] in fixed:  # its output never changes
                 node.meta.pop(Q_ANNOTATION_KEY, None)
             apply_plan(node, self._layers[node.name])
+        if self._attention_bits is not None:
+            annotate_attention(model, self._attention_bits)
         return model
 
     def validate(self, model: GraphModule) -> None:
@@ -149,7 +162,7 @@ class PTQ4DiTQuantizer(Quantizer):
     def prepare_obs_or_fq_callback(
         self, model: GraphModule, edge_or_node_to_obs_or_fq: dict[EdgeOrNode, ObserverOrFakeQuantize]
     ) -> None:
-        """Called by ``prepare_pt2e``: swap the observers of linears for ours, which balance when converted."""
+        """Called by ``prepare_pt2e``: swap the base's observers for ours, which balance when converted."""
         self._base.prepare_obs_or_fq_callback(model, edge_or_node_to_obs_or_fq)
         quantized = [node for node in linears(model) if _activation_spec(node) is not None]
         if not quantized:
@@ -169,6 +182,8 @@ class PTQ4DiTQuantizer(Quantizer):
         swap = _Swap(model, plan, clock, edge_or_node_to_obs_or_fq)
         for node in quantized:
             swap.linear(node)
+        for attention in find_attention(model) if self._attention_bits is not None else ():
+            swap.attention(attention)
         self._observe_inputs(model, clock)
 
     def _sites(self, model: GraphModule, quantized: list[Node]) -> tuple[Site, ...]:
@@ -240,6 +255,13 @@ class _Swap:
         if isinstance(weight_spec, QuantizationSpec):
             self._swap((weight, node), weight_spec, lambda spec: WeightObserver(spec, self.plan))
 
+    def attention(self, attention: Attention) -> None:
+        for name, (x, product) in attention.operands.items():
+            spec = product.meta[Q_ANNOTATION_KEY].input_qspec_map[x]
+            self._swap(
+                (x, product), spec, lambda spec, x=x, name=name: self._operand_observer(x, f"{attention.name} ({name})", spec)
+            )
+
     def _swap(self, edge: tuple[Node, Node], spec: QuantizationSpec, make) -> None:
         old = self.observers[edge]
         if old in self.ours:  # shared with an edge that came before
@@ -259,6 +281,13 @@ class _Swap:
         moments = self._moments(x, searched=True)
         observer = SalienceObserver(spec, self.plan, layer, self.clock, channels, batch_axis(x), moments)
         self.plan.observers.setdefault(key, []).append(observer)
+        return observer
+
+    def _operand_observer(self, x: Node, name: str, spec: QuantSpec) -> ObserverOrFakeQuantize:
+        divided = [site.activations[x.name] for site in self.plan.sites if x.name in site.activations]
+        axes = {axis for variables in divided for axis, size in enumerate(variables.shape) if size > 1}
+        observer = AttentionObserver(spec, self.plan, name, self.clock, axes)
+        self.plan.operands.setdefault(x.name, []).append(observer)
         return observer
 
     def _moments(self, x: Node, *, searched: bool) -> Moments | None:

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 
 from ptq4dit_ao._atomic import is_unfinished, replace_text, replacing_file
 from ptq4dit_ao.errors import CalibrationError
-from ptq4dit_ao.observers import Rounded
+from ptq4dit_ao.observers import ActivationObserver, Rounded
 from ptq4dit_ao.rounding.layers import Group
 from ptq4dit_ao.rounding.settings import RoundingSettings
 
@@ -97,6 +97,8 @@ def fingerprint(
 ) -> str:
     """A digest of all that decides what is found: balanced weights and batches by their sums."""
     digest = hashlib.sha256(repr(settings).encode())
+    activations = [module for module in prepared.modules() if isinstance(module, ActivationObserver)]
+    digest.update(repr([(observer.layer, observer.spec) for observer in activations]).encode())
     for group in groups:
         digest.update(repr((group.name, group.observer.spec)).encode())
         for layer in group.layers:

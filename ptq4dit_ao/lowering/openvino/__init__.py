@@ -77,6 +77,22 @@ def count(run: Runnable, inputs: Sequence[Tensor]) -> dict[str, int]:
     return dict(Counter(kernel for kernel in linears if re.search("[iu]8$", kernel, re.IGNORECASE)))
 
 
+def count_attention(run: Runnable, inputs: Sequence[Tensor]) -> dict[str, int]:
+    """Matrix products of attention that are computed as products of 8-bit integers: kernel -> how many.
+
+    Alone, or several in one kernel; that of a product of integers is followed by a multiplication with their scale.
+    """
+    assert isinstance(run, OpenVINORunnable)
+    found: Counter[str] = Counter()
+    for node in run.request.get_compiled_model().get_runtime_model().get_ops():
+        about = {key: str(value.value) for key, value in node.get_rt_info().items()}
+        kind, kernel = about["layerType"], about["primitiveType"]
+        if kind in ("MatMul", "Subgraph") and re.search("[iu]8$", kernel, re.IGNORECASE):
+            scaled = re.findall(r"MatMul/DequantizationMultiply\b", about["originalLayersNames"])
+            found[f"{kind} {kernel}"] += len(scaled) if kind == "Subgraph" else 1
+    return {kernel: products for kernel, products in found.items() if products}
+
+
 def unavailable() -> str | None:
     """Why OpenVINO cannot run."""
     missing = find_spec("openvino") is None
@@ -110,8 +126,14 @@ def write(request: Request, path: Path) -> None:
             "does, with INFERENCE_PRECISION_HINT; leave float_dtype out"
         )
     model, program = quantized_model(request)
-    kernels = count(compile_model(model, program), request.example_inputs)
-    proof = KernelProof(backend="openvino", promised=len(request.linears), kernels=kernels)
+    run = compile_model(model, program)
+    proof = KernelProof(
+        backend="openvino",
+        promised=len(request.linears),
+        kernels=count(run, request.example_inputs),
+        attention=request.attention,
+        attention_kernels=count_attention(run, request.example_inputs),
+    )
     check_proof(proof, allow_float_fallback=False)
     with complete(path) as unfinished:
         require("openvino", extra="openvino").save_model(model, unfinished, compress_to_fp16=False)
@@ -127,6 +149,7 @@ register(
         unavailable=unavailable,
         build=build,
         count=count,
+        count_attention=count_attention,
         write=write,
         suffix=SUFFIX,
     )

@@ -10,7 +10,8 @@ from torch.fx import GraphModule
 
 from ptq4dit_ao._optional import require
 from ptq4dit_ao.lowering.backend import Request
-from ptq4dit_ao.lowering.openvino.rewrite import dequantize_constants, quantize_early, store_int4, widen_activations
+from ptq4dit_ao.lowering.match import quantized_products, quantizers_of, widen
+from ptq4dit_ao.lowering.openvino.rewrite import dequantize_constants, multiply_by_head, quantize_early, store_int4
 from ptq4dit_ao.lowering.program import as_program, inputs_of
 
 
@@ -24,10 +25,12 @@ def to_openvino(graph: GraphModule, example_inputs: tuple[Tensor, ...]) -> tuple
 
 
 def quantized_model(request: Request) -> tuple[Any, ExportedProgram]:
-    """As :func:`to_openvino`, in the form in which the CPU plugin computes linears with integers."""
-    widen_activations(request.linears)
+    """As :func:`to_openvino`, in the form in which the CPU plugin computes with integers: it knows 256 steps only."""
+    products = quantizers_of(quantized_products(request.graph))
+    widen(dict.fromkeys([*(linear.quantize for linear in request.linears), *products]))
     dequantize_constants(request.graph)
     model, program = to_openvino(request.graph, request.example_inputs)
+    multiply_by_head(model)
     quantize_early(model)
     store_int4(model)
     return model, program

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -12,31 +11,12 @@ from torch.fx import GraphModule, Node
 
 from ptq4dit_ao._optional import require
 from ptq4dit_ao.graph.names import get_attribute
-from ptq4dit_ao.lowering.match import QuantizedLinear, quantized
+from ptq4dit_ao.lowering.match import quantized
 
 aten = torch.ops.aten
 
 MOVES = ("Reshape", "Squeeze", "Transpose", "Unsqueeze")
 """Operations that only move elements."""
-
-
-def widen_activations(linears: Iterable[QuantizedLinear]) -> None:
-    """Let activations of fewer than 8 bits fill their dtype, clamped before to what they can be.
-
-    OpenVINO runs no other number of steps than 256 on integer kernels.
-    """
-    for quantize in {linear.quantize: None for linear in linears}:
-        arguments: tuple[Any, ...] = quantize.args
-        x, scale, zero_point, low, high, dtype = arguments
-        full = torch.iinfo(dtype)
-        if (low, high) == (full.min, full.max):
-            continue
-        with quantize.graph.inserting_before(quantize):
-            bounds = ((bound - zero_point) * scale for bound in (low, high))
-            clamped = quantize.graph.call_function(aten.clamp.default, (x, *bounds))
-        for node in (quantize, *quantize.users):
-            node.args = (node.args[0], scale, zero_point, full.min, full.max, dtype)
-        quantize.update_arg(0, clamped)
 
 
 def dequantize_constants(graph_module: GraphModule) -> None:
@@ -85,6 +65,29 @@ def quantize_early(model: Any) -> None:
     model.validate_nodes_and_infer_types()
 
 
+def multiply_by_head(model: Any) -> None:
+    """Multiply tensors of more than three axes as they are.
+
+    Export makes such a product Broadcast, Reshape, a product of three axes, Reshape; then it is not next to the
+    quantization of its factors, and computed in float.
+    """
+    for product in model.get_ordered_ops():
+        if product.get_type_name() != "MatMul":
+            continue
+        factors = [_before_flattening(value) for value in product.input_values()]
+        readers = list(product.output(0).get_target_inputs())
+        result = readers[0].get_node() if len(readers) == 1 else None
+        if result is None or result.get_type_name() != "Reshape" or any(factor is None for factor in factors):
+            continue
+        if len({len(value.get_partial_shape()) for value in (result.output(0), *factors)}) > 1:
+            continue
+        for port, factor in enumerate(factors):
+            product.input(port).replace_source_output(factor)
+        for reader in result.output(0).get_target_inputs():
+            reader.replace_source_output(product.output(0))
+    model.validate_nodes_and_infer_types()
+
+
 def store_int4(model: Any) -> None:
     """Store int8 weights that fit four bits in four bits, two to a byte.
 
@@ -104,6 +107,19 @@ def store_int4(model: Any) -> None:
         for reader in node.output(0).get_target_inputs():
             reader.replace_source_output(wide.output(0))
     model.validate_nodes_and_infer_types()
+
+
+def _before_flattening(output: Any) -> Any:
+    """What a tensor of three axes was before its leading axes were broadcast and flattened into one; None if it was not."""
+    flattened, whole = output.get_node(), None
+    if flattened.get_type_name() == "Reshape":
+        whole = flattened.input_value(0)
+        inner = [str(value.get_partial_shape()).strip("[]").split(",")[-2:] for value in (output, whole)]
+        if len(whole.get_partial_shape()) <= 3 or inner[0] != inner[1] or "?" in "".join(inner[0]):
+            return None
+        if whole.get_node().get_type_name() == "Broadcast":
+            whole = whole.get_node().input_value(0)
+    return whole
 
 
 def _moves_before(output: Any) -> list[Any]:

@@ -1,0 +1,191 @@
+"""Attention: its two matrix products, found in a graph, or spelt out where a graph holds it as one operation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ptq4dit_ao.errors import ArgumentError
+from ptq4dit_ao.graph.rules.movement import MOVEMENT
+from ptq4dit_ao.graph.shapes import normalize_axis, tensor_of
+
+aten = torch.ops.aten
+
+FUSED = aten.scaled_dot_product_attention.default
+PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default})
+SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default, aten._safe_softmax.default})
+
+_AFTER = MOVEMENT | {aten.dropout.default}
+"""What may stand between a softmax and the product with v."""
+
+_BEFORE = MOVEMENT | {
+    *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar),
+    *(aten.where.self, aten.where.ScalarOther, aten.masked_fill.Scalar, aten.masked_fill.Tensor),
+}
+"""What may stand between the product of q and k and the softmax: scale and mask."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """``softmax(q k^T) v``; any number of axes before the last two."""
+
+    scores: Node
+    """The product of q and k^T."""
+    softmax: Node
+    mixed: Node
+    """The product of the probabilities and v."""
+
+    @property
+    def name(self) -> str:
+        """Its module, such as ``transformer_blocks.0.attn1``; else its first node."""
+        return module_of(self.scores) or self.scores.name
+
+    @property
+    def operands(self) -> dict[str, tuple[Node, Node]]:
+        """What is multiplied -> the tensor, and the product that reads it."""
+        return {
+            name: (_operand(product, index), product)
+            for name, product, index in (
+                ("q", self.scores, 0),
+                ("k", self.scores, 1),
+                ("probabilities", self.mixed, 0),
+                ("v", self.mixed, 1),
+            )
+        }
+
+
+def find_attention(graph_module: GraphModule) -> list[Attention]:
+    """Every product, softmax, product of a graph, in execution order; fused ones are not seen."""
+    found = []
+    for mixed in graph_module.graph.nodes:
+        if mixed.target not in PRODUCTS:
+            continue
+        softmax = _source(_operand(mixed, 0), SOFTMAX, _AFTER)
+        if softmax is None or not _over_last_axis(softmax):
+            continue
+        scores = _source(_operand(softmax, 0), PRODUCTS, _BEFORE)
+        if scores is not None:
+            found.append(Attention(scores, softmax, mixed))
+    return found
+
+
+def decompose_attention(graph_module: GraphModule) -> int:
+    """Spell fused attention out as matmul, softmax, matmul, in place; returns how often. Sizes stay as free as they are.
+
+    Raises:
+        ArgumentError: one drops some of its probabilities.
+    """
+    graph = graph_module.graph
+    fused = graph.find_nodes(op="call_function", target=FUSED)
+    for node in fused:
+        with graph.inserting_before(node):
+            mixed = _Decomposition(node).mixed()
+        node.replace_all_uses_with(mixed)
+        graph.erase_node(node)
+    if fused:
+        graph_module.recompile()
+    return len(fused)
+
+
+def module_of(node: Node) -> str | None:
+    """The path of the module that a node was captured in, if the graph says so."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return stack[-1][0] or None if stack else None
+
+
+class _Decomposition:
+    """What one ``scaled_dot_product_attention`` computes, as nodes before it. q (..., L, E), k (..., S, E), v (..., S, D)."""
+
+    def __init__(self, node: Node) -> None:
+        names = [argument.name for argument in FUSED._schema.arguments]
+        arguments: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        self.node = node
+        self.q, self.k, self.v = (arguments[name] for name in ("query", "key", "value"))
+        self.mask, self.causal = arguments.get("attn_mask"), arguments.get("is_causal", False)
+        self.scale = arguments.get("scale")
+        self.grouped = arguments.get("enable_gqa", False)
+        if arguments.get("dropout_p", 0.0):
+            raise ArgumentError(
+                f"attention {module_of(node) or node.name!r} has dropout {arguments['dropout_p']}, so its probabilities "
+                "are not what is to be quantized; call model.eval() before it is exported"
+            )
+
+    def mixed(self) -> Node:
+        """The node that computes the same."""
+        k, v = (self._repeated(x) for x in (self.k, self.v))
+        *rows, length, channels = _shape(self.q)
+        scale = 1 / math.sqrt(channels) if self.scale is None else self.scale
+        q = self._call(aten.mul.Tensor, (self.q, scale), _shape(self.q))
+        *heads, keys, _ = _shape(k)
+        k = self._call(aten.transpose.int, (k, -2, -1), (*heads, channels, keys))
+        shape = (*_shape(self.node)[:-1], keys)
+        scores = self._masked(self._call(aten.matmul.default, (q, k), shape), shape)
+        # With a mask, a query may see no key at all: its probabilities are 0 then, not NaN.
+        softmax = aten.softmax.int if self.mask is None else aten._safe_softmax.default
+        probabilities = self._call(softmax, (scores, -1), shape)
+        return self._call(aten.matmul.default, (probabilities, v), _shape(self.node))
+
+    def _repeated(self, x: Node) -> Node:
+        """Keys or values with a head for every head of the queries."""
+        groups = 1 if not self.grouped else _shape(self.q)[-3] // _shape(x)[-3]
+        if groups == 1:
+            return x
+        *rows, heads, length, channels = _shape(x)
+        shape = (*rows, groups * heads, length, channels)
+        return self._call(aten.repeat_interleave.self_int, (x, groups, -3), shape)
+
+    def _masked(self, scores: Node, shape: Sequence[Any]) -> Node:
+        mask = self.mask
+        if self.causal:
+            ones = self._call(aten.ones_like.default, (scores,), shape, dtype=torch.bool)
+            mask = self._call(aten.tril.default, (ones,), shape, torch.bool)
+        if mask is None:
+            return scores
+        if mask.meta["val"].dtype == torch.bool:
+            return self._call(aten.where.ScalarOther, (mask, scores, -math.inf), shape)
+        return self._call(aten.add.Tensor, (scores, mask), shape)
+
+    def _call(
+        self, target: Any, args: tuple[Any, ...], shape: Sequence[Any], like: torch.dtype | None = None, **kwargs: Any
+    ) -> Node:
+        node = self.node.graph.call_function(target, args, kwargs)
+        node.meta = {key: value for key, value in self.node.meta.items() if key in ("nn_module_stack", "stack_trace")}
+        example = self.node.meta["val"]
+        # Made of sizes that are there: running the op on fake tensors would add guards to them.
+        with example.fake_mode:
+            node.meta["val"] = example.new_empty(tuple(shape), dtype=like or kwargs.get("dtype"))
+        return node
+
+
+def _shape(node: Node) -> torch.Size:
+    return node.meta["val"].shape
+
+
+def _operand(node: Node, index: int) -> Node:
+    operand = node.args[index]
+    assert isinstance(operand, Node)
+    return operand
+
+
+def _source(node: Node, targets: Collection[object], through: Collection[object]) -> Node | None:
+    """The nearest node of these targets from which this one comes by way of ops in ``through``."""
+    queue, seen = [node], {node}
+    for one in queue:
+        if one.target in targets:
+            return one
+        if one.target in through:
+            new = [source for source in one.all_input_nodes if source not in seen]
+            seen.update(new)
+            queue += new
+    return None
+
+
+def _over_last_axis(softmax: Node) -> bool:
+    value, axis = tensor_of(softmax), softmax.args[1]
+    assert value is not None and isinstance(axis, int)
+    return normalize_axis(axis, value.ndim) == value.ndim - 1
