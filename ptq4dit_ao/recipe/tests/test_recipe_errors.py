@@ -131,6 +131,10 @@ WRONG = {
         "overrides: [{skip: true}]",
         "overrides[0].pattern: missing; it must be non-empty text",
     ),
+    "learning out of sequence": (
+        "rounding: {method: adaround}",
+        "rounding: method 'adaround' learns block by block; add sequential: true",
+    ),
     "override with nothing": (
         "overrides: [{pattern: a.*}]",
         "overrides[0]: pattern 'a.*' asks for nothing; add one of skip, weight_bits, activation_bits, balance",

@@ -20,7 +20,7 @@ REGENERATE = (
     "> recipes/recipe.schema.json"
 )
 
-METHODS = {"auto", "fast", "minmax", "ptqd", "smoothquant"}
+METHODS = {"csb_ssc", "learned", "auto", "fast", "minmax", "ptqd", "smoothquant"}
 """Recipes that say how and leave the bits at 8; the others build on one of them, or are a paper's."""
 
 
