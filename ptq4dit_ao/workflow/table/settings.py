@@ -68,9 +68,7 @@ class TableSettings:
     @property
     def command(self) -> str:
         """The command line that asks for this."""
-        words = ["ptq4dit-ao", "table", "--model", self.model]
-        if self.methods:
-            words += ["--methods", ",".join(self.methods)]
+        words = ["ptq4dit-ao", "table", "--model", self.model, "--methods", ",".join(self.methods)]
         words += ["--bits", ",".join(self.bits), "--steps", ",".join(map(str, self.steps))]
         words += ["--samples", str(self.samples), "--calibration-images", str(self.calibration_images)]
         words += ["--seed", str(self.seed), "--guidance", f"{self.guidance:g}", "--layers", self.layers]

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from ptq4dit_ao import __version__
 from ptq4dit_ao._atomic import replacing_file
 from ptq4dit_ao.calibration import Sampling
 from ptq4dit_ao.errors import ArgumentError, PTQ4DiTError
@@ -31,7 +32,7 @@ from ptq4dit_ao.workflow.table.settings import FLOAT, NOISE_SEED, TableSettings,
 
 ALL = "all cells"
 """The stage that counts over the whole table."""
-_PACKAGES = ("ptq4dit-ao", "torch", "torchao", "diffusers")
+_PACKAGES = ("torch", "torchao", "diffusers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +214,7 @@ class Work:
 
     def _made_of(self, recipe: Recipe | None) -> Json:
         """What a quantized model depends on, which is neither its float model's folder nor its recipe's title."""
-        versions = {name: installed(name) for name in _PACKAGES}
+        versions = {"ptq4dit-ao": __version__, **{name: installed(name) for name in _PACKAGES}}
         asked = None if recipe is None else recipe.model_dump(mode="json", exclude={"model", "description"})
         return {"recipe": asked, "model": self._digest, "versions": versions}
 

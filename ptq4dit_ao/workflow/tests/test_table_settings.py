@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,13 +63,12 @@ def test_settings_are_checked(changes, message):
         dataclasses.replace(ASKED, **changes)
 
 
-def test_the_command_asks_for_the_same():
+@pytest.mark.parametrize("methods", [("auto", "my recipe.yaml"), ()])
+def test_the_command_asks_for_the_same(methods):
     asked = dataclasses.replace(
-        ASKED, methods=("auto", "my recipe.yaml"), steps=(100, 50), seed=2, guidance=4.0, features="a:b",
+        ASKED, methods=methods, steps=(100, 50), seed=2, guidance=4.0, features="a:b",
         reference=Path("real.npz"), ablation=True, layers="safe",
     )  # fmt: skip
-    import shlex
-
     words = shlex.split(asked.command)
     args = vars(build_parser().parse_args([*words[1:], "--output", "out"]))
     assert TableSettings(**{field.name: args[field.name] for field in dataclasses.fields(asked)}) == asked
