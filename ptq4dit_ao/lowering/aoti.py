@@ -42,9 +42,7 @@ def write(request: Request, path: Path) -> None:
     """
     with complete(path) as unfinished:
         kernels = count_onednn_gemms(_compile(request, unfinished), request.example_inputs)
-        proof = KernelProof(
-            backend="aoti", promised=len(request.linears), kernels=kernels, attention=request.attention
-        )
+        proof = KernelProof(backend="aoti", promised=len(request.linears), kernels=kernels, attention=request.attention)
         check_proof(proof, allow_float_fallback=False)
 
 

@@ -257,7 +257,9 @@ class _Swap:
         for name, (x, product) in attention.operands.items():
             spec = product.meta[Q_ANNOTATION_KEY].input_qspec_map[x]
             self._swap(
-                (x, product), spec, lambda spec, x=x, name=name: self._operand_observer(x, f"{attention.name} ({name})", spec)
+                (x, product),
+                spec,
+                lambda spec, x=x, name=name: self._operand_observer(x, f"{attention.name} ({name})", spec),
             )
 
     def _swap(self, edge: tuple[Node, Node], spec: QuantizationSpec, make) -> None:

@@ -15,7 +15,17 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 import ptq4dit_ao.recipe
-from ptq4dit_ao.recipe import Activations, Balance, Calibration, Evaluation, Override, Recipe, Weights, load_recipe
+from ptq4dit_ao.recipe import (
+    Activations,
+    Attention,
+    Balance,
+    Calibration,
+    Evaluation,
+    Override,
+    Recipe,
+    Weights,
+    load_recipe,
+)
 from ptq4dit_ao.recipe.yaml_text import read_yaml
 
 BITS = st.integers(2, 8)
@@ -41,6 +51,7 @@ RECIPES = st.builds(
     model=st.none() | NON_EMPTY | st.sampled_from(["on", "1e-5", "true", "08", "null"]),
     weights=st.builds(Weights, bits=BITS),
     activations=st.builds(Activations, bits=BITS),
+    attention=st.builds(Attention, quantize=st.booleans(), bits=BITS),
     balance=st.builds(
         Balance,
         aggregation=st.sampled_from(["ssc", "max", "mean", "none"]),
@@ -135,6 +146,7 @@ def test_wrong_values_are_refused_when_built(model: type[BaseModel], values: dic
 def test_public_names() -> None:
     assert ptq4dit_ao.recipe.__all__ == [
         "Activations",
+        "Attention",
         "Balance",
         "Calibration",
         "Evaluation",
