@@ -54,7 +54,7 @@ class Attention(_Section):
 
     quantize: bool = Field(
         default=False,
-        description="true: quantize what attention multiplies, as the PTQ4DiT paper does. false: attention stays float.",
+        description="true: quantize what attention multiplies, as the PTQ4DiT paper does. false: leave it float.",
     )
     bits: Bits = Field(default=8, description="Width of q, k, v and the probabilities in bits, 2 to 8.")
 

@@ -84,6 +84,7 @@ def test_to_dict_holds_every_default_and_no_null() -> None:
         "description": "",
         "weights": {"bits": 8},
         "activations": {"bits": 8},
+        "attention": {"quantize": False, "bits": 8},
         "balance": {
             "aggregation": "ssc",
             "alpha": 0.5,
