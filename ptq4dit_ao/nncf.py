@@ -128,7 +128,8 @@ class BalancedForNNCF:
 
     def _need_eight_bits(self, function: str, instead: str) -> None:
         plans = [plan for plan in self.plans.values() if not plan.skip]
-        if any((plan.weight_bits, plan.activation_bits) != (8, 8) for plan in plans):
+        attention = self.recipe.attention.quantize and self.recipe.attention.bits != 8
+        if attention or any((plan.weight_bits, plan.activation_bits) != (8, 8) for plan in plans):
             raise LoweringError(
                 f"{function} quantizes to 8 bits, whatever it is asked for ({self._widths()}); {instead}"
             )
@@ -136,7 +137,9 @@ class BalancedForNNCF:
     def _widths(self) -> str:
         plans = [plan for plan in self.plans.values() if not plan.skip]
         widths = sorted({f"W{plan.weight_bits}A{plan.activation_bits}" for plan in plans})
-        return f"the recipe says {' and '.join(widths)}"
+        attention = self.recipe.attention
+        rest = f", and {attention.bits} bits for attention" if attention.quantize else ""
+        return f"the recipe says {' and '.join(widths)}{rest}"
 
 
 @torch.no_grad()

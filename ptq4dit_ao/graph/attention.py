@@ -75,7 +75,9 @@ def find_attention(graph_module: GraphModule) -> list[Attention]:
 
 
 def decompose_attention(graph_module: GraphModule) -> int:
-    """Spell fused attention out as matmul, softmax, matmul, in place; returns how often. Sizes stay as free as they are.
+    """Spell fused attention out as matmul, softmax, matmul, in place; returns how often.
+
+    Sizes that may differ from call to call still may.
 
     Raises:
         ArgumentError: one drops some of its probabilities.
@@ -99,7 +101,7 @@ def module_of(node: Node) -> str | None:
 
 
 class _Decomposition:
-    """What one ``scaled_dot_product_attention`` computes, as nodes before it. q (..., L, E), k (..., S, E), v (..., S, D)."""
+    """``scaled_dot_product_attention`` of q (..., L, E), k (..., S, E) and v (..., S, D), as nodes before its own."""
 
     def __init__(self, node: Node) -> None:
         names = [argument.name for argument in FUSED._schema.arguments]
@@ -111,14 +113,14 @@ class _Decomposition:
         self.grouped = arguments.get("enable_gqa", False)
         if arguments.get("dropout_p", 0.0):
             raise ArgumentError(
-                f"attention {module_of(node) or node.name!r} has dropout {arguments['dropout_p']}, so its probabilities "
-                "are not what is to be quantized; call model.eval() before it is exported"
+                f"attention {module_of(node) or node.name!r} has dropout {arguments['dropout_p']}, which cannot be "
+                "quantized; call model.eval() before it is exported"
             )
 
     def mixed(self) -> Node:
         """The node that computes the same."""
         k, v = (self._repeated(x) for x in (self.k, self.v))
-        *rows, length, channels = _shape(self.q)
+        channels = _shape(self.q)[-1]
         scale = 1 / math.sqrt(channels) if self.scale is None else self.scale
         q = self._call(aten.mul.Tensor, (self.q, scale), _shape(self.q))
         *heads, keys, _ = _shape(k)

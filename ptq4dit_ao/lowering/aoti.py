@@ -16,6 +16,7 @@ from torch._inductor import config as inductor_config
 from ptq4dit_ao.lowering.backend import Backend, Request, Runnable, register
 from ptq4dit_ao.lowering.files import complete
 from ptq4dit_ao.lowering.machine import saturates
+from ptq4dit_ao.lowering.match import make_unsigned, quantized_products, quantizers_of
 from ptq4dit_ao.lowering.mixed import compute_in
 from ptq4dit_ao.lowering.onednn_verbose import count_onednn_gemms
 from ptq4dit_ao.lowering.program import as_program, check_inputs, inputs_of
@@ -47,6 +48,7 @@ def write(request: Request, path: Path) -> None:
 
 
 def _compile(request: Request, path: Path) -> Runnable:
+    make_unsigned(quantizers_of(quantized_products(request.graph)))
     unshare_weights(request.graph, request.linears)
     if request.float_dtype is not None:
         compute_in(request.graph, request.float_dtype, request.example_inputs)

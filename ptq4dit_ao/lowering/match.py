@@ -139,6 +139,19 @@ def widen(quantizers: Iterable[Node]) -> None:
         quantize.update_arg(0, clamped)
 
 
+def make_unsigned(quantizers: Iterable[Node]) -> None:
+    """Let int8 activations be uint8 ones: the same values, the zero point moved up by 128.
+
+    Where a linear's output is quantized to int8 and its input to uint8, Inductor fuses the two and then takes the
+    output for uint8.
+    """
+    for quantize in quantizers:
+        for node in (quantize, *quantize.users) if quantize.args[5] == torch.int8 else ():
+            arguments: tuple[Any, ...] = node.args
+            x, scale, *bounds, _ = arguments
+            node.args = (x, scale, *(bound + 128 for bound in bounds), torch.uint8)
+
+
 def _match(graph_module: GraphModule, node: Node) -> QuantizedLinear | None:
     # fx types arguments as anything at all; the checks below are what tells.
     arguments: tuple[Any, ...] = node.args

@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from ptq4dit_ao._optional import require
 from ptq4dit_ao.lowering.backend import Backend, Capabilities, Request, Runnable, register
 from ptq4dit_ao.lowering.files import complete
 from ptq4dit_ao.lowering.machine import no_x86, saturates
-from ptq4dit_ao.lowering.match import QuantizedLinear
+from ptq4dit_ao.lowering.match import QuantizedLinear, quantized_products, quantizers_of, widen
 from ptq4dit_ao.lowering.program import as_program
 from ptq4dit_ao.lowering.proof import KernelProof, check_proof
 
@@ -35,9 +37,9 @@ INTEGER_GEMMS = ("MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGem
 
 
 class Session:
-    """An ONNX file in onnxruntime, called with tensors; profiled until :func:`count` has read the profile."""
+    """An ONNX file in onnxruntime, called with tensors; profiled until :attr:`ran` has read the profile."""
 
-    def __init__(self, path: Path, result: TreeSpec) -> None:
+    def __init__(self, path: Path, result: TreeSpec, attention: frozenset[str]) -> None:
         runtime = require("onnxruntime", extra="onnx")
         self.profile = tempfile.TemporaryDirectory()
         options = runtime.SessionOptions()
@@ -46,6 +48,17 @@ class Session:
         self.session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self.names = [value.name for value in self.session.get_inputs()]
         self.result = result
+        self.attention = attention
+        """Names of the products of two activations."""
+
+    @cached_property
+    def ran(self) -> list[tuple[str, str]]:
+        """(node, operator) of every kernel that ran so far. Ends the profiling."""
+        with self.profile:
+            events = json.loads(Path(self.session.end_profiling()).read_text())
+        suffix = "_kernel_time"
+        kernels = [event for event in events if event["name"].endswith(suffix)]
+        return [(event["name"].removesuffix(suffix), event["args"]["op_name"]) for event in kernels]
 
     def __call__(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         feed = {name: x.detach().numpy() for name, x in zip(self.names, inputs, strict=True)}
@@ -53,13 +66,21 @@ class Session:
 
 
 def count(run: Runnable, inputs: Sequence[Tensor]) -> dict[str, int]:
-    """Integer GEMMs of a session's first call: operator -> how often. Ends its profiling."""
+    """Integer GEMMs of a session's first call, those of linears: operator -> how often. Ends its profiling."""
+    return _count(run, inputs, attention=False)
+
+
+def count_attention(run: Runnable, inputs: Sequence[Tensor]) -> dict[str, int]:
+    """Those of two activations: operator -> how often."""
+    return _count(run, inputs, attention=True)
+
+
+def _count(run: Runnable, inputs: Sequence[Tensor], *, attention: bool) -> dict[str, int]:
     assert isinstance(run, Session)
-    run(*inputs)
-    with run.profile:
-        events = json.loads(Path(run.session.end_profiling()).read_text())
-    ran = Counter(event["args"]["op_name"] for event in events if event["name"].endswith("_kernel_time"))
-    return {name: ran[name] for name in INTEGER_GEMMS if name in ran}
+    if "ran" not in vars(run):
+        run(*inputs)
+    counted = Counter(operator for node, operator in run.ran if (node in run.attention) == attention)
+    return {name: counted[name] for name in INTEGER_GEMMS if name in counted}
 
 
 def unavailable() -> str | None:
@@ -89,13 +110,19 @@ def write(request: Request, path: Path) -> None:
         LoweringError: onnxruntime does not run what it should on integer kernels; nothing is written.
     """
     with complete(path) as unfinished:
-        kernels = count(_export(request, unfinished), request.example_inputs)
-        check_proof(
-            KernelProof(backend="onnx", promised=len(request.linears), kernels=kernels), allow_float_fallback=False
+        run = _export(request, unfinished)
+        proof = KernelProof(
+            backend="onnx",
+            promised=len(request.linears),
+            kernels=count(run, request.example_inputs),
+            attention=request.attention,
+            attention_kernels=count_attention(run, request.example_inputs),
         )
+        check_proof(proof, allow_float_fallback=False)
 
 
 def _export(request: Request, path: Path) -> Session:
+    widen(quantizers_of(quantized_products(request.graph)))
     for linear in request.linears:
         _spell_out(linear)
     request.graph.recompile()
@@ -103,7 +130,17 @@ def _export(request: Request, path: Path) -> Session:
     exported = torch.onnx.export(program, dynamo=True, verbose=False)
     assert exported is not None
     exported.save(path)
-    return Session(path, program.call_spec.out_spec)
+    return Session(path, program.call_spec.out_spec, frozenset(_products_of_activations(exported.model.graph)))
+
+
+def _products_of_activations(graph: Iterable[Any]) -> Iterator[str]:
+    """Names of the products both of whose factors are quantized when the model runs."""
+    for node in graph:
+        if node.op_type == "MatMul":
+            dequantized = [value.producer() for value in node.inputs]
+            sources = [d.inputs[0].producer() for d in dequantized if d is not None and d.inputs]
+            if [s.op_type for s in sources if s is not None] == ["QuantizeLinear"] * 2:
+                yield node.name
 
 
 def _spell_out(linear: QuantizedLinear) -> None:
@@ -135,6 +172,7 @@ register(
         unavailable=unavailable,
         build=build,
         count=count,
+        count_attention=count_attention,
         write=write,
         suffix=SUFFIX,
     )

@@ -12,6 +12,7 @@ from torch._inductor import config as inductor_config
 
 from ptq4dit_ao.lowering.backend import Backend, Capabilities, Request, Runnable, register
 from ptq4dit_ao.lowering.machine import no_compiler, no_onednn, no_x86, saturates
+from ptq4dit_ao.lowering.match import make_unsigned, quantized_products, quantizers_of
 from ptq4dit_ao.lowering.mixed import compute_in
 from ptq4dit_ao.lowering.unshare import unshare_weights
 
@@ -25,6 +26,7 @@ def unavailable() -> str | None:
 
 def build(request: Request) -> Runnable:
     """Compile; the first call with a new batch size compiles once more, then any batch runs."""
+    make_unsigned(quantizers_of(quantized_products(request.graph)))
     unshare_weights(request.graph, request.linears)
     if request.float_dtype is not None:
         compute_in(request.graph, request.float_dtype, request.example_inputs)

@@ -32,7 +32,7 @@ class AttentionObserver(ActivationObserver):
         return self._scale
 
     def divide(self, scale: Tensor) -> None:
-        """Note that a fold divides the operand by a scale, float64, that broadcasts to it and differs on ``axes`` only."""
+        """Note that a fold divides the operand by a scale, float64, which broadcasts to it and differs on ``axes``."""
         self._scale = scale if self._scale is None else self._scale * scale
 
     def forward(self, x: Tensor) -> Tensor:

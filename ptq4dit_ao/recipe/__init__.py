@@ -4,6 +4,7 @@ from ptq4dit_ao.recipe.json_schema import recipe_json_schema
 from ptq4dit_ao.recipe.load import load_recipe
 from ptq4dit_ao.recipe.schema import (
     Activations,
+    Attention,
     Balance,
     Calibration,
     Evaluation,
@@ -18,6 +19,7 @@ from ptq4dit_ao.recipe.shipped import shipped_recipe_path, shipped_recipes
 
 __all__ = [
     "Activations",
+    "Attention",
     "Balance",
     "Calibration",
     "Evaluation",

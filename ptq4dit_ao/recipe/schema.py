@@ -61,6 +61,16 @@ class Activations(_Section):
     bits: Bits = Field(default=8, description="Width of an activation in bits, 2 to 8.")
 
 
+class Attention(_Section):
+    """Whether attention's own matrix products are quantized: q, k, v and the probabilities."""
+
+    quantize: bool = Field(
+        default=False,
+        description="true: quantize what attention multiplies, as the PTQ4DiT paper does. false: leave it float.",
+    )
+    bits: Bits = Field(default=8, description="Width of q, k, v and the probabilities in bits, 2 to 8.")
+
+
 class Balance(_Section):
     """How extreme channels are shared out between activation and weight before quantization (CSB and SSC)."""
 
@@ -272,6 +282,7 @@ class Recipe(_Section):
     )
     weights: Weights = Weights()
     activations: Activations = Activations()
+    attention: Attention = Attention()
     balance: Balance = Balance()
     rounding: Rounding = Rounding()
     layers: LayerPreset = Field(default="safe", description="Preset of layers that stay float: 'safe' or 'paper'.")

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 from ptq4dit_ao.graph import Site
 from ptq4dit_ao.lowering import float_linears, quantized_linears
+from ptq4dit_ao.lowering.match import quantized_products, quantizers_of
 from ptq4dit_ao.passes import BalanceResult, SiteOutcome, balance_result
 
 _VECTORS = ("b", "salience_x", "salience_w", "timesteps", "salience_t", "rho", "eta")
@@ -59,6 +60,7 @@ def build_report(
         },
         "sites": [_site(site, result.outcomes.get(site.name)) for site in result.sites],
         "layers": _layers(converted, result, layer_sqnr_db or {}),
+        "attention": _attention(converted),
         "evaluation": None if evaluation is None else dict(evaluation),
         "size": None if size is None else dict(size),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
@@ -111,6 +113,13 @@ def _layers(converted: GraphModule, result: BalanceResult, sqnr: Mapping[str, fl
         }
         for name in sorted(names, key=order.__getitem__)
     ]
+
+
+def _attention(converted: GraphModule) -> dict[str, Any] | None:
+    """How many matrix products of attention are quantized, and to how many bits; None if attention is float."""
+    products = quantized_products(converted)
+    bits = {_bits((low, high)) for q in quantizers_of(products) for low, high in [q.args[3:5]]}
+    return {"matmuls": len(products), "bits": sorted(bits)} if products else None
 
 
 def _notes(result: BalanceResult) -> list[str]:

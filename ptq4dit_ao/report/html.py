@@ -89,10 +89,17 @@ def _headline(report: Mapping[str, Any]) -> str:
         _card(
             "Integer layers",
             f"{_count(layers, 'integer')} <small>of {len(layers)}</small>",
-            f"{kept} kept in float" if kept else "none kept in float",
+            (f"{kept} kept in float" if kept else "none kept in float") + _attention(report.get("attention")),
         ),
     )
     return f'<section class="cards">{"".join(cards)}</section>'
+
+
+def _attention(attention: Mapping[str, Any] | None) -> str:
+    """What is known of attention, after what is known of the layers."""
+    if attention is None:
+        return "; attention in float"
+    return f"; {attention['matmuls']} matmuls of attention in {' and '.join(map(str, attention['bits']))} bits"
 
 
 def _sqnr_card(evaluation: Mapping[str, Any] | None) -> str:

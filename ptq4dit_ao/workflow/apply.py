@@ -55,6 +55,7 @@ def quantizer_from_recipe(
         base,
         weight_bits=recipe.weights.bits,
         activation_bits=recipe.activations.bits,
+        attention_bits=recipe.attention.bits if recipe.attention.quantize else None,
         aggregation=recipe.balance.aggregation,
         alpha=recipe.balance.alpha,
         rounding=RoundingSettings(

@@ -80,17 +80,21 @@ def count(run: Runnable, inputs: Sequence[Tensor]) -> dict[str, int]:
 def count_attention(run: Runnable, inputs: Sequence[Tensor]) -> dict[str, int]:
     """Matrix products of attention that are computed as products of 8-bit integers: kernel -> how many.
 
-    Alone, or several in one kernel; that of a product of integers is followed by a multiplication with their scale.
+    Alone, or fused to one kernel: then n products read n + 1 factors that are 8-bit integers, and make none of them a
+    float again, which would be an operation of its own.
     """
     assert isinstance(run, OpenVINORunnable)
     found: Counter[str] = Counter()
     for node in run.request.get_compiled_model().get_runtime_model().get_ops():
         about = {key: str(value.value) for key, value in node.get_rt_info().items()}
-        kind, kernel = about["layerType"], about["primitiveType"]
-        if kind in ("MatMul", "Subgraph") and re.search("[iu]8$", kernel, re.IGNORECASE):
-            scaled = re.findall(r"MatMul/DequantizationMultiply\b", about["originalLayersNames"])
-            found[f"{kind} {kernel}"] += len(scaled) if kind == "Subgraph" else 1
-    return {kernel: products for kernel, products in found.items() if products}
+        if about["layerType"] not in ("MatMul", "Subgraph"):
+            continue
+        names = about["originalLayersNames"].split(",")
+        products = sum(name.endswith("/MatMul") for name in names)
+        factors = sum(value.get_element_type().get_type_name() in ("i8", "u8") for value in node.inputs())
+        if not any("FakeQuantize" in name and "/Dequantization" in name for name in names):
+            found[f"{about['layerType']} {about['primitiveType']}"] += max(0, min(products, factors - 1))
+    return {kernel: count for kernel, count in found.items() if count}
 
 
 def unavailable() -> str | None:

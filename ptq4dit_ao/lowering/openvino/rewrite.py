@@ -110,16 +110,17 @@ def store_int4(model: Any) -> None:
 
 
 def _before_flattening(output: Any) -> Any:
-    """What a tensor of three axes was before its leading axes were broadcast and flattened into one; None if it was not."""
-    flattened, whole = output.get_node(), None
-    if flattened.get_type_name() == "Reshape":
-        whole = flattened.input_value(0)
-        inner = [str(value.get_partial_shape()).strip("[]").split(",")[-2:] for value in (output, whole)]
-        if len(whole.get_partial_shape()) <= 3 or inner[0] != inner[1] or "?" in "".join(inner[0]):
-            return None
-        if whole.get_node().get_type_name() == "Broadcast":
-            whole = whole.get_node().input_value(0)
-    return whole
+    """What a tensor was before its leading axes were broadcast and flattened into one; None if that was not done."""
+    node = output.get_node()
+    if node.get_type_name() != "Reshape":
+        return None
+    whole = node.input_value(0)
+    after, before = output.get_partial_shape(), whole.get_partial_shape()
+    matrix = after[-2:]
+    if len(before) <= 3 or len(after) != 3 or any(size.is_dynamic for size in matrix) or before[-2:] != matrix:
+        return None
+    broadcast = whole.get_node()
+    return broadcast.input_value(0) if broadcast.get_type_name() == "Broadcast" else whole
 
 
 def _moves_before(output: Any) -> list[Any]:

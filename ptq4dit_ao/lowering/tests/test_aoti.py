@@ -75,3 +75,13 @@ def test_the_documented_program_computes_in_cpp_what_the_package_does_in_python(
     written = subprocess.run([tmp_path / "sample", package], stdout=subprocess.PIPE, check=True).stdout
     expected = torch._inductor.aoti_load_package(str(package))(*batch_of(3))
     assert torch.equal(torch.from_numpy(np.frombuffer(written, np.float32).copy()).view_as(expected), expected)
+
+
+def test_quantized_attention_is_simulated_and_the_linears_before_it_stay_integer(quantized, caplog):
+    converted = quantized(attention_bits=8)
+    lowered = lower(converted, "aoti")
+    assert lowered.proof.integer_gemms >= LINEARS
+    assert str(lowered.proof).endswith("; attention: 4 matmuls simulated in float")
+    assert "'aoti' has no integer kernels for 4 of 4 quantized matmuls of attention" in caplog.text
+    for rows in (2, 5):
+        assert sqnr_db(converted(*batch_of(rows)), lowered(*batch_of(rows))) > 40

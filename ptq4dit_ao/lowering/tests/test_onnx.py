@@ -37,6 +37,18 @@ def test_every_quantized_linear_runs_on_integers_in_onnxruntime(quantized):
         assert sqnr_db(converted(*batch_of(rows)), lowered(*batch_of(rows))) > 60
 
 
+@needs_onnx
+@pytest.mark.parametrize("bits", [8, 6])
+def test_attention_is_counted_apart_from_linears(quantized, bits, tmp_path):
+    converted = quantized(attention_bits=bits)
+    lowered = lower(converted, "onnx")
+    assert lowered.proof.kernels == {"MatMulIntegerToFloat": LINEARS}
+    assert sum(lowered.proof.attention_kernels.values()) == lowered.proof.attention == 4
+    expected, actual = (torch.cat([run(*batch_of(rows)) for rows in (4, 7)]) for run in (converted, lowered))
+    assert sqnr_db(expected, actual) > 40  # a value on the edge between two steps may fall to the other side
+    assert export_to(converted, "onnx", tmp_path / "model").exists()
+
+
 class TwoAxes(nn.Module):
     """Linears with and without bias on (N, C), of which onnxruntime makes a Gemm if it can; several outputs."""
 

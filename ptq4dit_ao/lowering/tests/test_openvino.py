@@ -20,7 +20,8 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 from ptq4dit_ao.errors import ArgumentError, LoweringError
 from ptq4dit_ao.graph import export_transformer
 from ptq4dit_ao.lowering import available_backends, export_to, lower, missing_backends, quantized_linears
-from ptq4dit_ao.quantizer import LinearQuantizer, PTQ4DiTQuantizer
+from ptq4dit_ao.lowering.openvino import count_attention
+from ptq4dit_ao.quantizer import LinearQuantizer, PTQ4DiTQuantizer, attention
 
 ov = pytest.importorskip("openvino")
 
@@ -240,3 +241,31 @@ def test_an_ir_that_computes_in_float_is_not_written(head_w4, tmp_path, monkeypa
 def test_an_ir_has_no_float_dtype(head, tmp_path):
     with pytest.raises(LoweringError, match=r"cannot say that .* torch\.bfloat16: .* leave float_dtype out"):
         export_to(head, "openvino", tmp_path / "model", float_dtype=torch.bfloat16)
+
+
+# -- attention --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [8, 6])
+def test_quantized_attention_is_multiplied_with_integers(quantized, bits, caplog):
+    converted = quantized(attention_bits=bits)
+    lowered = lower(converted, "openvino")
+    assert lowered.proof.integer_gemms == LINEARS
+    assert sum(lowered.proof.attention_kernels.values()) == lowered.proof.attention == 4
+    assert "attention: 4/4 matmuls with integers (Subgraph " in str(lowered.proof)
+    assert "attention" not in caplog.text
+    expected, actual = (torch.cat([run(*batch_of(rows)) for rows in (4, 7)]) for run in (converted, lowered))
+    assert sqnr_db(expected, actual) > 40  # a value on the edge between two steps may fall to the other side
+
+
+def test_a_factor_with_a_zero_point_stays_float_and_is_counted_so(convert, tiny_exported, tiny_samples, monkeypatch):
+    monkeypatch.setitem(attention.SPECS, "v", attention.PROBABILITIES)
+    converted = convert(tiny_exported, PTQ4DiTQuantizer(attention_bits=8), tiny_samples)
+    proof = lower(converted, "openvino").proof
+    assert 0 < sum(proof.attention_kernels.values()) + proof.simulated == 4
+    assert proof.simulated >= 1
+
+
+def test_float_attention_counts_no_products(quantized):
+    lowered = lower(quantized(), "openvino")
+    assert count_attention(lowered.run, batch_of(4)) == {}

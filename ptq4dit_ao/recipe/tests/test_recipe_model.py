@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 import ptq4dit_ao.recipe
 from ptq4dit_ao.recipe import (
     Activations,
+    Attention,
     Balance,
     Calibration,
     Evaluation,
@@ -53,6 +54,7 @@ RECIPES = st.builds(
     model=st.none() | NON_EMPTY | st.sampled_from(["on", "1e-5", "true", "08", "null"]),
     weights=st.builds(Weights, bits=BITS),
     activations=st.builds(Activations, bits=BITS),
+    attention=st.builds(Attention, quantize=st.booleans(), bits=BITS),
     balance=st.builds(
         Balance,
         aggregation=st.sampled_from(["ssc", "max", "mean", "none"]),
@@ -88,6 +90,7 @@ def test_to_dict_holds_every_default_and_no_null() -> None:
         "description": "",
         "weights": {"bits": 8},
         "activations": {"bits": 8},
+        "attention": {"quantize": False, "bits": 8},
         "balance": {
             "aggregation": "ssc",
             "alpha": 0.5,
@@ -159,6 +162,7 @@ def test_wrong_values_are_refused_when_built(model: type[BaseModel], values: dic
 def test_public_names() -> None:
     assert ptq4dit_ao.recipe.__all__ == [
         "Activations",
+        "Attention",
         "Balance",
         "Calibration",
         "Evaluation",

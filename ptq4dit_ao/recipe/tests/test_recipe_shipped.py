@@ -66,6 +66,7 @@ def test_shipped_recipe(name: str) -> None:
 def test_the_paper_recipe_is_the_paper() -> None:
     recipe = load_recipe("paper_w4a8")
     assert (recipe.balance.aggregation, recipe.balance.alpha, recipe.layers) == ("ssc", 0.5, "paper")
+    assert (recipe.attention.quantize, recipe.attention.bits) == (True, 8)
     calibration = recipe.calibration
     assert (calibration.timesteps, calibration.steps, calibration.samples, calibration.guidance) == (25, 50, 32, 1.5)
 

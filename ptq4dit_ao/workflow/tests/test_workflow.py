@@ -20,11 +20,12 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from ptq4dit_ao.artifact import write_artifact
 from ptq4dit_ao.calibration import Sampling, SamplingPipeline
+from ptq4dit_ao.core import sqnr_db
 from ptq4dit_ao.errors import ArgumentError, ArtifactError, CalibrationError, OverrideError
 from ptq4dit_ao.graph import export_transformer
 from ptq4dit_ao.graph.names import layer_name, linears
 from ptq4dit_ao.quantizer import LinearQuantizer
-from ptq4dit_ao.recipe import Activations, Balance, Override, Recipe, Weights
+from ptq4dit_ao.recipe import Activations, Balance, Override, Recipe, Weights, load_recipe
 from ptq4dit_ao.reference.models import DIT_CONFIG, SAMPLING
 from ptq4dit_ao.report import summary
 from ptq4dit_ao.testing.facebook_dit import randomize_
@@ -247,6 +248,18 @@ def test_loading_needs_neither_diffusers_nor_the_float_model(apply, tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(script), str(exchange), str(tmp_path / "model")]
     subprocess.run(command, check=True, capture_output=True, text=True)
     assert torch.equal(torch.load(exchange), model.lower("fbgemm")(*batch_of(3)))
+
+
+def test_the_paper_recipe_quantizes_attention_too(apply, tmp_path):
+    model = apply(load_recipe("paper_w4a8"))
+    assert model.report["attention"] == {"matmuls": 4, "bits": [8]}
+    model.save(tmp_path / "model")
+    loaded = load_quantized(tmp_path / "model")
+    assert torch.equal(loaded.graph(*batch_of(3)), model.graph(*batch_of(3)))
+    assert loaded.report["attention"] == model.report["attention"]
+    lowered = loaded.lower("fbgemm")
+    assert lowered.proof.attention == 4
+    assert sqnr_db(model.graph(*batch_of(3)), lowered(*batch_of(3))) > 40
 
 
 def test_a_folder_that_was_written_some_other_way(apply, tmp_path):
