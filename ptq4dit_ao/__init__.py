@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         QuantizedModel,
         apply_recipe,
         as_diffusers_transformer,
+        choose_weight_bits,
         load_quantized,
         save_quantized,
     )
@@ -38,7 +39,14 @@ _HOMES = {
     "quantizer": ("Override", "PTQ4DiTQuantizer", "round_sequentially", "salience_statistics"),
     "recipe": ("Recipe", "load_recipe", "recipe_json_schema"),
     "reference": ("load_reference_classifier", "load_reference_dit"),
-    "workflow": ("QuantizedModel", "apply_recipe", "as_diffusers_transformer", "load_quantized", "save_quantized"),
+    "workflow": (
+        "QuantizedModel",
+        "apply_recipe",
+        "as_diffusers_transformer",
+        "choose_weight_bits",
+        "load_quantized",
+        "save_quantized",
+    ),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -58,6 +66,7 @@ __all__ = [
     "balance",
     "balance_module",
     "balance_result",
+    "choose_weight_bits",
     "collect_from_pipeline",
     "collect_salience",
     "export_transformer",

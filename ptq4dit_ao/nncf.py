@@ -36,6 +36,7 @@ from ptq4dit_ao.workflow.apply import (
     overrides_of,
     quantizer_from_recipe,
     site_policy,
+    weight_bits_of,
 )
 
 Batch = tuple[Tensor, ...]
@@ -168,7 +169,7 @@ def balance_for_nncf(
     exported = model if isinstance(model, GraphModule) else export_transformer(model, example or batches[0])
     plans = plan_layers(
         exported,
-        weight_bits=recipe.weights.bits,
+        weight_bits=weight_bits_of(recipe),
         activation_bits=recipe.activations.bits,
         overrides=overrides_of(recipe),
     )

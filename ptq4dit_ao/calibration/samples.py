@@ -57,6 +57,25 @@ class CalibrationSamples:
             rows = {name: tensor[start : start + size] for name, tensor in self.inputs.items()}
             yield tuple(rows[name] if name in rows else self.shared[name] for name in names)
 
+    @property
+    def timesteps(self) -> Tensor:
+        """Of every row, (N,) float64; the largest of one per token, zeros where no input is called like a timestep."""
+        found = next((self.inputs[name] for name in TIMESTEP_NAMES if name in self.inputs), torch.zeros(len(self)))
+        t = found.double()
+        return t.flatten(1).amax(1) if t.ndim > 1 else t
+
+    def by_timestep(self) -> Iterator[tuple[Tensor, ...]]:
+        """A batch for each timestep, ascending."""
+        for t in self.timesteps.unique():
+            rows = self._rows(torch.nonzero(self.timesteps == t).flatten())
+            yield from rows.batches(len(rows))
+
+    def spread(self, rows: int) -> CalibrationSamples:
+        """So many rows, as evenly over the timesteps as they were recorded; all if there are no more."""
+        order = self.timesteps.argsort(stable=True)
+        rows = min(rows, len(self))
+        return self._rows(order[[(2 * i + 1) * len(self) // (2 * rows) for i in range(rows)]])
+
     def example(self, size: int) -> dict[str, Any] | tuple[Tensor, ...]:
         """The first ``size`` rows for ``export_transformer``: keyword arguments, or a tuple without a signature.
 
@@ -77,7 +96,10 @@ class CalibrationSamples:
     def shuffled(self, seed: int) -> CalibrationSamples:
         """The same rows in a seeded random order, so that batches mix timesteps."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        rows = {name: tensor[order] for name, tensor in self.inputs.items()}
+        return self._rows(order)
+
+    def _rows(self, which: Tensor) -> CalibrationSamples:
+        rows = {name: tensor[which] for name, tensor in self.inputs.items()}
         return CalibrationSamples(rows, self.shared, self.signature)
 
     def save(self, path: str | Path) -> None:

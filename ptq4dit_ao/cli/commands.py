@@ -35,6 +35,8 @@ def quantize(args: argparse.Namespace, console: Console) -> None:
     spec = args.model or recipe.model
     if spec is None:
         raise ArgumentError(f"recipe {args.recipe!r} names no model; say which with --model")
+    if not args.leave_one_out:
+        recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"leave_one_out": False})})
     model = load_model(spec)
     with progress(console) as on_progress:
         quantized = run_quantize(model, recipe, args.output, samples=args.samples, on_progress=on_progress)

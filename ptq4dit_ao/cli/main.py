@@ -74,6 +74,10 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
 
     p.add_argument("--samples", type=Path, metavar="FILE", help="calibrate on recorded samples (safetensors)")
+    p.add_argument(
+        "--no-leave-one-out", dest="leave_one_out", action="store_false",
+        help="do not measure what each layer costs (a quarter of the time that evaluation takes, at most)",
+    )  # fmt: skip
 
     p = commands.add_parser(
         "balance", parents=[common], help="balance a float checkpoint, for any quantizer",

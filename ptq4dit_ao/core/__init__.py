@@ -1,5 +1,6 @@
 """The maths of PTQ4DiT: tensors in, tensors out. No model, no graph, no state."""
 
+from ptq4dit_ao.core.allocation import allocate
 from ptq4dit_ao.core.balance import balance_vector, clip_balance
 from ptq4dit_ao.core.metrics import sqnr_db
 from ptq4dit_ao.core.qparams import affine_qparams, fake_quantize
@@ -10,6 +11,7 @@ __all__ = [
     "AGGREGATIONS",
     "affine_qparams",
     "aggregate_salience",
+    "allocate",
     "balance_vector",
     "channel_salience",
     "clip_balance",

@@ -5,7 +5,8 @@ from ptq4dit_ao.evaluation.distribution import Gaussian, frechet_distance, incep
 from ptq4dit_ao.evaluation.features import FeatureNetwork, Features, extract
 from ptq4dit_ao.evaluation.images import ImageErrors, image_errors, ssim
 from ptq4dit_ao.evaluation.latency import LatencyResult, measure_latency
-from ptq4dit_ao.evaluation.paired import PairedError, layer_sqnr, paired_error
+from ptq4dit_ao.evaluation.layers import LeaveOneOut, layer_errors, leave_one_out, weight_errors
+from ptq4dit_ao.evaluation.paired import PairedError, paired_error
 from ptq4dit_ao.evaluation.statistics import Distances, ReferenceStatistics
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Gaussian",
     "ImageErrors",
     "LatencyResult",
+    "LeaveOneOut",
     "PairedError",
     "ReferenceStatistics",
     "bootstrap",
@@ -23,9 +25,11 @@ __all__ = [
     "frechet_distance",
     "image_errors",
     "inception_score",
-    "layer_sqnr",
+    "layer_errors",
+    "leave_one_out",
     "measure_latency",
     "paired_error",
     "precision_recall",
     "ssim",
+    "weight_errors",
 ]

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
 
-from ptq4dit_ao.core import sqnr_db
 from ptq4dit_ao.core.metrics import energy_ratio_db
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.evaluation.bootstrap import Estimate, bootstrap
-from ptq4dit_ao.graph.names import LINEAR
 
 Denoiser = Callable[..., Tensor | tuple[Tensor, ...]]
 
@@ -33,6 +30,12 @@ class PairedError:
     """``sum ref^2`` of a row."""
     noise: np.ndarray
     """``sum (ref - approx)^2`` of a row."""
+
+    @classmethod
+    def of(cls, parts: Sequence[Tensor]) -> PairedError:
+        """From timestep, signal and noise of some rows each, (3, rows)."""
+        timesteps, signal, noise = torch.cat(list(parts), dim=1).numpy()
+        return cls(timesteps=timesteps, signal=signal, noise=noise)
 
     @property
     def rows(self) -> int:
@@ -99,51 +102,29 @@ def paired_error(
     """
     parts = []
     for inputs in batches:
-        expected, actual = _rows(reference(*inputs)), _rows(quantized(*inputs))
+        expected, actual = rows_of(reference(*inputs)), rows_of(quantized(*inputs))
         if expected.shape != actual.shape:
             raise ArgumentError(f"shapes differ: reference {tuple(expected.shape)}, got {tuple(actual.shape)}")
-        t = torch.zeros(len(expected)) if timestep_index is None else inputs[timestep_index].double().cpu()
-        t = t.flatten(1).amax(1) if t.ndim > 1 else t
-        energies = [x.square().flatten(1).sum(1) for x in (expected, expected - actual)]
-        parts.append(torch.stack([t.double(), *energies]))
-    timesteps, signal, noise = torch.cat(parts, dim=1).numpy()
-    return PairedError(timesteps=timesteps, signal=signal, noise=noise)
+        parts.append(energies(timesteps_of(inputs, timestep_index), expected, actual))
+    return PairedError.of(parts)
 
 
-def _rows(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+def energies(timesteps: Tensor, expected: Tensor, actual: Tensor) -> Tensor:
+    """Timestep, signal and noise of every row of two (N, ...) float64 tensors: (3, N)."""
+    noise = expected - actual
+    return torch.stack([timesteps, *(x.square().flatten(1).sum(1).cpu() for x in (expected, noise))])
+
+
+def rows_of(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     """(N, ...) float64 on the CPU; several outputs side by side, (N, values)."""
     if isinstance(output, Tensor):
         return output.double().cpu()
     return torch.cat([part.double().cpu().flatten(1) for part in output], dim=1)
 
 
-@torch.no_grad()
-def layer_sqnr(balanced: GraphModule, quantized: GraphModule, inputs: tuple[Tensor, ...]) -> dict[str, float]:
-    """SQNR in dB of every linear's output, with the error that has built up before it: node name -> dB.
-
-    Args:
-        balanced: the float graph after folding, whose tensors correspond to the quantized graph's one to one.
-        quantized: the converted graph.
-        inputs: one batch.
-    """
-    expected = _linear_outputs(balanced, inputs)
-    actual = _linear_outputs(quantized, inputs)
-    return {name: sqnr_db(expected[name], actual[name]) for name in actual}
-
-
-class _Recorder(Interpreter):
-    def __init__(self, graph_module: GraphModule) -> None:
-        super().__init__(graph_module)
-        self.outputs: dict[str, Tensor] = {}
-
-    def run_node(self, n: Node) -> object:
-        result = super().run_node(n)
-        if n.target is LINEAR:
-            self.outputs[n.name] = result
-        return result
-
-
-def _linear_outputs(graph_module: GraphModule, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    recorder = _Recorder(graph_module)
-    recorder.run(*inputs)
-    return recorder.outputs
+def timesteps_of(inputs: Sequence[Tensor], index: int | None) -> Tensor:
+    """Timestep of every row of a batch, (N,) float64; zeros where no input holds it, the largest of one per token."""
+    if index is None:
+        return torch.zeros(len(inputs[0]), dtype=torch.float64)
+    t = inputs[index].double().cpu()
+    return t.flatten(1).amax(1) if t.ndim > 1 else t

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from ptq4dit_ao.errors import ArgumentError
@@ -61,6 +64,17 @@ def layer_name(node: Node) -> str:
     return weight_path(node).rstrip("_").removesuffix(CONSTANT).removesuffix(".weight")
 
 
+def joint_name(layers: Iterable[str]) -> str:
+    """``blocks.0.attn.{to_q,to_k,to_v}``: the common module path and what differs."""
+    layers = list(dict.fromkeys(layers))
+    if len(layers) == 1:
+        return layers[0]
+    parts = [layer.split(".") for layer in layers]
+    shared = sum(1 for _ in itertools.takewhile(lambda names: len(set(names)) == 1, zip(*parts, strict=False)))
+    rest = ",".join(".".join(names[shared:]) for names in parts)
+    return ".".join([*parts[0][:shared], f"{{{rest}}}"])
+
+
 def data_input(node: Node) -> Node:
     """The tensor a linear reads, looking through an observer."""
     source = node.args[0]
@@ -75,6 +89,12 @@ def _weight_node(node: Node) -> Node | None:
     while isinstance(source, Node) and source.op == "call_module" and len(source.all_input_nodes) == 1:
         (source,) = source.all_input_nodes
     return source if isinstance(source, Node) and source.op == "get_attr" else None
+
+
+def writes_in_place(graph_module: GraphModule) -> bool:
+    """Does any node change a tensor that it reads?"""
+    targets = (node.target for node in graph_module.graph.nodes)
+    return any(isinstance(target, OpOverload) and target._schema.is_mutable for target in targets)
 
 
 def placeholders(graph_module: GraphModule) -> list[Node]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,7 @@ import numpy as np
 from torch.fx import GraphModule, Node
 
 from ptq4dit_ao.errors import ArgumentError
-from ptq4dit_ao.graph.names import data_input, layer_name, linears, weight_path
+from ptq4dit_ao.graph.names import data_input, joint_name, layer_name, linears, weight_path
 from ptq4dit_ao.graph.propagation import Columns, Cut, GraphIndex, NewWeight, Propagation, Scalar
 from ptq4dit_ao.graph.rules import IGNORED, RULES
 from ptq4dit_ao.graph.shapes import shape_of
@@ -300,7 +299,10 @@ class _Search:
             for node, ids in plan.members.items()
         )
         site = Site(
-            name=site_name(consumers), consumers=consumers, num_variables=len(free), couples_blocks=plan.couples
+            name=joint_name(consumer.layer for consumer in consumers),
+            consumers=consumers,
+            num_variables=len(free),
+            couples_blocks=plan.couples,
         )
         refusal = self._refusal(plan, site)
         return replace(site, refusal=refusal) if refusal else replace(site, **_edits(self.index, p, renumber))
@@ -365,14 +367,3 @@ def block_name(layer: str) -> str | None:
     """The block that a layer belongs to: its module path up to the first number, None if there is none."""
     parts = layer.split(".")
     return next((".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()), None)
-
-
-def site_name(consumers: tuple[Consumer, ...]) -> str:
-    """``blocks.0.attn.{to_q,to_k,to_v}``: the common module path and what differs."""
-    layers = list(dict.fromkeys(consumer.layer for consumer in consumers))
-    if len(layers) == 1:
-        return layers[0]
-    parts = [layer.split(".") for layer in layers]
-    shared = sum(1 for _ in itertools.takewhile(lambda names: len(set(names)) == 1, zip(*parts, strict=False)))
-    rest = ",".join(".".join(names[shared:]) for names in parts)
-    return ".".join([*parts[0][:shared], f"{{{rest}}}"])

@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_flatten
 
-from ptq4dit_ao.graph.names import get_attribute
+from ptq4dit_ao.graph.names import get_attribute, writes_in_place
 
 SMALL = 1024
 """Bytes below which a tensor is not worth a look."""
@@ -44,7 +44,7 @@ def merge_equal_computations(model: GraphModule) -> int:
     A graph that writes into tensors is left alone: what is equal before the write is not so after it.
     """
     graph = model.graph
-    if any(isinstance(node.target, OpOverload) and node.target._schema.is_mutable for node in graph.nodes):
+    if writes_in_place(model):
         return 0
     first: dict[object, Node] = {}
     merged = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch.fx import GraphModule
 
@@ -27,6 +27,8 @@ class BalanceResult:
     settings: BalanceSettings | None
     layers: dict[str, str]
     """Node name of every linear -> its layer's name, which the converted graph no longer knows."""
+    clipping: dict[str, float] = field(default_factory=dict)
+    """Node name of a linear -> the range of its input, as a part of the range from minimum to maximum."""
 
 
 def attach_result(model: GraphModule, result: BalanceResult) -> None:

@@ -15,9 +15,24 @@ from ptq4dit_ao.graph import Site
 from ptq4dit_ao.graph.pending import factors_wait
 from ptq4dit_ao.observers import AttentionObserver, SalienceObserver, SalienceStatistics, TimestepClock
 from ptq4dit_ao.observers.hooks import WeightObserver
-from ptq4dit_ao.passes import BalanceResult, BalanceSettings, SelfCheck, SiteOutcome, attach_result, balance_sites
+from ptq4dit_ao.passes import (
+    BalanceResult,
+    BalanceSettings,
+    SelfCheck,
+    SiteOutcome,
+    attach_result,
+    balance_result,
+    balance_sites,
+)
 from ptq4dit_ao.passes.edit import scale_of
-from ptq4dit_ao.rounding import OnGroup, PostRoundingScore, RoundingSettings, round_in_one_pass, round_sequentially
+from ptq4dit_ao.rounding import (
+    OnGroup,
+    PostRoundingScore,
+    RoundingSettings,
+    activation_clipping,
+    round_in_one_pass,
+    round_sequentially,
+)
 
 
 @dataclass
@@ -58,6 +73,7 @@ class BalancePlan:
             )
         self.balance(model)
         round_in_one_pass(model, self.rounding)
+        balance_result(model).clipping.update(activation_clipping(model))
         self._done = True
 
     def round_sequentially(
@@ -74,6 +90,7 @@ class BalancePlan:
         for observer in self._every_observer():
             observer.moments = None  # the search is over, and memory is short
         round_sequentially(model, batches, self.rounding, on_group=on_group, resume=resume)
+        balance_result(model).clipping.update(activation_clipping(model))
         self._done = True
 
     def balance(self, model: GraphModule) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -136,6 +137,21 @@ class PTQ4DiTQuantizer(Quantizer):
         self._policy, self._verify = policy, verify
         self._layers: dict[str, LayerPlan] = {}
 
+    def variant(self, *, weight_bits: int, sequential: bool) -> PTQ4DiTQuantizer:
+        """The same quantizer with another width of weights, rounding in another way."""
+        check_bits("weight_bits", weight_bits)
+        other = copy.copy(self)
+        other._bits, other._sequential = {**self._bits, "weight_bits": weight_bits}, sequential
+        return other
+
+    def plan(self, model: GraphModule) -> dict[str, LayerPlan]:
+        """Node name of every linear of an exported graph -> what it gets.
+
+        Raises:
+            OverrideError: an override matches no layer.
+        """
+        return plan_layers(model, **self._bits, overrides=self._overrides)
+
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
         """Called by ``prepare_pt2e``."""
         if self._attention_bits is not None:
@@ -144,7 +160,7 @@ class PTQ4DiTQuantizer(Quantizer):
 
     def annotate(self, model: GraphModule) -> GraphModule:
         """Called by ``prepare_pt2e``: the base annotates, then bits and exceptions are applied."""
-        self._layers = plan_layers(model, **self._bits, overrides=self._overrides)
+        self._layers = self.plan(model)
         model = self._base.annotate(model)
         fixed = constants(model)
         for node in linears(model):

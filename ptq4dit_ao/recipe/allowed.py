@@ -13,6 +13,7 @@ Node = Mapping[str, object]
 
 _UNIONS = ("oneOf", "anyOf")
 
+_NOUNS = {"number": "numbers", "integer": "whole numbers"}
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
 
@@ -87,9 +88,11 @@ def _range(node: Node, noun: str) -> str:
 
 
 def _list(node: Node) -> str:
-    words = ["a", "non-empty" if "minItems" in node else "", "list of", "different" if "uniqueItems" in node else ""]
+    fewest = cast(int, node.get("minItems", 0))
+    words = ["a", "non-empty" if fewest == 1 else "", "list of", f"at least {fewest}" if fewest > 1 else ""]
+    words.append("different" if "uniqueItems" in node else "")
     items = cast(Node, node["items"])
-    noun = _range(items, "numbers") if items.get("type") == "number" else "mappings"
+    noun = _range(items, _NOUNS[kind]) if (kind := str(items.get("type"))) in _NOUNS else "mappings"
     return " ".join(word for word in (*words, noun) if word)
 
 

@@ -27,6 +27,8 @@ from ptq4dit_ao.recipe.values import (
     Aggregation,
     Alpha,
     Bits,
+    BitsCandidates,
+    BitsOrAuto,
     Count,
     FoldForm,
     LayerPreset,
@@ -49,10 +51,52 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+def _rule(message: str, **values: object) -> PydanticCustomError:
+    """A fault of several keys together; "recipe_rule" is the type whose message is taken over as it is."""
+    return PydanticCustomError("recipe_rule", message, values)
+
+
 class Weights(_Section):
     """How weights are quantized."""
 
-    bits: Bits = Field(default=8, description="Width of a weight in bits, 2 to 8.")
+    bits: BitsOrAuto = Field(
+        default=8,
+        description="Width of a weight in bits, 2 to 8. 'auto': each layer's own, one of 'candidates', so that they "
+        "have 'average_bits' at most.",
+    )
+    candidates: BitsCandidates | None = Field(
+        default=None, description="For bits: auto. The widths to choose from; [4, 8] if left out."
+    )
+    average_bits: float | None = Field(
+        default=None, ge=2, le=8, description="For bits: auto. Mean width of all quantized weights, at most."
+    )
+
+    @model_validator(mode="after")
+    def _has_a_budget(self) -> Self:
+        if self.bits != "auto":
+            for name in ("candidates", "average_bits"):
+                if getattr(self, name) is not None:
+                    raise _rule(
+                        "{name} is for bits: auto, and bits is {bits}; remove one of them", name=name, bits=self.bits
+                    )
+        elif self.average_bits is None:
+            raise _rule("bits: auto needs average_bits; add how many bits a weight may take on average")
+        else:
+            low, high = min(self.widths), max(self.widths)
+            if not low <= self.average_bits <= high:
+                raise _rule(
+                    "average_bits is {average}, and the candidates go from {low} to {high}; choose it between them, or "
+                    "other candidates",
+                    average=f"{self.average_bits:g}",
+                    low=low,
+                    high=high,
+                )
+        return self
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """What ``bits: auto`` chooses from, ascending."""
+        return tuple(sorted(self.candidates or (4, 8)))
 
 
 class Activations(_Section):
@@ -185,16 +229,16 @@ class Override(_Section):
     def _asks_for_one_thing(self) -> Self:
         others = [name for name in _NOT_WITH_SKIP if getattr(self, name) is not None]
         if self.skip and others:
-            raise PydanticCustomError(
-                "recipe_rule",
+            raise _rule(
                 "pattern '{pattern}' asks for skip and for {others}; a skipped module stays float, keep one of them",
-                {"pattern": self.pattern, "others": ", ".join(others)},
+                pattern=self.pattern,
+                others=", ".join(others),
             )
         if not self.skip and not others:
-            raise PydanticCustomError(
-                "recipe_rule",
+            raise _rule(
                 "pattern '{pattern}' asks for nothing; add one of skip, {others}",
-                {"pattern": self.pattern, "others": ", ".join(_NOT_WITH_SKIP)},
+                pattern=self.pattern,
+                others=", ".join(_NOT_WITH_SKIP),
             )
         return self
 
@@ -255,6 +299,10 @@ class Evaluation(_Section):
     )
     samples: Count = Field(default=32, description="Images per timestep.")
     seed: Seed = Field(default=1000, description="Seed of labels and starting noise; keep it apart from calibration's.")
+    leave_one_out: bool = Field(
+        default=True,
+        description="false: do not measure what each layer costs, by putting one after the other back to float.",
+    )
 
 
 class NoiseCorrection(_Section):

@@ -54,6 +54,13 @@ TimestepList = Annotated[
 Timesteps = Annotated[
     Annotated[Count, Tag("count")] | Annotated[TimestepList, Tag("list")], Discriminator(count_or_list)
 ]
+# A budget has to choose between at least two.
+BitsCandidates = Annotated[
+    tuple[Bits, ...],
+    Field(min_length=2, json_schema_extra={"uniqueItems": True}),
+    BeforeValidator(as_tuple),
+    AfterValidator(_all_different),
+]
 Aggregation = Literal["ssc", "max", "mean", "none", "auto"]
 
 
@@ -63,6 +70,10 @@ def _number_or_auto(value: object) -> str:
 
 Alpha = Annotated[
     Annotated[float, Field(ge=0, le=1), Tag("number")] | Annotated[Literal["auto"], Tag("auto")],
+    Discriminator(_number_or_auto),
+]
+BitsOrAuto = Annotated[
+    Annotated[Bits, Tag("number")] | Annotated[Literal["auto"], Tag("auto")],
     Discriminator(_number_or_auto),
 ]
 RoundingMethod = Literal["nearest", "gptq", "adaround"]

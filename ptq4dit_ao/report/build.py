@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from torch import Tensor
 from torch.fx import GraphModule
 
+from ptq4dit_ao.evaluation import LeaveOneOut, PairedError
 from ptq4dit_ao.graph import Site
+from ptq4dit_ao.graph.names import joint_name
 from ptq4dit_ao.lowering import float_linears, quantized_linears
 from ptq4dit_ao.lowering.match import quantized_products, quantizers_of
 from ptq4dit_ao.passes import BalanceResult, SiteOutcome, balance_result
@@ -20,6 +23,18 @@ _LEFT = "left as it is: of all that was tried, this leaves least error after rou
 _PACKAGES = ("ptq4dit-ao", "torch", "torchao", "diffusers")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Diagnostics:
+    """What was measured of a quantized graph's linears, by node name."""
+
+    layer_errors: Mapping[str, PairedError]
+    weight_clipping: Mapping[str, float]
+    """The range of a weight, as a part of the one that holds the largest; mean over channels."""
+    leave_one_out: LeaveOneOut | None = None
+    leave_one_out_skipped: str | None = None
+    """Why there is none."""
+
+
 def build_report(
     converted: GraphModule,
     *,
@@ -27,8 +42,9 @@ def build_report(
     recipe: Mapping[str, object],
     model: Mapping[str, object],
     seconds: Mapping[str, float],
-    layer_sqnr_db: Mapping[str, float] | None = None,
     evaluation: Mapping[str, object] | None = None,
+    diagnostics: Diagnostics | None = None,
+    weight_bits: Mapping[str, object] | None = None,
     size: Mapping[str, object] | None = None,
 ) -> dict[str, Any]:
     """Everything that is known of one quantized model.
@@ -39,8 +55,9 @@ def build_report(
         recipe: as ``Recipe.to_dict`` gives it.
         model: ``name`` and number of ``parameters``.
         seconds: wall time per stage.
-        layer_sqnr_db: node name -> dB.
         evaluation: ``sqnr_db``, ``per_timestep`` [[t, dB]], ``samples``, ``seed``.
+        diagnostics: of its layers.
+        weight_bits: how they were chosen, if they were.
         size: ``float32_bytes``, ``artifact_bytes``, ``ratio``.
     """
     result = balance_result(converted)
@@ -59,8 +76,10 @@ def build_report(
             "fold_form": settings.fold_form,
         },
         "sites": [_site(site, result.outcomes.get(site.name)) for site in result.sites],
-        "layers": _layers(converted, result, layer_sqnr_db or {}),
+        "layers": _layers(converted, result, diagnostics),
         "attention": _attention(converted),
+        "weight_bits": None if weight_bits is None else dict(weight_bits),
+        "leave_one_out": None if diagnostics is None else _leave_one_out(result, diagnostics),
         "evaluation": None if evaluation is None else dict(evaluation),
         "size": None if size is None else dict(size),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
@@ -71,7 +90,8 @@ def build_report(
 def summary(report: Mapping[str, Any]) -> dict[str, Any]:
     """The report without its vectors, small enough for an artifact's manifest."""
     sites = [{key: value for key, value in site.items() if key not in _VECTORS} for site in report["sites"]]
-    return {**report, "sites": sites}
+    layers = [{key: value for key, value in layer.items() if key != "sqnr_db_t"} for layer in report["layers"]]
+    return {**report, "sites": sites, "layers": layers}
 
 
 def _site(site: Site, outcome: SiteOutcome | None) -> dict[str, Any]:
@@ -98,7 +118,7 @@ def _site(site: Site, outcome: SiteOutcome | None) -> dict[str, Any]:
     return about
 
 
-def _layers(converted: GraphModule, result: BalanceResult, sqnr: Mapping[str, float]) -> list[dict[str, Any]]:
+def _layers(converted: GraphModule, result: BalanceResult, diagnostics: Diagnostics | None) -> list[dict[str, Any]]:
     integer = {linear.name: linear for linear in quantized_linears(converted)}
     names = [*integer, *(node.name for node in float_linears(converted))]
     order = {node.name: i for i, node in enumerate(converted.graph.nodes)}
@@ -109,7 +129,8 @@ def _layers(converted: GraphModule, result: BalanceResult, sqnr: Mapping[str, fl
             "status": "integer" if name in integer else "float",
             "weight_bits": _bits(integer[name].weight_range) if name in integer else None,
             "activation_bits": _bits(integer[name].x_range) if name in integer else None,
-            "sqnr_db": _float(sqnr[name]) if name in sqnr else None,
+            "activation_clipping": _maybe(result.clipping.get(name)),
+            **_diagnosed(name, diagnostics),
         }
         for name in sorted(names, key=order.__getitem__)
     ]
@@ -120,6 +141,31 @@ def _attention(converted: GraphModule) -> dict[str, Any] | None:
     products = quantized_products(converted)
     bits = {_bits((low, high)) for q in quantizers_of(products) for low, high in [q.args[3:5]]}
     return {"matmuls": len(products), "bits": sorted(bits)} if products else None
+
+
+def _diagnosed(name: str, diagnostics: Diagnostics | None) -> dict[str, Any]:
+    error = None if diagnostics is None else diagnostics.layer_errors.get(name)
+    return {
+        "weight_clipping": None if diagnostics is None else _maybe(diagnostics.weight_clipping.get(name)),
+        "sqnr_db": None if error is None else _float(error.sqnr_db),
+        "sqnr_db_t": [] if error is None else [[t, _float(db)] for t, db in error.per_timestep.items()],
+    }
+
+
+def _leave_one_out(result: BalanceResult, diagnostics: Diagnostics) -> dict[str, Any]:
+    found = diagnostics.leave_one_out
+    if found is None:
+        return {"skipped": diagnostics.leave_one_out_skipped}
+    inputs = [
+        {
+            "name": joint_name(result.layers.get(name, name) for name in names),
+            "nodes": list(names),
+            "sqnr_db": _float(found.without[names].sqnr_db),
+            "gain_db": _float(gain),
+        }
+        for names, gain in sorted(found.gains_db.items(), key=lambda item: -item[1])
+    ]
+    return {"sqnr_db": _float(found.quantized.sqnr_db), "rows": found.quantized.rows, "inputs": inputs}
 
 
 def _notes(result: BalanceResult) -> list[str]:
@@ -144,6 +190,10 @@ def _bits(bounds: tuple[int, int]) -> int:
 
 def _floats(values: Tensor) -> list[float | None]:
     return [_float(value) for value in values.tolist()]
+
+
+def _maybe(value: float | None) -> float | None:
+    return None if value is None else _float(value)
 
 
 def _float(value: float) -> float | None:

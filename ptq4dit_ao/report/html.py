@@ -55,6 +55,8 @@ def write_html(
         _evaluation(report.get("evaluation")),
         _balancing(report),
         _layers(report["layers"]),
+        _weight_bits(report.get("weight_bits")),
+        _costs(report.get("leave_one_out")),
         _provenance(report),
     )
     page = _PAGE.substitute(
@@ -293,19 +295,93 @@ def _layers(layers: Sequence[Entry]) -> str:
         if len(shown) < len(measured):
             caption = f"Showing the {len(shown)} layers with the lowest SQNR of {len(measured)}. {caption}"
         parts.append(_figure(plots.layer_chart(shown), alt, caption))
-    columns = ("Layer", "Status", "#Weight bits", "#Activation bits", "#SQNR, dB", "Why it stayed float")
+    parts.append(_heat_map(layers))
+    columns = (
+        "Layer",
+        "Status",
+        "#Weight bits",
+        "#Activation bits",
+        "#Weight range",
+        "#Activation range",
+        "#SQNR, dB",
+        "Why it stayed float",
+    )
     rows = [
         (
             f"<code>{escape(layer['name'])}</code>",
             _status(layer["status"]),
             _number(layer["weight_bits"], "d"),
             _number(layer["activation_bits"], "d"),
+            _number(layer.get("weight_clipping"), ".0%"),
+            _number(layer.get("activation_clipping"), ".0%"),
             _number(layer["sqnr_db"], ".1f"),
             _reason(layer),
         )
         for layer in _first(layers, "float")
     ]
     return _section("Layers", "", "\n".join([*parts, _table("layer", columns, rows)]))
+
+
+def _heat_map(layers: Sequence[Entry]) -> str:
+    shown = plots.layers_by_timestep(layers)
+    if not shown:
+        return ""
+    worst_db, worst_t, worst = min(
+        (db, t, layer["name"]) for layer in shown for t, db in layer["sqnr_db_t"] if db is not None
+    )
+    alt = (
+        f"Heat map of the SQNR of {len(shown)} layers at {len(shown[0]['sqnr_db_t'])} timesteps; "
+        f"lowest {worst_db:.1f} dB, of {worst} at t = {worst_t:g}"
+    )
+    caption = (
+        "Each layer's output against the float network's, with the error of all layers before it. Layers in the order "
+        "of execution, from the top. A dark row is a layer that loses much itself; a row from which all that follow "
+        "are dark passes it on; a dark column is a timestep whose values are small for ranges that serve all "
+        "timesteps. To the right, the range that is kept of each layer's input and weight: what lies outside is cut."
+    )
+    return "<h3>Layers over the timesteps</h3>" + _figure(plots.heat_map(shown), alt, caption)
+
+
+def _weight_bits(choice: Mapping[str, Any] | None) -> str:
+    if choice is None:
+        return ""
+    inputs, widths = choice["inputs"], choice["candidates"]
+    intro = (
+        f"Chosen for each quantized input from {', '.join(map(str, widths))} bits: "
+        f"{choice['average_bits']:.2f} on average. The share of noise is what the input's weights alone add to the "
+        f"predicted noise's error at {widths[0]} bits, of what all add: measured after rounding, one at a time."
+    )
+    columns = ("Layers that read one input", "#Weights", "#Share of noise", "#Bits")
+    rows = [
+        (
+            f"<code>{escape(entry['name'])}</code>",
+            f"{entry['parameters']:,}",
+            _number(entry["noise"][0], ".1%"),
+            f"{entry['bits']}",
+        )
+        for entry in sorted(inputs, key=lambda entry: (-entry["bits"], -entry["noise"][0]))
+    ]
+    return _section("Bits of the weights", intro, _table("choice", columns, rows))
+
+
+def _costs(left_out: Mapping[str, Any] | None) -> str:
+    if left_out is None:
+        return ""
+    title = "What each layer costs"
+    if "skipped" in left_out:
+        return _section(title, escape(f"Not measured: {left_out['skipped']}."), "")
+    inputs = left_out["inputs"]
+    shown = [entry for entry in inputs if entry["gain_db"] is not None][: plots.MAX_INPUTS]
+    intro = (
+        "The gain in eps SQNR when only the linears that read one input are put back to float, input and weights, and "
+        f"all others stay quantized: from {_number(left_out['sqnr_db'], '.1f')}&nbsp;dB, on {left_out['rows']} rows. "
+        "Below zero where later layers had been fitted to make up for these."
+    )
+    if not shown:
+        return _section(title, intro, "")
+    alt = f"Bar chart of the gain of {len(shown)} inputs, highest {shown[0]['gain_db']:+.2f} dB of {shown[0]['name']}"
+    caption = "" if len(shown) == len(inputs) else f"The {len(shown)} that cost most, of {len(inputs)}."
+    return _section(title, intro, _figure(plots.leave_one_out_chart(shown), alt, caption))
 
 
 def _provenance(report: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ from ptq4dit_ao.errors import ArgumentError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -40,12 +41,15 @@ MAX_SITES = 12
 """Sites drawn by name; a DiT-XL/2 has 84."""
 MAX_LAYERS = 40
 """Bars of the layer chart."""
+MAX_INPUTS = 20
+"""Bars of the chart of what layers cost."""
 
 _GREY_LEVEL = 128
 _WIDTH_IN = 11.0
 _DPI = 160
 _SMALL, _TEXT = 7.5, 8.5
 _ROW_IN, _PANEL_IN, _GAP_IN, _INNER_GAP_IN = 1.75, 1.2, 0.5, 0.14
+_HEAT_ROW_IN, _HEAT_IN, _HEAT_COLUMNS = 0.155, 9.3, 26
 _TOP_IN, _BOTTOM_IN, _LEFT_IN, _RIGHT_IN = 0.05, 0.5, 0.75, 0.12
 
 
@@ -157,6 +161,12 @@ def worst_layers(layers: Iterable[Entry], limit: int = MAX_LAYERS) -> list[Entry
     return sorted(measured, key=lambda layer: float(layer["sqnr_db"]))[:limit]
 
 
+def layers_by_timestep(layers: Iterable[Entry]) -> list[Entry]:
+    """The layers that have an error at some of several timesteps."""
+    measured = [layer for layer in layers if any(db is not None for _, db in layer.get("sqnr_db_t") or ())]
+    return measured if len({t for layer in measured for t, _ in layer["sqnr_db_t"]}) > 1 else []
+
+
 # Charts
 
 
@@ -229,18 +239,65 @@ def ssc_chart(sites: Sequence[Entry]) -> bytes:
 
 def layer_chart(layers: Sequence[Entry]) -> bytes:
     """SQNR of each layer as a horizontal bar, in the order given, top to bottom."""
-    figure = _figure(0.7 + 0.19 * len(layers))
+    return _bars(layers, "sqnr_db", "SQNR (dB), higher is better", "%.1f")
+
+
+def leave_one_out_chart(inputs: Sequence[Entry]) -> bytes:
+    """What the output gains when these layers alone are put back to float, in the order given, top to bottom."""
+    return _bars(inputs, "gain_db", "gain in eps SQNR (dB) if only these layers stayed float", "%+.2f")
+
+
+def _bars(entries: Sequence[Entry], key: str, label: str, form: str) -> bytes:
+    figure = _figure(0.7 + 0.19 * len(entries))
     axes = figure.subplots()
-    _style(axes, "SQNR (dB), higher is better", "")
-    values = numbers(layer["sqnr_db"] for layer in layers)
-    bars = axes.barh(range(len(layers)), values, color=BLUE, height=0.7)
-    axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=_SMALL, color=INK)
-    axes.set_yticks(range(len(layers)), [_shorten(layer["name"], 64) for layer in layers], parse_math=False)
+    _style(axes, label, "")
+    bars = axes.barh(range(len(entries)), numbers(entry[key] for entry in entries), color=BLUE, height=0.7)
+    axes.bar_label(bars, fmt=form, padding=3, fontsize=_SMALL, color=INK)
+    axes.set_yticks(range(len(entries)), [_shorten(entry["name"], 64) for entry in entries], parse_math=False)
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
     axes.margins(x=0.06)
-    axes.set_ylim(len(layers) - 0.5, -0.5)
+    axes.set_ylim(len(entries) - 0.5, -0.5)
     return _png(figure)
+
+
+def heat_map(layers: Sequence[Entry]) -> bytes:
+    """SQNR of each layer at each timestep, in execution order from the top, and beside it what its ranges cover."""
+    timesteps = sorted({t for layer in layers for t, _ in layer["sqnr_db_t"]}, reverse=True)
+    rows = [numbers(dict(layer["sqnr_db_t"]).get(t) for t in timesteps) for layer in layers]
+    figure = _figure(1.2 + min(len(layers) * _HEAT_ROW_IN, _HEAT_IN))
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(5, 1))
+    _style(left, "timestep t (sampling runs left to right, from noise to image)", "")
+    left.grid(visible=False)
+    finite = sorted(db for row in rows for db in row if math.isfinite(db))
+    low, high = finite[len(finite) // 50], finite[-1 - len(finite) // 50]  # 2 % off each end: a few would eat the scale
+    image = left.imshow(rows, aspect="auto", cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
+    left.set_facecolor("#dddddd")
+    bar = figure.colorbar(image, ax=left, location="top", aspect=90, pad=0.01, extend="both")
+    bar.set_label("SQNR (dB)", fontsize=_TEXT, color=INK)
+    bar.ax.tick_params(labelsize=_SMALL, labelcolor=INK)
+    _some_ticks(left.xaxis, [f"{t:g}" for t in timesteps], _HEAT_COLUMNS)
+    _some_ticks(left.yaxis, [_shorten(layer["name"], 48) for layer in layers], int(_HEAT_IN / _HEAT_ROW_IN))
+    _ranges(right, layers)
+    return _png(figure)
+
+
+def _ranges(axes: Axes, layers: Sequence[Entry]) -> None:
+    """How much of the largest values each layer's ranges cover."""
+    _style(axes, "range, of min to max", "")
+    for key, colour, label in (("activation_clipping", BLUE, "input"), ("weight_clipping", ORANGE, "weight")):
+        values = numbers(layer.get(key) for layer in layers)
+        axes.plot(values, range(len(layers)), color=colour, linestyle="none", marker="o", markersize=2.5, label=label)
+    axes.tick_params(axis="y", left=False, labelleft=False)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlim(0, max(1.05, axes.dataLim.xmax * 1.05))
+    axes.legend(fontsize=_SMALL, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), handletextpad=0.2)
+
+
+def _some_ticks(axis: Axis, names: Sequence[str], most: int) -> None:
+    """A name at every position, or at every so manieth if there are more than fit."""
+    positions = range(0, len(names), math.ceil(len(names) / most))
+    axis.set_ticks(positions, [names[i] for i in positions], fontsize=_SMALL, parse_math=False)
 
 
 def _salience_pair(before: Axes, after: Axes, site: Entry) -> list[Line2D]:

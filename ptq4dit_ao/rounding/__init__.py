@@ -1,8 +1,16 @@
 """Weights rounded in view of what they are multiplied with: in one pass over float statistics, or layer by layer."""
 
+from ptq4dit_ao.rounding.layers import activation_clipping
 from ptq4dit_ao.rounding.one_pass import round_in_one_pass
 from ptq4dit_ao.rounding.search import PostRoundingScore
 from ptq4dit_ao.rounding.sequential import OnGroup, round_sequentially
 from ptq4dit_ao.rounding.settings import RoundingSettings
 
-__all__ = ["OnGroup", "PostRoundingScore", "RoundingSettings", "round_in_one_pass", "round_sequentially"]
+__all__ = [
+    "OnGroup",
+    "PostRoundingScore",
+    "RoundingSettings",
+    "activation_clipping",
+    "round_in_one_pass",
+    "round_sequentially",
+]

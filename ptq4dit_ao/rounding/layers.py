@@ -68,6 +68,20 @@ def find_groups(prepared: GraphModule) -> list[Group]:
     return groups
 
 
+def activation_clipping(prepared: GraphModule) -> dict[str, float]:
+    """Node name of a linear -> the range of its input, as a part of the float network's from minimum to maximum.
+
+    Above 1 where the range was taken from the quantized network, and that goes further.
+    """
+    return {layer.node.name: _clipping(group.observer) for group in find_groups(prepared) for layer in group.layers}
+
+
+def _clipping(observer: ActivationObserver) -> float:
+    low, high = map(float, observer.range())
+    widths = [max(b, 0.0) - min(a, 0.0) for a, b in (observer.clipped or (low, high), (low, high))]
+    return widths[0] / widths[1] if widths[1] else 1.0
+
+
 def weight_observer(prepared: GraphModule, linear: Node) -> WeightObserver | None:
     """Ours, if the linear's weight has one."""
     weight = linear.args[1]

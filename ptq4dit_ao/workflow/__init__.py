@@ -6,13 +6,16 @@ from ptq4dit_ao.workflow.balance import balance_checkpoint
 from ptq4dit_ao.workflow.models import LoadedModel, load_model
 from ptq4dit_ao.workflow.quantize import quantize
 from ptq4dit_ao.workflow.quantized_model import QuantizedModel, load_quantized, save_quantized
+from ptq4dit_ao.workflow.weight_bits import WeightBits, choose_weight_bits
 
 __all__ = [
     "LoadedModel",
     "QuantizedModel",
+    "WeightBits",
     "apply_recipe",
     "as_diffusers_transformer",
     "balance_checkpoint",
+    "choose_weight_bits",
     "load_model",
     "load_quantized",
     "quantize",

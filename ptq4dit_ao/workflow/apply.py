@@ -18,7 +18,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import Quantizer
 
 from ptq4dit_ao.calibration import CalibrationSamples
-from ptq4dit_ao.errors import CalibrationError
+from ptq4dit_ao.errors import ArgumentError, CalibrationError
 from ptq4dit_ao.graph import SitePolicy, export_transformer
 from ptq4dit_ao.graph.export import captured_module
 from ptq4dit_ao.graph.interface import InputSpec
@@ -33,10 +33,12 @@ from ptq4dit_ao.quantizer import (
     round_sequentially,
     tokens_seen,
 )
-from ptq4dit_ao.recipe import Recipe
+from ptq4dit_ao.recipe import Override as RecipeOverride
+from ptq4dit_ao.recipe import Recipe, Weights
 from ptq4dit_ao.report import build_report
 from ptq4dit_ao.rounding import OnGroup, RoundingSettings
 from ptq4dit_ao.workflow.quantized_model import QuantizedModel
+from ptq4dit_ao.workflow.weight_bits import OnRun, WeightBits, choose_weight_bits
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +52,14 @@ LAYER_PRESETS = {"safe": SAFE_LAYERS, "paper": PAPER_LAYERS}
 def quantizer_from_recipe(
     recipe: Recipe, base: Quantizer | None = None, *, timestep_input: str | None = None
 ) -> PTQ4DiTQuantizer:
-    """The quantizer that a recipe describes, around any base."""
+    """The quantizer that a recipe describes, around any base.
+
+    Raises:
+        ArgumentError: the recipe leaves the weights' bits to be chosen.
+    """
     return PTQ4DiTQuantizer(
         base,
-        weight_bits=recipe.weights.bits,
+        weight_bits=weight_bits_of(recipe),
         activation_bits=recipe.activations.bits,
         attention_bits=recipe.attention.bits if recipe.attention.quantize else None,
         aggregation=recipe.balance.aggregation,
@@ -75,6 +81,22 @@ def quantizer_from_recipe(
         policy=site_policy(recipe),
         verify=recipe.balance.verify,
     )
+
+
+def weight_bits_of(recipe: Recipe) -> int:
+    """Raises ArgumentError if the recipe leaves them to be chosen."""
+    if recipe.weights.bits == "auto":
+        raise ArgumentError(
+            "weights.bits is auto; apply_recipe and 'ptq4dit-ao quantize' choose them, elsewhere give a number"
+        )
+    return recipe.weights.bits
+
+
+def with_chosen_bits(recipe: Recipe, choice: WeightBits) -> Recipe:
+    """The recipe with a number, and an override for each layer with more, instead of ``bits: auto``."""
+    more = (RecipeOverride(pattern=o.pattern, weight_bits=o.weight_bits) for o in choice.overrides)
+    weights = Weights(bits=choice.candidates[0])
+    return recipe.model_copy(update={"weights": weights, "overrides": (*more, *recipe.overrides)})
 
 
 def overrides_of(recipe: Recipe) -> tuple[Override, ...]:
@@ -127,6 +149,7 @@ def apply_recipe(
     name: str | None = None,
     on_sample: Callable[[int], None] | None = None,
     on_layer: OnGroup = lambda *_: None,
+    on_choice: OnRun = lambda *_: None,
     resume: str | Path | None = None,
 ) -> QuantizedModel:
     """Quantize a denoiser as a recipe says.
@@ -141,6 +164,7 @@ def apply_recipe(
         name: of the model, for the report.
         on_sample: called with the number of tuples done.
         on_layer: called with the number of inputs of layers that are rounded, and in all, by a sequential rounding.
+        on_choice: called with the number of quantized inputs measured for ``bits: auto``, and in all.
         resume: a folder for what a sequential rounding has done so far; what is found there is not done again.
 
     Raises:
@@ -162,6 +186,12 @@ def apply_recipe(
         example = first if recorded is None else recorded.example(EXAMPLE_ROWS)
         exported = export_transformer(model, on_device_of(model, example))
     captured = captured_module(exported)
+    choice = None
+    if recipe.weights.bits == "auto":
+        batches = [on_device_of(model, tuple(batch)) for batch in itertools.chain([first], iterator)]
+        choice = _choose_bits(exported, recipe, batches, base, timestep_input, on_choice)
+        recipe, first, iterator = with_chosen_bits(recipe, choice), batches[0], iter(batches[1:])
+        clock.lap("choose bits")
     # prepare_pt2e changes the graph it is given.
     exported = GraphModule(exported, copy.deepcopy(exported.graph))
     clock.lap("export")
@@ -190,9 +220,31 @@ def apply_recipe(
         recipe=recipe.to_dict(),
         model={"name": model_name, "parameters": parameters},
         seconds=clock.seconds,
+        weight_bits=None if choice is None else choice.to_dict(),
     )
     specs = tuple(InputSpec.of(node) for node in placeholders(converted))
     return QuantizedModel(graph=converted, recipe=recipe, inputs=specs, report=report, captured=captured)
+
+
+def _choose_bits(
+    exported: GraphModule,
+    recipe: Recipe,
+    batches: list[tuple[Tensor, ...]],
+    base: Quantizer | None,
+    timestep_input: str | None,
+    on_choice: OnRun,
+) -> WeightBits:
+    settings = recipe.weights
+    assert settings.average_bits is not None
+    lowest = recipe.model_copy(update={"weights": Weights(bits=settings.widths[0])})
+    return choose_weight_bits(
+        exported,
+        batches,
+        average_bits=settings.average_bits,
+        candidates=settings.widths,
+        quantizer=quantizer_from_recipe(lowest, base, timestep_input=timestep_input),
+        on_run=on_choice,
+    )
 
 
 def enough(batches: list[tuple[Tensor, ...]], tokens: int, seen: int) -> list[tuple[Tensor, ...]]:

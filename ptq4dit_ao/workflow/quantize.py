@@ -15,17 +15,16 @@ from ptq4dit_ao._atomic import replace_text
 from ptq4dit_ao.artifact import check_target
 from ptq4dit_ao.calibration import CalibrationSamples, as_denoiser, sample
 from ptq4dit_ao.calibration.sampling import Denoiser
-from ptq4dit_ao.evaluation import layer_sqnr, paired_error
+from ptq4dit_ao.evaluation import paired_error
 from ptq4dit_ao.graph import export_transformer
-from ptq4dit_ao.graph.names import placeholders, timestep_placeholder
 from ptq4dit_ao.lowering import quantized_linears
-from ptq4dit_ao.passes import balance_result, balanced_as
 from ptq4dit_ao.ptqd import NoiseCorrection, PTQDScheduler
 from ptq4dit_ao.recipe import Recipe
 from ptq4dit_ao.report import build_report, write_html
-from ptq4dit_ao.workflow.apply import EXAMPLE_ROWS, SHUFFLE_SEED, Stopwatch, apply_recipe, on_device_of
+from ptq4dit_ao.workflow.apply import EXAMPLE_ROWS, Stopwatch, apply_recipe, on_device_of
 from ptq4dit_ao.workflow.correction import FILE as CORRECTION
 from ptq4dit_ao.workflow.correction import check_correction, fit_correction
+from ptq4dit_ao.workflow.diagnostics import diagnose, timestep_position
 from ptq4dit_ao.workflow.models import LoadedModel
 from ptq4dit_ao.workflow.quantized_model import QuantizedModel
 from ptq4dit_ao.workflow.samples import OnProgress, recorded_samples
@@ -76,12 +75,21 @@ def quantize(
         name=model.name,
         on_sample=lambda done: on_progress("calibrate", done, batches),
         on_layer=lambda done, total: on_progress("round", done, total),
+        on_choice=lambda done, total: on_progress("choose bits", done, total),
         resume=resume,
     )
     sampling = None if model.sampling is None else model.sampling.to_dict()
     quantized = dataclasses.replace(quantized, sampling=sampling)
     clock.lap("quantize")
-    evaluation, layers = _evaluate(exported, quantized, evaluated, on_calibration=samples is not None)
+    evaluation = _evaluate(exported, quantized, evaluated, on_calibration=samples is not None)
+    diagnostics = diagnose(
+        exported,
+        quantized.graph,
+        evaluated,
+        rows=recipe.calibration.rows,
+        without_one=recipe.evaluation.leave_one_out,
+        on_progress=on_progress,
+    )
     correction = fit_correction(
         model, quantized, recipe.calibration.steps, lambda done, total: on_progress("fit correction", done, total)
     )
@@ -90,11 +98,12 @@ def quantize(
     report = build_report(
         quantized.graph,
         title=quantized.report["title"],
-        recipe=recipe.to_dict(),
+        recipe=quantized.recipe.to_dict(),
         model=quantized.report["model"],
         seconds={**quantized.report["seconds"], **clock.seconds},
-        layer_sqnr_db=layers,
         evaluation=evaluation,
+        diagnostics=diagnostics,
+        weight_bits=quantized.report["weight_bits"],
     )
     on_progress("save", 0, 1)
     quantized = dataclasses.replace(quantized, report=report)
@@ -111,23 +120,18 @@ def quantize(
 
 def _evaluate(
     exported: GraphModule, quantized: QuantizedModel, samples: CalibrationSamples, *, on_calibration: bool
-) -> tuple[dict[str, object], dict[str, float]]:
-    """Errors of the simulated integer graph: of the output, and of every linear."""
-    timestep = timestep_placeholder(exported)
-    position = None if timestep is None else placeholders(exported).index(timestep)
+) -> dict[str, object]:
+    """Error of the simulated integer graph's output."""
     rows = quantized.recipe.calibration.rows
     batches = (on_device_of(exported, batch) for batch in samples.batches(rows))
-    error = paired_error(exported, quantized.graph, batches, timestep_index=position)
-    balanced = balanced_as(exported, balance_result(quantized.graph))
-    mixed = on_device_of(exported, next(samples.shuffled(SHUFFLE_SEED).batches(rows)))
-    about: dict[str, object] = {
+    error = paired_error(exported, quantized.graph, batches, timestep_index=timestep_position(exported))
+    return {
         "sqnr_db": error.sqnr_db,
         "per_timestep": [[t, db] for t, db in error.per_timestep.items()],
         "samples": error.rows,
         "seed": quantized.recipe.evaluation.seed,
         "on_calibration_samples": on_calibration,
     }
-    return about, layer_sqnr(balanced, quantized.graph, mixed)
 
 
 def _grids(

@@ -15,6 +15,7 @@ import torch
 import ptq4dit_ao
 from ptq4dit_ao.cli import commands
 from ptq4dit_ao.cli.main import main
+from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.lowering import KernelProof, LoweredModel
 from ptq4dit_ao.recipe import shipped_recipe_path, shipped_recipes
 from ptq4dit_ao.workflow import QuantizedModel, load_quantized
@@ -230,6 +231,21 @@ def test_quantize_leaves_a_model_and_two_reports(quantized):
     assert report["size"]["artifact_bytes"] > 0
     assert all(layer["sqnr_db"] is None or layer["sqnr_db"] > 25 for layer in report["layers"])
     assert load_quantized(quantized).sampling["channels"] == 1
+    assert report["leave_one_out"] == {"skipped": "8 samples are too few for 5 quantized inputs; 10 would do"}
+    assert all(len(layer["sqnr_db_t"]) == 2 for layer in report["layers"])
+
+
+def test_quantize_leaves_nothing_out_if_told_so(run, workshop, tmp_path, monkeypatch):
+    asked = []
+
+    def stop(model, recipe, *_, **__):
+        asked.append(recipe.evaluation.leave_one_out)
+        raise ArgumentError("far enough")
+
+    monkeypatch.setattr("ptq4dit_ao.cli.commands.run_quantize", stop)
+    for options in ([], ["--no-leave-one-out"]):
+        run("quantize", workshop / "tiny.yaml", "--output", tmp_path / "out", *options)
+    assert asked == [True, False]
 
 
 def test_inspect_shows_layers_sites_and_the_proof(run, quantized):

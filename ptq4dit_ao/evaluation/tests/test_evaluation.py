@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ptq4dit_ao.errors import ArgumentError
-from ptq4dit_ao.evaluation import PairedError, layer_sqnr, measure_latency, paired_error
-from ptq4dit_ao.passes import balance, balance_result
+from ptq4dit_ao.evaluation import PairedError, measure_latency, paired_error
 
 
 def noisy(relative: float):
@@ -91,30 +90,6 @@ def test_a_timestep_has_an_interval_over_its_own_rows():
 def test_outputs_of_different_shapes_are_refused():
     with pytest.raises(ArgumentError, match=r"shapes differ: reference \(\d, 3\), got \(\d, 2\)"):
         paired_error(noisy(0), lambda x, t, y: x[:, :2], batches())
-
-
-# -- layer by layer --------------------------------------------------------------------------------------------------
-
-
-def test_a_graph_against_itself(tiny_exported, tiny_samples):
-    errors = layer_sqnr(tiny_exported, tiny_exported, tiny_samples[0])
-    assert len(errors) == 22 and set(errors.values()) == {math.inf}
-
-
-def test_layers_are_compared_with_the_balanced_graph(quantized, tiny_exported, tiny_samples):
-    coarse, fine = quantized(weight_bits=4), quantized(weight_bits=8)
-    result = balance_result(fine)
-    balanced = balance(tiny_exported, result.statistics, result.settings, sites=result.sites)
-    by_bits = {bits: layer_sqnr(balanced, model, tiny_samples[0]) for bits, model in ((4, coarse), (8, fine))}
-    for name, db in by_bits[8].items():
-        if "timestep_embedder" in result.layers[name] or result.layers[name] == "proj_out_1":
-            assert db == by_bits[4][name] == math.inf  # float, and nothing before them is quantized
-        else:
-            assert 25 < db < 80 and by_bits[4][name] < db - 3, name
-    # Against the graph before balancing, V is another tensor: it is off by its balancing vector.
-    unbalanced = layer_sqnr(tiny_exported, fine, tiny_samples[0])
-    values = [name for name in by_bits[8] if result.layers[name].endswith("to_v")]
-    assert len(values) == 2 and all(unbalanced[name] < 20 for name in values)
 
 
 # -- latency ---------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ Refusal = Callable[[str], list[str]]
 COUNT_OR_LIST = "a whole number >= 1 or a non-empty list of different numbers >= 0"
 COUNT_LIST_OR_DRAW = f"{COUNT_OR_LIST} or a mapping (keys: draw, mean, std, count)"
 BITS = "a whole number from 2 to 8"
+WIDTH = f"{BITS} or auto"
 SEED = "a whole number from 0 to 4294967295"
 
 # What stands on line 2 of the file, and all that is said about it after "x.yaml:2: ".
@@ -25,9 +26,9 @@ WRONG = {
         "balance.q: unknown key; the keys here are aggregation, alpha, max_scale, fold_form, couple_blocks, "
         "vector_multiply, min_variables, verify",
     ),
-    "text for a number": ("weights: {bits: '8'}", f"weights.bits: '8' (text) is not allowed; it must be {BITS}"),
+    "text for a number": ("weights: {bits: '8'}", f"weights.bits: '8' (text) is not allowed; it must be {WIDTH}"),
     "boolean for a number": ("activations: {bits: true}", f"activations.bits: true is not allowed; it must be {BITS}"),
-    "fraction for a count": ("weights: {bits: 8.0}", f"weights.bits: 8.0 is not allowed; it must be {BITS}"),
+    "fraction for a count": ("weights: {bits: 8.0}", f"weights.bits: 8.0 is not allowed; it must be {WIDTH}"),
     "on for a boolean": (
         "overrides: [{pattern: a, skip: on}]",
         "overrides[0].skip: 'on' (text) is not allowed; it must be true, or left out",
@@ -41,7 +42,10 @@ WRONG = {
         "overrides[0].balance: 0 is not allowed; it must be false, or left out",
     ),
     "number for text": ("description: 8", "description: 8 is not allowed; it must be text, in quotes where needed"),
-    "number for a section": ("weights: 8", "weights: 8 is not allowed; it must be a mapping (keys: bits)"),
+    "number for a section": (
+        "weights: 8",
+        "weights: 8 is not allowed; it must be a mapping (keys: bits, candidates, average_bits)",
+    ),
     "mapping for a list": (
         "overrides: {pattern: a}",
         'overrides: {"pattern": "a"} is not allowed; it must be a list of mappings',
@@ -61,7 +65,39 @@ WRONG = {
         "layers: papers",
         "layers: 'papers' (text) is not allowed; it must be one of safe, paper; did you mean 'paper'?",
     ),
-    "bits too few": ("weights: {bits: 1}", f"weights.bits: 1 is not allowed; it must be {BITS}"),
+    "bits without a budget": (
+        "weights: {bits: auto}",
+        "weights: bits: auto needs average_bits; add how many bits a weight may take on average",
+    ),
+    "a budget without auto": (
+        "weights: {bits: 4, average_bits: 5}",
+        "weights: average_bits is for bits: auto, and bits is 4; remove one of them",
+    ),
+    "candidates without auto": (
+        "weights: {candidates: [4, 8]}",
+        "weights: candidates is for bits: auto, and bits is 8; remove one of them",
+    ),
+    "a budget below the candidates": (
+        "weights: {bits: auto, average_bits: 3.5}",
+        "weights: average_bits is 3.5, and the candidates go from 4 to 8; choose it between them, or other candidates",
+    ),
+    "a budget above the candidates": (
+        "weights: {bits: auto, average_bits: 8, candidates: [6, 4]}",
+        "weights: average_bits is 8, and the candidates go from 4 to 6; choose it between them, or other candidates",
+    ),
+    "one candidate": (
+        "weights: {bits: auto, average_bits: 5, candidates: [4]}",
+        "weights.candidates: [4] is not allowed; it must be a list of at least 2 different whole numbers from 2 to 8",
+    ),
+    "a candidate twice": (
+        "weights: {bits: auto, average_bits: 5, candidates: [4, 8, 4]}",
+        "weights.candidates: 4 stands more than once in the list; keep one of them",
+    ),
+    "misspelt auto": (
+        "weights: {bits: atuo}",
+        f"weights.bits: 'atuo' (text) is not allowed; it must be {WIDTH}",
+    ),
+    "bits too few": ("weights: {bits: 1}", f"weights.bits: 1 is not allowed; it must be {WIDTH}"),
     "bits too many": ("activations: {bits: 9}", f"activations.bits: 9 is not allowed; it must be {BITS}"),
     "alpha": ("balance: {alpha: 1.5}", "balance.alpha: 1.5 is not allowed; it must be a number from 0 to 1 or auto"),
     "negative alpha": (
@@ -199,7 +235,7 @@ def test_missing_version(refusal: Refusal) -> None:
 
 FROM_DICT = {
     "version": ({}, "recipe: version: missing; add 'version: 1' on a line of its own"),
-    "range": ({"version": 1, "weights": {"bits": 9}}, f"recipe: weights.bits: 9 is not allowed; it must be {BITS}"),
+    "range": ({"version": 1, "weights": {"bits": 9}}, f"recipe: weights.bits: 9 is not allowed; it must be {WIDTH}"),
     "key type": ({"version": 1, "weights": {8: 1}}, "recipe: weights[8]: a key must be text"),
     "list": ([1, 2], "recipe: [1, 2] is not a mapping; give what Recipe.to_dict returned"),
 }

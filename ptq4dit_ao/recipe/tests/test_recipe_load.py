@@ -27,7 +27,7 @@ def test_every_key_reaches_the_recipe(write: Write) -> None:
         version: 1
         description: all keys
         model: package.module:function
-        weights: {bits: 4}
+        weights: {bits: auto, candidates: [3, 8, 5], average_bits: 4}
         activations: {bits: 6}
         balance: {aggregation: none, alpha: 1e-5, max_scale: 10, fold_form: bias, couple_blocks: true,
                   vector_multiply: false, min_variables: 2, verify: false}
@@ -37,12 +37,13 @@ def test_every_key_reaches_the_recipe(write: Write) -> None:
           - {pattern: b, weight_bits: 8, activation_bits: 7, balance: false}
         calibration: {timesteps: [0, 12.5], samples: 2, steps: 3, guidance: 0, seed: 4, batch_size: 5, prompts: [a cat],
                       height: 256, width: 512, num_frames: 9}
-        evaluation: {timesteps: 5, samples: 6, seed: 7}
+        evaluation: {timesteps: 5, samples: 6, seed: 7, leave_one_out: false}
         """,
     )
     recipe = load_recipe(str(path))
     assert (recipe.description, recipe.model, recipe.layers) == ("all keys", "package.module:function", "paper")
-    assert (recipe.weights.bits, recipe.activations.bits) == (4, 6)
+    assert recipe.weights.model_dump() == {"bits": "auto", "candidates": (3, 8, 5), "average_bits": 4.0}
+    assert recipe.weights.widths == (3, 5, 8) and recipe.activations.bits == 6
     assert recipe.balance == Balance(
         aggregation="none",
         alpha=1e-5,
@@ -69,7 +70,7 @@ def test_every_key_reaches_the_recipe(write: Write) -> None:
         "num_frames": 9,
         "seed": 4,
     }
-    assert recipe.evaluation.model_dump() == {"timesteps": 5, "samples": 6, "seed": 7}
+    assert recipe.evaluation.model_dump() == {"timesteps": 5, "samples": 6, "seed": 7, "leave_one_out": False}
 
 
 def test_extends_merges_mappings_and_replaces_the_rest(write: Write) -> None:

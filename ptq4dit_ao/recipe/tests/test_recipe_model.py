@@ -52,7 +52,8 @@ RECIPES = st.builds(
     Recipe,
     description=TEXTS,
     model=st.none() | NON_EMPTY | st.sampled_from(["on", "1e-5", "true", "08", "null"]),
-    weights=st.builds(Weights, bits=BITS),
+    weights=st.builds(Weights, bits=BITS)
+    | st.builds(Weights, bits=st.just("auto"), candidates=st.none() | st.just((8, 4, 5)), average_bits=st.floats(4, 8)),
     activations=st.builds(Activations, bits=BITS),
     attention=st.builds(Attention, quantize=st.booleans(), bits=BITS),
     balance=st.builds(
@@ -122,7 +123,7 @@ def test_to_dict_holds_every_default_and_no_null() -> None:
             "seed": 0,
         },
         "noise_correction": {"images": 0, "seed": 2000},
-        "evaluation": {"timesteps": 20, "samples": 32, "seed": 1000},
+        "evaluation": {"timesteps": 20, "samples": 32, "seed": 1000, "leave_one_out": True},
     }
 
 
@@ -145,7 +146,8 @@ def test_recipes_are_frozen_and_hashable() -> None:
 @pytest.mark.parametrize(
     ("model", "values", "message"),
     [
-        (Weights, {"bits": "8"}, "valid integer"),
+        (Weights, {"bits": "8"}, "should be 'auto'"),
+        (Weights, {"bits": 8.0}, "valid integer"),
         (Weights, {"bits": 9}, "less than or equal to 8"),
         (Weights, {"width": 4}, "Extra inputs are not permitted"),
         (Recipe, {"version": True}, "Input should be of type int"),

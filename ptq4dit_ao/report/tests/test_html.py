@@ -80,7 +80,13 @@ def refused(name: str, reason: str) -> dict:
 
 def layer(name: str, sqnr_db: float | None, **changes: object) -> dict:
     about = {"name": name, "status": "integer", "reason": None, "weight_bits": 4, "activation_bits": 8}
-    return about | {"sqnr_db": sqnr_db} | changes
+    ranges = {"weight_clipping": 0.87, "activation_clipping": 0.423}
+    return about | ranges | {"sqnr_db": sqnr_db, "sqnr_db_t": [[100, sqnr_db], [900, sqnr_db]]} | changes
+
+
+def left_out(count: int) -> dict:
+    inputs = [{"name": f"blocks.{i}.ff", "sqnr_db": 25.0 - i, "gain_db": 1.5 - i / 10} for i in range(count)]
+    return {"sqnr_db": 23.5, "rows": 42, "inputs": inputs}
 
 
 def full_report() -> dict:
@@ -102,6 +108,15 @@ def full_report() -> dict:
                 HOSTILE, None, status="float", reason="kept in float: <safe>", weight_bits=None, activation_bits=None
             ),
         ],
+        "leave_one_out": left_out(2),
+        "weight_bits": {
+            "candidates": [4, 8],
+            "average_bits": 4.876,
+            "inputs": [
+                {"name": "blocks.0.attn.to_q", "parameters": 12345, "noise": [0.123, 0.0005], "bits": 4},
+                {"name": HOSTILE, "parameters": 64, "noise": [0.877, 0.0035], "bits": 8},
+            ],
+        },
         "evaluation": {"sqnr_db": 24.31, "per_timestep": [[900, 30.0], [100, 18.5]], "samples": 8, "seed": 3},
         "size": {"float32_bytes": 8_600_000, "artifact_bytes": 1_340_000, "ratio": 6.42},
         "seconds": {"export": 2.14, "calibrate": 13.4, "convert": 1.0},
@@ -111,6 +126,7 @@ def full_report() -> dict:
 
 def empty_report() -> dict:
     nothing: dict = {"settings": None, "evaluation": None, "size": None, "sites": [], "layers": [], "notes": []}
+    nothing |= {"leave_one_out": None, "weight_bits": None}
     return full_report() | nothing
 
 
@@ -140,7 +156,8 @@ def charts(monkeypatch) -> dict[str, list]:
     def record(name):
         return lambda entries, *_: asked.update({name: list(entries)}) or b"png"
 
-    for name in ("salience_chart", "activation_chart", "ssc_chart", "layer_chart", "timestep_sqnr_chart"):
+    monkeypatch.setattr(plots, "leave_one_out_chart", record("leave_one_out_chart"))
+    for name in ("salience_chart", "activation_chart", "ssc_chart", "layer_chart", "timestep_sqnr_chart", "heat_map"):
         monkeypatch.setattr(plots, name, record(name))
     return asked
 
@@ -159,7 +176,7 @@ def test_page_is_closed_to_the_outside(markup, page):
 
 
 def test_every_picture_is_a_png_with_a_description(page):
-    assert len(page.images()) == 3 + 1 + 3 + 1
+    assert len(page.images()) == 3 + 1 + 3 + 2 + 1
     for image in page.images():
         assert len(image["alt"]) > 20
         assert imread(BytesIO(base64.b64decode(image["src"].partition(",")[2]))).size
@@ -191,6 +208,10 @@ def test_headline_numbers(page):
         "2 of 31 kept in float",
         "0.25 to 1,000",
         "13.4 s",
+        "from 23.5\N{NO-BREAK SPACE}dB, on 42 rows",
+        "from 4, 8 bits: 4.88 on average",
+        "87%",
+        "42%",
         '"bits": 4',
     ):
         assert text in page.text
@@ -208,8 +229,9 @@ def test_refused_sites_and_float_layers_come_first_in_their_tables(markup):
     assert [table[0] for table in tables] == [
         "blocks.0.attn.to_out",
         "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt;",
+        "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt;",  # 8 bits before 4
     ]
-    assert [len(table) for table in tables] == [3, 3]
+    assert [len(table) for table in tables] == [3, 3, 2]
 
 
 def test_a_report_of_nothing_says_so(tmp_path):
@@ -251,6 +273,30 @@ def test_a_large_model_shows_a_choice_and_tables_all(tmp_path, charts):
     assert all(note in text for note in report["notes"]) and "22 more" in text
 
 
+def test_what_costs_most_is_shown_and_the_rest_counted(tmp_path, charts):
+    report = full_report() | {"leave_one_out": left_out(30)}
+    text = Page(write(report, tmp_path / "report.html")).text
+    assert [entry["name"] for entry in charts["leave_one_out_chart"]] == [f"blocks.{i}.ff" for i in range(20)]
+    assert "The 20 that cost most, of 30." in text
+
+
+def test_why_no_layer_was_left_out(tmp_path, charts):
+    report = full_report() | {"leave_one_out": {"skipped": "8 samples are too few for <30> quantized inputs"}}
+    text = Page(write(report, tmp_path / "report.html")).text
+    assert (
+        "Not measured: 8 samples are too few for <30> quantized inputs." in text and "leave_one_out_chart" not in charts
+    )
+
+
+def test_layers_without_several_timesteps_have_no_heat_map(tmp_path, charts):
+    report = full_report()
+    assert [entry["name"] for entry in plots.layers_by_timestep(report["layers"])] == ["blocks.0.attn.to_q"]
+    for entry in report["layers"]:
+        entry["sqnr_db_t"] = entry["sqnr_db_t"][:1]
+    Page(write(report, tmp_path / "report.html"))
+    assert "heat_map" not in charts
+
+
 def test_reasons_are_counted(tmp_path, charts):
     report = full_report() | {"sites": [refused(f"blocks.{i}", "shared <input>") for i in range(40)]}
     assert "shared <input> (40 sites)" in Page(write(report, tmp_path / "report.html")).text
@@ -267,8 +313,10 @@ def test_an_entry_without_optional_keys_is_enough(tmp_path, charts):
     report = full_report()
     for entry in report["layers"]:
         del entry["reason"]
+        del entry["sqnr_db_t"], entry["weight_clipping"], entry["activation_clipping"]
     for key in ("rho", "eta", "salience_t"):
         del report["sites"][0][key]
+    del report["leave_one_out"], report["weight_bits"]
     Page(write(report, tmp_path / "report.html"))
     assert [site["name"] for site in charts["ssc_chart"]] == [report["sites"][1]["name"]]
 

@@ -204,6 +204,37 @@ def test_layer_chart_draws_from_top_to_bottom(drawn):
     assert axes.yaxis_inverted()
 
 
+def heated(name: str, *values: float | None) -> dict:
+    by_timestep = [[t, db] for t, db in zip((100, 500, 900), values, strict=True)]
+    return {"name": name, "sqnr_db_t": by_timestep, "activation_clipping": 0.5, "weight_clipping": 0.75}
+
+
+def test_heat_map_runs_from_noise_to_image_and_from_the_first_layer_to_the_last(drawn):
+    plots.heat_map([heated("first", 1.0, 2.0, 3.0), heated("last", None, 5.0, 6.0)])
+    heat, ranges, *_ = drawn[0].axes
+    (image,) = heat.images
+    assert np.array_equal(np.ma.filled(image.get_array(), np.nan), [[3, 2, 1], [6, 5, np.nan]], equal_nan=True)
+    assert [label.get_text() for label in heat.get_xticklabels()] == ["900", "500", "100"]
+    assert [label.get_text() for label in heat.get_yticklabels()] == ["first", "last"]
+    assert heat.get_ylim()[0] > heat.get_ylim()[1]  # the first on top
+    assert [list(line.get_xdata()) for line in ranges.lines] == [[0.5, 0.5], [0.75, 0.75]]
+
+
+def test_heat_map_of_many_layers_names_some(drawn):
+    plots.heat_map([heated(f"layer.{i}", 1.0 + i, 2.0, 3.0) for i in range(300)])
+    heat = drawn[0].axes[0]
+    names = [label.get_text() for label in heat.get_yticklabels()]
+    assert 40 <= len(names) <= 60 and names[1] == "layer.5"
+    assert drawn[0].get_size_inches()[1] < 11
+    assert heat.images[0].get_clim() == (2.0, 282.0)  # 18 of 900 lie above, as many below
+
+
+def test_leave_one_out_chart_shows_gains_with_their_sign(drawn):
+    plots.leave_one_out_chart([{"name": "a", "gain_db": 1.5}, {"name": "b", "gain_db": -0.25}])
+    texts = [text.get_text() for text in drawn[0].axes[0].texts]
+    assert texts == ["+1.50", "-0.25"]
+
+
 @pytest.mark.filterwarnings("error")
 def test_charts_take_odd_names_and_missing_numbers_and_leave_no_state():
     odd = site("_$\\frac{$<b>" + "x" * 200, [None, 1.0, 2.0], salience_x=[None, 0.0, 0.0], salience_w=[0.0, None, 0.0])
@@ -215,6 +246,8 @@ def test_charts_take_odd_names_and_missing_numbers_and_leave_no_state():
         plots.ssc_chart([odd]),
         plots.layer_chart([{"name": odd["name"], "sqnr_db": -3.0}]),
         plots.timestep_sqnr_chart([[7, 3.0]], None),
+        plots.heat_map([heated(odd["name"], -3.0, None, 3.0) | {"weight_clipping": None}]),
+        plots.leave_one_out_chart([{"name": odd["name"], "gain_db": -3.0}]),
     )
     assert all(imread(BytesIO(png)).shape[1] == 1760 for png in charts)
     assert dict(matplotlib.rcParams) == settings and not Gcf.figs

@@ -163,6 +163,7 @@ def test_the_report_says_what_happened(apply, tiny_dit):
     assert report["versions"]["torch"] == torch.__version__
     assert list(report["seconds"]) == ["export", "prepare", "calibrate", "convert"]
     assert (report["evaluation"], report["size"], report["notes"]) == (None, None, [])
+    assert (report["leave_one_out"], report["weight_bits"]) == (None, None)
     json.dumps(report, allow_nan=False)
 
 
@@ -175,8 +176,10 @@ def test_the_report_lists_every_layer_and_site(apply):
     }
     assert layers["proj_out_2"] == {
         "name": "proj_out_2", "node": "linear_21", "status": "float",
-        "weight_bits": None, "activation_bits": None, "sqnr_db": None,
+        "weight_bits": None, "activation_bits": None, "activation_clipping": None, "weight_clipping": None,
+        "sqnr_db": None, "sqnr_db_t": [],
     }  # fmt: skip
+    assert {layer["activation_clipping"] for layer in report["layers"] if layer["status"] == "integer"} == {1}
     sites = {site["name"]: site for site in report["sites"]}
     site = sites["transformer_blocks.1.attn1.{to_q,to_k,to_v}"]
     assert (site["status"], site["channels"], site["variables"], site["reason"]) == ("folded", 32, 32, None)

@@ -1,0 +1,102 @@
+"""What the report says of a quantized model's layers: errors by timestep, ranges, and what each of them costs."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule
+
+from ptq4dit_ao.calibration import CalibrationSamples
+from ptq4dit_ao.evaluation import LeaveOneOut, layer_errors, leave_one_out
+from ptq4dit_ao.evaluation.layers import quantized_inputs
+from ptq4dit_ao.graph.names import get_attribute, placeholders, timestep_placeholder, weight_path
+from ptq4dit_ao.lowering import quantized_linears
+from ptq4dit_ao.passes import balance_result, balanced_as
+from ptq4dit_ao.report import Diagnostics
+from ptq4dit_ao.workflow.apply import on_device_of
+from ptq4dit_ao.workflow.samples import OnProgress
+
+ROWS_PER_TIMESTEP = 4
+"""Rows that layers are compared on."""
+FEWEST, MOST = 2, 64
+"""Rows that layers are left out on."""
+
+
+def diagnose(
+    exported: GraphModule,
+    quantized: GraphModule,
+    samples: CalibrationSamples,
+    *,
+    rows: int,
+    without_one: bool = True,
+    on_progress: OnProgress = lambda *_: None,
+) -> Diagnostics:
+    """Look at every layer of a converted graph.
+
+    Args:
+        exported: the float graph that it was made from.
+        quantized: the converted graph.
+        samples: for evaluation; a part of them is used.
+        rows: to run at a time.
+        without_one: also leave out one layer after the other. That costs as many runs of a row as there are quantized
+            inputs, times half the rows: at most a quarter of what comparing both graphs on all samples costs.
+        on_progress: called as layers are left out.
+    """
+    balanced = balanced_as(exported, balance_result(quantized))
+    position = timestep_position(exported)
+    timesteps = len(samples.timesteps.unique())
+    few = samples.spread(ROWS_PER_TIMESTEP * timesteps).by_timestep()
+    errors = layer_errors(balanced, quantized, on_device_of(exported, list(few)), timestep_index=position)
+    inputs = len(quantized_inputs(quantized))
+    affordable = min(MOST, len(samples) // inputs)
+    left_out, skipped = None, None
+    if not without_one:
+        skipped = "switched off"
+    elif affordable < FEWEST:
+        skipped = f"{len(samples)} samples are too few for {inputs} quantized inputs; {FEWEST * inputs} would do"
+    else:
+        left_out = _leave_out(balanced, quantized, samples.spread(affordable), position, rows, on_progress)
+    return Diagnostics(
+        layer_errors=errors,
+        weight_clipping=weight_clipping(balanced, quantized),
+        leave_one_out=left_out,
+        leave_one_out_skipped=skipped,
+    )
+
+
+def _leave_out(
+    balanced: GraphModule,
+    quantized: GraphModule,
+    samples: CalibrationSamples,
+    position: int | None,
+    rows: int,
+    on_progress: OnProgress,
+) -> LeaveOneOut:
+    return leave_one_out(
+        balanced,
+        quantized,
+        on_device_of(balanced, list(samples.batches(rows))),
+        timestep_index=position,
+        on_run=lambda done, total: on_progress("leave one out", done, total),
+    )
+
+
+def timestep_position(exported: GraphModule) -> int | None:
+    """Which of the graph's inputs holds the timestep, if any does."""
+    timestep = timestep_placeholder(exported)
+    return None if timestep is None else placeholders(exported).index(timestep)
+
+
+@torch.no_grad()
+def weight_clipping(balanced: GraphModule, quantized: GraphModule) -> dict[str, float]:
+    """Node name of a quantized linear -> its weight's range as a part of the largest weight's; mean over channels."""
+    twins = {node.name: node for node in balanced.graph.nodes}
+    ratios = {}
+    for linear in quantized_linears(quantized):
+        weight = get_attribute(balanced, weight_path(twins[linear.name]))
+        low, high = torch.aminmax(weight, dim=1)
+        largest = torch.maximum(-low, high).double()
+        steps = (linear.weight_range[1] - linear.weight_range[0]) / 2
+        some = largest > 0
+        if some.any():
+            ratios[linear.name] = float((linear.weight_scale.double() * steps / largest)[some].mean())
+    return ratios

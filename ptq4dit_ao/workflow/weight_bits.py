@@ -1,0 +1,212 @@
+"""Mixed precision: which weights get more bits, under a budget for all.
+
+A layer is worth the bits whose lack the predicted noise shows most. That is measured after rounding, with one layer's
+weights quantized and all else float, so that no other layer's error hides it; errors of different layers then add up,
+and what is left is a knapsack.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+from ptq4dit_ao.core import allocate
+from ptq4dit_ao.errors import ArgumentError, CalibrationError
+from ptq4dit_ao.evaluation import weight_errors
+from ptq4dit_ao.graph.names import get_attribute, joint_name, layer_name, linears, weight_path
+from ptq4dit_ao.passes import balance_result, balanced_as
+from ptq4dit_ao.quantizer import Override, PTQ4DiTQuantizer
+from ptq4dit_ao.quantizer.overrides import check_bits
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT = 16
+"""One batch in so many is kept from rounding, for measuring."""
+
+BIT = 1 / 4
+"""What one bit more leaves of an error's energy."""
+
+OnRun = Callable[[int, int], None]
+"""``(runs done, in all)``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChosenBits:
+    """What the weights that read one quantized input get."""
+
+    layers: tuple[str, ...]
+    parameters: int
+    noise: tuple[float, ...]
+    """Energy that they add to the output's error at each candidate."""
+    bits: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightBits:
+    """A choice of bits for all weights that overrides leave free."""
+
+    candidates: tuple[int, ...]
+    chosen: tuple[ChosenBits, ...]
+    """In execution order."""
+    average_bits: float
+    """Of all quantized weights, those with bits of their own included."""
+
+    @property
+    def overrides(self) -> tuple[Override, ...]:
+        """For a quantizer whose ``weight_bits`` is the lowest candidate; to stand before others, which win."""
+        return tuple(
+            Override(pattern=layer.replace("[", "[[]"), weight_bits=inputs.bits)
+            for inputs in self.chosen
+            for layer in inputs.layers
+            if inputs.bits != self.candidates[0]
+        )
+
+    def to_dict(self) -> dict[str, object]:
+        """JSON-safe, for the report; noise as a part of what all add at the lowest candidate."""
+        total = sum(inputs.noise[0] for inputs in self.chosen) or 1.0
+        return {
+            "candidates": list(self.candidates),
+            "average_bits": self.average_bits,
+            "inputs": [
+                {
+                    "name": joint_name(inputs.layers),
+                    "layers": list(inputs.layers),
+                    "parameters": inputs.parameters,
+                    "noise": [float(f"{noise / total:.4g}") for noise in inputs.noise],
+                    "bits": inputs.bits,
+                }
+                for inputs in self.chosen
+            ],
+        }
+
+
+@torch.no_grad()
+def choose_weight_bits(
+    exported: GraphModule,
+    batches: Iterable[Sequence[Tensor]],
+    *,
+    average_bits: float,
+    candidates: Sequence[int] = (4, 8),
+    quantizer: PTQ4DiTQuantizer | None = None,
+    on_run: OnRun = lambda *_: None,
+) -> WeightBits:
+    """Give the weights that cost most more bits.
+
+    For every candidate but the highest, the model is calibrated and rounded in one pass, and run once for each
+    quantized input on the batches held out (half a run: what comes before is shared). The highest is taken to leave of
+    the error before it what its bits more leave, 6 dB each.
+
+    Args:
+        exported: from :func:`~ptq4dit_ao.export_transformer`. Not changed.
+        batches: calibration inputs. The last sixteenth, at least one, is measured on, and not rounded for.
+        average_bits: mean over all quantized weights, at most.
+        candidates: widths to choose from.
+        quantizer: how to balance and round; its ``weight_bits`` do not matter, its overrides stay. Default: GPTQ.
+        on_run: called as inputs are measured.
+
+    Raises:
+        ArgumentError: a candidate is no width; the average is not between them, or overrides leave less.
+        CalibrationError: there are no batches.
+    """
+    widths = _checked(candidates, average_bits)
+    quantizer = quantizer or PTQ4DiTQuantizer(rounding="gptq")
+    samples = [tuple(batch) for batch in batches]
+    if not samples:
+        raise CalibrationError("there are no calibration samples; pass at least one tuple of inputs")
+    held = max(1, len(samples) // HELD_OUT)
+    rounded, measured = samples[:-held] or samples, samples[-held:]
+    noise: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    for done, bits in enumerate(widths[:-1]):
+        step = quantizer.variant(weight_bits=bits, sequential=False)
+        found = _noise(exported, step, rounded, measured, _part_of(on_run, done, len(widths) - 1))
+        for layers, energy in found.items():
+            noise[layers].append(energy)
+    return _choose(exported, noise, widths, average_bits, quantizer)
+
+
+def _checked(candidates: Sequence[int], average_bits: float) -> tuple[int, ...]:
+    """The candidates, ascending."""
+    for bits in candidates:
+        check_bits("a candidate for weight_bits", bits)
+    widths = tuple(sorted(set(candidates)))
+    if len(widths) < 2:
+        raise ArgumentError(f"candidates are {list(candidates)}; give at least two different widths, such as [4, 8]")
+    if not widths[0] <= average_bits <= widths[-1]:
+        raise ArgumentError(
+            f"average_bits is {average_bits:g}, and the candidates go from {widths[0]} to {widths[-1]}; choose it "
+            "between them, or other candidates"
+        )
+    return widths
+
+
+def _part_of(on_run: OnRun, part: int, parts: int) -> OnRun:
+    return lambda done, total: on_run(part * total + done, parts * total)
+
+
+def _noise(
+    exported: GraphModule,
+    quantizer: PTQ4DiTQuantizer,
+    rounded: Sequence[tuple[Tensor, ...]],
+    measured: Sequence[tuple[Tensor, ...]],
+    on_run: OnRun,
+) -> dict[tuple[str, ...], float]:
+    """Names of the layers that read one quantized input -> energy that their weights alone add to the output."""
+    prepared = prepare_pt2e(GraphModule(exported, copy.deepcopy(exported.graph)), quantizer)
+    for inputs in rounded:
+        prepared(*inputs)
+    converted = convert_pt2e(prepared)
+    result = balance_result(converted)
+    found = weight_errors(balanced_as(exported, result), converted, measured, timestep_index=None, on_run=on_run)
+    noise: dict[tuple[str, ...], float] = defaultdict(float)
+    for nodes, error in found.items():  # a module that is called twice is one choice
+        noise[tuple(dict.fromkeys(result.layers[node] for node in nodes))] += float(error.noise.sum())
+    return noise
+
+
+def _choose(
+    exported: GraphModule,
+    noise: Mapping[tuple[str, ...], Sequence[float]],
+    widths: tuple[int, ...],
+    average_bits: float,
+    quantizer: PTQ4DiTQuantizer,
+) -> WeightBits:
+    low, high = (_planned_bits(exported, quantizer, bits) for bits in (widths[0], widths[-1]))
+    sizes = {layer_name(node): get_attribute(exported, weight_path(node)).numel() for node in linears(exported)}
+    quantized = {layer for layers in noise for layer in layers}
+    free = {layer for layer in quantized if low[layer] != high[layer]}
+    if not free:
+        raise ArgumentError(f"overrides set the bits of all {len(quantized)} quantized layers; there is none to choose")
+    inputs = {own: energies for layers, energies in noise.items() if (own := tuple(filter(free.__contains__, layers)))}
+    total, fixed = sum(map(sizes.__getitem__, quantized)), sum(sizes[layer] * low[layer] for layer in quantized - free)
+    least = fixed + widths[0] * sum(map(sizes.__getitem__, free))
+    budget = math.floor(average_bits * total)
+    if budget < least:
+        raise ArgumentError(
+            f"average_bits is {average_bits:g}, but with the overrides, and {widths[0]} bits elsewhere, the weights "
+            f"take {least / total:.3g} on average; raise it, or take out overrides"
+        )
+    parameters = [sum(map(sizes.__getitem__, layers)) for layers in inputs]
+    energies = [(*found, found[-1] * BIT ** (widths[-1] - widths[-2])) for found in inputs.values()]
+    choice = allocate([[bits * n for bits in widths] for n in parameters], energies, budget - fixed)
+    chosen = tuple(
+        ChosenBits(layers=layers, parameters=n, noise=energy, bits=widths[k])
+        for layers, n, energy, k in zip(inputs, parameters, energies, choice, strict=True)
+    )
+    taken = (fixed + sum(inputs.bits * inputs.parameters for inputs in chosen)) / total
+    logger.info("chose %s bits for %d inputs' weights: %.3g on average", widths, len(chosen), taken)
+    return WeightBits(candidates=widths, chosen=chosen, average_bits=taken)
+
+
+def _planned_bits(exported: GraphModule, quantizer: PTQ4DiTQuantizer, bits: int) -> dict[str, int]:
+    """Layer -> bits of its weight, if those that nothing else is said of get these."""
+    plans = quantizer.variant(weight_bits=bits, sequential=False).plan(exported).values()
+    return {plan.layer: plan.weight_bits for plan in plans}
