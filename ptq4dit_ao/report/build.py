@@ -139,7 +139,7 @@ def _layers(converted: GraphModule, result: BalanceResult, diagnostics: Diagnost
 def _attention(converted: GraphModule) -> dict[str, Any] | None:
     """How many matrix products of attention are quantized, and to how many bits; None if attention is float."""
     products = quantized_products(converted)
-    bits = {_bits((low, high)) for q in quantizers_of(products) for low, high in [q.args[3:5]]}
+    bits = {_bits(q.args[3:5]) for q in quantizers_of(products)}
     return {"matmuls": len(products), "bits": sorted(bits)} if products else None
 
 
@@ -184,7 +184,7 @@ def _notes(result: BalanceResult) -> list[str]:
     return notes
 
 
-def _bits(bounds: tuple[int, int]) -> int:
+def _bits(bounds: Sequence[Any]) -> int:
     return round(math.log2(bounds[1] - bounds[0] + 1))
 
 
