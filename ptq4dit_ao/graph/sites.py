@@ -94,6 +94,15 @@ class CutEdit:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShiftEdit:
+    """Subtract from elements of the parameter at these attribute paths (aliases of one tensor)."""
+
+    paths: tuple[str, ...]
+    elements: Ids
+    """(C,): for each channel of the site's input, the position in the flattened parameter."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Site:
     """One balancing vector: its consumers, and the edits that make their inputs arrive divided by it.
 
@@ -108,6 +117,8 @@ class Site:
     scalars: tuple[ScalarEdit, ...] = ()
     norms: tuple[NormEdit, ...] = ()
     cuts: tuple[CutEdit, ...] = ()
+    shift: ShiftEdit | None = None
+    """What can shift the input; known only where somebody asked (:func:`ptq4dit_ao.passes.offset.find_shifts`)."""
     couples_blocks: bool = False
     """Are the consumers of several blocks, or does one read what another one made?"""
     refusal: str | None = None

@@ -54,7 +54,7 @@ TimestepList = Annotated[
 Timesteps = Annotated[
     Annotated[Count, Tag("count")] | Annotated[TimestepList, Tag("list")], Discriminator(count_or_list)
 ]
-Aggregation = Literal["ssc", "max", "mean", "none", "auto"]
+Aggregation = Literal["ssc", "max", "mean", "none", "auto", "repq"]
 
 
 def _number_or_auto(value: object) -> str:

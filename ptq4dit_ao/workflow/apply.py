@@ -18,7 +18,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import Quantizer
 
 from ptq4dit_ao.calibration import CalibrationSamples
-from ptq4dit_ao.errors import CalibrationError
+from ptq4dit_ao.errors import ArgumentError, CalibrationError
 from ptq4dit_ao.graph import SitePolicy, export_transformer
 from ptq4dit_ao.graph.export import captured_module
 from ptq4dit_ao.graph.interface import InputSpec
@@ -90,9 +90,14 @@ def balance_settings(recipe: Recipe) -> BalanceSettings:
     """How a recipe balances a float model, whatever quantizes it then.
 
     Raises:
-        ArgumentError: it does not balance.
+        ArgumentError: it does not balance, or only along with its quantizer.
     """
     aggregation, alpha = recipe.balance.aggregation, recipe.balance.alpha
+    if aggregation == "repq":
+        raise ArgumentError(
+            "the recipe's aggregation is 'repq', which is part of a quantizer and leaves no better float model: quantize "
+            "with this recipe, or balance with another"
+        )
     if "auto" in (aggregation, alpha):
         aggregation = "ssc" if aggregation == "auto" else aggregation
         alpha = 0.5 if isinstance(alpha, str) else alpha
