@@ -87,7 +87,7 @@ def skips(recipe: str) -> list[str]:
 def test_every_family_recipe_is_tested() -> None:
     general = {f"{name}_{bits}" for name in GENERAL for bits in ("w4a8", "w8a8")}
     families = {f"{name}_{bits}" for name in RECIPES for bits in ("w4a8", "w8a8")}
-    methods = {"auto", "fast", "minmax", "smoothquant"}
+    methods = {"auto", "fast", "minmax", "ptq4dm", "q_diffusion", "repq", "smoothquant"}
     assert set(shipped_recipes()) == general | families | methods
 
 
