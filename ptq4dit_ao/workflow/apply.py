@@ -95,8 +95,8 @@ def balance_settings(recipe: Recipe) -> BalanceSettings:
     aggregation, alpha = recipe.balance.aggregation, recipe.balance.alpha
     if aggregation == "repq":
         raise ArgumentError(
-            "the recipe's aggregation is 'repq', which is part of a quantizer and leaves no better float model: quantize "
-            "with this recipe, or balance with another"
+            "the recipe's aggregation is 'repq', which is part of a quantizer and leaves no better float model: "
+            "quantize with this recipe, or balance with another"
         )
     if "auto" in (aggregation, alpha):
         aggregation = "ssc" if aggregation == "auto" else aggregation
