@@ -5,11 +5,15 @@ pooled over 20 timesteps (mean and standard deviation over draws), its median ov
 30 timesteps that were not calibrated, and the mean square error of 50 final samples at equal seeds (10 DDIM steps, CFG
 1.5). All figures are of the simulated (quantize/dequantize) graph. ``--outliers`` makes four channels of every adaLN
 output 10 to 30 times larger and undoes it in the next weights, which changes nothing in float.
+
+A method is a recipe's balancing and rounding, and its calibration timesteps where it draws them; which layers are
+quantized, and all else, is that of ``digits_w8a8``.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -23,22 +27,26 @@ from torch import Tensor, nn
 from ptq4dit_ao import CalibrationSamples, collect_from_pipeline, export_transformer, load_recipe, load_reference_dit
 from ptq4dit_ao.calibration import SamplingPipeline, sample
 from ptq4dit_ao.evaluation import paired_error
-from ptq4dit_ao.recipe import Activations, Balance, Recipe, Rounding, Weights
+from ptq4dit_ao.recipe import Activations, Balance, NormalDraw, Recipe, Rounding, Weights
 from ptq4dit_ao.reference import SAMPLING
 from ptq4dit_ao.testing.outliers import inject_outliers
 from ptq4dit_ao.workflow import apply_recipe
+from ptq4dit_ao.workflow.samples import wanted_timesteps
 
 GPTQ = Rounding(method="gptq", ranges="output")
 SEQUENTIAL = Rounding(method="gptq", ranges="output", sequential=True)
 METHODS = {
-    "min-max": (Balance(aggregation="none"), Rounding()),
-    "SmoothQuant 0.5": (Balance(aggregation="max"), Rounding()),
-    "CSB": (Balance(aggregation="mean"), Rounding()),
-    "CSB + SSC": (Balance(aggregation="ssc"), Rounding()),
-    "one pass": (Balance(aggregation="auto", alpha="auto"), GPTQ),
-    "sequential, not balanced": (Balance(aggregation="none"), SEQUENTIAL),
-    "fast": (Balance(aggregation="max"), SEQUENTIAL),
-    "auto": (Balance(aggregation="auto", alpha="auto"), SEQUENTIAL),
+    "min-max": load_recipe("minmax"),
+    "SmoothQuant 0.5": load_recipe("smoothquant"),
+    "CSB": Recipe(balance=Balance(aggregation="mean")),
+    "CSB + SSC": Recipe(balance=Balance(aggregation="ssc")),
+    "PTQ4DM": load_recipe("ptq4dm"),
+    "Q-Diffusion": load_recipe("q_diffusion"),
+    "RepQ": load_recipe("repq"),
+    "one pass": Recipe(balance=Balance(aggregation="auto", alpha="auto"), rounding=GPTQ),
+    "sequential, not balanced": Recipe(balance=Balance(aggregation="none"), rounding=SEQUENTIAL),
+    "fast": load_recipe("fast"),
+    "auto": load_recipe("auto"),
 }
 BITS = {"W8A8": (8, 8), "W4A8": (4, 8), "W6A6": (6, 6), "W4A4": (4, 4)}
 BATCH = 64
@@ -55,7 +63,7 @@ def draw_samples(
     return collect_from_pipeline(
         SamplingPipeline(model, SAMPLING),
         labels,
-        timesteps=recipe.calibration.timesteps if timesteps is None else timesteps,
+        timesteps=wanted_timesteps(recipe.calibration.timesteps) if timesteps is None else timesteps,
         steps=recipe.calibration.steps,
         guidance=recipe.calibration.guidance,
         seed=seed,
@@ -64,15 +72,22 @@ def draw_samples(
 
 def with_method(recipe: Recipe, bits: str, method: str) -> Recipe:
     weights, activations = BITS[bits]
-    balance, rounding = METHODS[method]
     return recipe.model_copy(
         update={
             "weights": Weights(bits=weights),
             "activations": Activations(bits=activations),
-            "balance": balance,
-            "rounding": rounding,
+            "balance": METHODS[method].balance,
+            "rounding": METHODS[method].rounding,
         }
     )
+
+
+def with_timesteps(recipe: Recipe, method: str) -> Recipe:
+    """The recipe, calibrated at the timesteps that the method draws, if it does."""
+    timesteps = METHODS[method].calibration.timesteps
+    if not isinstance(timesteps, NormalDraw):
+        return recipe
+    return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"timesteps": timesteps})})
 
 
 def draw_images(denoiser) -> Tensor:
@@ -96,8 +111,12 @@ def main() -> None:
     if args.outliers:
         model = inject_outliers(model, seed=0)
     count = args.samples or recipe.calibration.samples
-    calibrations = [draw_samples(model, recipe, count=count, seed=seed) for seed in range(args.draws)]
-    used = {float(t) for t in calibrations[0].inputs["timestep"]}
+
+    @functools.cache
+    def calibration_of(recipe: Recipe) -> list[CalibrationSamples]:
+        return [draw_samples(model, recipe, count=count, seed=seed) for seed in range(args.draws)]
+
+    used = {float(t) for t in calibration_of(recipe)[0].inputs["timestep"]}
     other = tuple(t for t in SAMPLING.scheduler(STEPS).timesteps.double().tolist() if t not in used)
     evaluation = list(draw_samples(model, recipe, count=recipe.evaluation.samples, seed=1000).batches(BATCH))
     off_grid = draw_samples(model, recipe, count=recipe.evaluation.samples, seed=1000, timesteps=other)
@@ -111,7 +130,7 @@ def main() -> None:
         for bits, method in cases:
             figures: dict[str, list[float]] = {"sqnr_db": [], "median_t_db": [], "off_grid_db": [], "mse": [], "s": []}
             curves = []
-            for calibration in calibrations:
+            for calibration in calibration_of(with_timesteps(recipe, method)):
                 start = time.perf_counter()
                 batches = calibration.shuffled(0).batches(BATCH)
                 quantized = apply_recipe(exported, with_method(recipe, bits, method), batches).graph

@@ -164,7 +164,7 @@ def _print_report(report: dict[str, Any], console: Console, *, layers: bool = Fa
         for site in folded:
             where = ", ".join(dict.fromkeys(path.rpartition(".")[0] for path in site["folded_into"]))
             spread = f"{min(site['b']):.3g} .. {max(site['b']):.3g}" if "b" in site else "-"
-            chosen = f"{site['aggregation']} {site['alpha']:g}"
+            chosen = site["aggregation"] if site["alpha"] is None else f"{site['aggregation']} {site['alpha']:g}"
             table.add_row(site["name"], f"{site['variables']}/{site['channels']}", chosen, spread, where)
         console.print(table)
     refused = Counter(site["reason"].partition(": ")[2] for site in report["sites"] if site["status"] == "refused")

@@ -93,6 +93,15 @@ class CutEdit:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShiftEdit:
+    """Subtract from elements of the parameter at these attribute paths (aliases of one tensor)."""
+
+    paths: tuple[str, ...]
+    elements: Ids
+    """(C,): for each channel of the site's input, the position in the flattened parameter."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Site:
     """One balancing vector: its consumers, and the edits that make their inputs arrive divided by it.
 
@@ -109,6 +118,8 @@ class Site:
     cuts: tuple[CutEdit, ...] = ()
     activations: Mapping[str, Ids] = field(default_factory=dict)
     """Node -> index into the variables of what its output is divided by, with the output's axes or 1 along them."""
+    shift: ShiftEdit | None = None
+    """What can shift the input; known only where somebody asked (:func:`ptq4dit_ao.passes.offset.find_shifts`)."""
     couples_blocks: bool = False
     """Are the consumers of several blocks, or does one read what another one made?"""
     refusal: str | None = None

@@ -69,6 +69,11 @@ class ActivationObserver(_HookedObserver):
         """What divides the activation after the fold, (C,) or broadcast to it, float64; None if nothing does."""
         return None
 
+    @property
+    def shift(self) -> Tensor | None:
+        """What is subtracted from the input before it is divided, (C,) float64; None if there is nothing."""
+        return None
+
     def range(self) -> tuple[Tensor, Tensor]:
         """Smallest and largest value, after balancing: scalars.
 
@@ -123,7 +128,7 @@ class SalienceObserver(ActivationObserver):
     """Minimum and maximum per (timestep, channel) of a balance site's input, (N, ..., C), N at ``batch_axis``.
 
     After the hook has set :attr:`balance` (C,), the range is ``min_j(min_j / b_j) .. max_j(max_j / b_j)``: exact,
-    no second pass.
+    no second pass. An :attr:`offset` (C,), if there is one, is subtracted first.
     """
 
     def __init__(
@@ -140,10 +145,15 @@ class SalienceObserver(ActivationObserver):
         self.batch_axis = batch_axis
         self.statistics = ChannelStatistics(channels)
         self.balance: Tensor | None = None
+        self.offset: Tensor | None = None
 
     @property
     def scale(self) -> Tensor | None:
         return self.balance
+
+    @property
+    def shift(self) -> Tensor | None:
+        return self.offset
 
     def forward(self, x: Tensor) -> Tensor:
         record_range(x.detach(), self.statistics, self.clock, self.layer, self.batch_axis)
@@ -153,7 +163,7 @@ class SalienceObserver(ActivationObserver):
     def range(self) -> tuple[Tensor, Tensor]:
         if len(self.statistics.timesteps) == 0:
             raise not_calibrated(self.layer)
-        return self.statistics.range(self.balance)
+        return self.statistics.range(self.balance, self.offset)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,9 +46,11 @@ class ChannelStatistics:
         """``max |x|`` per timestep and channel: (T, C) float32."""
         return torch.maximum(self.minimum.abs(), self.maximum.abs())
 
-    def range(self, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Smallest and largest value of any channel, each channel divided by its scale, (C,) positive."""
+    def range(self, scale: Tensor | None = None, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Smallest and largest value of any channel, each less its offset and divided by its scale, (C,) positive."""
         low, high = self.minimum.amin(0).to(torch.float64), self.maximum.amax(0).to(torch.float64)
+        if offset is not None:
+            low, high = low - offset, high - offset
         if scale is not None:
             low, high = low / scale, high / scale
         return low.amin(), high.amax()

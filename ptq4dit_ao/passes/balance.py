@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -13,14 +13,17 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ptq4dit_ao.core import aggregate_salience, balance_vector, clip_balance, ssc_weights
+from ptq4dit_ao.core.repq import reparameterise
 from ptq4dit_ao.core.salience import AGGREGATIONS, Aggregation
 from ptq4dit_ao.errors import ArgumentError, CalibrationError, check_choice
 from ptq4dit_ao.graph import Consumer, Site
 from ptq4dit_ao.graph.names import get_attribute
 from ptq4dit_ao.graph.pending import tensor_at
 from ptq4dit_ao.observers import SalienceStatistics
+from ptq4dit_ao.observers.qdq import QuantSpec
 from ptq4dit_ao.passes.fold import FOLD_FORMS, FoldForm, fold_balance
 from ptq4dit_ao.passes.insert import insert_balance
+from ptq4dit_ao.passes.offset import subtract_offset
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +42,15 @@ class BalanceSettings:
     """How b is computed and folded.
 
     ``alpha`` or ``aggregation`` ``"auto"``: of several, and of no balancing at all, each site takes what scores best.
+    ``aggregation`` ``"repq"``: not the salience, but the range of each channel over all timesteps decides, and the
+    input is also shifted (:mod:`ptq4dit_ao.core.repq`); there is no ``alpha`` then.
     ``max_scale`` bounds b to [1/max_scale, max_scale]; ``min_timesteps`` is how many distinct timesteps SSC needs.
     Storing ``(1 + bias)/b - 1`` (fold form ``bias``) rounds ``1 + scale`` by up to ``b * eps/2`` of its size;
     ``max_rounding`` bounds that: a vector that exceeds 2.56 in bfloat16, 20 in float16, is scaled down as a whole.
     ``stored_dtype`` says what a float32 model will be stored in.
     """
 
-    aggregation: Aggregation | Literal["auto"] = "ssc"
+    aggregation: Aggregation | Literal["auto", "repq"] = "ssc"
     alpha: float | Literal["auto"] = 0.5
     max_scale: float = 1000.0
     fold_form: FoldForm = "constant"
@@ -54,12 +59,14 @@ class BalanceSettings:
     min_timesteps: int = 2
 
     def __post_init__(self) -> None:
-        check_choice("aggregation", self.aggregation, (*AGGREGATIONS, "auto"))
+        check_choice("aggregation", self.aggregation, (*AGGREGATIONS, "auto", "repq"))
         check_choice("fold_form", self.fold_form, FOLD_FORMS)
         if isinstance(self.alpha, str):
             check_choice("alpha", self.alpha, ("auto",))
         else:
             balance_vector(torch.ones(1), torch.ones(1), self.alpha)
+        if self.aggregation == "repq" and self.alpha != 0.5:
+            raise ArgumentError(f"alpha is {self.alpha!r}, but aggregation 'repq' has no exponent; leave alpha out")
         clip_balance(torch.ones(1), self.max_scale)
 
     @property
@@ -69,7 +76,10 @@ class BalanceSettings:
 
     def candidates(self) -> list[tuple[Aggregation, float]]:
         """Aggregations and exponents to choose from."""
-        aggregations = SEARCHED if self.aggregation == "auto" else (self.aggregation,)
+        if self.aggregation == "auto":
+            aggregations = SEARCHED
+        else:
+            aggregations = ("max" if self.aggregation == "repq" else self.aggregation,)  # RepQ's is for the report
         alphas = ALPHAS if isinstance(self.alpha, str) else (self.alpha,)
         return list(itertools.product(aggregations, alphas))
 
@@ -88,11 +98,16 @@ class SiteOutcome:
     """Largest salience of any channel, per timestep."""
     rho: Tensor
     eta: Tensor
-    aggregation: Aggregation | Literal["none"]
+    aggregation: Aggregation | Literal["none", "repq"]
     """``none``: a search found that the site is best left alone; b is 1."""
-    alpha: float
+    alpha: float | None
+    """None: the aggregation has no exponent."""
     scores: dict[str, float] = field(default_factory=dict)
     """What a search found: ``"AGGREGATION ALPHA"`` or ``"none"`` -> score, less is better."""
+    offset: Tensor | None = None
+    """What the input is less before it is divided by b, (C,)."""
+    range: tuple[float, float] | None = None
+    """What the input is to be quantized in, if that is decided, too."""
 
 
 def balance_sites(
@@ -101,6 +116,7 @@ def balance_sites(
     statistics: SalienceStatistics,
     settings: BalanceSettings,
     score: Score | None = None,
+    specs: Mapping[str, QuantSpec] | None = None,
 ) -> dict[str, SiteOutcome]:
     """Balance and fold every site without refusal, in place, from the output towards the input.
 
@@ -108,7 +124,8 @@ def balance_sites(
     is about to read.
 
     Raises:
-        ArgumentError: the settings ask for a search, and there is no score.
+        ArgumentError: the settings ask for a search, and there is no score; or for RepQ, and it is not known (by site
+            input) how the inputs are quantized.
         CalibrationError: a site was not observed, or at too few timesteps; the graph is untouched then.
     """
     if settings.searches and score is None:
@@ -116,10 +133,17 @@ def balance_sites(
             "alpha or aggregation 'auto' is chosen by the error after quantization, which only PTQ4DiTQuantizer and "
             "apply_recipe know; give a number and one of " + ", ".join(AGGREGATIONS)
         )
+    if settings.aggregation == "repq" and specs is None:
+        raise ArgumentError(
+            "aggregation 'repq' needs to know how the inputs will be quantized, which only PTQ4DiTQuantizer and "
+            "apply_recipe do; give one of " + ", ".join(AGGREGATIONS)
+        )
     observed = [(site, _observed(site, statistics, settings)) for site in sites if site.refusal is None]
     outcomes: dict[str, SiteOutcome] = {}
     for site, (timesteps, salience_t) in reversed(observed):
         outcome = _solve(model, site, timesteps, salience_t, settings, score)
+        if settings.aggregation == "repq" and specs is not None:
+            outcome = _reparameterised(outcome, statistics, specs, settings.max_scale)
         apply_outcome(model, outcome, settings.fold_form)
         outcomes[site.name] = outcome
         logger.debug("%s: b in [%.3g, %.3g]", site.name, outcome.b.min(), outcome.b.max())
@@ -130,6 +154,8 @@ def balance_sites(
 
 def apply_outcome(model: GraphModule, outcome: SiteOutcome, form: FoldForm) -> None:
     """Insert and fold one site's vector; ``model.recompile()`` is the caller's."""
+    if outcome.offset is not None:
+        subtract_offset(model, outcome.site, outcome.offset)
     if outcome.aggregation != "none":
         insert_balance(model, outcome.site, outcome.b)
         fold_balance(model, outcome.site, outcome.b, form)
@@ -184,6 +210,28 @@ def _solve(
     found["none"] = replace(alone, aggregation="none", alpha=0.0, b=ones, clipped=torch.zeros_like(alone.clipped))
     scores = {name: score(model, site, candidate.b) for name, candidate in found.items()}
     return replace(found[min(scores, key=scores.__getitem__)], scores=scores)
+
+
+def _reparameterised(
+    outcome: SiteOutcome, statistics: SalienceStatistics, specs: Mapping[str, QuantSpec], max_scale: float
+) -> SiteOutcome:
+    """The outcome with RepQ's vector, offset and range; the site has one input, and a variable for each channel."""
+    ((key, consumer),) = outcome.site.inputs.items()
+    table, spec = statistics[key], specs[key]
+    found = reparameterise(table.minimum.amin(0), table.maximum.amax(0), spec.quant_min, spec.quant_max)
+    b, clipped = torch.empty_like(outcome.b), torch.empty_like(outcome.clipped)
+    variables = torch.from_numpy(consumer.variables) - 1
+    ratio, clipped[variables] = clip_balance(found.ratio, max_scale)
+    b[variables] = ratio
+    return replace(
+        outcome,
+        aggregation="repq",
+        alpha=None,
+        b=b,
+        clipped=clipped,
+        offset=ratio * found.offset(ratio),
+        range=found.range(spec.quant_min, spec.quant_max),
+    )
 
 
 def _bounded(model: GraphModule, site: Site, b: Tensor, settings: BalanceSettings) -> tuple[Tensor, Tensor]:

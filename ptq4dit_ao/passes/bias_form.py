@@ -5,6 +5,8 @@ Forgetting the ``(c + ...) - c`` is the classic bug.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -49,7 +51,7 @@ def bias_shift(add: Node, index: int, scale: Tensor) -> tuple[str, Tensor]:
         raise BalanceError(f"{bias.target} is used {len(readers)} times; use fold_form 'constant'")
     number, weight = _terms(add, index)
     size = example_shape(linear)
-    rows = _replay(chain[1:], linear, torch.arange(size[-1]).expand(size).contiguous())
+    rows = replay(chain[1:], linear, torch.arange(size[-1]).expand(size).contiguous())
     shift = torch.zeros(size[-1], dtype=torch.float64)
     shift[rows.reshape(-1)] = ((number / scale - number) / weight).expand(rows.shape).reshape(-1)
     return str(bias.target), shift
@@ -72,7 +74,7 @@ def _chain_to_linear(add: Node, operand: Node) -> list[Node]:
         others = [user for user in node.users if user is not reader and user.target not in IGNORED]
         if is_linear(node) and not others:
             return chain
-        if node.target not in MOVEMENT or (others and not _splits(node)):
+        if node.target not in MOVEMENT or (others and not splits(node)):
             raise BalanceError(
                 f"{add.name}: its modulation comes through {node.name} ({node.target}), which the bias form cannot "
                 "follow; use fold_form 'constant'"
@@ -83,17 +85,23 @@ def _chain_to_linear(add: Node, operand: Node) -> list[Node]:
         reader = node
 
 
-def _splits(node: Node) -> bool:
+def splits(node: Node) -> bool:
     """Does the node return parts, each of which has its own readers?"""
     return isinstance(node.meta["val"], (list, tuple))
 
 
-def _replay(chain: list[Node], source: Node, value: Tensor) -> Tensor:
-    """Run movement ops on ``value`` in place of ``source``, symbolic sizes by their hints."""
+def replay(chain: list[Node], source: Node, value: Tensor) -> Tensor:
+    """Run movement ops on ``value`` in place of ``source``, symbolic sizes by their hints; each reads the one before.
+
+    What is summed up with something else is spread over the sum.
+    """
     values: dict[Node, object] = {source: value}
-    for node in chain:
+    for before, node in pairwise([source, *chain]):
         if node.target in COPIES:  # indices would not survive a cast
-            values[node] = values[node.args[0]]  # type: ignore[index]
+            values[node] = values[before]
+            continue
+        if node.target not in MOVEMENT:
+            values[node] = values[before].expand(example_shape(node))  # type: ignore[attr-defined]
             continue
         args = tree_map(
             lambda a: values[a] if a in values else example_size(a) if isinstance(a, Node) else a, node.args

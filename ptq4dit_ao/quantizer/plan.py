@@ -105,12 +105,13 @@ class BalancePlan:
                 score = None
                 if self.settings.searches:
                     score = PostRoundingScore(model, self.observers, self.rounding)
-                outcomes = balance_sites(model, self.sites, statistics, self.settings, score)
+                specs = {key: observers[0].spec for key, observers in self.observers.items()}
+                outcomes = balance_sites(model, self.sites, statistics, self.settings, score, specs)
                 if check is not None:
                     self.sites, outcomes = check.settle(model, self.sites, outcomes, self.settings.fold_form)
         for site in self.sites:
             if site.name in outcomes and outcomes[site.name].aggregation != "none":
-                self._set_balance(site, outcomes[site.name].b)
+                self._set_balance(outcomes[site.name])
         result = BalanceResult(
             sites=self.sites,
             outcomes=outcomes,
@@ -144,13 +145,14 @@ class BalancePlan:
         for observers in self.observers.values():
             yield from observers
 
-    def _set_balance(self, site: Site, b: Tensor) -> None:
-        for key, consumer in site.inputs.items():
+    def _set_balance(self, outcome: SiteOutcome) -> None:
+        for key, consumer in outcome.site.inputs.items():
             for observer in self.observers.get(key, []):
-                observer.balance = scale_of(b, consumer.variables).to(torch.float64)
-        for name in site.activations.keys() & self.operands.keys():
+                observer.balance = scale_of(outcome.b, consumer.variables).to(torch.float64)
+                observer.offset, observer.clipped = outcome.offset, outcome.range
+        for name in outcome.site.activations.keys() & self.operands.keys():
             for operand in self.operands[name]:
-                operand.divide(scale_of(b, site.activations[name]))
+                operand.divide(scale_of(outcome.b, outcome.site.activations[name]))
 
 
 def _only_quantized(model: GraphModule) -> set[str]:

@@ -35,6 +35,7 @@ from ptq4dit_ao.observers import (
 from ptq4dit_ao.observers.qdq import DEFAULT_EPS, QuantSpec
 from ptq4dit_ao.passes import BalanceSettings
 from ptq4dit_ao.passes.fold import FoldForm
+from ptq4dit_ao.passes.offset import find_shifts
 from ptq4dit_ao.quantizer.attention import annotate_attention
 from ptq4dit_ao.quantizer.linear import LinearQuantizer
 from ptq4dit_ao.quantizer.overrides import SAFE_LAYERS, LayerPlan, Override, apply_plan, check_bits, plan_layers
@@ -66,8 +67,10 @@ class PTQ4DiTQuantizer(Quantizer):
         attention_bits: 2 to 8, of what attention multiplies, per tensor: q, k, v and the probabilities; ``None`` leaves
             attention float. Where a graph has it as one operation, that becomes matmul, softmax, matmul.
         aggregation: how salience over timesteps becomes one vector: ``ssc``, ``max`` (SmoothQuant) or ``mean``;
-            ``none`` does not balance, ``auto`` lets each site choose.
+            ``none`` does not balance, ``auto`` lets each site choose. ``repq`` balances the steps of the channels' own
+            quantizers, and shifts their ranges onto each other, where adaLN or a norm adds a shift (RepQ-ViT).
         alpha: ``b = s(X)^alpha / s(W)^(1 - alpha)``; ``auto`` lets each site choose, by the error after rounding.
+            Means nothing with ``repq``.
         max_scale: bound on b, to [1/max_scale, max_scale].
         rounding: ``nearest``; or ``gptq``, which rounds weights, cuts ranges and corrects biases in view of what the
             weights are multiplied with (observers then also keep the second moment of every quantized input, C_in^2
@@ -209,6 +212,8 @@ class PTQ4DiTQuantizer(Quantizer):
         excluded = {name for name, plan in self._layers.items() if not plan.balance}
         only = {node.name for node in quantized} - excluded
         sites = refuse_sites(find_sites(model, only, self._policy), excluded, "an override switches its balancing off")
+        if self._settings.aggregation == "repq":
+            sites = find_shifts(model, sites)
         found = [s for s in sites if s.refusal is None]
         if not found:
             reasons = first_refusals(sites) or "every layer is excluded"
@@ -222,7 +227,7 @@ class PTQ4DiTQuantizer(Quantizer):
 
     def _observe_inputs(self, model: GraphModule, clock: TimestepClock) -> None:
         inputs, timestep = placeholders(model), timestep_placeholder(model, self._timestep_input)
-        if timestep is None and self._settings is not None and self._settings.aggregation != "max":
+        if timestep is None and self._settings is not None and self._settings.aggregation not in ("max", "repq"):
             raise ArgumentError(
                 f"the graph has no input called {' or '.join(map(repr, TIMESTEP_NAMES))}; its inputs are "
                 f"{', '.join(repr(node.name) for node in placeholders(model))}: name the one that holds the timestep "

@@ -122,7 +122,8 @@ class Balance(_Section):
         default="ssc",
         description="How the activation salience of several timesteps becomes one: 'ssc' weighs timesteps by "
         "Spearman's rho with the weight salience (the lower, the more), 'max' and 'mean' ignore the weights, 'none' "
-        "turns balancing off (plain min-max baseline). 'auto': each site takes what leaves least error after rounding.",
+        "turns balancing off (plain min-max baseline). 'auto': each site takes what leaves least error after rounding. "
+        "'repq': RepQ-ViT's, which gives all channels one scale and one zero point; it takes no alpha.",
     )
     alpha: Alpha = Field(
         default=0.5,

@@ -61,7 +61,7 @@ BitsCandidates = Annotated[
     BeforeValidator(as_tuple),
     AfterValidator(_all_different),
 ]
-Aggregation = Literal["ssc", "max", "mean", "none", "auto"]
+Aggregation = Literal["ssc", "max", "mean", "none", "auto", "repq"]
 
 
 def _number_or_auto(value: object) -> str:

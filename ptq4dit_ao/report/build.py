@@ -71,7 +71,7 @@ def build_report(
         if settings is None
         else {
             "aggregation": settings.aggregation,
-            "alpha": settings.alpha,
+            "alpha": None if settings.aggregation == "repq" else settings.alpha,
             "max_scale": settings.max_scale,
             "fold_form": settings.fold_form,
         },

@@ -186,7 +186,7 @@ def _settings(settings: Mapping[str, Any]) -> str:
     return (
         "Each balanced channel of an activation is divided by its b and the weights that read it are multiplied by "
         "it, which leaves the product as it was. The division is folded into the parameters named below. "
-        f"Aggregation over timesteps {escape(str(settings['aggregation']))}, alpha {_alpha(settings['alpha'])}, "
+        f"Aggregation over timesteps {_chosen(settings, ', alpha ')}, "
         f"b bounded to [1/{_number(bound, 'g')}, {_number(bound, 'g')}], "
         f"fold form {escape(str(settings['fold_form']))}."
     )
@@ -265,7 +265,7 @@ def _sites_table(sites: Sequence[Entry]) -> str:
             f"{site['channels']:,}",
             f"{site['variables']:,}",
             _status(site["status"]),
-            f"{escape(site['aggregation'])} {_alpha(site['alpha'])}" if site["status"] == "folded" else "–",
+            _chosen(site) if site["status"] == "folded" else "–",
             _site_range(site),
             f"{site['clipped']:,}" if site["status"] == "folded" else "–",
             _outcome(site),
@@ -460,8 +460,11 @@ def _bullets(lines: Sequence[str]) -> str:
     return f"<ul>{first}</ul>{rest}"
 
 
-def _alpha(alpha: float | str) -> str:
-    return escape(alpha) if isinstance(alpha, str) else _number(alpha, "g")
+def _chosen(about: Mapping[str, Any], between: str = " ") -> str:
+    """Aggregation, and alpha if it has one."""
+    alpha = about["alpha"]
+    parts = [about["aggregation"], alpha if alpha is None or isinstance(alpha, str) else _number(alpha, "g")]
+    return escape(between.join(part for part in parts if part is not None))
 
 
 def _site_range(site: Entry) -> str:

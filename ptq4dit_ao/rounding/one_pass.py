@@ -38,7 +38,7 @@ def round_in_one_pass(prepared: GraphModule, settings: RoundingSettings) -> None
 
 def _round(prepared: GraphModule, group: Group, moments: Moments, settings: RoundingSettings) -> None:
     observer = group.observer
-    tokens, second, mean = balanced_moments(moments, observer.scale)
+    tokens, second, mean = balanced_moments(moments, observer.scale, observer.shift)
     weights = {layer: layer.weight(prepared) for layer in group.layers}
     if observer.clipped is None:
         observer.clipped = choose_range(
@@ -49,9 +49,16 @@ def _round(prepared: GraphModule, group: Group, moments: Moments, settings: Roun
     solve_group(prepared, group, weights, inputs, settings)
 
 
-def balanced_moments(moments: Moments, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens (n, C), ``E[x x^T]`` and ``E[x]`` of the inputs divided by a balancing vector."""
-    if scale is None:
-        return moments.tokens, moments.second, moments.mean
-    inverse = (1 / scale).to(moments.tokens)
-    return moments.tokens * inverse, moments.second * torch.outer(inverse, inverse), moments.mean * inverse
+def balanced_moments(
+    moments: Moments, scale: Tensor | None, shift: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens (n, C), ``E[x x^T]`` and ``E[x]`` of the inputs less a shift, divided by a balancing vector."""
+    tokens, second, mean = moments.tokens, moments.second, moments.mean
+    if shift is not None:
+        c = shift.to(tokens)
+        second = second - torch.outer(c, mean) - torch.outer(mean, c) + torch.outer(c, c)
+        tokens, mean = tokens - c, mean - c
+    if scale is not None:
+        inverse = (1 / scale).to(tokens)
+        tokens, second, mean = tokens * inverse, second * torch.outer(inverse, inverse), mean * inverse
+    return tokens, second, mean

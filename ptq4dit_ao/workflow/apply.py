@@ -118,9 +118,14 @@ def balance_settings(recipe: Recipe) -> BalanceSettings:
     """How a recipe balances a float model, whatever quantizes it then.
 
     Raises:
-        ArgumentError: it does not balance.
+        ArgumentError: it does not balance, or only along with its quantizer.
     """
     aggregation, alpha = recipe.balance.aggregation, recipe.balance.alpha
+    if aggregation == "repq":
+        raise ArgumentError(
+            "the recipe's aggregation is 'repq', which is part of a quantizer and leaves no better float model: "
+            "quantize with this recipe, or balance with another"
+        )
     if "auto" in (aggregation, alpha):
         aggregation = "ssc" if aggregation == "auto" else aggregation
         alpha = 0.5 if isinstance(alpha, str) else alpha

@@ -138,6 +138,35 @@ def shrunk_ranges(lo: float, hi: float) -> list[tuple[float, float]]:
     return [(lo * (1 - 0.01 * i), hi * (1 - 0.01 * i)) for i in range(80)]
 
 
+def per_channel_quantizer(lo: ArrayLike, hi: ArrayLike, qmin: int, qmax: int) -> tuple[Array, Array]:
+    """RepQ's start: ``delta_j = (hi_j - lo_j) / (qmax - qmin)``, ``z_j = qmin - round(lo_j / delta_j)``, (C,) each."""
+    lo, hi = np.asarray(lo, dtype=np.float64), np.asarray(hi, dtype=np.float64)
+    delta = (hi - lo) / (qmax - qmin)
+    return delta, qmin - np.rint(lo / delta)
+
+
+def repq(delta: Array, z: Array, qmin: int, qmax: int) -> tuple[Array, Array, float, int]:
+    """RepQ: ``(r, o, delta~, z~)`` with ``delta~``, ``z~`` the means (z~ an integer of the quantizer),
+    ``r = delta / delta~`` and ``o = (-z delta) / r + z~ delta~``.
+    """
+    mean_delta, mean_z = float(delta.mean()), int(np.clip(np.rint(z.mean()), qmin, qmax))
+    r = delta / mean_delta
+    return r, (-z * delta) / r + mean_z * mean_delta, mean_delta, mean_z
+
+
+def log_sqrt2(x: ArrayLike, delta: float, bits: int) -> Array:
+    """RepQ: ``q = round(-2 log2(x / delta))``, 0 to 2^bits - 1; what would need a larger q is 0.
+
+    Back: ``delta 2^-ceil(q / 2) (1 + (q mod 2) (sqrt 2 - 1))``.
+    """
+    result = []
+    for value in np.asarray(x, dtype=np.float64).ravel():
+        q = max(0, round(-2 * np.log2(value / delta))) if value > 0 else 2**bits
+        back = delta * 2.0 ** -np.ceil(q / 2) * (1 + (q % 2) * (np.sqrt(2) - 1))
+        result.append(back if q < 2**bits else 0.0)
+    return np.reshape(result, np.shape(x))
+
+
 def sqnr_db(reference: ArrayLike, approximation: ArrayLike) -> float:
     """``10 log10(sum reference^2 / sum (reference - approximation)^2)``; inf where both are equal."""
     reference = np.asarray(reference, dtype=np.float64)

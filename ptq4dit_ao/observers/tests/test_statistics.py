@@ -435,6 +435,16 @@ def test_ranges_after_balancing_are_those_of_the_folded_float_model():
     assert actual_zero_point == int(zero_point)
 
 
+def test_an_offset_is_subtracted_before_the_scale_divides():
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 5.0, 0.2])
+    seen = ChannelStatistics(3)
+    seen.update(torch.arange(20.0), x, x)
+    scale, offset = torch.tensor([2.0, 4.0, 0.1]).double(), torch.tensor([-1.0, 3.0, 0.5]).double()
+    low, high = seen.range(scale, offset)
+    expected = (x - offset) / scale
+    torch.testing.assert_close(torch.stack([low, high]), torch.stack([expected.min(), expected.max()]))
+
+
 def test_without_balancing_the_range_is_the_observed_one():
     scale, zero_point = affine_qparams(*float_range(float_model()), 0, 255)
     assert quantized_input(calibrated(aggregation="none")) == (float(scale), int(zero_point))

@@ -54,7 +54,7 @@ WRONG = {
     "number for extends": ("extends: 3", "extends: 3 is not allowed; it must be non-empty text"),
     "aggregation": (
         "balance: {aggregation: scc}",
-        "balance.aggregation: 'scc' (text) is not allowed; it must be one of ssc, max, mean, none, auto; "
+        "balance.aggregation: 'scc' (text) is not allowed; it must be one of ssc, max, mean, none, auto, repq; "
         "did you mean 'ssc'?",
     ),
     "fold form": (

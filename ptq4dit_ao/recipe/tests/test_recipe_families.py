@@ -87,7 +87,7 @@ def skips(recipe: str) -> list[str]:
 def test_every_family_recipe_is_tested() -> None:
     general = {f"{name}_{bits}" for name in GENERAL for bits in ("w4a8", "w8a8")}
     families = {f"{name}_{bits}" for name in RECIPES for bits in ("w4a8", "w8a8")}
-    methods = {"csb_ssc", "learned", "auto", "fast", "minmax", "ptqd", "smoothquant"}
+    methods = {"auto", "csb_ssc", "fast", "learned", "minmax", "ptq4dm", "ptqd", "q_diffusion", "repq", "smoothquant"}
     assert set(shipped_recipes()) == general | families | methods
 
 

@@ -12,7 +12,7 @@ import pytest
 
 import ptq4dit_ao
 from ptq4dit_ao.errors import RecipeError
-from ptq4dit_ao.recipe import Recipe, load_recipe, recipe_json_schema, shipped_recipe_path, shipped_recipes
+from ptq4dit_ao.recipe import NormalDraw, Recipe, load_recipe, recipe_json_schema, shipped_recipe_path, shipped_recipes
 from ptq4dit_ao.recipe.yaml_text import read_yaml
 
 REGENERATE = (
@@ -20,7 +20,7 @@ REGENERATE = (
     "> recipes/recipe.schema.json"
 )
 
-METHODS = {"csb_ssc", "learned", "auto", "fast", "minmax", "ptqd", "smoothquant"}
+METHODS = {"auto", "csb_ssc", "fast", "learned", "minmax", "ptq4dm", "ptqd", "q_diffusion", "repq", "smoothquant"}
 """Recipes that say how and leave the bits at 8; the others build on one of them, or are a paper's."""
 
 
@@ -69,6 +69,24 @@ def test_the_paper_recipe_is_the_paper() -> None:
     assert (recipe.attention.quantize, recipe.attention.bits) == (True, 8)
     calibration = recipe.calibration
     assert (calibration.timesteps, calibration.steps, calibration.samples, calibration.guidance) == (25, 50, 32, 1.5)
+
+
+def test_the_baselines_are_their_papers() -> None:
+    ptq4dm, q_diffusion, repq = (load_recipe(name) for name in ("ptq4dm", "q_diffusion", "repq"))
+    assert ptq4dm.calibration.timesteps == NormalDraw(draw="normal", mean=0.4, std=0.4, count=1024)
+    assert ptq4dm.layers == "paper" and q_diffusion.calibration.timesteps == 25
+    assert {(r.balance.aggregation, r.rounding.ranges) for r in (ptq4dm, q_diffusion)} == {("none", "lp")}
+    assert (repq.balance.aggregation, repq.rounding.ranges) == ("repq", "percentile")
+
+
+def test_a_method_can_be_extended(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        "version: 1\nextends: ptq4dm\nweights: {bits: 4}\ncalibration: {timesteps: {draw: normal, count: 9}}"
+    )
+    recipe = load_recipe(mine)
+    assert recipe.calibration.timesteps == NormalDraw(draw="normal", count=9)
+    assert (recipe.rounding.ranges, recipe.weights.bits) == ("lp", 4)
 
 
 def test_unknown_name() -> None:

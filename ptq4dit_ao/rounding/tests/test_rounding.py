@@ -17,10 +17,12 @@ import ptq4dit_ao.rounding.sequential as sequential
 from ptq4dit_ao.core import sqnr_db
 from ptq4dit_ao.errors import ArgumentError, CalibrationError
 from ptq4dit_ao.lowering import lower, quantized_linears
+from ptq4dit_ao.observers import Moments
 from ptq4dit_ao.passes import BalanceSettings, balance, balance_result, collect_salience
 from ptq4dit_ao.quantizer import PTQ4DiTQuantizer, round_sequentially, tokens_seen
 from ptq4dit_ao.rounding import RoundingSettings
 from ptq4dit_ao.rounding.layers import find_groups
+from ptq4dit_ao.rounding.one_pass import balanced_moments
 from ptq4dit_ao.rounding.streams import Streams
 
 W4 = {"weight_bits": 4}
@@ -155,6 +157,16 @@ def test_papers_ranges_cut_tails_of_weights_and_activations(quantized):
         assert after.x_scale <= before.x_scale * (1 + 1e-6)
         assert (after.weight_scale < before.weight_scale).any()
     assert any(after.x_scale < before.x_scale for before, after in zip(plain, lp, strict=True))
+
+
+def test_moments_follow_shift_and_balance():
+    generator = torch.Generator().manual_seed(0)
+    x, scale, shift = torch.randn(500, 6, generator=generator), torch.logspace(-1, 1, 6), 3 * torch.randn(6)
+    seen, expected = Moments(6), Moments(6)
+    seen.update(x)
+    expected.update((x - shift) / scale)
+    for one, other in zip(balanced_moments(seen, scale, shift), balanced_moments(expected, None), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_a_weight_without_a_bias_gets_one(tiny_dit, tiny_samples, duplicate):

@@ -135,6 +135,12 @@ def no_work(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_work")
+def test_repq_is_no_balancing_of_a_float_model(model, tmp_path):
+    with pytest.raises(ArgumentError, match="aggregation is 'repq', which is part of a quantizer"):
+        balance_checkpoint(model, Recipe(balance=Balance(aggregation="repq")), tmp_path / "out")
+
+
+@pytest.mark.usefixtures("no_work")
 @pytest.mark.parametrize("kind", ["full folder", "file"])
 def test_nothing_is_overwritten(kind, model, tmp_path):
     target = tmp_path / "out"
