@@ -152,6 +152,10 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--calibration-images", type=_positive, default=16, metavar="N", help="at each timestep (default: %(default)s)"
     )
+    p.add_argument(
+        "--adaround-steps", type=_positive, metavar="N",
+        help="of learning in each block, for methods that learn (default: the recipe's, 20000 as in the papers)",
+    )  # fmt: skip
     p.add_argument("--seed", type=int, default=0, help="seed of calibration and noise (default: %(default)s)")
     p.add_argument("--guidance", type=float, default=1.5, help="guidance scale (default: %(default)s)")
     p.add_argument(

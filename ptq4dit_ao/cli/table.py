@@ -29,6 +29,7 @@ def table(args: argparse.Namespace, console: Console) -> None:
         layers=args.layers,
         features=args.features,
         reference=args.reference,
+        adaround_steps=args.adaround_steps,
         ablation=args.ablation,
     )
 

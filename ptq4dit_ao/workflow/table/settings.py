@@ -38,6 +38,8 @@ class TableSettings:
     """At each timestep."""
     seed: int = 0
     """Of calibration; :data:`NOISE_SEED` more, of images."""
+    adaround_steps: int | None = None
+    """Of methods that learn, in each block; None is the recipe's own."""
     guidance: float = 1.5
     layers: Literal["safe", "paper"] = "paper"
     """The same preset for all methods, as only methods are compared."""
@@ -58,6 +60,8 @@ class TableSettings:
         for name, least in {"samples": 1, "calibration_images": 1, "seed": 0}.items():
             if getattr(self, name) < least:
                 raise ArgumentError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.adaround_steps is not None and self.adaround_steps < 1:
+            raise ArgumentError(f"adaround_steps is {self.adaround_steps}; it must be at least 1")
         for steps in self.steps:
             if steps < 1:
                 raise ArgumentError(f"steps has {steps}; a sampler has at least 1")
@@ -72,14 +76,15 @@ class TableSettings:
         words += ["--bits", ",".join(self.bits), "--steps", ",".join(map(str, self.steps))]
         words += ["--samples", str(self.samples), "--calibration-images", str(self.calibration_images)]
         words += ["--seed", str(self.seed), "--guidance", f"{self.guidance:g}", "--layers", self.layers]
-        for name in ("features", "reference"):
+        for name in ("adaround_steps", "features", "reference"):
             if (value := getattr(self, name)) is not None:
-                words += [f"--{name}", str(value)]
+                words += [f"--{name.replace('_', '-')}", str(value)]
         return shlex.join(words + ["--ablation"] * self.ablation)
 
     def recipe(self, base: Recipe, bits: str) -> Recipe:
         """A method's recipe, as all methods of this table are calibrated and at these bits."""
         weights, activations = _widths(bits)
+        learned = {} if self.adaround_steps is None else {"steps": self.adaround_steps}
         calibration = {"samples": self.calibration_images, "guidance": self.guidance, "seed": self.seed}
         return base.model_copy(
             update={
@@ -87,6 +92,7 @@ class TableSettings:
                 "layers": self.layers,
                 "weights": base.weights.model_copy(update={"bits": weights}),
                 "activations": base.activations.model_copy(update={"bits": activations}),
+                "rounding": base.rounding.model_copy(update=learned if base.rounding.method == "adaround" else {}),
                 "calibration": base.calibration.model_copy(update=calibration),
             }
         )

@@ -55,6 +55,7 @@ def loaded(vae: bool = True, folder: Path | None = Path("DiT-XL-2-256"), **confi
         ({"steps": (50, 0)}, "steps has 0; a sampler has at least 1"),
         ({"samples": 0}, "samples is 0; it must be at least 1"),
         ({"seed": -1}, "seed is -1; it must be at least 0"),
+        ({"adaround_steps": 0}, "adaround_steps is 0; it must be at least 1"),
         ({"layers": "all"}, "layers is 'all'; choose one of safe, paper"),
     ],
 )
@@ -66,7 +67,7 @@ def test_settings_are_checked(changes, message):
 @pytest.mark.parametrize("methods", [("auto", "my recipe.yaml"), ()])
 def test_the_command_asks_for_the_same(methods):
     asked = dataclasses.replace(
-        ASKED, methods=methods, steps=(100, 50), seed=2, guidance=4.0, features="a:b",
+        ASKED, methods=methods, steps=(100, 50), seed=2, adaround_steps=500, guidance=4.0, features="a:b",
         reference=Path("real.npz"), ablation=True, layers="safe",
     )  # fmt: skip
     words = shlex.split(asked.command)
@@ -96,6 +97,12 @@ def test_a_cells_recipe_differs_in_method_and_bits_alone():
     calibration = recipe.calibration
     assert (calibration.samples, calibration.guidance, calibration.seed) == (16, 4.0, 7)
     assert recipe.balance == load_recipe("fast").balance and recipe.rounding == load_recipe("fast").rounding
+
+
+def test_only_methods_that_learn_have_steps_of_learning():
+    asked = dataclasses.replace(ASKED, adaround_steps=500)
+    assert asked.recipe(load_recipe("paper_w8a8"), "w4a8").rounding.steps == 500
+    assert asked.recipe(load_recipe("fast"), "w4a8").rounding == load_recipe("fast").rounding
 
 
 def test_the_ablation_adds_one_part_after_another():
