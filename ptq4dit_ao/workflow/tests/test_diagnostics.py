@@ -58,8 +58,9 @@ def test_ranges_are_cut_by_gptq_and_whole_without(tiny_exported, quantized, samp
     assert all(0.4 < ratio <= 1.0001 for ratio in diagnostics.weight_clipping.values())
     assert min(diagnostics.weight_clipping.values()) < 0.95
     clipping = balance_result(quantized(weight_bits=4, rounding="gptq")).clipping
-    assert len(clipping) == 14 and all(0.1 < ratio <= 1 for ratio in clipping.values())
-    assert min(clipping.values()) < 0.97
+    assert (
+        len(clipping) == 14 and all(0.1 < ratio <= 1 for ratio in clipping.values()) and min(clipping.values()) < 0.97
+    )
     assert set(balance_result(quantized(weight_bits=8)).clipping.values()) == {1}
 
 
