@@ -1,8 +1,8 @@
 """Subtract a vector c from a site's input, and undo it in its linears: ``W (x - c) + (bias + W c) = W x + bias``.
 
 It costs nothing where x ends in a sum, one operand of which a parameter makes: the rows of adaLN's linear, or of a
-block's table, that are the shift; the bias of an affine norm. That parameter is what c is subtracted from. Products on
-the way, such as ``1 + scale``, do not commute with c, and softmax does only by luck: no such parameter, no offset.
+block's table, that are the shift; the bias of an affine norm. That parameter is what c is subtracted from. A product
+on the way, such as that with ``1 + scale``, does not commute with c: without such a parameter there is no offset.
 """
 
 from __future__ import annotations
