@@ -351,7 +351,7 @@ def _edits(index: GraphIndex, p: Propagation, renumber: Callable[[Ids], Ids]) ->
             parameters.append(ParameterEdit(paths=paths, variables=variables))
         elif isinstance(slot, str):
             activations[slot] = variables
-    edits = {"parameters": parameters, "scalars": scalars, "norms": norms, "cuts": cuts}
+    edits: dict[str, list[Any]] = {"parameters": parameters, "scalars": scalars, "norms": norms, "cuts": cuts}
     return {name: tuple(found) for name, found in edits.items()} | {"activations": activations}
 
 
