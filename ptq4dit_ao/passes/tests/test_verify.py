@@ -112,8 +112,8 @@ def test_convert_checks_too(monkeypatch, verify):
     exported = export_transformer(make(), sample(0))
     real = plan.balance_sites
 
-    def sabotage(model, sites, statistics, settings, score):
-        outcomes = real(model, sites, statistics, settings, score)
+    def sabotage(model, *args):
+        outcomes = real(model, *args)
         weight = model.get_parameter("linears.1.weight")
         model.linears.get_submodule("1")._parameters["weight"] = nn.Parameter(weight * 2, requires_grad=False)
         return outcomes
