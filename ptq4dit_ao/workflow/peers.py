@@ -106,7 +106,7 @@ def torchao_smoothquant(model: FloatModel) -> Started:
     from torchao.quantization.granularity import PerRow, PerTensor
 
     module = copy.deepcopy(model.module)
-    base = Int8StaticActivationInt8WeightConfig(granularity=(PerTensor(), PerRow()))
+    base = Int8StaticActivationInt8WeightConfig(granularity=[PerTensor(), PerRow()])
     quantize_(module, SmoothQuantConfig(base, step="prepare"))
     for batch in model.batches:
         model.call(module)(*batch)

@@ -10,7 +10,7 @@ from ptq4dit_ao.workflow import peers
 from ptq4dit_ao.workflow.environment import installed
 from ptq4dit_ao.workflow.peers import PEERS, Contender, FloatModel
 
-COMPILED = {"torchao int8 dynamic", "torchao X86 static int8", "SDNQ int8"}
+COMPILED = {"torchao int8 dynamic", "torchao X86 static int8", "torchao SmoothQuant static int8", "SDNQ int8"}
 LINEARS = 22
 """Of the tiny DiT, quantized or not."""
 
