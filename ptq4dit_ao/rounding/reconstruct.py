@@ -18,7 +18,7 @@ from torch.nn import functional
 from ptq4dit_ao.core.adaround import exponent, inverse_rectified_sigmoid, rectified_sigmoid, undecided
 from ptq4dit_ao.observers import ActivationObserver
 from ptq4dit_ao.rounding.blocks import Block
-from ptq4dit_ao.rounding.layers import Layer
+from ptq4dit_ao.rounding.layers import Layer, module_of
 from ptq4dit_ao.rounding.settings import RoundingSettings
 from ptq4dit_ao.rounding.streams import Instead, Values, quantized_network, run_node
 
@@ -170,7 +170,13 @@ class _Run:
 
     def __init__(self, prepared: GraphModule, block: Block, learning: Instead) -> None:
         self._interpreter, self._nodes, self._outputs = Interpreter(prepared), block.nodes, block.outputs()
-        self._instead = quantized_network(prepared, block.nodes) | learning
+        observers = {node: module_of(prepared, node) for node in block.nodes}
+        fixed: Instead = {
+            node: LearnedRange(observer).requires_grad_(False)  # rounding as such would let no gradient through
+            for node, observer in observers.items()
+            if isinstance(observer, ActivationObserver)
+        }
+        self._instead = quantized_network(prepared, block.nodes) | fixed | learning
 
     def error(self, inputs: Values, targets: Values) -> Tensor:
         """Square error of what the block puts out, summed over channels and outputs, mean over tokens."""

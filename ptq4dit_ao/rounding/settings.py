@@ -20,13 +20,14 @@ class RoundingSettings:
     """What happens to a linear's weight and to the range of its input after balancing.
 
     ``rounding`` is ``nearest``; ``gptq``, which also corrects the bias; or ``adaround``, by which the weights of a
-    block learn together which way to round, and its inputs' ranges how wide to be; they ``start`` at the float weight,
-    or near what GPTQ has found. ``ranges`` is ``minmax``;
+    block learn together which way to round, and its inputs' ranges how wide to be. ``ranges`` is ``minmax``;
     ``output``, which cuts the tails where the layer's output gains; or a search of the papers', ``percentile`` or
     ``lp`` (:mod:`ptq4dit_ao.core.range_search`). ``damping`` is what GPTQ adds to the diagonal of the inputs' second
-    moment, as a part of its mean. ``steps`` is how often a block's weights are updated, with one batch each time, and
-    ``minutes`` what all blocks may take together; what ends sooner counts, so that with a time limit results depend
-    on the machine.
+    moment, as a part of its mean.
+
+    Learning starts (``start``) at the float weight, or near what GPTQ has found. ``steps`` is how often a block is
+    updated, with one batch each time, and ``minutes`` what all blocks may take together; what ends sooner counts, so
+    that with a time limit results depend on the machine.
     """
 
     rounding: Rounding = "nearest"

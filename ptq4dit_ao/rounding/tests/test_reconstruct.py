@@ -17,7 +17,8 @@ from ptq4dit_ao.quantizer import PTQ4DiTQuantizer, round_sequentially
 from ptq4dit_ao.rounding import RoundingSettings
 from ptq4dit_ao.rounding.blocks import block_name, find_blocks
 from ptq4dit_ao.rounding.layers import find_groups
-from ptq4dit_ao.rounding.reconstruct import Budget, LearnedRange, SoftLinear
+from ptq4dit_ao.rounding.reconstruct import Budget, LearnedRange, SoftLinear, _Run
+from ptq4dit_ao.rounding.streams import Streams
 
 
 def settings(**options):
@@ -88,6 +89,21 @@ def test_a_learned_range_computes_what_the_observer_will(prepare, tiny_samples):
         learned.log_scale += 0.3
         learned.harden()
         torch.testing.assert_close(learned(x), observer.fake_quantize(x))
+
+
+def test_gradients_pass_quantized_attention(prepare, tiny_samples):
+    prepared = prepare(settings(steps=1), attention_bits=8)
+    round_sequentially(prepared, tiny_samples)
+    block, _ = find_blocks(prepared, find_groups(prepared), together=True)
+    streams = Streams(prepared, tiny_samples[:1])
+    streams.advance(block.start)
+    (inputs,) = streams.held(block.nodes)
+    streams.advance(block.end)
+    (targets,) = streams.exact(block.outputs())
+    layers = [layer for group in block.groups for layer in group.layers]
+    learning = {layer.node: SoftLinear(prepared, layer, settings()) for layer in layers}
+    _Run(prepared, block, learning).error(inputs, targets).backward()
+    assert all(linear.v.grad.abs().max() > 0 for linear in learning.values())
 
 
 def test_blocks_are_what_the_model_lists(prepare):
