@@ -11,6 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+DOUBLE = 2048
+"""Up to so many channels are factored in double precision; beyond, memory matters more than digits below damping."""
+
 BLOCK = 128
 """Columns after which the errors are handed on to the rest of the weight at once."""
 
@@ -35,7 +38,7 @@ def gptq(
         (C_out, C_in) int8.
     """
     order = moment.diagonal().argsort(descending=True)
-    factor = _inverse_factor(moment[order][:, order], damping)
+    factor = _inverse_factor(moment[order.unsqueeze(1), order], damping)
     # Columns as rows, so that what a step reads and writes is contiguous.
     w = weight.to(torch.float32).T[order].contiguous()
     scale = scale.to(torch.float32)
@@ -59,12 +62,12 @@ def nearest(weight: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Te
 
 
 def cholesky(moment: Tensor, damping: float) -> Tensor:
-    """The lower Cholesky factor, float64, of a second moment whose diagonal grows by a part of its mean.
+    """The lower Cholesky factor of a second moment whose diagonal grows by a part of its mean.
 
-    Channels that are never used get the mean. Where rounding has made the moment indefinite, the part is ten times
-    larger, until it is not.
+    It is float64, or float32 for more channels than :data:`DOUBLE`. Channels that are never used get the mean. Where
+    rounding has made the moment indefinite, the part is ten times larger, until it is not.
     """
-    h = moment.to(torch.float64, copy=True)
+    h = moment.to(torch.float64 if len(moment) <= DOUBLE else torch.float32, copy=True)
     diagonal = h.diagonal()
     used = diagonal > 0
     mean = diagonal[used].mean() if used.any() else torch.ones((), dtype=h.dtype, device=h.device)

@@ -24,8 +24,9 @@ def refit(weight: Tensor, moment: Tensor, cross: Tensor, *, damping: float = 0.0
         cross: ``E[q (x - q)^T]``, (C_in, C_in).
         damping: what is added to the diagonal of Q, as a part of its mean.
     """
-    d = torch.cholesky_solve(cross.to(torch.float64), cholesky(moment, damping))
-    return weight + weight @ d.T.to(weight.dtype)
+    gain = cross.to(weight.dtype) @ weight.T  # first, as C_out is often below C_in: the solution is as wide
+    factor = cholesky(moment, damping)
+    return weight + torch.cholesky_solve(gain.to(factor.dtype), factor).T.to(weight.dtype)
 
 
 def corrected_bias(bias: Tensor | None, weight: Tensor, mean: Tensor, rounded: Tensor, rounded_mean: Tensor) -> Tensor:

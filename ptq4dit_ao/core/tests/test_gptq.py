@@ -151,3 +151,17 @@ def test_a_weight_is_cut_where_the_large_ones_do_not_matter():
     assert high[2] < 6 and (low >= weight.amin(1)).all() and (high <= weight.amax(1)).all()
     low, high = clipped_weight_range(weight, torch.ones(32) * torch.tensor([1e6] + [1.0] * 31), symmetric, -8, 7)
     assert high[2] == 8.0
+
+
+def test_single_precision_is_as_good(monkeypatch):
+    x = torch.randn(400, 48) @ torch.randn(48, 48)
+    weight, moment = torch.randn(16, 48), x.T @ x / len(x)
+    scale = weight.abs().amax(1) / 7.5
+
+    def error() -> float:
+        noise = gptq(weight, scale, moment, -8, 7) * scale.unsqueeze(1) - weight
+        return float((noise @ moment * noise).sum())
+
+    double = error()
+    monkeypatch.setattr("ptq4dit_ao.core.gptq.DOUBLE", 0)
+    assert error() == pytest.approx(double, rel=0.02)
