@@ -63,6 +63,13 @@ def test_a_batch_of_several_timesteps_is_refused(tiny_exported, tiny_samples):
         layer_errors(tiny_exported, tiny_exported, [(*tiny_samples[0][:1], torch.arange(4), tiny_samples[0][2])])
 
 
+def test_a_linear_that_the_float_graph_lacks(tiny_exported, by_timestep, duplicate):
+    other = duplicate(tiny_exported)
+    next(node for node in other.graph.nodes if node.name == "linear_5")._rename("renamed")
+    with pytest.raises(ArgumentError, match="the float graph has no linear 'linear_5' where the quantized graph has"):
+        layer_errors(other, tiny_exported, by_timestep)
+
+
 # -- leaving one out -------------------------------------------------------------------------------------------------
 
 
