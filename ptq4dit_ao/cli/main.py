@@ -161,6 +161,10 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--layers", choices=("paper", "safe"), default="paper", help="what all methods quantize (default: %(default)s)"
     )
+    p.add_argument(
+        "--backend", default="reference", metavar="NAME",
+        help="what executes the quantized models; an integer one is faster, and proved (default: %(default)s)",
+    )  # fmt: skip
     p.add_argument("--features", metavar="NETWORK", help="as for evaluate")
     p.add_argument("--reference", type=Path, metavar="REAL", help="as for evaluate")
     p.add_argument("--ablation", action="store_true", help="also the paper's parts: base, +CSB, +SSC, +ours")

@@ -27,6 +27,7 @@ def table(args: argparse.Namespace, console: Console) -> None:
         seed=args.seed,
         guidance=args.guidance,
         layers=args.layers,
+        backend=args.backend,
         features=args.features,
         reference=args.reference,
         adaround_steps=args.adaround_steps,

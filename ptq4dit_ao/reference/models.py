@@ -1,13 +1,16 @@
-"""The reference models: a digits DiT (adaLN-Zero, diffusers) and the classifier that judges its samples.
+"""The reference models: two small DiTs (adaLN-Zero, diffusers), each with the classifier that judges its samples.
 
-Both are trained by :mod:`ptq4dit_ao.reference.train` on scikit-learn's digits (1797 real 8x8 grey images,
-UCI "Optical Recognition of Handwritten Digits") and ship as float16 safetensors inside the package.
+* ``digits``: scikit-learn's digits (1797 real 8x8 grey images, UCI "Optical Recognition of Handwritten Digits").
+* ``fashion``: Fashion-MNIST (60 000 training images of 28x28, arXiv 1708.07747).
+
+Both are trained by :mod:`ptq4dit_ao.reference.train` and ship as float16 safetensors inside the package.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.resources import files
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors.torch import load as load_safetensors
@@ -19,74 +22,99 @@ from ptq4dit_ao.calibration import Sampling
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel
 
-M = TypeVar("M")
+M = TypeVar("M", bound=nn.Module)
 
 NUM_CLASSES = 10
-"""Digit classes; label ``NUM_CLASSES`` is the null label of classifier-free guidance."""
-IMAGE_SIZE = 8
-
-DIT_CONFIG = {
-    "num_attention_heads": 4,
-    "attention_head_dim": 32,
-    "in_channels": 1,
-    "out_channels": 1,
-    "num_layers": 6,
-    "sample_size": IMAGE_SIZE,
-    "patch_size": 2,
-    "num_embeds_ada_norm": NUM_CLASSES,
-    "norm_type": "ada_norm_zero",
-    "attention_bias": True,
-}
-
-SAMPLING = Sampling(channels=1, size=IMAGE_SIZE, null_label=NUM_CLASSES, clip=True)
-"""How the DiT was trained to be sampled: the linear DDPM schedule over 1000 timesteps, in pixels."""
+"""Of either; label ``NUM_CLASSES`` is the null label of classifier-free guidance."""
 
 
-class DigitsClassifier(nn.Module):
-    """Three 3x3 convolutions and a linear head: (N, 1, 8, 8) in [-1, 1] -> (N, 10) logits."""
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What decides a reference DiT and its judge but for their weights."""
 
-    def __init__(self) -> None:
+    name: str
+    data: str
+    """What it was trained on."""
+    size: int
+    """Of its grey images."""
+    patch: int
+    pooled: tuple[int, ...]
+    """Which of the classifier's three convolutions are followed by a 2x2 max pooling."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Of a ``DiTTransformer2DModel``: width 128, 6 adaLN-Zero blocks, (size / patch)^2 tokens."""
+        return {
+            "num_attention_heads": 4,
+            "attention_head_dim": 32,
+            "in_channels": 1,
+            "out_channels": 1,
+            "num_layers": 6,
+            "sample_size": self.size,
+            "patch_size": self.patch,
+            "num_embeds_ada_norm": NUM_CLASSES,
+            "norm_type": "ada_norm_zero",
+            "attention_bias": True,
+        }
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the DiT was trained to be sampled: the linear DDPM schedule over 1000 timesteps, in pixels."""
+        return Sampling(channels=1, size=self.size, null_label=NUM_CLASSES, clip=True)
+
+
+DIGITS = Reference(name="digits", data="scikit-learn's digits", size=8, patch=2, pooled=(1,))
+FASHION = Reference(name="fashion", data="Fashion-MNIST", size=28, patch=4, pooled=(0, 1))
+REFERENCES = {reference.name: reference for reference in (DIGITS, FASHION)}
+
+DIT_CONFIG = DIGITS.config
+SAMPLING = DIGITS.sampling
+
+
+class ImageClassifier(nn.Module):
+    """Three 3x3 convolutions and a linear head: (N, 1, size, size) in [-1, 1] -> (N, 10) logits."""
+
+    def __init__(self, reference: Reference = DIGITS) -> None:
         super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(),
-        )  # fmt: skip
-        self.head = nn.Linear(64 * (IMAGE_SIZE // 2) ** 2, NUM_CLASSES)
+        layers: list[nn.Module] = []
+        for index, (inputs, outputs) in enumerate([(1, 32), (32, 64), (64, 64)]):
+            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU()]
+            layers += [nn.MaxPool2d(2)] * (index in reference.pooled)
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Linear(64 * (reference.size >> len(reference.pooled)) ** 2, NUM_CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.features(images).flatten(1))
 
 
-def build_reference_dit() -> DiTTransformer2DModel:
-    """The untrained digits DiT: 16 tokens, width 128, 6 adaLN-Zero blocks, 2.1 M parameters."""
-    model = require("diffusers", extra="diffusers").DiTTransformer2DModel(**DIT_CONFIG)
+def build_reference_dit(name: str = "digits") -> DiTTransformer2DModel:
+    """An untrained reference DiT, 2.1 M parameters; its training drops labels itself."""
+    model = require("diffusers", extra="diffusers").DiTTransformer2DModel(**REFERENCES[name].config)
     for block in model.transformer_blocks:
         # In train mode each block would draw a label-drop mask of its own; training drops labels outside.
         block.norm1.emb.class_embedder.dropout_prob = 0.0
     return model
 
 
-def load_reference_dit() -> DiTTransformer2DModel:
-    """The trained digits DiT in float32 eval mode: ``model(x, timestep=t, class_labels=y).sample``.
+def load_reference_dit(name: str = "digits") -> DiTTransformer2DModel:
+    """A trained reference DiT in float32 eval mode: ``model(x, timestep=t, class_labels=y).sample``.
 
-    ``x`` is (N, 1, 8, 8), ``t`` (N,) in [0, 1000) of the linear DDPM schedule, ``y`` (N,) in [0, 10],
-    where 10 is the null label; the result is the predicted noise, (N, 1, 8, 8).
+    ``x`` is (N, 1, S, S) with S = 8 for ``digits`` and 28 for ``fashion``, ``t`` (N,) in [0, 1000) of the linear DDPM
+    schedule, ``y`` (N,) in [0, 10], where 10 is the null label; the result is the predicted noise, (N, 1, S, S).
 
     Raises:
         MissingDependencyError: diffusers is not installed.
     """
-    return _load(build_reference_dit(), "digits_dit.safetensors")
+    return _load(build_reference_dit(name), f"{name}_dit.safetensors")
 
 
-def load_reference_classifier() -> DigitsClassifier:
+def load_reference_classifier(name: str = "digits") -> ImageClassifier:
     """The classifier that judges samples, float32 eval mode."""
-    return _load(DigitsClassifier(), "digits_classifier.safetensors")
+    return _load(ImageClassifier(REFERENCES[name]), f"{name}_classifier.safetensors")
 
 
 def _load(model: M, name: str) -> M:
     data = files(__package__).joinpath("weights", name).read_bytes()
-    assert isinstance(model, nn.Module)
     model.load_state_dict({k: v.to(torch.float32) for k, v in load_safetensors(data).items()})
     model.eval().requires_grad_(False)
     return model

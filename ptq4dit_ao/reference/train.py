@@ -1,13 +1,15 @@
-"""Train the reference digits DiT and its judge: ``python -m ptq4dit_ao.reference.train --output DIR``.
+"""Train a reference DiT and its judge: ``python -m ptq4dit_ao.reference.train --output DIR``.
 
 Deterministic for a given ``--seed``, torch version and thread count. Never run in CI: it takes about an hour
-on one CPU core. scikit-learn provides the data.
+on one CPU core. scikit-learn provides the digits; for ``--data fashion``, ``--images`` is a folder with Fashion-MNIST's
+four files (``train-images-idx3-ubyte.gz`` and so on; Debian's package dataset-fashion-mnist has them).
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import gzip
 import math
 import time
 from pathlib import Path
@@ -20,7 +22,16 @@ from torch import Tensor, nn
 
 from ptq4dit_ao._optional import require
 from ptq4dit_ao.calibration import as_denoiser, sample
-from ptq4dit_ao.reference.models import IMAGE_SIZE, NUM_CLASSES, SAMPLING, DigitsClassifier, build_reference_dit
+from ptq4dit_ao.errors import ArgumentError
+from ptq4dit_ao.reference.models import (
+    DIGITS,
+    FASHION,
+    NUM_CLASSES,
+    REFERENCES,
+    ImageClassifier,
+    Reference,
+    build_reference_dit,
+)  # fmt: skip
 
 EMA_DECAY = 0.9995
 LABEL_DROP = 0.1
@@ -29,8 +40,27 @@ LABEL_DROP = 0.1
 def load_digits() -> tuple[Tensor, Tensor]:
     """All 1797 digits: images (N, 1, 8, 8) in [-1, 1] and labels (N,)."""
     data = require("sklearn.datasets", extra="train").load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32).reshape(-1, 1, IMAGE_SIZE, IMAGE_SIZE)
+    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1)
     return images / 8.0 - 1.0, torch.tensor(data.target, dtype=torch.long)
+
+
+def load_fashion(folder: Path, part: str = "train") -> tuple[Tensor, Tensor]:
+    """Fashion-MNIST: images (N, 1, 28, 28) in [-1, 1] and labels (N,), ``train`` (60 000) or ``t10k`` (10 000).
+
+    Raises:
+        ArgumentError: the folder lacks the part's two files, or they hold something else.
+    """
+    size = FASHION.size
+    paths = [folder / f"{part}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")]
+    try:
+        pixels, labels = (gzip.decompress(path.read_bytes()) for path in paths)
+    except OSError as error:
+        raise ArgumentError(f"cannot read Fashion-MNIST from {folder} (--images): {error}") from error
+    count = len(labels) - 8  # IDX: a header of 8 bytes before labels, of 16 before images
+    if count < 1 or len(pixels) != 16 + count * size * size:
+        raise ArgumentError(f"{paths[0]} does not hold {count} images of {size} x {size}; get the file anew")
+    images = torch.frombuffer(bytearray(pixels), dtype=torch.uint8, offset=16).view(count, 1, size, size)
+    return images / 127.5 - 1.0, torch.frombuffer(bytearray(labels), dtype=torch.uint8, offset=8).long()
 
 
 def jitter(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -38,19 +68,21 @@ def jitter(images: Tensor, generator: torch.Generator) -> Tensor:
     n = len(images)
     angle, scale, dx, dy = (torch.rand(4, n, generator=generator) * 2 - 1).unbind(0)
     angle, scale = angle * math.radians(10), 1 + 0.08 * scale
-    cos, sin, shift = torch.cos(angle) * scale, torch.sin(angle) * scale, 0.5 * 2 / IMAGE_SIZE
+    cos, sin, shift = torch.cos(angle) * scale, torch.sin(angle) * scale, 0.5 * 2 / images.shape[-1]
     theta = torch.stack([torch.stack([cos, -sin, dx * shift], -1), torch.stack([sin, cos, dy * shift], -1)], 1)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     return F.grid_sample(images + 1, grid, align_corners=False) - 1
 
 
-def train_classifier(images: Tensor, labels: Tensor, *, seed: int, epochs: int = 60) -> tuple[DigitsClassifier, float]:
-    """Train on 80 % of the digits; returns the model and its accuracy on the held-out 20 %."""
+def train_classifier(
+    reference: Reference, images: Tensor, labels: Tensor, *, seed: int, epochs: int
+) -> tuple[ImageClassifier, float]:
+    """Train on 80 % of the images; returns the model and its accuracy on the held-out 20 %."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator)
     train, test = order[: len(order) * 4 // 5], order[len(order) * 4 // 5 :]
-    model = DigitsClassifier()
+    model = ImageClassifier(reference)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     for _ in range(epochs):
@@ -60,19 +92,23 @@ def train_classifier(images: Tensor, labels: Tensor, *, seed: int, epochs: int =
             loss.backward()
             optimizer.step()
         schedule.step()
-    accuracy = (model.eval()(images[test]).argmax(1) == labels[test]).float().mean().item()
+    with torch.no_grad():
+        accuracy = (model.eval()(images[test]).argmax(1) == labels[test]).float().mean().item()
     return model, accuracy
 
 
 @torch.no_grad()
-def sample_accuracy(model: nn.Module, classifier: nn.Module, *, per_class: int = 20, seed: int = 0) -> float:
-    """Fraction of CFG-1.5, 50-step samples that the classifier takes for the digit asked for."""
+def sample_accuracy(
+    reference: Reference, model: nn.Module, classifier: nn.Module, *, per_class: int = 20, seed: int = 0
+) -> float:
+    """Fraction of CFG-1.5, 50-step samples that the classifier takes for the class asked for."""
     labels = torch.arange(NUM_CLASSES).repeat(per_class)
-    images = sample(as_denoiser(model), SAMPLING, labels, generator=torch.Generator().manual_seed(seed))
+    images = sample(as_denoiser(model), reference.sampling, labels, generator=torch.Generator().manual_seed(seed))
     return (classifier(images).argmax(1) == labels).float().mean().item()
 
 
 def train_dit(
+    reference: Reference,
     images: Tensor,
     labels: Tensor,
     classifier: nn.Module,
@@ -86,11 +122,12 @@ def train_dit(
     """Train with the DDPM noise-prediction loss, min-SNR-5 weights (arXiv 2303.09556) and an EMA of weights."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    model: Any = build_reference_dit()
+    model: Any = build_reference_dit(reference.name)
+    sampling = reference.sampling
     model.train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     compiled = torch.compile(model)
-    alphas_bar = SAMPLING.scheduler(50).alphas_cumprod
+    alphas_bar = sampling.scheduler(50).alphas_cumprod
     snr = alphas_bar / (1 - alphas_bar)
     weight = snr.clamp(max=5) / snr
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2, betas=(0.9, 0.99))
@@ -107,8 +144,8 @@ def train_dit(
         dropped = torch.rand(batch, generator=generator) < LABEL_DROP
         y = labels[index].masked_fill(dropped, NUM_CLASSES)
         # Stratified timesteps: one draw from each of `batch` equal slices of [0, T).
-        t = ((torch.arange(batch) + torch.rand(batch, generator=generator)) * SAMPLING.train_timesteps / batch).long()
-        t = t.clamp(max=SAMPLING.train_timesteps - 1)
+        t = ((torch.arange(batch) + torch.rand(batch, generator=generator)) * sampling.train_timesteps / batch).long()
+        t = t.clamp(max=sampling.train_timesteps - 1)
         noise = torch.randn(x0.shape, generator=generator)
         a = alphas_bar[t].view(-1, 1, 1, 1)
         predicted = compiled(a.sqrt() * x0 + (1 - a).sqrt() * noise, timestep=t, class_labels=y).sample
@@ -127,7 +164,7 @@ def train_dit(
             print(f"step {step}/{stop} loss {running:.4f} left {left:.1f} min", flush=True)
         if step % 2000 == 0 or step == stop:
             save_half(ema, checkpoint)
-            print(f"  sample accuracy {sample_accuracy(ema, classifier):.3f}", flush=True)
+            print(f"  sample accuracy {sample_accuracy(reference, ema, classifier):.3f}", flush=True)
     return ema
 
 
@@ -137,25 +174,31 @@ def save_half(model: nn.Module, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=list(REFERENCES), default=DIGITS.name)
+    parser.add_argument("--images", type=Path, help="folder of Fashion-MNIST's files")
     parser.add_argument("--output", type=Path, default=Path("weights"))
     parser.add_argument("--steps", type=int, default=14_000, help="length of the learning-rate schedule")
     parser.add_argument("--stop", type=int, default=8_000, help="stop at this step of the schedule (default 8000)")
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--epochs", type=int, default=60, help="of the classifier")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    if args.data == FASHION.name and args.images is None:
+        parser.error("--data fashion needs --images, a folder with Fashion-MNIST's files")
     torch.set_num_threads(args.threads)
     args.output.mkdir(parents=True, exist_ok=True)
-    images, labels = load_digits()
-    classifier, accuracy = train_classifier(images, labels, seed=args.seed)
-    save_half(classifier, args.output / "digits_classifier.safetensors")
+    reference = REFERENCES[args.data]
+    images, labels = load_digits() if reference is DIGITS else load_fashion(args.images)
+    classifier, accuracy = train_classifier(reference, images, labels, seed=args.seed, epochs=args.epochs)
+    save_half(classifier, args.output / f"{reference.name}_classifier.safetensors")
     print(f"classifier: held-out accuracy {accuracy:.4f}", flush=True)
     model = train_dit(
-        images, labels, classifier,
+        reference, images, labels, classifier,
         seed=args.seed, steps=args.steps, stop=args.stop, batch=args.batch,
-        checkpoint=args.output / "digits_dit.safetensors",
+        checkpoint=args.output / f"{reference.name}_dit.safetensors",
     )  # fmt: skip
-    print(f"DiT: sample accuracy {sample_accuracy(model, classifier, per_class=100, seed=1):.4f}")
+    print(f"DiT: sample accuracy {sample_accuracy(reference, model, classifier, per_class=100, seed=1):.4f}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from ptq4dit_ao.lowering.backend import BACKENDS
 from ptq4dit_ao.workflow.table.paper import METRICS, PaperFigures
 from ptq4dit_ao.workflow.table.settings import TableSettings
 
@@ -47,6 +48,14 @@ class TableResult:
     environment: dict[str, object]
 
     @property
+    def execution(self) -> str:
+        """What the quantized models compute in; one for the whole table."""
+        backend = self.settings.backend
+        if BACKENDS[backend].integer:
+            return f"integer execution ({backend})"
+        return "simulated (Q/DQ): integers computed in float"
+
+    @property
     def seconds(self) -> float:
         """Of all rows, each quantization counted once."""
         quantized = {(row.method, row.bits): row.seconds.get("quantize", 0.0) for row in self.rows}
@@ -54,7 +63,7 @@ class TableResult:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
-        data = {**dataclasses.asdict(self), "paper": None, "execution": "simulated (Q/DQ)"}
+        data = {**dataclasses.asdict(self), "paper": None, "execution": self.execution}
         data |= {"command": self.settings.command, "seconds": self.seconds}
         data["settings"]["reference"] = self.settings.reference and str(self.settings.reference)
         if self.paper is not None:

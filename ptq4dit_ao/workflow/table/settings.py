@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from ptq4dit_ao.errors import ArgumentError, check_choice
+from ptq4dit_ao.lowering.backend import BACKENDS, choose_backend
 from ptq4dit_ao.recipe import Recipe, load_recipe, shipped_recipes
 
 FLOAT = "float32"
@@ -23,6 +24,7 @@ class TableSettings:
 
     Raises:
         ArgumentError: a list is empty, holds something twice, or something else than it may.
+        PTQ4DiTError: the backend does not run here.
     """
 
     model: str
@@ -46,6 +48,8 @@ class TableSettings:
     features: str | None = None
     """As for :func:`~ptq4dit_ao.workflow.evaluate.evaluate`, like ``reference``."""
     reference: Path | None = None
+    backend: str = "reference"
+    """What executes the quantized models, as for :func:`~ptq4dit_ao.lower`."""
     ablation: bool = False
     """Also the paper's own parts: base, +CSB, +SSC, +ours."""
 
@@ -68,6 +72,8 @@ class TableSettings:
         for bits in self.bits:
             _widths(bits)
         check_choice("layers", self.layers, ("safe", "paper"))
+        check_choice("backend", self.backend, tuple(BACKENDS))  # each cell by the same: no "auto"
+        choose_backend(self.backend)
 
     @property
     def command(self) -> str:
@@ -76,6 +82,7 @@ class TableSettings:
         words += ["--bits", ",".join(self.bits), "--steps", ",".join(map(str, self.steps))]
         words += ["--samples", str(self.samples), "--calibration-images", str(self.calibration_images)]
         words += ["--seed", str(self.seed), "--guidance", f"{self.guidance:g}", "--layers", self.layers]
+        words += ["--backend", self.backend]
         for name in ("adaround_steps", "features", "reference"):
             if (value := getattr(self, name)) is not None:
                 words += [f"--{name.replace('_', '-')}", str(value)]

@@ -171,7 +171,7 @@ class Work:
         fitting = functools.partial(self._told, "fit correction")
         correction = correction_for(folder, self.model, quantized, cell.steps, fitting)
         recorded = recorded_samples(self.model, recipe, evaluate=True, on_progress=self._told)
-        row = standard.row(quantized.lower("reference"), recipe, recorded, correction, self._told)
+        row = standard.row(quantized.lower(self.settings.backend), recipe, recorded, correction, self._told)
         return row, correction is not None
 
     def _standard_at(self, steps: int) -> Standard:
@@ -206,6 +206,7 @@ class Work:
         drawing = self._drawing(cell.steps)
         return {
             **self._made_of(cell.recipe),
+            "backend": None if cell.recipe is None else self.settings.backend,
             "sampling": self._sampling.to_dict(),
             **{name: getattr(drawing, name) for name in ("samples", "steps", "guidance", "seed")},
             "network": None if self.network is None else self.network.name,

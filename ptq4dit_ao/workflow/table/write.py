@@ -57,13 +57,15 @@ def lines(result: TableResult) -> Iterator[tuple[str, ...]]:
 
 def title(result: TableResult) -> str:
     """What was compared, and how it was executed."""
-    return f"Model {result.model!r}, simulated (Q/DQ): integers computed in float"
+    return f"Model {result.model!r}, {result.execution}"
 
 
 def remarks(result: TableResult) -> Iterator[str]:
     """What the table must be read with."""
     settings = result.settings
     yield from dict.fromkeys(note for row in result.rows for note in row.notes)
+    proofs = (row.figures["proof"] for row in result.rows)
+    yield from dict.fromkeys(proof for proof in proofs if proof is not None)
     yield from (f"failed: {name}: {why}" for name, why in result.failed.items())
     if result.reference is not None:
         yield f"distances of {settings.samples} images to: {result.reference}"
