@@ -1,9 +1,9 @@
 """Quantized models on disk: a graph as JSON, weights as safetensors, no pickle and no float copies."""
 
 from ptq4dit_ao.artifact.graph_json import graph_from_json, graph_tensors, graph_to_json
-from ptq4dit_ao.artifact.int4 import pack_int4, unpack_int4
 from ptq4dit_ao.artifact.manifest import ArtifactSize
 from ptq4dit_ao.artifact.store import StoredModel, check_target, read_artifact, write_artifact
+from ptq4dit_ao.core.int4 import pack_int4, unpack_int4
 
 __all__ = [
     "ArtifactSize",

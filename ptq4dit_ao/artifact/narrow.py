@@ -8,8 +8,8 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
-from ptq4dit_ao.artifact.int4 import INT4_MAX, INT4_MIN
 from ptq4dit_ao.artifact.tensors import graph_tensors, stored_nodes, tensor_aliases
+from ptq4dit_ao.core.int4 import INT4_MAX, INT4_MIN
 
 
 def four_bit_tensors(gm: GraphModule) -> set[str]:

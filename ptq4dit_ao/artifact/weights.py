@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ptq4dit_ao.artifact.graph_json import graph_tensors
-from ptq4dit_ao.artifact.int4 import pack_int4, packed_length, unpack_int4
 from ptq4dit_ao.artifact.narrow import four_bit_tensors
 from ptq4dit_ao.artifact.strict import check_keys
 from ptq4dit_ao.artifact.values import DTYPES
+from ptq4dit_ao.core.int4 import pack_int4, packed_length, unpack_int4
 from ptq4dit_ao.errors import ArtifactError
 
 MAPPED_BYTES = 2**26

@@ -38,7 +38,7 @@ def gptq(
         (C_out, C_in) int8.
     """
     order = moment.diagonal().argsort(descending=True)
-    factor = _inverse_factor(moment[order.unsqueeze(1), order], damping)
+    factor = _inverse_factor(factored(moment)[order.unsqueeze(1), order], damping)
     # Columns as rows, so that what a step reads and writes is contiguous.
     w = weight.to(torch.float32).T[order].contiguous()
     scale = scale.to(torch.float32)
@@ -61,13 +61,17 @@ def nearest(weight: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Te
     return (weight / scale.to(weight.dtype).unsqueeze(1)).round_().clamp_(quant_min, quant_max).to(torch.int8)
 
 
-def cholesky(moment: Tensor, damping: float) -> Tensor:
-    """The lower Cholesky factor of a second moment whose diagonal grows by a part of its mean.
+def factored(moment: Tensor) -> Tensor:
+    """A second moment in the precision of its factors: float64, or float32 for more channels than :data:`DOUBLE`."""
+    return moment.to(torch.float64 if len(moment) <= DOUBLE else torch.float32)
 
-    It is float64, or float32 for more channels than :data:`DOUBLE`. Channels that are never used get the mean. Where
-    rounding has made the moment indefinite, the part is ten times larger, until it is not.
+
+def cholesky(h: Tensor, damping: float) -> Tensor:
+    """The lower Cholesky factor of a second moment, which is overwritten: its diagonal grows by a part of its mean.
+
+    Channels that are never used get the mean. Where rounding has made the moment indefinite, the part is ten times
+    larger, until it is not.
     """
-    h = moment.to(torch.float64 if len(moment) <= DOUBLE else torch.float32, copy=True)
     diagonal = h.diagonal()
     used = diagonal > 0
     mean = diagonal[used].mean() if used.any() else torch.ones((), dtype=h.dtype, device=h.device)
@@ -80,7 +84,10 @@ def cholesky(moment: Tensor, damping: float) -> Tensor:
         damping *= 10
 
 
-def _inverse_factor(moment: Tensor, damping: float) -> Tensor:
+def _inverse_factor(h: Tensor, damping: float) -> Tensor:
     """The upper Cholesky factor of ``H^-1``; row i holds what the error of column i costs the columns after it."""
-    inverse = torch.cholesky_inverse(cholesky(moment, damping))
+    factor = cholesky(h, damping)
+    del h  # as large as the factor
+    inverse = torch.cholesky_inverse(factor)
+    del factor
     return torch.linalg.cholesky(inverse, upper=True).to(torch.float32)

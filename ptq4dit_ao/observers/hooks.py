@@ -6,7 +6,6 @@ not during calibration. Activation ranges after balancing follow exactly from mi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,6 +14,7 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e import ObserverBase
 
 from ptq4dit_ao.core import fake_quantize
+from ptq4dit_ao.core.int4 import INT4_MAX, INT4_MIN, pack_int4, unpack_int4
 from ptq4dit_ao.errors import CalibrationError
 from ptq4dit_ao.graph.pending import tensor_at
 from ptq4dit_ao.observers.clock import TimestepClock
@@ -166,16 +166,27 @@ class SalienceObserver(ActivationObserver):
         return self.statistics.range(self.balance, self.offset)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Rounded:
-    """A weight that was rounded in view of its inputs."""
+    """A weight that was rounded in view of its inputs. It waits beside the float one, so 4 bits are kept as 4 bits.
 
-    integers: Tensor
-    """(C_out, C_in) int8."""
-    scale: Tensor
-    """(C_out,) float32."""
-    bias: Tensor | None = None
-    """(C_out,) float32: corrected for what rounding does to the output's mean; None leaves the layer's own."""
+    Args:
+        integers: (C_out, C_in) int8.
+        scale: (C_out,) float32.
+        bias: (C_out,) float32: corrected for what rounding does to the output's mean; None leaves the layer's own.
+    """
+
+    def __init__(self, *, integers: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
+        low, high = integers.aminmax()
+        self._shape = integers.shape
+        self._packed = low >= INT4_MIN and high <= INT4_MAX
+        self._integers = pack_int4(integers) if self._packed else integers
+        self.scale = scale
+        self.bias = bias
+
+    @property
+    def integers(self) -> Tensor:
+        """(C_out, C_in) int8."""
+        return unpack_int4(self._integers, self._shape) if self._packed else self._integers
 
     def weight(self) -> Tensor:
         """The weight that the integers stand for, (C_out, C_in) float32."""

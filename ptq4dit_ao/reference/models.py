@@ -22,7 +22,7 @@ from ptq4dit_ao.calibration import Sampling
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel
 
-M = TypeVar("M", bound=nn.Module)
+M = TypeVar("M")
 
 NUM_CLASSES = 10
 """Of either; label ``NUM_CLASSES`` is the null label of classifier-free guidance."""
@@ -115,6 +115,7 @@ def load_reference_classifier(name: str = "digits") -> ImageClassifier:
 
 def _load(model: M, name: str) -> M:
     data = files(__package__).joinpath("weights", name).read_bytes()
+    assert isinstance(model, nn.Module)
     model.load_state_dict({k: v.to(torch.float32) for k, v in load_safetensors(data).items()})
     model.eval().requires_grad_(False)
     return model

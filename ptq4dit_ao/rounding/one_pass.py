@@ -45,7 +45,7 @@ def _round(prepared: GraphModule, group: Group, moments: Moments, settings: Roun
             observer.spec, tokens, *observer.range(), torch.cat(list(weights.values())), settings.ranges
         )
     shift = (quantize_tokens(observer.spec, tokens, observer.clipped) - tokens).mean(0)
-    inputs = Inputs(mean=mean, quantized_mean=mean + shift, moment=second)
+    inputs = Inputs.from_moments(mean, mean + shift, second)
     solve_group(prepared, group, weights, inputs, settings)
 
 

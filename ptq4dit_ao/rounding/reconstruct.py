@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from torch.fx import GraphModule, Interpreter
 from torch.nn import functional
 
 from ptq4dit_ao.core.adaround import exponent, inverse_rectified_sigmoid, rectified_sigmoid, undecided
-from ptq4dit_ao.observers import ActivationObserver
+from ptq4dit_ao.observers import ActivationObserver, Rounded
 from ptq4dit_ao.rounding.blocks import Block
 from ptq4dit_ao.rounding.layers import Layer, module_of
 from ptq4dit_ao.rounding.settings import RoundingSettings
@@ -91,7 +90,7 @@ class SoftLinear(nn.Module):
     def harden(self) -> None:
         """Leave the decision in the layer's observer."""
         integers = self._integers(self.h() >= 0.5).to(torch.int8)
-        self.layer.observer.rounded = replace(self.rounded, integers=integers)
+        self.layer.observer.rounded = Rounded(integers=integers, scale=self.rounded.scale, bias=self.rounded.bias)
 
     def _integers(self, up: Tensor) -> Tensor:
         return (self.floor + up).clamp(self.spec.quant_min, self.spec.quant_max)

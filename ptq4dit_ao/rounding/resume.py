@@ -20,6 +20,8 @@ from ptq4dit_ao.observers import ActivationObserver, Rounded
 from ptq4dit_ao.rounding.layers import Group
 from ptq4dit_ao.rounding.settings import RoundingSettings
 
+PARTS = ("integers", "scale", "bias")
+"""Of a :class:`~ptq4dit_ao.observers.Rounded`; there may be no bias."""
 FORMAT = "ptq4dit-ao rounded layers 1"
 
 
@@ -113,8 +115,9 @@ def _tensors(prefix: str, group: Group) -> dict[str, Tensor]:
     tensors = {f"{prefix}range": torch.tensor(group.observer.clipped, dtype=torch.float64)}
     for i, layer in enumerate(group.layers):
         assert layer.observer.rounded is not None
-        found = vars(layer.observer.rounded).items()
-        tensors |= {f"{prefix}{i}.{part}": value.contiguous() for part, value in found if value is not None}
+        for part in PARTS:
+            if (value := getattr(layer.observer.rounded, part)) is not None:
+                tensors[f"{prefix}{i}.{part}"] = value.contiguous()
     return tensors
 
 
@@ -122,14 +125,8 @@ def _read(file: Any, prefix: str, group: Group) -> tuple[tuple[float, float], li
     low, high = file.get_tensor(f"{prefix}range").tolist()
     names, rounded = set(file.keys()), []
     for i in range(len(group.layers)):
-        integers, scale, bias = (f"{prefix}{i}.{part}" for part in ("integers", "scale", "bias"))
-        rounded.append(
-            Rounded(
-                integers=file.get_tensor(integers),
-                scale=file.get_tensor(scale),
-                bias=file.get_tensor(bias) if bias in names else None,
-            )
-        )
+        found = {part: name for part in PARTS if (name := f"{prefix}{i}.{part}") in names or part != "bias"}
+        rounded.append(Rounded(**{part: file.get_tensor(name) for part, name in found.items()}))
     return (low, high), rounded
 
 

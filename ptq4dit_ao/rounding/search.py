@@ -62,7 +62,7 @@ class PostRoundingScore:
             low, high = observer.statistics.range(scale)
             bounds = choose_range(observer.spec, tokens[::STEP], low, high, weight, self._settings.ranges)
             quantized = quantize_tokens(observer.spec, tokens, bounds)
-            inputs = Inputs(mean=mean, quantized_mean=mean + (quantized - tokens).mean(0), moment=second)
+            inputs = Inputs.from_moments(mean, mean + (quantized - tokens).mean(0), second.clone())
             (rounded,) = solve([weight], [None], spec, inputs, self._settings)
             noise = quantized @ rounded.weight().T - tokens @ weight.T
             if rounded.bias is not None:

@@ -133,9 +133,5 @@ def _inputs(streams: Streams, node: Node, observer: ActivationObserver) -> Input
         quantized_mean += q.sum(0, dtype=torch.float64)
         moment.addmm_(q.T, q)
         cross.addmm_(q.T, x - q)
-    return Inputs(
-        mean=(mean / count).float(),
-        quantized_mean=(quantized_mean / count).float(),
-        moment=moment.div_(count),
-        cross=cross.div_(count),
-    )
+    means = (mean / count).float(), (quantized_mean / count).float()
+    return Inputs.from_moments(*means, moment.div_(count), cross.div_(count))

@@ -25,16 +25,28 @@ FLOOR = 1e-5
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What a group's weights are multiplied with, after balancing; q is quantized, x is the float network's."""
+    """What a group's weights are multiplied with, after balancing; q is quantized, x is the float network's.
+
+    The bias takes the means, so the weight is rounded and fitted for what is left of the inputs without them.
+    """
 
     mean: Tensor
     """E[x], (C,)."""
     quantized_mean: Tensor
     """E[q], (C,)."""
-    moment: Tensor
-    """E[q q^T], (C, C)."""
+    covariance: Tensor
+    """Of q, (C, C), its diagonal raised by :data:`FLOOR`."""
     cross: Tensor | None = None
-    """E[q (x - q)^T], (C, C); None if only x is known."""
+    """Covariance of q and x - q, (C, C); None if only x is known."""
+
+    @classmethod
+    def from_moments(cls, mean: Tensor, quantized_mean: Tensor, moment: Tensor, cross: Tensor | None = None) -> Inputs:
+        """From ``E[q q^T]`` and ``E[q (x - q)^T]``, both of which are overwritten."""
+        floor = FLOOR * moment.diagonal()
+        moment.addr_(quantized_mean, quantized_mean, alpha=-1).diagonal().add_(floor)
+        if cross is not None:
+            cross.addr_(quantized_mean, mean - quantized_mean, alpha=-1)
+        return cls(mean=mean, quantized_mean=quantized_mean, covariance=moment, cross=cross)
 
 
 def choose_range(
@@ -90,16 +102,13 @@ def solve(
         settings: how.
     """
     weight = torch.cat(list(weights))
-    moment = inputs.moment - torch.outer(inputs.quantized_mean, inputs.quantized_mean)  # the bias takes the mean
-    moment.diagonal().add_(FLOOR * inputs.moment.diagonal())
     target, compensated = weight, settings.closed_form == "gptq"
     if inputs.cross is not None and compensated:
-        cross = inputs.cross - torch.outer(inputs.quantized_mean, inputs.mean - inputs.quantized_mean)
-        target = refit(weight, moment, cross, damping=settings.damping)
-    scale = weight_scale(target, spec, moment.diagonal(), settings)
+        target = refit(weight, inputs.covariance, inputs.cross, damping=settings.damping)
+    scale = weight_scale(target, spec, inputs.covariance.diagonal(), settings)
     bounds = (spec.quant_min, spec.quant_max)
     if compensated:
-        integers = gptq(target, scale, moment, *bounds, damping=settings.damping)
+        integers = gptq(target, scale, inputs.covariance, *bounds, damping=settings.damping)
     else:
         integers = nearest(target, scale, *bounds)
     solved, start = [], 0

@@ -126,6 +126,7 @@ def test_what_fails_leaves_the_rest_alone(settings, tmp_path, counted):
         ({"seed": 1}, r"float32-2.json was made with seed 3000, not 3001"),
         ({"guidance": 2.0}, r"float32-2.json was made with guidance 1.5, not 2.0"),
         ({"calibration_images": 3}, r"plain-w4a8.json was made with recipe.calibration.samples 2, not 3"),
+        ({"backend": "fbgemm"}, r'plain-w4a8-2.json was made with backend "reference", not "fbgemm"'),
         ({"layers": "safe"}, r'plain-w4a8.json was made with recipe.layers "paper", not "safe"'),
         ({"features": "digits", "model": "reference"}, r"float32-2.json was made with model \"[0-9a-f]+\", not"),
     ],
@@ -161,12 +162,24 @@ def test_what_is_written(filled):
     assert lines[3][5] == f"{mse['value']:.2e} [{mse['low']:.2e}, {mse['high']:.2e}]"
     assert lines[3][7] == f"{result.rows[1].figures['distances']['frechet']:#.4g}"
     assert page.startswith("Model 'float', simulated (Q/DQ): integers computed in float\n") and "integer," not in page
-    assert data["rows"][1]["figures"] == result.rows[1].figures and data["execution"] == "simulated (Q/DQ)"
+    assert data["rows"][1]["figures"] == result.rows[1].figures
+    assert data["execution"] == "simulated (Q/DQ): integers computed in float" and "GEMM" not in page
     assert data["command"].startswith("ptq4dit-ao table --model ") and data["rows"][1]["seconds"].keys() == {
         "quantize",
         "measure",
     }
     assert (folder / "table.png").read_bytes().startswith(b"\x89PNG") and finite(data) == data
+
+
+@pytest.mark.fbgemm
+def test_integer_execution_is_proved(settings, filled, tmp_path):
+    result = make_table(settings(methods=("plain",), backend="fbgemm"), tmp_path)
+    row, simulated = result.rows[1].figures, filled[1].rows[1].figures
+    assert (row["execution"], row["backend"]) == ("integer", "fbgemm") and "proof" in row
+    assert row["eps"]["pooled"]["value"] == pytest.approx(simulated["eps"]["pooled"]["value"], abs=0.5)
+    page = (tmp_path / "table.md").read_text()
+    assert page.startswith("Model 'float', integer execution (fbgemm)\n") and f"* {row['proof']}\n" in page
+    assert "quantized linears on integer GEMMs" in row["proof"]
 
 
 def test_transformers_that_are_not_drawn_by_class(settings, tmp_path, monkeypatch):

@@ -56,6 +56,7 @@ def loaded(vae: bool = True, folder: Path | None = Path("DiT-XL-2-256"), **confi
         ({"samples": 0}, "samples is 0; it must be at least 1"),
         ({"seed": -1}, "seed is -1; it must be at least 0"),
         ({"adaround_steps": 0}, "adaround_steps is 0; it must be at least 1"),
+        ({"backend": "auto"}, "backend is 'auto'; choose one of "),
         ({"layers": "all"}, "layers is 'all'; choose one of safe, paper"),
     ],
 )
@@ -68,7 +69,7 @@ def test_settings_are_checked(changes, message):
 def test_the_command_asks_for_the_same(methods):
     asked = dataclasses.replace(
         ASKED, methods=methods, steps=(100, 50), seed=2, adaround_steps=500, guidance=4.0, features="a:b",
-        reference=Path("real.npz"), ablation=True, layers="safe",
+        reference=Path("real.npz"), ablation=True, layers="safe", backend="fbgemm",
     )  # fmt: skip
     words = shlex.split(asked.command)
     args = vars(build_parser().parse_args([*words[1:], "--output", "out"]))
@@ -154,7 +155,8 @@ def test_the_page_has_them_only_then(same_setting):
     paper = paper_figures(loaded(), INCEPTION, same_setting, ASKED)
     distances = {"frechet": 9.0, "spatial_frechet": 8.0, "inception_score": 7.0, "precision": 0.5, "recall": 0.4}
     row = Row(
-        steps=50, bits="w4a8", method="paper", figures={"eps": None, "images": None, "distances": distances},
+        steps=50, bits="w4a8", method="paper",
+        figures={"eps": None, "proof": None, "images": None, "distances": distances},
         paper=paper and paper.of(50, "w4a8", "paper"), seconds={"measure": 1.0}, notes=(), environment={"versions": {}},
     )  # fmt: skip
     result = TableResult(

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ptq4dit_ao.artifact import pack_int4, unpack_int4
+from ptq4dit_ao.core.int4 import pack_int4, unpack_int4
 from ptq4dit_ao.errors import ArtifactError
 
 INT4 = hnp.arrays(
