@@ -1,4 +1,4 @@
-"""Accuracy of the shipped digits DiT: ``python integration_tests/measure_accuracy.py [--draws 3] [--json FILE]``.
+"""Accuracy of a shipped DiT: ``python integration_tests/measure_accuracy.py [--model fashion] [--draws 3] [--json FILE]``.
 
 For every bit width and method, over several calibration draws (seeds 0, 1, ...) and one evaluation set: eps SQNR in dB,
 pooled over 20 timesteps (mean and standard deviation over draws), its median over timesteps, the pooled figure on the
@@ -25,10 +25,10 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from ptq4dit_ao import CalibrationSamples, collect_from_pipeline, export_transformer, load_recipe, load_reference_dit
-from ptq4dit_ao.calibration import SamplingPipeline, sample
+from ptq4dit_ao.calibration import Sampling, SamplingPipeline, sample
 from ptq4dit_ao.evaluation import paired_error
 from ptq4dit_ao.recipe import Activations, Balance, NormalDraw, Recipe, Rounding, Weights
-from ptq4dit_ao.reference import SAMPLING
+from ptq4dit_ao.reference import DIGITS, REFERENCES, SAMPLING
 from ptq4dit_ao.testing.outliers import inject_outliers
 from ptq4dit_ao.workflow import apply_recipe
 from ptq4dit_ao.workflow.samples import wanted_timesteps
@@ -61,7 +61,7 @@ def draw_samples(
     """Denoiser inputs along float trajectories with guidance, as the recipe's calibration section says."""
     labels = torch.randint(10, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
     return collect_from_pipeline(
-        SamplingPipeline(model, SAMPLING),
+        SamplingPipeline(model, Sampling.of(model, clip=True)),
         labels,
         timesteps=wanted_timesteps(recipe.calibration.timesteps) if timesteps is None else timesteps,
         steps=recipe.calibration.steps,
@@ -90,9 +90,9 @@ def with_timesteps(recipe: Recipe, method: str) -> Recipe:
     return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"timesteps": timesteps})})
 
 
-def draw_images(denoiser) -> Tensor:
+def draw_images(denoiser, sampling: Sampling = SAMPLING) -> Tensor:
     labels = torch.arange(10).repeat(IMAGES // 10)
-    return sample(denoiser, SAMPLING, labels, steps=IMAGE_STEPS, generator=torch.Generator().manual_seed(7))
+    return sample(denoiser, sampling, labels, steps=IMAGE_STEPS, generator=torch.Generator().manual_seed(7))
 
 
 def main() -> None:
@@ -101,13 +101,14 @@ def main() -> None:
     parser.add_argument("--samples", type=int, help="calibration images a draw; default: the recipe's")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--bits", nargs="+", choices=BITS, default=list(BITS))
+    parser.add_argument("--model", choices=REFERENCES, default=DIGITS.name)
     parser.add_argument("--outliers", action="store_true")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
 
     recipe = load_recipe("digits_w8a8")
-    model = load_reference_dit()
+    model, sampling = load_reference_dit(args.model), REFERENCES[args.model].sampling
     if args.outliers:
         model = inject_outliers(model, seed=0)
     count = args.samples or recipe.calibration.samples
@@ -117,11 +118,11 @@ def main() -> None:
         return [draw_samples(model, recipe, count=count, seed=seed) for seed in range(args.draws)]
 
     used = {float(t) for t in calibration_of(recipe)[0].inputs["timestep"]}
-    other = tuple(t for t in SAMPLING.scheduler(STEPS).timesteps.double().tolist() if t not in used)
+    other = tuple(t for t in sampling.scheduler(STEPS).timesteps.double().tolist() if t not in used)
     evaluation = list(draw_samples(model, recipe, count=recipe.evaluation.samples, seed=1000).batches(BATCH))
     off_grid = draw_samples(model, recipe, count=recipe.evaluation.samples, seed=1000, timesteps=other)
     exported = export_transformer(model, evaluation[0])
-    expected = draw_images(exported)
+    expected = draw_images(exported, sampling)
 
     rows: list[dict[str, object]] = []
     cases = [(bits, method) for bits in args.bits for method in args.methods]
@@ -140,7 +141,7 @@ def main() -> None:
                 figures["sqnr_db"].append(error.sqnr_db)
                 figures["median_t_db"].append(statistics.median(error.per_timestep.values()))
                 figures["off_grid_db"].append(paired_error(exported, quantized, off_grid.batches(BATCH)).sqnr_db)
-                figures["mse"].append(float((draw_images(quantized) - expected).square().mean()))
+                figures["mse"].append(float((draw_images(quantized, sampling) - expected).square().mean()))
                 progress.advance(task)
             spread = statistics.stdev(figures["sqnr_db"]) if args.draws > 1 else 0.0
             mean = {name: statistics.mean(values) for name, values in figures.items()}
@@ -152,7 +153,13 @@ def main() -> None:
     print("| bits | method | pooled | sd | median over t | other timesteps | sample MSE | s |\n" + "|---" * 8 + "|")
     print("\n".join(map(as_row, rows)))
     if args.json:
-        about = {"draws": args.draws, "samples": count, "outliers": args.outliers, "torch": torch.__version__}
+        about = {
+            "model": args.model,
+            "draws": args.draws,
+            "samples": count,
+            "outliers": args.outliers,
+            "torch": torch.__version__,
+        }
         args.json.write_text(json.dumps({**about, "timesteps": sorted(used), "rows": rows}, indent=1) + "\n")
 
 

@@ -16,9 +16,10 @@ from torch import nn
 from ptq4dit_ao._optional import require
 from ptq4dit_ao.calibration import Sampling, SamplingPipeline
 from ptq4dit_ao.errors import ArgumentError, MissingDependencyError
-from ptq4dit_ao.reference import SAMPLING, load_reference_dit
+from ptq4dit_ao.reference import DIGITS, FASHION, Reference, load_reference_dit
 
-REFERENCE = "reference"
+SHIPPED = {"reference": DIGITS, "fashion": FASHION}
+"""What a recipe calls the models that come with the package."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,8 @@ class LoadedModel:
     sampling: Sampling | None = None
     folder: Path | None = None
     """Where it was loaded from."""
+    shipped: Reference | None = None
+    """If it comes with the package."""
 
     @functools.cached_property
     def stored_dtype(self) -> torch.dtype | None:
@@ -56,15 +59,17 @@ def load_model(spec: str) -> LoadedModel:
     """Load a diffusion transformer.
 
     Args:
-        spec: ``reference``; a folder with a diffusers pipeline (``model_index.json``) or a bare transformer
-            (``config.json``); or ``package.module:function``, a function without arguments that returns either.
+        spec: ``reference`` or ``fashion``, the shipped ones; a folder with a diffusers pipeline (``model_index.json``)
+            or a bare transformer (``config.json``); or ``package.module:function``, a function without arguments that
+            returns either.
 
     Raises:
         ArgumentError: it is none of these.
         MissingDependencyError: diffusers is needed and not installed.
     """
-    if spec == REFERENCE:
-        return _wrap(REFERENCE, load_reference_dit(), SAMPLING)
+    if spec in SHIPPED:
+        shipped = SHIPPED[spec]
+        return replace(_wrap(spec, load_reference_dit(shipped.name), shipped.sampling), shipped=shipped)
     path = Path(spec)
     if path.is_dir():
         return replace(_wrap(path.name, _from_folder(path)), folder=path)
@@ -72,7 +77,8 @@ def load_model(spec: str) -> LoadedModel:
     if colon and all(part.isidentifier() for part in module.split(".")) and function.isidentifier():
         return _wrap(spec, _call(module, function))
     raise ArgumentError(
-        f"model {spec!r} is neither {REFERENCE!r}, nor a folder, nor 'package.module:function'; check its spelling"
+        f"model {spec!r} is none of {', '.join(map(repr, SHIPPED))}, a folder, 'package.module:function'; check its "
+        "spelling"
     )
 
 

@@ -18,11 +18,12 @@ from ptq4dit_ao.lowering import LoweredModel
 from ptq4dit_ao.lowering.backend import BACKENDS
 from ptq4dit_ao.ptqd import NoiseCorrection
 from ptq4dit_ao.recipe import Recipe
+from ptq4dit_ao.reference import DIGITS
 from ptq4dit_ao.reference.train import load_digits
 from ptq4dit_ao.workflow.drawing import Drawing, OnCount
 from ptq4dit_ao.workflow.evaluation_result import EvaluationRow, SqnrEstimates
-from ptq4dit_ao.workflow.features import DIGITS, load_features
-from ptq4dit_ao.workflow.models import REFERENCE, LoadedModel
+from ptq4dit_ao.workflow.features import load_features
+from ptq4dit_ao.workflow.models import LoadedModel
 from ptq4dit_ao.workflow.reference_set import ReferenceSet, Yardstick, read_reference, yardstick
 from ptq4dit_ao.workflow.samples import OnProgress
 
@@ -120,7 +121,7 @@ def network_for(
     Raises:
         ArgumentError: there is none for the reference set, it cannot be loaded, or the images are too few.
     """
-    spec = spec or (DIGITS if model.name == REFERENCE else None)
+    spec = spec or (None if model.shipped is None else model.shipped.name)
     if spec is None and reference is not None:
         raise ArgumentError(f"reference {reference} needs a feature network to be measured with; give one (--features)")
     if spec is not None and samples <= NEIGHBOURS:
@@ -154,11 +155,11 @@ def given_yardstick(
 
 
 def _known(model: LoadedModel) -> ReferenceSet | None:
-    """What the shipped model was trained on, if it is that one and scikit-learn is installed."""
-    if model.name != REFERENCE:
+    """What the shipped digits model was trained on, if it is that one and scikit-learn is installed."""
+    if model.shipped is not DIGITS:
         return None
     try:
-        return ReferenceSet(name="scikit-learn's digits", images=load_digits()[0])
+        return ReferenceSet(name=DIGITS.data, images=load_digits()[0])
     except MissingDependencyError:
         return None
 

@@ -160,7 +160,7 @@ def test_infinite_figures_are_null_in_json(result):
         ({"reference": "real.npz"}, ArgumentError, "reference real.npz needs a feature network"),
         ({"cache": "kept"}, ArgumentError, "reference kept needs a feature network"),
         ({"features": "digits", "samples": 3}, ArgumentError, "3 images are too few for distances; draw at least 4"),
-        ({"features": "didgits"}, ArgumentError, "feature network 'didgits' is neither"),
+        ({"features": "didgits"}, ArgumentError, "feature network 'didgits' is none of 'digits', 'fashion'"),
         (
             {"features": "digits", "reference": "missing.npz"},
             ArgumentError,

@@ -13,7 +13,7 @@ from torch import Tensor
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.evaluation import FeatureNetwork, Features, ReferenceStatistics, extract
 from ptq4dit_ao.reference import load_reference_classifier
-from ptq4dit_ao.workflow.features import digits_features, load_features
+from ptq4dit_ao.workflow.features import load_features
 from ptq4dit_ao.workflow.reference_set import ReferenceSet, read_reference, yardstick
 
 LEVELS = np.random.default_rng(0).integers(0, 256, (5, 6, 4, 3), dtype=np.uint8)
@@ -129,7 +129,7 @@ def test_the_digits_classifier_as_a_feature_network():
 def test_the_digits_classifier_reads_digits():
     message = "the digits classifier reads images of 1 x 8 x 8, got 3 x 8 x 8; give another feature network"
     with pytest.raises(ArgumentError, match=message):
-        extract(digits_features(), torch.zeros(2, 3, 8, 8))
+        extract(load_features("digits"), torch.zeros(2, 3, 8, 8))
 
 
 def test_a_network_of_the_users(tmp_path, monkeypatch):
@@ -148,5 +148,5 @@ def test_a_network_of_the_users(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("spec", ["inception", "path/to/weights.pt", "a b:c"])
 def test_networks_that_are_not(spec):
-    with pytest.raises(ArgumentError, match=f"feature network '{spec}' is neither 'digits' nor 'package.module:func"):
+    with pytest.raises(ArgumentError, match=f"network '{spec}' is none of 'digits', 'fashion', 'package.module:func"):
         load_features(spec)

@@ -359,8 +359,8 @@ def test_a_function_that_makes_a_model(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("referense", "model 'referense' is neither 'reference', nor a folder, nor 'package.module:function'"),
-        ("a b:c", "model 'a b:c' is neither 'reference'"),
+        ("referense", "model 'referense' is none of 'reference', 'fashion', a folder, 'package.module:function'"),
+        ("a b:c", "model 'a b:c' is none of 'reference'"),
         ("no_such_module:make", "model 'no_such_module:make' cannot be loaded: No module named 'no_such_module'"),
         ("json:make", "model 'json:make' cannot be loaded: module 'json' has no attribute 'make'"),
         ("builtins:list", "model 'builtins:list' is a list; expected a diffusers transformer, or a pipeline"),
