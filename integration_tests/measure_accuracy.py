@@ -1,4 +1,4 @@
-"""Accuracy of a shipped DiT: ``python integration_tests/measure_accuracy.py [--model fashion] [--draws 3] [--json FILE]``.
+"""Accuracy of a shipped DiT: ``python integration_tests/measure_accuracy.py [--model fashion] [--draws 3]``.
 
 For every bit width and method, over several calibration draws (seeds 0, 1, ...) and one evaluation set: eps SQNR in dB,
 pooled over 20 timesteps (mean and standard deviation over draws), its median over timesteps, the pooled figure on the
