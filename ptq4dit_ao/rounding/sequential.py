@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from ptq4dit_ao._memory import trim
 from ptq4dit_ao.observers import ActivationObserver, TokenSample
 from ptq4dit_ao.rounding.blocks import Block, find_blocks
 from ptq4dit_ao.rounding.layers import Group, find_groups
@@ -60,6 +61,7 @@ def round_sequentially(
     streams = Streams(prepared, batches)
     for index, block in enumerate(blocks):
         streams.advance(block.start)
+        trim()
         if not progress.load(index + 1, block.groups):
             if learns:
                 _learn(prepared, block, streams, settings, _told(budget.progress(index), index, len(blocks), on_group))
