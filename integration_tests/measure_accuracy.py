@@ -46,6 +46,7 @@ METHODS = {
     "one pass": Recipe(balance=Balance(aggregation="auto", alpha="auto"), rounding=GPTQ),
     "sequential, not balanced": Recipe(balance=Balance(aggregation="none"), rounding=SEQUENTIAL),
     "fast": load_recipe("fast"),
+    "learned": load_recipe("learned"),
     "auto": load_recipe("auto"),
 }
 BITS = {"W8A8": (8, 8), "W4A8": (4, 8), "W6A6": (6, 6), "W4A4": (4, 4)}
@@ -70,14 +71,17 @@ def draw_samples(
     )
 
 
-def with_method(recipe: Recipe, bits: str, method: str) -> Recipe:
+def with_method(recipe: Recipe, bits: str, method: str, steps: int = 500) -> Recipe:
     weights, activations = BITS[bits]
+    rounding = METHODS[method].rounding
+    if rounding.method == "adaround":
+        rounding = rounding.model_copy(update={"steps": steps})
     return recipe.model_copy(
         update={
             "weights": Weights(bits=weights),
             "activations": Activations(bits=activations),
             "balance": METHODS[method].balance,
-            "rounding": METHODS[method].rounding,
+            "rounding": rounding,
         }
     )
 
@@ -102,6 +106,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--bits", nargs="+", choices=BITS, default=list(BITS))
     parser.add_argument("--model", choices=REFERENCES, default=DIGITS.name)
+    parser.add_argument("--adaround-steps", type=int, default=500, help="of methods that learn (default: %(default)s)")
     parser.add_argument("--outliers", action="store_true")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -134,7 +139,9 @@ def main() -> None:
             for calibration in calibration_of(with_timesteps(recipe, method)):
                 start = time.perf_counter()
                 batches = calibration.shuffled(0).batches(BATCH)
-                quantized = apply_recipe(exported, with_method(recipe, bits, method), batches).graph
+                quantized = apply_recipe(
+                    exported, with_method(recipe, bits, method, args.adaround_steps), batches
+                ).graph
                 figures["s"].append(time.perf_counter() - start)
                 error = paired_error(exported, quantized, evaluation)
                 curves.append(list(error.per_timestep.values()))

@@ -11,8 +11,7 @@ from collections.abc import Callable
 def trim() -> None:
     """Give freed memory back to the system.
 
-    glibc keeps freed blocks of up to 32 MiB, and tensors of a transformer are often smaller: at DiT-XL/2, more than half
-    a gigabyte. A no-op where there is no glibc.
+    glibc keeps freed blocks of up to 32 MiB, and a transformer's tensors are often smaller. A no-op without glibc.
     """
     if (release := _malloc_trim()) is not None:
         release(0)

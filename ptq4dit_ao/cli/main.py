@@ -120,7 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--samples", type=_positive, default=200, metavar="N", help="images to draw (default: %(default)s)")
     p.add_argument("--steps", type=_positive, default=50, help="sampling steps (default: %(default)s)")
-    p.add_argument("--seed", type=int, default=0, help="seed of noise and intervals (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=3000, help="seed of noise and intervals (default: %(default)s)")
     p.add_argument(
         "--features", metavar="NETWORK",
         help="what distances are measured in: 'digits' or package.module:function; default: digits, for that model",

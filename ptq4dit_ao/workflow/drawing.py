@@ -18,6 +18,8 @@ from ptq4dit_ao.workflow.models import LoadedModel
 OnCount = Callable[[int, int], None]
 """``(done, in all)``."""
 
+NOISE_SEED = 3000
+"""Of images that are compared: apart from those that calibrate, are predicted on, or fit a correction."""
 BATCH = 100
 """Images that are drawn at once."""
 DECODED = 8

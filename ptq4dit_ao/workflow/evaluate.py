@@ -17,7 +17,7 @@ from ptq4dit_ao.calibration import Sampling
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.lowering.backend import choose_backend
 from ptq4dit_ao.workflow.correction import correction_for
-from ptq4dit_ao.workflow.drawing import Drawing, decoder
+from ptq4dit_ao.workflow.drawing import NOISE_SEED, Drawing, decoder
 from ptq4dit_ao.workflow.environment import environment
 from ptq4dit_ao.workflow.evaluation_result import EvaluationResult
 from ptq4dit_ao.workflow.models import LoadedModel, load_model
@@ -36,7 +36,7 @@ def evaluate(
     backends: Sequence[str] = ("reference",),
     samples: int = 200,
     steps: int = 50,
-    seed: int = 0,
+    seed: int = NOISE_SEED,
     features: str | None = None,
     reference: str | Path | None = None,
     cache: str | Path | None = None,

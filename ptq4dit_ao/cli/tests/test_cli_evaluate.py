@@ -10,12 +10,14 @@ import pytest
 from diffusers import DiTTransformer2DModel
 
 from ptq4dit_ao.cli import evaluate as cli_evaluate
+from ptq4dit_ao.cli.main import build_parser
 from ptq4dit_ao.errors import PTQ4DiTError
 from ptq4dit_ao.evaluation import Distances, Estimate, ImageErrors
 from ptq4dit_ao.recipe import Calibration, Evaluation, Recipe
 from ptq4dit_ao.reference.models import DIT_CONFIG, SAMPLING
 from ptq4dit_ao.testing.facebook_dit import randomize_
 from ptq4dit_ao.workflow import apply_recipe, load_model
+from ptq4dit_ao.workflow.drawing import NOISE_SEED
 from ptq4dit_ao.workflow.evaluation_result import EvaluationResult, EvaluationRow, SqnrEstimates
 from ptq4dit_ao.workflow.samples import recorded_samples
 
@@ -136,3 +138,7 @@ def test_options_arrive(run, monkeypatch, options, changes):
 def test_user_errors(run, saved, options, message):
     code, _, err = run("evaluate", saved / "model", "--model", saved / "float", *options)
     assert code == 1 and err.startswith("error: ") and message in err and len(err.splitlines()) == 1
+
+
+def test_images_start_from_noise_of_their_own():
+    assert build_parser().parse_args(["evaluate", "folder"]).seed == NOISE_SEED > Recipe().evaluation.seed

@@ -13,8 +13,6 @@ from ptq4dit_ao.lowering.backend import BACKENDS, choose_backend
 from ptq4dit_ao.recipe import Recipe, load_recipe, shipped_recipes
 
 FLOAT = "float32"
-NOISE_SEED = 3000
-"""Added to the seed for images that are compared: apart from those that calibrate, are predicted on, or correct."""
 _BITS = re.compile(r"w([2-8])a([2-8])")
 
 
@@ -39,7 +37,7 @@ class TableSettings:
     calibration_images: int = 16
     """At each timestep."""
     seed: int = 0
-    """Of calibration; :data:`NOISE_SEED` more, of images."""
+    """Of calibration; :data:`~ptq4dit_ao.workflow.drawing.NOISE_SEED` more, of images."""
     adaround_steps: int | None = None
     """Of methods that learn, in each block; None is the recipe's own."""
     guidance: float = 1.5

@@ -18,7 +18,7 @@ from ptq4dit_ao.calibration import Sampling
 from ptq4dit_ao.errors import ArgumentError, PTQ4DiTError
 from ptq4dit_ao.recipe import Recipe
 from ptq4dit_ao.workflow.correction import correction_for
-from ptq4dit_ao.workflow.drawing import Drawing, decoder
+from ptq4dit_ao.workflow.drawing import NOISE_SEED, Drawing, decoder
 from ptq4dit_ao.workflow.environment import environment, installed
 from ptq4dit_ao.workflow.evaluate import CORRECTED
 from ptq4dit_ao.workflow.evaluation_result import EvaluationRow, finite
@@ -28,7 +28,7 @@ from ptq4dit_ao.workflow.quantized_model import load_quantized
 from ptq4dit_ao.workflow.samples import OnProgress, recorded_samples
 from ptq4dit_ao.workflow.standard import OWN, Standard, given_yardstick, network_for, standard_of
 from ptq4dit_ao.workflow.table.cells import Json, model_digest, read_cell, write_cell
-from ptq4dit_ao.workflow.table.settings import FLOAT, NOISE_SEED, TableSettings, method_recipes
+from ptq4dit_ao.workflow.table.settings import FLOAT, TableSettings, method_recipes
 
 ALL = "all cells"
 """The stage that counts over the whole table."""

@@ -11,12 +11,11 @@ from torch import nn
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.reference.models import DIT_CONFIG
 from ptq4dit_ao.testing.facebook_dit import randomize_
-from ptq4dit_ao.workflow.drawing import Drawing
+from ptq4dit_ao.workflow.drawing import NOISE_SEED, Drawing
 from ptq4dit_ao.workflow.evaluate import evaluate
 from ptq4dit_ao.workflow.evaluation_result import finite
 from ptq4dit_ao.workflow.models import LoadedModel
 from ptq4dit_ao.workflow.table import TableSettings, make_table, work
-from ptq4dit_ao.workflow.table.settings import NOISE_SEED
 
 FEW = "calibration: {timesteps: 2, steps: 2}\nevaluation: {timesteps: 2, samples: 2}"
 NAMES = ["float32-2", "plain-w4a8-2", "corrected-w4a8-2"]
