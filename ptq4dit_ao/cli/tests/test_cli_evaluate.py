@@ -44,7 +44,7 @@ def test_evaluate_writes_what_it_prints(run, saved, tmp_path):
     )  # fmt: skip
     assert code == 0 and "sample float32" in out and "eps fbgemm" in out and "eta" in out
     written, page = json.loads(figures.read_text()), tables.read_text()
-    assert (written["samples"], written["steps"], written["seed"]) == (4, 2, 0)
+    assert (written["samples"], written["steps"], written["seed"]) == (4, 2, NOISE_SEED)
     lines = [line.split(" | ") for line in page.splitlines() if line.startswith("| W8A8")]
     assert [line[0] for line in lines] == ["| W8A8 simulated, reference", "| W8A8 integer, fbgemm"] * 2
     pooled = written["rows"][1]["eps"]["pooled"]
