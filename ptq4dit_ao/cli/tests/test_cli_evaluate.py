@@ -121,7 +121,7 @@ def test_options_arrive(run, monkeypatch, options, changes):
     monkeypatch.setattr(cli_evaluate, "measure", measure)
     assert run("evaluate", "out", *options)[0] == 1
     defaults = {
-        "directory": Path("out"), "model": None, "backends": ["reference"], "samples": 200, "steps": 50, "seed": 0,
+        "directory": Path("out"), "model": None, "backends": ["reference"], "samples": 200, "steps": 50, "seed": NOISE_SEED,
         "features": None, "reference": None, "cache": None,
     }  # fmt: skip
     assert seen == [{**defaults, **changes}]
