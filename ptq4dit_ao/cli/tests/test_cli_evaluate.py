@@ -121,8 +121,8 @@ def test_options_arrive(run, monkeypatch, options, changes):
     monkeypatch.setattr(cli_evaluate, "measure", measure)
     assert run("evaluate", "out", *options)[0] == 1
     defaults = {
-        "directory": Path("out"), "model": None, "backends": ["reference"], "samples": 200, "steps": 50, "seed": NOISE_SEED,
-        "features": None, "reference": None, "cache": None,
+        "directory": Path("out"), "model": None, "backends": ["reference"], "samples": 200, "steps": 50,
+        "seed": NOISE_SEED, "features": None, "reference": None, "cache": None,
     }  # fmt: skip
     assert seen == [{**defaults, **changes}]
 
@@ -131,7 +131,10 @@ def test_options_arrive(run, monkeypatch, options, changes):
     ("options", "message"),
     [
         (["--backend", "fbgem"], "backend 'fbgem' is unknown"),
-        (["--features", "inception"], "feature network 'inception' is neither 'digits' nor 'package.module:function'"),
+        (
+            ["--features", "inception"],
+            "feature network 'inception' is none of 'digits', 'fashion', 'package.module:function'",
+        ),
         (["--features", "digits", "--reference", "real.jpg"], "is neither a folder of PNG, nor .npz"),
     ],
 )
