@@ -133,7 +133,7 @@ def test_options_arrive(run, monkeypatch, options, changes):
         (["--backend", "fbgem"], "backend 'fbgem' is unknown"),
         (
             ["--features", "inception"],
-            "feature network 'inception' is none of 'digits', 'fashion', 'package.module:function'",
+            "feature network 'inception' is none of 'digits', 'fashion', ",
         ),
         (["--features", "digits", "--reference", "real.jpg"], "is neither a folder of PNG, nor .npz"),
     ],
