@@ -178,7 +178,7 @@ class Rounded:
     def __init__(self, *, integers: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
         low, high = integers.aminmax()
         self._shape = integers.shape
-        self._packed = low >= INT4_MIN and high <= INT4_MAX
+        self._packed = bool(low >= INT4_MIN and high <= INT4_MAX)
         self._integers = pack_int4(integers) if self._packed else integers
         self.scale = scale
         self.bias = bias

@@ -124,7 +124,7 @@ def assert_fails(result: tuple[int, str, str], message: str) -> None:
         ("quantize digits_w8a9 --output x", "neither a file nor a shipped recipe; did you mean 'digits_w8a8'?"),
         ("quantize missing.yaml --output x", "'missing.yaml': neither a file nor a shipped recipe"),
         ("quantize dit_w8a8 --output x", "recipe 'dit_w8a8' names no model; say which with --model"),
-        ("quantize dit_w8a8 --output x --model referense", "model 'referense' is none of 'reference', 'fashion', a folder"),
+        ("quantize dit_w8a8 --output x --model referense", "model 'referense' is none of 'reference', 'fashion'"),
         ("quantize dit_w8a8 --output x --model no_such:model", "cannot be loaded: No module named 'no_such'"),
         ("inspect missing", "there is no folder missing"),
         ("sample missing", "there is no folder missing"),
