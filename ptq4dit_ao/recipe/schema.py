@@ -342,6 +342,14 @@ class Recipe(_Section):
     noise_correction: NoiseCorrection = NoiseCorrection()
     evaluation: Evaluation = Evaluation()
 
+    @property
+    def widths(self) -> str:
+        """Bits of weights and activations, ``W4A8``; ``W4-8A8`` where overrides give some layers others."""
+        weights = self.weights.widths if self.weights.bits == "auto" else (self.weights.bits,)
+        of_weights = {*weights, *(o.weight_bits for o in self.overrides if o.weight_bits is not None)}
+        of_activations = {self.activations.bits} | {o.activation_bits for o in self.overrides if o.activation_bits}
+        return f"W{_span(of_weights)}A{_span(of_activations)}"
+
     def to_dict(self) -> dict[str, object]:
         """The whole recipe, defaults included, as a dict that ``json.dump`` takes and ``from_dict`` reads back."""
         return self.model_dump(mode="json", exclude_none=True)
@@ -373,3 +381,8 @@ class RecipeFile(Recipe):
         description="The recipe this one builds on: a path relative to this file, or the name of a shipped recipe. "
         "Mappings are merged key by key; scalars and lists replace those of the base.",
     )
+
+
+def _span(bits: set[int]) -> str:
+    low, high = min(bits), max(bits)
+    return str(low) if low == high else f"{low}-{high}"

@@ -69,7 +69,7 @@ class Standard:
         eps = paired_error(as_denoiser(self.model.transformer), run, batches)
         seed = self.drawing.seed
         return EvaluationRow(
-            model=f"W{recipe.weights.bits}A{recipe.activations.bits}",
+            model=recipe.widths,
             execution="integer" if integer else "simulated",
             backend=backend,
             proof=str(run.proof) if integer else None,

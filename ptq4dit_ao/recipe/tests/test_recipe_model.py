@@ -161,6 +161,20 @@ def test_wrong_values_are_refused_when_built(model: type[BaseModel], values: dic
         model(**values)
 
 
+@pytest.mark.parametrize(
+    ("data", "widths"),
+    [
+        ({}, "W8A8"),
+        ({"weights": {"bits": 4}, "activations": {"bits": 6}}, "W4A6"),
+        ({"weights": {"bits": 4}, "overrides": [{"pattern": "a", "weight_bits": 8}]}, "W4-8A8"),
+        ({"weights": {"bits": 4}, "overrides": [{"pattern": "a", "activation_bits": 4}, {"pattern": "b", "skip": True}]}, "W4A4-8"),
+        ({"weights": {"bits": "auto", "average_bits": 5}}, "W4-8A8"),
+    ],
+)
+def test_widths_name_the_whole_span(data: dict[str, Any], widths: str) -> None:
+    assert Recipe.from_dict({"version": 1, **data}).widths == widths
+
+
 def test_public_names() -> None:
     assert ptq4dit_ao.recipe.__all__ == [
         "Activations",
