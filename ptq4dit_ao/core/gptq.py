@@ -8,6 +8,8 @@ model as it was.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ def gptq(
         (C_out, C_in) int8.
     """
     order = moment.diagonal().argsort(descending=True)
-    factor = _inverse_factor(factored(moment)[order.unsqueeze(1), order], damping)
+    factor = _inverse_factor(lambda: factored(moment)[order.unsqueeze(1), order], damping)
     # Columns as rows, so that what a step reads and writes is contiguous.
     w = weight.to(torch.float32).T[order].contiguous()
     scale = scale.to(torch.float32)
@@ -66,28 +68,32 @@ def factored(moment: Tensor) -> Tensor:
     return moment.to(torch.float64 if len(moment) <= DOUBLE else torch.float32)
 
 
-def cholesky(h: Tensor, damping: float) -> Tensor:
-    """The lower Cholesky factor of a second moment, which is overwritten: its diagonal grows by a part of its mean.
+def cholesky(fresh: Callable[[], Tensor], damping: float) -> Tensor:
+    """The lower Cholesky factor of a second moment whose diagonal grows by a part of its mean, in the moment's place.
 
     Channels that are never used get the mean. Where rounding has made the moment indefinite, the part is ten times
     larger, until it is not.
+
+    Args:
+        fresh: a new copy of the moment, which is overwritten.
+        damping: the part of the mean.
     """
-    diagonal = h.diagonal()
-    used = diagonal > 0
-    mean = diagonal[used].mean() if used.any() else torch.ones((), dtype=h.dtype, device=h.device)
-    diagonal[~used] = mean
     while True:
+        h = fresh().mT  # equal, and by columns: so LAPACK needs no copy
+        diagonal = h.diagonal()
+        used = diagonal > 0
+        mean = diagonal[used].mean() if used.any() else torch.ones((), dtype=h.dtype, device=h.device)
+        diagonal[~used] = mean
         diagonal += damping * mean
-        factor, failed = torch.linalg.cholesky_ex(h)
+        failed = torch.empty((), dtype=torch.int32, device=h.device)
+        torch.linalg.cholesky_ex(h, out=(h, failed))
         if not failed:
-            return factor
+            return h
         damping *= 10
 
 
-def _inverse_factor(h: Tensor, damping: float) -> Tensor:
+def _inverse_factor(fresh: Callable[[], Tensor], damping: float) -> Tensor:
     """The upper Cholesky factor of ``H^-1``; row i holds what the error of column i costs the columns after it."""
-    factor = cholesky(h, damping)
-    del h  # as large as the factor
-    inverse = torch.cholesky_inverse(factor)
-    del factor
-    return torch.linalg.cholesky(inverse, upper=True).to(torch.float32)
+    factor = cholesky(fresh, damping)
+    torch.cholesky_inverse(factor, out=factor)
+    return torch.linalg.cholesky(factor, upper=True, out=factor).to(torch.float32)

@@ -25,7 +25,7 @@ def refit(weight: Tensor, moment: Tensor, cross: Tensor, *, damping: float = 0.0
         damping: what is added to the diagonal of Q, as a part of its mean.
     """
     gain = cross.to(weight.dtype) @ weight.T  # first, as C_out is often below C_in: the solution is as wide
-    factor = cholesky(factored(moment).clone(), damping)
+    factor = cholesky(factored(moment).clone, damping)
     return weight + torch.cholesky_solve(gain.to(factor.dtype), factor).T.to(weight.dtype)
 
 

@@ -167,7 +167,7 @@ def test_wrong_values_are_refused_when_built(model: type[BaseModel], values: dic
         ({}, "W8A8"),
         ({"weights": {"bits": 4}, "activations": {"bits": 6}}, "W4A6"),
         ({"weights": {"bits": 4}, "overrides": [{"pattern": "a", "weight_bits": 8}]}, "W4-8A8"),
-        ({"weights": {"bits": 4}, "overrides": [{"pattern": "a", "activation_bits": 4}, {"pattern": "b", "skip": True}]}, "W4A4-8"),
+        ({"overrides": [{"pattern": "a", "activation_bits": 4}, {"pattern": "b", "skip": True}]}, "W8A4-8"),
         ({"weights": {"bits": "auto", "average_bits": 5}}, "W4-8A8"),
     ],
 )
