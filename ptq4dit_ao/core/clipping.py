@@ -77,8 +77,10 @@ def clipped_activation_range(
     both = {r: error(low * r, high * r) for r in ACTIVATION_RATIOS}
     r = min(both, key=both.__getitem__)
     low, high, best = low * r, high * r, both[r]
-    for candidates in ([(low * s, high) for s in ACTIVATION_RATIOS], [(low, high * s) for s in ACTIVATION_RATIOS]):
-        for ends in candidates:
-            if (e := error(*ends)) < best:
-                (low, high), best = ends, e
+    lower = {low * s: error(low * s, high) for s in ACTIVATION_RATIOS}
+    if min(lower.values()) < best:
+        low, best = min(lower.items(), key=lambda found: found[1])
+    upper = {high * s: error(low, high * s) for s in ACTIVATION_RATIOS}
+    if min(upper.values()) < best:
+        high = min(upper, key=upper.__getitem__)
     return low, high

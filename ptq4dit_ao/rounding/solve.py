@@ -35,15 +35,18 @@ class Inputs:
     quantized_mean: Tensor
     """E[q], (C,)."""
     covariance: Tensor
-    """Of q, (C, C), its diagonal raised by :data:`FLOOR`."""
+    """Of q, or of x, (C, C); its diagonal raised by :data:`FLOOR`."""
     cross: Tensor | None = None
     """Covariance of q and x - q, (C, C); None if only x is known."""
 
     @classmethod
     def from_moments(cls, mean: Tensor, quantized_mean: Tensor, moment: Tensor, cross: Tensor | None = None) -> Inputs:
-        """From ``E[q q^T]`` and ``E[q (x - q)^T]``, both of which are overwritten."""
-        floor = FLOOR * moment.diagonal()
-        moment.addr_(quantized_mean, quantized_mean, alpha=-1).diagonal().add_(floor)
+        """From ``E[q q^T]`` and ``E[q (x - q)^T]``, both of which are overwritten.
+
+        Without the latter, ``moment`` is ``E[x x^T]``: the covariance of q is taken to be that of x.
+        """
+        center, floor = mean if cross is None else quantized_mean, FLOOR * moment.diagonal()
+        moment.addr_(center, center, alpha=-1).diagonal().add_(floor)
         if cross is not None:
             cross.addr_(quantized_mean, mean - quantized_mean, alpha=-1)
         return cls(mean=mean, quantized_mean=quantized_mean, covariance=moment, cross=cross)

@@ -23,6 +23,7 @@ from ptq4dit_ao.quantizer import PTQ4DiTQuantizer, round_sequentially, tokens_se
 from ptq4dit_ao.rounding import RoundingSettings
 from ptq4dit_ao.rounding.layers import find_groups
 from ptq4dit_ao.rounding.one_pass import balanced_moments
+from ptq4dit_ao.rounding.solve import FLOOR, Inputs
 from ptq4dit_ao.rounding.streams import Streams
 
 W4 = {"weight_bits": 4}
@@ -157,6 +158,18 @@ def test_papers_ranges_cut_tails_of_weights_and_activations(quantized):
         assert after.x_scale <= before.x_scale * (1 + 1e-6)
         assert (after.weight_scale < before.weight_scale).any()
     assert any(after.x_scale < before.x_scale for before, after in zip(plain, lp, strict=True))
+
+
+def test_moments_are_taken_about_the_mean_of_what_they_are_of():
+    x = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0)) * 0.1 + torch.tensor([50.0, -3.0, 0.0])
+    q = (x / 0.4).round() * 0.4 + 0.1
+    floor = FLOOR * torch.diag(x.square().mean(0))
+    one_pass = Inputs.from_moments(x.mean(0), q.mean(0), x.T @ x / len(x))
+    torch.testing.assert_close(one_pass.covariance, x.T.cov(correction=0) + floor, atol=2e-3, rtol=0)
+    both = Inputs.from_moments(x.mean(0), q.mean(0), q.T @ q / len(q), q.T @ (x - q) / len(q))
+    joint = torch.cat([q, x - q], dim=1).T.cov(correction=0)
+    torch.testing.assert_close(both.covariance, joint[:3, :3] + floor, atol=2e-3, rtol=0)
+    torch.testing.assert_close(both.cross, joint[:3, 3:], atol=2e-3, rtol=0)
 
 
 def test_moments_follow_shift_and_balance():
