@@ -161,7 +161,9 @@ def test_papers_ranges_cut_tails_of_weights_and_activations(quantized):
 
 
 def test_moments_are_taken_about_the_mean_of_what_they_are_of():
-    x = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0)) * 0.1 + torch.tensor([50.0, -3.0, 0.0])
+    x = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0)).double() * 0.1 + torch.tensor(
+        [50.0, -3.0, 0.0]
+    )
     q = (x / 0.4).round() * 0.4 + 0.1
     floor = FLOOR * torch.diag(x.square().mean(0))
     one_pass = Inputs.from_moments(x.mean(0), q.mean(0), x.T @ x / len(x))
