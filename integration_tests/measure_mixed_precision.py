@@ -44,8 +44,8 @@ def main() -> None:
     warnings.filterwarnings("ignore")
 
     base = load_recipe("digits_w8a8")
-    balance, rounding = METHODS["fast"]
-    base = base.model_copy(update={"balance": balance, "rounding": rounding})
+    fast = METHODS["fast"]
+    base = base.model_copy(update={"balance": fast.balance, "rounding": fast.rounding})
     model = load_reference_dit()
     calibration = list(draw_samples(model, base, count=base.calibration.samples, seed=0).shuffled(0).batches(BATCH))
     evaluation = list(draw_samples(model, base, count=base.evaluation.samples, seed=1000).batches(BATCH))

@@ -37,6 +37,7 @@ def quantize(args: argparse.Namespace, console: Console) -> None:
         raise ArgumentError(f"recipe {args.recipe!r} names no model; say which with --model")
     if not args.leave_one_out:
         recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"leave_one_out": False})})
+    recipe = recipe.model_copy(update={"model": spec})  # what "evaluate" will load
     model = load_model(spec)
     with progress(console) as on_progress:
         quantized = run_quantize(model, recipe, args.output, samples=args.samples, on_progress=on_progress)

@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ptq4dit_ao.errors import CalibrationError
+
 DOUBLE = 2048
 """Up to so many channels are factored in double precision; beyond, memory matters more than digits below damping."""
 
@@ -40,7 +42,8 @@ def gptq(
         (C_out, C_in) int8.
     """
     order = moment.diagonal().argsort(descending=True)
-    factor = _inverse_factor(lambda: factored(moment)[order.unsqueeze(1), order], damping)
+    # Row i of the upper factor of H^-1 holds what the error of column i costs the columns after it.
+    factor = cholesky(lambda: factored(moment)[order.unsqueeze(1), order], damping, inverse=True).to(torch.float32)
     # Columns as rows, so that what a step reads and writes is contiguous.
     w = weight.to(torch.float32).T[order].contiguous()
     scale = scale.to(torch.float32)
@@ -68,7 +71,7 @@ def factored(moment: Tensor) -> Tensor:
     return moment.to(torch.float64 if len(moment) <= DOUBLE else torch.float32)
 
 
-def cholesky(fresh: Callable[[], Tensor], damping: float) -> Tensor:
+def cholesky(fresh: Callable[[], Tensor], damping: float, *, inverse: bool = False) -> Tensor:
     """The lower Cholesky factor of a second moment whose diagonal grows by a part of its mean, in the moment's place.
 
     Channels that are never used get the mean. Where rounding has made the moment indefinite, the part is ten times
@@ -77,23 +80,27 @@ def cholesky(fresh: Callable[[], Tensor], damping: float) -> Tensor:
     Args:
         fresh: a new copy of the moment, which is overwritten.
         damping: the part of the mean.
+        inverse: give the upper factor of the inverse instead.
+
+    Raises:
+        CalibrationError: the moment is not finite.
     """
     while True:
         h = fresh().mT  # equal, and by columns: so LAPACK needs no copy
         diagonal = h.diagonal()
+        if not diagonal.isfinite().all():
+            raise CalibrationError("the second moment of a layer's input is not finite; look at the calibration set")
         used = diagonal > 0
         mean = diagonal[used].mean() if used.any() else torch.ones((), dtype=h.dtype, device=h.device)
         diagonal[~used] = mean
         diagonal += damping * mean
-        failed = torch.empty((), dtype=torch.int32, device=h.device)
-        torch.linalg.cholesky_ex(h, out=(h, failed))
-        if not failed:
+        if _factor_(h) and (not inverse or _factor_(torch.cholesky_inverse(h, out=h), upper=True)):
             return h
         damping *= 10
 
 
-def _inverse_factor(fresh: Callable[[], Tensor], damping: float) -> Tensor:
-    """The upper Cholesky factor of ``H^-1``; row i holds what the error of column i costs the columns after it."""
-    factor = cholesky(fresh, damping)
-    torch.cholesky_inverse(factor, out=factor)
-    return torch.linalg.cholesky(factor, upper=True, out=factor).to(torch.float32)
+def _factor_(h: Tensor, *, upper: bool = False) -> bool:
+    """Factor in place; False if it is indefinite."""
+    failed = torch.empty((), dtype=torch.int32, device=h.device)
+    torch.linalg.cholesky_ex(h, upper=upper, out=(h, failed))
+    return not failed

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ptq4dit_ao.core.clipping import clipped_activation_range, clipped_weight_range
-from ptq4dit_ao.core.gptq import gptq, nearest
+from ptq4dit_ao.core.gptq import cholesky, gptq, nearest
 from ptq4dit_ao.core.qparams import affine_qparams, fake_quantize
 from ptq4dit_ao.core.refit import corrected_bias, refit
+from ptq4dit_ao.errors import CalibrationError
 
 DAMPING = 0.01
 
@@ -82,6 +83,24 @@ def test_a_channel_that_is_never_used_is_rounded_to_nearest():
     scale = weight.abs().amax(1) / 7
     integers = gptq(weight, scale, second_moment(x), -8, 7)
     assert torch.equal(integers[:, 5], nearest(weight, scale, -8, 7)[:, 5])
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_an_indefinite_moment_gets_more_damping(inverse):
+    h = torch.eye(4, dtype=torch.float64)
+    h[0, 1] = h[1, 0] = 1.5  # 1 % and 10 % are not enough
+    damped = h + torch.eye(4, dtype=torch.float64)
+    found = cholesky(h.clone, 0.01, inverse=inverse)
+    expected = torch.linalg.cholesky(damped.inverse(), upper=True) if inverse else torch.linalg.cholesky(damped)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_moment_that_is_not_finite_is_refused(value):
+    h = torch.eye(3)
+    h[1, 1] = value
+    with pytest.raises(CalibrationError, match="second moment of a layer's input is not finite"):
+        gptq(torch.ones(2, 3), torch.ones(2), h, -8, 7)
 
 
 def test_refit_is_the_regression_of_the_float_output_on_the_quantized_input():
