@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
     p.add_argument(
         "--model", metavar="MODEL",
-        help="'reference' (the shipped digits DiT), a diffusers folder, or package.module:function; "
+        help="'reference' or 'fashion' (the shipped DiTs), a diffusers folder, or package.module:function; "
         "default: what the recipe names",
     )  # fmt: skip
 
@@ -136,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = commands.add_parser(
         "table", parents=[common], help="compare methods at several widths and step counts",
         description="Quantize a class-conditional DiT with each method at each width, and measure each at each step "
-        "count, simulated. Writes table.md, table.json and table.png. The same command goes on where it was killed.",
+        "count, simulated or by integer kernels. Writes table.md, table.json and table.png. The same command goes on where it was killed.",
     )  # fmt: skip
     p.add_argument("--model", default="reference", metavar="MODEL", help="as for quantize (default: %(default)s)")
     p.add_argument(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,6 +115,7 @@ def weight_errors(
     quantized: GraphModule,
     batches: Iterable[tuple[Tensor, ...]],
     *,
+    only: Container[str] | None = None,
     timestep_index: int | None = 1,
     on_run: OnRun = lambda *_: None,
 ) -> dict[tuple[str, ...], PairedError]:
@@ -125,6 +126,7 @@ def weight_errors(
 
     Args:
         balanced, quantized, batches, timestep_index, on_run: as for :func:`leave_one_out`.
+        only: names of the linears that are looked at; None is all.
 
     Returns:
         Node names of the linears that read one quantized input -> error, in execution order.
@@ -133,12 +135,14 @@ def weight_errors(
         ArgumentError: the quantized graph has no linear with a quantized input.
     """
     twins = _by_name(balanced)
-    changes = {}
+    changes, names = {}, []
     for linears in quantized_inputs(quantized).values():
-        instead = {twins[node.name]: _linear_with(quantized, node) for node in linears}
-        changes[twins[linears[0].name]] = instead
+        linears = [node for node in linears if only is None or node.name in only]
+        if linears:
+            changes[twins[linears[0].name]] = {twins[node.name]: _linear_with(quantized, node) for node in linears}
+            names.append(tuple(node.name for node in linears))
     *alone, _ = _one_by_one(balanced, changes, balanced, batches, timestep_index, on_run)
-    return dict(zip(_names(quantized), alone, strict=True))
+    return dict(zip(names, alone, strict=True))
 
 
 def quantized_inputs(quantized: GraphModule) -> dict[Node, list[Node]]:

@@ -12,6 +12,7 @@ import copy
 import gzip
 import math
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def load_fashion(folder: Path, part: str = "train") -> tuple[Tensor, Tensor]:
     paths = [folder / f"{part}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")]
     try:
         pixels, labels = (gzip.decompress(path.read_bytes()) for path in paths)
-    except OSError as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ArgumentError(f"cannot read Fashion-MNIST from {folder} (--images): {error}") from error
     count = len(labels) - 8  # IDX: a header of 8 bytes before labels, of 16 before images
     if count < 1 or len(pixels) != 16 + count * size * size:

@@ -15,11 +15,12 @@ from torch.fx import GraphModule, Interpreter
 from torch.nn import functional
 
 from ptq4dit_ao.core.adaround import exponent, inverse_rectified_sigmoid, rectified_sigmoid, undecided
+from ptq4dit_ao.graph.names import writes_in_place
 from ptq4dit_ao.observers import ActivationObserver, Rounded
 from ptq4dit_ao.rounding.blocks import Block
 from ptq4dit_ao.rounding.layers import Layer, module_of
 from ptq4dit_ao.rounding.settings import RoundingSettings
-from ptq4dit_ao.rounding.streams import Instead, Values, quantized_network, run_node
+from ptq4dit_ao.rounding.streams import Instead, Values, copied, quantized_network, run_node
 
 INSIDE = 0.49
 """A place that far from an integer is still nearest to it."""
@@ -36,7 +37,7 @@ RANGE_RATE = 4e-4
 SEED = 0
 
 
-def rounding_rate(steps: int) -> float:
+def rounding_rate(steps: float) -> float:
     """Learning rate of V: the papers' 1e-3 for their 20,000 steps, so that fewer can lead as far."""
     return min(0.03, 20 / steps)
 
@@ -82,7 +83,8 @@ class SoftLinear(nn.Module):
         self.v = nn.Parameter(inverse_rectified_sigmoid(position - self.floor))
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self._integers(self.h()) * self.scale, self.bias)
+        weight = self._integers(self.h()) * self.scale
+        return functional.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def h(self) -> Tensor:
         return rectified_sigmoid(self.v)
@@ -144,24 +146,26 @@ def reconstruct(
     learned = {observer: LearnedRange(observer) for observer in ranges}
     observed = {g.node: learned[g.observer] for g in block.groups if g.observer in learned}
     run = _Run(prepared, block, {**linears, **observed})
-    roundings, steps = [linear.v for linear in linears.values()], [step.log_scale for step in learned.values()]
+    roundings, scales = [linear.v for linear in linears.values()], [q.log_scale for q in learned.values()]
     optimizer = torch.optim.Adam(
-        [{"params": roundings, "lr": rounding_rate(settings.steps)}, {"params": steps, "lr": RANGE_RATE}]
+        [{"params": roundings, "lr": rounding_rate(settings.steps)}, {"params": scales, "lr": RANGE_RATE}]
     )
     generator = torch.Generator().manual_seed(SEED)
     with torch.enable_grad():
-        for spent in progress:
+        for step, spent in enumerate(progress):
+            if spent > 0:  # as many steps as are to be expected, where time limits them
+                optimizer.param_groups[0]["lr"] = rounding_rate(step / spent)
             batch = int(torch.randint(len(inputs), (), generator=generator))
             loss = run.error(inputs[batch], targets[batch])
             if (beta := exponent(spent)) is not None:
                 loss = loss + REGULARIZER * torch.stack([undecided(m.h(), beta).sum() for m in linears.values()]).sum()
             optimizer.zero_grad()
-            loss.backward(inputs=[*roundings, *steps])  # type: ignore[no-untyped-call]
+            loss.backward(inputs=[*roundings, *scales])  # type: ignore[no-untyped-call]
             optimizer.step()
     for linear in linears.values():
         linear.harden()
-    for step in learned.values():
-        step.harden()
+    for quantizer in learned.values():
+        quantizer.harden()
 
 
 class _Run:
@@ -175,11 +179,12 @@ class _Run:
             for node, observer in observers.items()
             if isinstance(observer, ActivationObserver)
         }
+        self._in_place = writes_in_place(prepared)
         self._instead = quantized_network(prepared, block.nodes) | fixed | learning
 
     def error(self, inputs: Values, targets: Values) -> Tensor:
         """Square error of what the block puts out, summed over channels and outputs, mean over tokens."""
-        values = dict(inputs)
+        values = {node: copied(value) for node, value in inputs.items()} if self._in_place else dict(inputs)
         for node in self._nodes:
             values[node] = run_node(self._interpreter, node, values.__getitem__, self._instead)
-        return torch.stack([(values[n] - targets[n]).square().sum(-1).mean() for n in self._outputs]).sum()
+        return torch.stack([(values[n] - targets[n]).float().square().sum(-1).mean() for n in self._outputs]).sum()

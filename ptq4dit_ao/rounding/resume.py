@@ -31,13 +31,14 @@ class Progress:
     Args:
         folder: made if it is missing.
         fingerprint: of the model, the batches and the settings.
+        device: where the model is.
 
     Raises:
         CalibrationError: the folder belongs to another run, or cannot be made.
     """
 
-    def __init__(self, folder: Path | None, fingerprint: str) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path | None, fingerprint: str, device: str = "cpu") -> None:
+        self._folder, self._device = folder, device
         if folder is None:
             return
         about = folder / "about.json"
@@ -62,7 +63,7 @@ class Progress:
         if self._folder is None or not (path := self._path(index)).exists():
             return False
         try:
-            with safe_open(path, "pt") as file:
+            with safe_open(path, "pt", device=self._device) as file:
                 found = [_read(file, f"{number}.", group) for number, group in enumerate(groups)]
         except (OSError, SafetensorError, ValueError) as error:
             raise CalibrationError(f"{path} is damaged ({error}); remove it, and it is computed again") from error
@@ -126,7 +127,8 @@ def _read(file: Any, prefix: str, group: Group) -> tuple[tuple[float, float], li
     names, rounded = set(file.keys()), []
     for i in range(len(group.layers)):
         found = {part: name for part in PARTS if (name := f"{prefix}{i}.{part}") in names or part != "bias"}
-        rounded.append(Rounded(**{part: file.get_tensor(name) for part, name in found.items()}))
+        # Copies: what is not copied keeps the whole file in memory.
+        rounded.append(Rounded(**{part: file.get_tensor(name).clone() for part, name in found.items()}))
     return (low, high), rounded
 
 

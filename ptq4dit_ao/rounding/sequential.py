@@ -56,19 +56,30 @@ def round_sequentially(
     learns = settings.learned
     parts = PARTS if learns else 1
     blocks = list(find_blocks(prepared, groups, together=learns))
-    progress = Progress(resume, "" if resume is None else fingerprint(prepared, groups, batches, settings))
+    found = "" if resume is None else fingerprint(prepared, groups, batches, settings)
+    device = next((str(parameter.device) for parameter in prepared.parameters()), "cpu")
+    progress = Progress(resume, found, device)
     budget = Budget(settings, [block.weights(prepared) for block in blocks])
     streams = Streams(prepared, batches)
-    for index, block in enumerate(blocks):
-        streams.advance(block.start)
-        trim()
-        if not progress.load(index + 1, block.groups):
-            if learns:
-                _learn(prepared, block, streams, settings, _told(budget.progress(index), index, len(blocks), on_group))
-            else:
-                _round(prepared, block.groups[0], streams, settings)
-            progress.save(index + 1, block.groups)
-        on_group((index + 1) * parts, len(blocks) * parts)
+    given = {group.observer: group.observer.clipped for group in groups}
+    try:
+        for index, block in enumerate(blocks):
+            streams.advance(block.start)
+            trim()
+            if not progress.load(index + 1, block.groups):
+                if learns:
+                    told = _told(budget.progress(index), index, len(blocks), on_group)
+                    _learn(prepared, block, streams, settings, told)
+                else:
+                    _round(prepared, block.groups[0], streams, settings)
+                progress.save(index + 1, block.groups)
+            on_group((index + 1) * parts, len(blocks) * parts)
+    except BaseException:  # as it was, for another try
+        for group in groups:
+            group.observer.clipped = given[group.observer]
+            for layer in group.layers:
+                layer.observer.rounded = None
+        raise
     logger.info("rounded %d weights with %s, layer by layer", sum(len(g.layers) for g in groups), settings.rounding)
 
 

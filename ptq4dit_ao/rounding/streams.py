@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_aggregate, map_arg
 from torch.nn import functional
 
 from ptq4dit_ao.errors import CalibrationError
-from ptq4dit_ao.graph.names import is_linear, placeholders, weight_path
+from ptq4dit_ao.graph.names import is_linear, placeholders, weight_path, writes_in_place
 from ptq4dit_ao.graph.pending import tensor_at
 from ptq4dit_ao.observers import ActivationObserver
 from ptq4dit_ao.rounding.layers import bias_of, is_stored, module_of, weight_observer
@@ -41,7 +40,7 @@ class Streams:
         self._nodes = list(prepared.graph.nodes)
         self._next = 0
         self._last_reader = {source: node for node in self._nodes for source in node.all_input_nodes}
-        self._in_place = any(_writes(node) for node in self._nodes)
+        self._in_place = writes_in_place(prepared)
         inputs = placeholders(prepared)
         self._float: list[Values] = [dict(zip(inputs, batch, strict=True)) for batch in batches]
         if not self._float:
@@ -73,7 +72,7 @@ class Streams:
         batches = zip(self._float, self._quantized, strict=True)
         held = [{s: quantized[s] if s in quantized else exact[s] for s in sources} for exact, quantized in batches]
         if self._in_place:
-            return [{source: _copy(value) for source, value in values.items()} for values in held]
+            return [{source: copied(value) for source, value in values.items()} for values in held]
         return held
 
     def exact(self, nodes: Sequence[Node]) -> list[Values]:
@@ -167,10 +166,6 @@ def _stored(model: GraphModule, node: Node) -> tuple[Tensor, Tensor | None]:
     return tensor_at(model, weight_path(node)), None if bias is None else tensor_at(model, bias)
 
 
-def _copy(value: Any) -> Any:
+def copied(value: Any) -> Any:
+    """A value of a node, which no operation on the other changes."""
     return map_aggregate(value, lambda part: part.clone() if isinstance(part, Tensor) else part)
-
-
-def _writes(node: Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return isinstance(schema, torch.FunctionSchema) and schema.is_mutable

@@ -211,7 +211,10 @@ def apply_recipe(
             on_sample(done)
     clock.lap("calibrate")
     if recipe.rounding.sequential:
-        batches = [on_device_of(model, batch) for batch in enough(kept, recipe.rounding.tokens, tokens_seen(prepared))]
+        some = enough(kept, recipe.rounding.tokens, tokens_seen(prepared))
+        if len(some) < len(kept):
+            logger.info("rounding looks at %d of %d batches (rounding.tokens)", len(some), len(kept))
+        batches = [on_device_of(model, batch) for batch in some]
         round_sequentially(prepared, batches, on_group=on_layer, resume=resume)
         clock.lap("round")
     converted = convert_pt2e(prepared)

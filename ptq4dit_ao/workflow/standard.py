@@ -123,7 +123,7 @@ def network_for(
     """
     spec = spec or (None if model.shipped is None else model.shipped.name)
     if spec is None and reference is not None:
-        raise ArgumentError(f"reference {reference} needs a feature network to be measured with; give one (--features)")
+        raise ArgumentError(f"{reference}: a reference set is measured with a feature network; give one (--features)")
     if spec is not None and samples <= NEIGHBOURS:
         raise ArgumentError(f"{samples} images are too few for distances; draw at least {NEIGHBOURS + 1}")
     return None if spec is None else load_features(spec)

@@ -11,7 +11,7 @@ import copy
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -124,13 +124,17 @@ def choose_weight_bits(
         raise CalibrationError("there are no calibration samples; pass at least one tuple of inputs")
     held = max(1, len(samples) // HELD_OUT)
     rounded, measured = samples[:-held] or samples, samples[-held:]
+    low, high = (_planned_bits(exported, quantizer, bits) for bits in (widths[0], widths[-1]))
+    free = {layer for layer, bits in low.items() if high[layer] != bits}
+    if not free:
+        raise ArgumentError(f"overrides set the bits of all {len(low)} quantized layers; there is none to choose")
     noise: dict[tuple[str, ...], list[float]] = defaultdict(list)
     for done, bits in enumerate(widths[:-1]):
         step = quantizer.variant(weight_bits=bits, sequential=False)
-        found = _noise(exported, step, rounded, measured, _part_of(on_run, done, len(widths) - 1))
+        found = _noise(exported, step, free, rounded, measured, _part_of(on_run, done, len(widths) - 1))
         for layers, energy in found.items():
             noise[layers].append(energy)
-    return _choose(exported, noise, widths, average_bits, quantizer)
+    return _choose(exported, noise, widths, average_bits, {layer: low[layer] for layer in low.keys() - free})
 
 
 def _checked(candidates: Sequence[int], average_bits: float) -> tuple[int, ...]:
@@ -155,17 +159,25 @@ def _part_of(on_run: OnRun, part: int, parts: int) -> OnRun:
 def _noise(
     exported: GraphModule,
     quantizer: PTQ4DiTQuantizer,
+    free: Set[str],
     rounded: Sequence[tuple[Tensor, ...]],
     measured: Sequence[tuple[Tensor, ...]],
     on_run: OnRun,
 ) -> dict[tuple[str, ...], float]:
-    """Names of the layers that read one quantized input -> energy that their weights alone add to the output."""
+    """Names of the free layers that read one quantized input -> energy that their weights alone add to the output."""
     prepared = prepare_pt2e(GraphModule(exported, copy.deepcopy(exported.graph)), quantizer)
     for inputs in rounded:
         prepared(*inputs)
     converted = convert_pt2e(prepared)
     result = balance_result(converted)
-    found = weight_errors(balanced_as(exported, result), converted, measured, timestep_index=None, on_run=on_run)
+    found = weight_errors(
+        balanced_as(exported, result),
+        converted,
+        measured,
+        only={node for node, layer in result.layers.items() if layer in free},
+        timestep_index=None,
+        on_run=on_run,
+    )
     noise: dict[tuple[str, ...], float] = defaultdict(float)
     for nodes, error in found.items():  # a module that is called twice is one choice
         noise[tuple(dict.fromkeys(result.layers[node] for node in nodes))] += float(error.noise.sum())
@@ -177,29 +189,25 @@ def _choose(
     noise: Mapping[tuple[str, ...], Sequence[float]],
     widths: tuple[int, ...],
     average_bits: float,
-    quantizer: PTQ4DiTQuantizer,
+    others: Mapping[str, int],
 ) -> WeightBits:
-    low, high = (_planned_bits(exported, quantizer, bits) for bits in (widths[0], widths[-1]))
+    """Spend what ``others``, layers whose bits are given, leave of the budget."""
     sizes = {layer_name(node): get_attribute(exported, weight_path(node)).numel() for node in linears(exported)}
-    quantized = {layer for layers in noise for layer in layers}
-    free = {layer for layer in quantized if low[layer] != high[layer]}
-    if not free:
-        raise ArgumentError(f"overrides set the bits of all {len(quantized)} quantized layers; there is none to choose")
-    inputs = {own: energies for layers, energies in noise.items() if (own := tuple(filter(free.__contains__, layers)))}
-    total, fixed = sum(map(sizes.__getitem__, quantized)), sum(sizes[layer] * low[layer] for layer in quantized - free)
-    least = fixed + widths[0] * sum(map(sizes.__getitem__, free))
+    parameters = [sum(map(sizes.__getitem__, layers)) for layers in noise]
+    total = sum(parameters) + sum(map(sizes.__getitem__, others))
+    fixed = sum(sizes[layer] * bits for layer, bits in others.items())
+    least = fixed + widths[0] * sum(parameters)
     budget = math.floor(average_bits * total)
     if budget < least:
         raise ArgumentError(
             f"average_bits is {average_bits:g}, but with the overrides, and {widths[0]} bits elsewhere, the weights "
             f"take {least / total:.3g} on average; raise it, or take out overrides"
         )
-    parameters = [sum(map(sizes.__getitem__, layers)) for layers in inputs]
-    energies = [(*found, found[-1] * BIT ** (widths[-1] - widths[-2])) for found in inputs.values()]
+    energies = [(*found, found[-1] * BIT ** (widths[-1] - widths[-2])) for found in noise.values()]
     choice = allocate([[bits * n for bits in widths] for n in parameters], energies, budget - fixed)
     chosen = tuple(
         ChosenBits(layers=layers, parameters=n, noise=energy, bits=widths[k])
-        for layers, n, energy, k in zip(inputs, parameters, energies, choice, strict=True)
+        for layers, n, energy, k in zip(noise, parameters, energies, choice, strict=True)
     )
     taken = (fixed + sum(inputs.bits * inputs.parameters for inputs in chosen)) / total
     logger.info("chose %s bits for %d inputs' weights: %.3g on average", widths, len(chosen), taken)

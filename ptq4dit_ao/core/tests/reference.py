@@ -154,19 +154,6 @@ def repq(delta: Array, z: Array, qmin: int, qmax: int) -> tuple[Array, Array, fl
     return r, (-z * delta) / r + mean_z * mean_delta, mean_delta, mean_z
 
 
-def log_sqrt2(x: ArrayLike, delta: float, bits: int) -> Array:
-    """RepQ: ``q = round(-2 log2(x / delta))``, 0 to 2^bits - 1; what would need a larger q is 0.
-
-    Back: ``delta 2^-ceil(q / 2) (1 + (q mod 2) (sqrt 2 - 1))``.
-    """
-    result = []
-    for value in np.asarray(x, dtype=np.float64).ravel():
-        q = max(0, round(-2 * np.log2(value / delta))) if value > 0 else 2**bits
-        back = delta * 2.0 ** -np.ceil(q / 2) * (1 + (q % 2) * (np.sqrt(2) - 1))
-        result.append(back if q < 2**bits else 0.0)
-    return np.reshape(result, np.shape(x))
-
-
 def sqnr_db(reference: ArrayLike, approximation: ArrayLike) -> float:
     """``10 log10(sum reference^2 / sum (reference - approximation)^2)``; inf where both are equal."""
     reference = np.asarray(reference, dtype=np.float64)

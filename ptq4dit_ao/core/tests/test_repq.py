@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ptq4dit_ao.core import fake_quantize
-from ptq4dit_ao.core.log_sqrt2 import log_sqrt2_fake_quantize
 from ptq4dit_ao.core.repq import Reparameterisation, reparameterise
 from ptq4dit_ao.core.tests import reference
 
@@ -84,18 +83,3 @@ def test_a_channel_far_from_zero_does_not_drive_the_zero_point_out_of_range():
     x = tokens(4, 0)
     x[:, 0] = 1e6 + torch.rand(300)
     assert of(x, (0, 255)).zero_point == 0 and of(-x, (0, 255)).zero_point == 255
-
-
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=20), st.sampled_from([0.1, 1.0]), st.integers(2, 8))
-def test_powers_of_the_root_of_two(values, delta, bits):
-    x = torch.tensor(values, dtype=torch.float64)
-    found = log_sqrt2_fake_quantize(x, delta, bits)
-    np.testing.assert_allclose(found, reference.log_sqrt2(values, delta, bits), rtol=1e-12)
-
-
-def test_neighbouring_powers_differ_by_the_root_of_two():
-    powers = 0.5 * 2 ** (-torch.arange(16, dtype=torch.float64) / 2)
-    torch.testing.assert_close(log_sqrt2_fake_quantize(powers, 0.5, 4), powers)
-    assert log_sqrt2_fake_quantize(torch.tensor([0.0, 0.5 * 2**-8]), 0.5, 4).tolist() == [0.0, 0.0]
-    assert log_sqrt2_fake_quantize(torch.tensor([0.9]), 0.5, 4).tolist() == [0.5]

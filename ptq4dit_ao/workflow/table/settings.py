@@ -10,7 +10,7 @@ from typing import Literal
 
 from ptq4dit_ao.errors import ArgumentError, check_choice
 from ptq4dit_ao.lowering.backend import BACKENDS, choose_backend
-from ptq4dit_ao.recipe import Recipe, load_recipe, shipped_recipes
+from ptq4dit_ao.recipe import Recipe, Weights, load_recipe, shipped_recipes
 
 FLOAT = "float32"
 _BITS = re.compile(r"w([2-8])a([2-8])")
@@ -95,10 +95,15 @@ class TableSettings:
             update={
                 "model": self.model,
                 "layers": self.layers,
-                "weights": base.weights.model_copy(update={"bits": weights}),
+                "weights": Weights(bits=weights),
                 "activations": base.activations.model_copy(update={"bits": activations}),
                 "rounding": base.rounding.model_copy(update=learned if base.rounding.method == "adaround" else {}),
                 "calibration": base.calibration.model_copy(update=calibration),
+                **{
+                    name: section.model_copy(update={"seed": section.seed + self.seed})
+                    for name in ("evaluation", "noise_correction")
+                    if (section := getattr(base, name))
+                },
             }
         )
 

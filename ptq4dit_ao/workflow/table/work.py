@@ -131,6 +131,8 @@ class Work:
             start = time.perf_counter()
             row, corrected = self._measure(cell, cell.recipe, standard)
             notes = [f"{cell.method}: {CORRECTED}"] if corrected else []
+            if cell.recipe.attention.quantize:
+                notes.append(f"{cell.method}: attention is quantized, too, to {cell.recipe.attention.bits} bits")
         seconds = {**about, "measure": round(time.perf_counter() - start, 2)}
         content = {"row": finite(dataclasses.asdict(row)), "seconds": seconds, "notes": notes}
         content["environment"] = environment()
