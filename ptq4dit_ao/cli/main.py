@@ -123,7 +123,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=3000, help="seed of noise and intervals (default: %(default)s)")
     p.add_argument(
         "--features", metavar="NETWORK",
-        help="what distances are measured in: 'digits' or package.module:function; default: digits, for that model",
+        help="what distances are measured in: 'digits' or 'fashion' (of the shipped DiTs, and their default), or "
+        "package.module:function",
     )  # fmt: skip
     p.add_argument(
         "--reference", type=Path, metavar="REAL",
@@ -136,7 +137,8 @@ def build_parser() -> argparse.ArgumentParser:
     p = commands.add_parser(
         "table", parents=[common], help="compare methods at several widths and step counts",
         description="Quantize a class-conditional DiT with each method at each width, and measure each at each step "
-        "count, simulated or by integer kernels. Writes table.md, table.json and table.png. The same command goes on where it was killed.",
+        "count, simulated or by integer kernels. Writes table.md, table.json and table.png. The same command goes on "
+        "where it was killed.",
     )  # fmt: skip
     p.add_argument("--model", default="reference", metavar="MODEL", help="as for quantize (default: %(default)s)")
     p.add_argument(
@@ -156,7 +158,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--adaround-steps", type=_positive, metavar="N",
         help="of learning in each block, for methods that learn (default: the recipe's, 20000 as in the papers)",
     )  # fmt: skip
-    p.add_argument("--seed", type=int, default=0, help="seed of calibration and noise (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="of all draws (default: %(default)s)")
     p.add_argument("--guidance", type=float, default=1.5, help="guidance scale (default: %(default)s)")
     p.add_argument(
         "--layers", choices=("paper", "safe"), default="paper", help="what all methods quantize (default: %(default)s)"

@@ -327,7 +327,8 @@ class Recipe(_Section):
     description: str = Field(default="", description="One line on what the recipe is for.")
     model: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,
-        description="The model: 'reference', a path to a diffusers model folder, or 'package.module:function'.",
+        description="The model: 'reference' or 'fashion' (shipped), a path to a diffusers model folder, or "
+        "'package.module:function'.",
     )
     weights: Weights = Weights()
     activations: Activations = Activations()

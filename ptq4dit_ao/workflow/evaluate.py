@@ -51,7 +51,7 @@ def evaluate(
         samples: images that each model draws, of all classes in turn.
         steps: of the sampler.
         seed: of noise and intervals. The predicted noise is compared on the recipe's evaluation samples.
-        features: as for :func:`load_features`. Without it, the shipped digits model has its classifier, and of other
+        features: as for :func:`load_features`. Without it, the shipped models have their classifiers, and of other
             models no distances are measured.
         reference: as for :func:`read_reference`. Without it, the shipped digits model has scikit-learn's digits, where
             that is installed; otherwise what the float model draws is the reference.

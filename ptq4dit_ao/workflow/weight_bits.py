@@ -215,6 +215,6 @@ def _choose(
 
 
 def _planned_bits(exported: GraphModule, quantizer: PTQ4DiTQuantizer, bits: int) -> dict[str, int]:
-    """Layer -> bits of its weight, if those that nothing else is said of get these."""
+    """Quantized layer -> bits of its weight, if those that nothing else is said of get these."""
     plans = quantizer.variant(weight_bits=bits, sequential=False).plan(exported).values()
-    return {plan.layer: plan.weight_bits for plan in plans}
+    return {plan.layer: plan.weight_bits for plan in plans if not plan.skip}

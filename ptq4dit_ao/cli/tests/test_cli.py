@@ -239,13 +239,13 @@ def test_quantize_leaves_nothing_out_if_told_so(run, workshop, tmp_path, monkeyp
     asked = []
 
     def stop(model, recipe, *_, **__):
-        asked.append(recipe.evaluation.leave_one_out)
+        asked.append((recipe.evaluation.leave_one_out, recipe.model))
         raise ArgumentError("far enough")
 
     monkeypatch.setattr("ptq4dit_ao.cli.commands.run_quantize", stop)
-    for options in ([], ["--no-leave-one-out"]):
+    for options in ([], ["--no-leave-one-out", "--model", "fashion"]):
         run("quantize", workshop / "tiny.yaml", "--output", tmp_path / "out", *options)
-    assert asked == [True, False]
+    assert asked == [(True, "models_for_the_command_line:pixels"), (False, "fashion")]
 
 
 def test_inspect_shows_layers_sites_and_the_proof(run, quantized):

@@ -40,9 +40,11 @@ def test_other_files_are_refused(tmp_path):
     write_idx(tmp_path, bytes(784), bytes(2))
     with pytest.raises(ArgumentError, match="train-images-idx3-ubyte.gz does not hold 2 images of 28 x 28"):
         load_fashion(tmp_path)
-    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(b"no gzip")
-    with pytest.raises(ArgumentError, match="cannot read Fashion-MNIST"):
-        load_fashion(tmp_path)
+    labels = tmp_path / "train-labels-idx1-ubyte.gz"
+    for damaged in (b"no gzip", labels.read_bytes()[:-5]):
+        labels.write_bytes(damaged)
+        with pytest.raises(ArgumentError, match="cannot read Fashion-MNIST"):
+            load_fashion(tmp_path)
 
 
 def test_training_on_fashion_asks_for_its_images(monkeypatch, capsys):

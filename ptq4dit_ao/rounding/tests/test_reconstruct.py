@@ -9,9 +9,11 @@ import pytest
 import torch
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
+import ptq4dit_ao.rounding.reconstruct as reconstruct
 import ptq4dit_ao.rounding.sequential as sequential
 from ptq4dit_ao.core import sqnr_db
 from ptq4dit_ao.errors import ArgumentError
+from ptq4dit_ao.graph import export_transformer
 from ptq4dit_ao.lowering import lower
 from ptq4dit_ao.quantizer import PTQ4DiTQuantizer, round_sequentially
 from ptq4dit_ao.rounding import RoundingSettings
@@ -89,6 +91,43 @@ def test_a_learned_range_computes_what_the_observer_will(prepare, tiny_samples):
         learned.log_scale += 0.3
         learned.harden()
         torch.testing.assert_close(learned(x), observer.fake_quantize(x))
+
+
+def test_fewer_steps_in_the_time_given_learn_faster(prepare, tiny_samples, monkeypatch):
+    rates = []
+    monkeypatch.setattr(reconstruct, "rounding_rate", lambda steps: rates.append(steps) or 1e-3)
+    progress = iter([0.0, 0.25, 0.4])  # 4 steps, then 5 are to be expected, of 20,000
+    monkeypatch.setattr(Budget, "progress", lambda *_: progress)
+    round_sequentially(prepare(settings(steps=20_000)), tiny_samples)
+    assert rates[:3] == [20_000, 4.0, 5.0]
+
+
+def test_16_bit_models_learn(tiny_dit, tiny_samples):
+    samples = [(x.bfloat16(), t, y) for x, t, y in tiny_samples]
+    exported = export_transformer(copy.deepcopy(tiny_dit).bfloat16(), samples[0])
+    quantizer = PTQ4DiTQuantizer(weight_bits=4, rounding=settings(steps=3), sequential=True)
+    prepared = prepare_pt2e(exported, quantizer)
+    for sample in samples:
+        prepared(*sample)
+    round_sequentially(prepared, samples)
+    assert convert_pt2e(prepared)(*samples[0]).dtype == torch.bfloat16
+
+
+def test_a_block_that_writes_in_place_learns_from_what_was_there(prepare, tiny_samples):
+    prepared = prepare(settings(steps=1))
+    (first, *_) = find_groups(prepared)
+    with prepared.graph.inserting_after(first.node):
+        prepared.graph.call_function(torch.ops.aten.add_.Tensor, (first.node.args[0], 1.0))
+    prepared.recompile()
+    block, *_ = find_blocks(prepared, find_groups(prepared), together=True)
+    streams = Streams(prepared, tiny_samples[:1])
+    streams.advance(block.start)
+    (inputs,) = streams.held(block.nodes)
+    streams.advance(block.end)
+    (targets,) = streams.exact(block.outputs())
+    with torch.no_grad():
+        run = _Run(prepared, block, {})
+        assert torch.equal(run.error(inputs, targets), run.error(inputs, targets))
 
 
 def test_gradients_pass_quantized_attention(prepare, tiny_samples):

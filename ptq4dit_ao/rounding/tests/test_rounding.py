@@ -228,6 +228,38 @@ def test_a_killed_run_goes_on(prepare, tiny_samples, tmp_path, monkeypatch):
         assert torch.equal(convert_pt2e(resumed)(*sample), convert_pt2e(whole)(*sample))
 
 
+def test_a_rounding_that_failed_half_way_leaves_nothing_behind(prepare, tiny_samples, monkeypatch):
+    options = {**W4, "sequential": True, "rounding": "gptq"}
+    prepared, whole = prepare(**options), prepare(**options)
+    groups = find_groups(prepared)
+    original = sequential.solve_group
+
+    def fail(model, group, *args):
+        original(model, group, *args)
+        if group.name == groups[4].name:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sequential, "solve_group", fail)
+    with pytest.raises(KeyboardInterrupt):
+        round_sequentially(prepared, [tuple(2 * x for x in tiny_samples[0][:1]) + tiny_samples[0][1:]])
+    assert all(group.observer.clipped is None for group in groups)
+    assert all(layer.observer.rounded is None for group in groups for layer in group.layers)
+    monkeypatch.undo()
+    for model in (prepared, whole):
+        round_sequentially(model, tiny_samples)
+    assert [g.observer.clipped for g in find_groups(prepared)] == [g.observer.clipped for g in find_groups(whole)]
+
+
+def test_resumed_layers_hold_their_own_memory_only(prepare, tiny_samples, tmp_path):
+    options = {**W4, "sequential": True, "rounding": "gptq"}
+    round_sequentially(prepare(**options), tiny_samples, resume=tmp_path)
+    resumed = prepare(**options)
+    round_sequentially(resumed, tiny_samples, resume=tmp_path)
+    for layer in (layer for group in find_groups(resumed) for layer in group.layers):
+        for tensor in (x for x in vars(layer.observer.rounded).values() if isinstance(x, torch.Tensor)):
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
 def test_a_folder_of_another_run_is_refused(prepare, tiny_samples, tmp_path):
     options = {"sequential": True, "rounding": "gptq"}
     round_sequentially(prepare(**options), tiny_samples, resume=tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -168,6 +169,15 @@ def test_what_is_written(filled):
         "measure",
     }
     assert (folder / "table.png").read_bytes().startswith(b"\x89PNG") and finite(data) == data
+
+
+def test_a_method_that_quantizes_attention_says_so(settings, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "more").write_text(f"version: 1\n{FEW}\nattention: {{quantize: true}}\n")
+    asked = dataclasses.replace(settings(), methods=(str(folder / "more"),))
+    make_table(asked, tmp_path / "out")
+    assert "* more: attention is quantized, too, to 8 bits\n" in (tmp_path / "out" / "table.md").read_text()
 
 
 @pytest.mark.fbgemm

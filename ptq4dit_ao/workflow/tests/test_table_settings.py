@@ -13,7 +13,7 @@ from torch import nn
 from ptq4dit_ao.cli.main import build_parser
 from ptq4dit_ao.errors import ArgumentError, RecipeError
 from ptq4dit_ao.evaluation import FeatureNetwork
-from ptq4dit_ao.recipe import load_recipe
+from ptq4dit_ao.recipe import Recipe, Weights, load_recipe
 from ptq4dit_ao.workflow.models import LoadedModel
 from ptq4dit_ao.workflow.table import TableResult, TableSettings
 from ptq4dit_ao.workflow.table.paper import paper_figures
@@ -74,6 +74,13 @@ def test_the_command_asks_for_the_same(methods):
     words = shlex.split(asked.command)
     args = vars(build_parser().parse_args([*words[1:], "--output", "out"]))
     assert TableSettings(**{field.name: args[field.name] for field in dataclasses.fields(asked)}) == asked
+
+
+def test_all_draws_move_with_the_seed_and_bits_are_the_tables(tmp_path):
+    (tmp_path / "mine.yaml").write_text("version: 1\nextends: ptqd\nweights: {bits: auto, average_bits: 5}\n")
+    found = dataclasses.replace(ASKED, seed=1000).recipe(load_recipe(tmp_path / "mine.yaml"), "w4a8")
+    assert (found.calibration.seed, found.evaluation.seed, found.noise_correction.seed) == (1000, 2000, 3000)
+    assert Recipe.from_dict(found.to_dict()).weights == Weights(bits=4)
 
 
 def test_methods_are_recipes_by_name_or_path(tmp_path):

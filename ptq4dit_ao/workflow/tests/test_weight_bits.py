@@ -83,7 +83,7 @@ def test_what_a_recipe_chooses_is_what_runs_and_is_saved(fragile, tiny_samples, 
     assert all(layers[name] == bits for name, bits in chosen.items())
     assert mean_bits(model.report, fragile) == pytest.approx(model.report["weight_bits"]["average_bits"])
     assert 4.5 < model.report["weight_bits"]["average_bits"] <= 5
-    assert seen[-1] == (10, 10)
+    assert seen[-1] == (8, 8)  # without those that have their bits
     # The recipe that is kept says it in numbers, and gives the same model again.
     assert model.recipe.weights == Weights(bits=4) and len(model.recipe.overrides) > 3
     model.save(tmp_path / "model")
@@ -91,6 +91,21 @@ def test_what_a_recipe_chooses_is_what_runs_and_is_saved(fragile, tiny_samples, 
     assert loaded.recipe == model.recipe and loaded.report["weight_bits"] == model.report["weight_bits"]
     again = apply_recipe(fragile, loaded.recipe, tiny_samples)
     assert torch.equal(again.graph(*tiny_samples[0]), model.graph(*tiny_samples[0]))
+
+
+def test_layers_with_bits_of_their_own_do_not_count_against_their_neighbours(tiny_exported, tiny_samples):
+    def noise(**bits):
+        overrides = [Override(pattern="*.attn1.to_v", **bits)] if bits else []
+        quantizer = PTQ4DiTQuantizer(aggregation="none", rounding="gptq", overrides=overrides)
+        chosen = choose_weight_bits(tiny_exported, tiny_samples, average_bits=5, quantizer=quantizer).chosen
+        return {inputs.layers: inputs.noise[0] for inputs in chosen}
+
+    free, fixed = noise(), noise(weight_bits=2)
+    names = {layer.rpartition(".")[2] for layers in fixed for layer in layers}
+    assert "to_v" not in names and {"to_q", "to_k"} <= names
+    for layers, energy in fixed.items():
+        whole = next(free[found] for found in free if set(layers) <= set(found))
+        assert energy < 1.05 * whole  # that of v at 2 bits is many times this
 
 
 def test_three_candidates(fragile, tiny_samples):
