@@ -52,6 +52,7 @@ CONTENDERS = (
 )
 
 
+@torch.no_grad()  # else Inductor does not freeze, and finds no integer kernels
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=1)
