@@ -23,7 +23,7 @@ from ptq4dit_ao.calibration import SamplingPipeline, as_denoiser, sample
 from ptq4dit_ao.calibration.sampling import Denoiser, guided_noise, trajectory
 from ptq4dit_ao.core import sqnr_db
 from ptq4dit_ao.ptqd import NoiseCorrection, PTQDScheduler, fit_noise_correction
-from ptq4dit_ao.recipe import Activations, Balance, Recipe, Weights
+from ptq4dit_ao.recipe import Activations, Balance, Recipe, Rounding, Weights
 from ptq4dit_ao.reference import SAMPLING
 
 BITS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4)}
@@ -38,7 +38,7 @@ def generator(seed: int) -> torch.Generator:
 def quantize(model: torch.nn.Module, recipe: Recipe, bits: tuple[int, int], seed: int) -> Denoiser:
     """Without balancing, ranges from the smallest to the largest value."""
     update = {"weights": Weights(bits=bits[0]), "activations": Activations(bits=bits[1])}
-    recipe = recipe.model_copy(update={**update, "balance": Balance(aggregation="none")})
+    recipe = recipe.model_copy(update={**update, "balance": Balance(aggregation="none"), "rounding": Rounding()})
     c = recipe.calibration
     labels = torch.randint(10, (c.samples,), generator=generator(seed)).tolist()
     samples = collect_from_pipeline(
