@@ -25,7 +25,12 @@ def asked(monkeypatch):
         for name, problem in failed.items():
             on_cell(name, problem)
         one = {"value": 1.5, "low": 1.0, "high": None}
-        figures = {"eps": {"pooled": one, "median": one, "rows": 9}, "images": {"mse": one}, "distances": None}
+        figures = {
+            "eps": {"pooled": one, "median": one, "rows": 9},
+            "images": {"mse": one},
+            "distances": None,
+            "proof": None,
+        }
         row = Row(
             steps=5, bits="w8a8", method="minmax", figures=figures, paper=None, notes=("said",),
             seconds={"measure": 2.0, "quantize": 1.0}, environment={"cpu": "c", "versions": {"torch": "2"}},
