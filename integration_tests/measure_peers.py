@@ -3,7 +3,9 @@
 Everybody gets the same float model, the same calibration batches, 8-bit weights per output channel and 8-bit static
 activations per tensor, and is run with integer kernels, whose calls are counted in one forward; eps SQNR in dB on
 samples that nobody calibrated on, pooled and the median over timesteps. NNCF's quantizer includes SmoothQuant and bias
-correction; it also quantizes the products of attention and what has no linear layer. What is not installed is left out.
+correction; it also quantizes the products of attention and what has no linear layer. The public quantizers take all
+linears; ours leave embedders and output layers in float unless the row says "all linears". What is not installed is
+left out.
 """
 
 from __future__ import annotations
@@ -29,14 +31,16 @@ OURS = ("CSB + SSC", "fast", "auto")
 BACKENDS = {"fbgemm": "torch", "openvino": "openvino"}
 
 
-def ours(method: str, backend: str) -> Contender:
+def ours(method: str, backend: str, layers: str = "safe") -> Contender:
     def start(model: FloatModel) -> Started:
         graph = copy.deepcopy(model.exported)
-        quantized = apply_recipe(graph, with_method(load_recipe("digits_w8a8"), "W8A8", method), model.batches).graph
+        recipe = with_method(load_recipe("digits_w8a8"), "W8A8", method).model_copy(update={"layers": layers})
+        quantized = apply_recipe(graph, recipe, model.batches).graph
         lowered = lower(quantized, backend, example_inputs=model.batches[0])
         return Started(run=lowered, integer_gemms=lowered.proof.integer_gemms)
 
-    return Contender(name=f"ptq4dit-ao {method} ({backend})", start=start, packages=(BACKENDS[backend],))
+    name = f"ptq4dit-ao {method}{', all linears' if layers == 'paper' else ''} ({backend})"
+    return Contender(name=name, start=start, packages=(BACKENDS[backend],))
 
 
 def accurate_bias_correction(model: FloatModel) -> Started:
@@ -49,6 +53,7 @@ CONTENDERS = (
     Contender(name="NNCF, fast bias correction", start=nncf_int8, packages=("nncf", "openvino")),
     Contender(name="NNCF, bias correction", start=accurate_bias_correction, packages=("nncf", "openvino")),
     *(ours(method, backend) for backend in BACKENDS for method in OURS),
+    ours("auto", "fbgemm", "paper"),
 )
 
 
@@ -56,6 +61,7 @@ CONTENDERS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=1)
+    parser.add_argument("--only", default="", metavar="TEXT", help="those whose names have this")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -63,7 +69,7 @@ def main() -> None:
     recipe, module = load_recipe("digits_w8a8"), load_reference_dit()
     evaluation = list(draw_samples(module, recipe, count=recipe.evaluation.samples, seed=1000).batches(BATCH))
     exported = export_transformer(module, evaluation[0])
-    contenders = [c for c in CONTENDERS if all(find_spec(package) for package in c.packages)]
+    contenders = [c for c in CONTENDERS if args.only in c.name and all(map(find_spec, c.packages))]
     rows: list[dict[str, object]] = []
     with Progress() as progress:
         task = progress.add_task("quantize and evaluate", total=len(contenders) * args.draws)
