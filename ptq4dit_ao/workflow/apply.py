@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import Quantizer
 
+from ptq4dit_ao._memory import trim
 from ptq4dit_ao.calibration import CalibrationSamples
 from ptq4dit_ao.errors import ArgumentError, CalibrationError
 from ptq4dit_ao.graph import SitePolicy, export_transformer
@@ -217,6 +218,7 @@ def apply_recipe(
         batches = [on_device_of(model, batch) for batch in some]
         round_sequentially(prepared, batches, on_group=on_layer, resume=resume)
         clock.lap("round")
+    trim()
     converted = convert_pt2e(prepared)
     share_equal_tensors(converted)
     clock.lap("convert")
