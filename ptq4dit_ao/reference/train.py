@@ -32,7 +32,7 @@ from ptq4dit_ao.reference.models import (
     ImageClassifier,
     Reference,
     build_reference_dit,
-)  # fmt: skip
+)
 
 EMA_DECAY = 0.9995
 LABEL_DROP = 0.1

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
+from ptq4dit_ao.graph import sites
 from ptq4dit_ao.graph.names import get_attribute, weight_path
 from ptq4dit_ao.rounding.layers import Group
 
@@ -52,5 +52,4 @@ def find_blocks(prepared: GraphModule, groups: Sequence[Group], *, together: boo
 
 def block_name(layer: str) -> str:
     """The member of a list of modules that a layer belongs to, such as ``transformer_blocks.3``; else the layer."""
-    found = re.match(r"(?:.*?\.)?\d+(?=\.)", layer)
-    return layer if found is None else found.group()
+    return sites.block_name(layer) or layer

@@ -11,7 +11,6 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import ptq4dit_ao.rounding.reconstruct as reconstruct
 import ptq4dit_ao.rounding.sequential as sequential
-from ptq4dit_ao.core import sqnr_db
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.graph import export_transformer
 from ptq4dit_ao.lowering import lower
@@ -37,12 +36,6 @@ def prepare(tiny_exported, tiny_samples, duplicate):
         return prepared
 
     return run
-
-
-@pytest.fixture
-def error_db(tiny_exported, tiny_samples):
-    expected = torch.cat([tiny_exported(*sample) for sample in tiny_samples])
-    return lambda converted: sqnr_db(expected, torch.cat([converted(*sample) for sample in tiny_samples]))
 
 
 def test_learning_gains(prepare, tiny_samples, error_db):

@@ -52,12 +52,6 @@ def layer_by_layer(prepare, tiny_samples):
     return run
 
 
-@pytest.fixture
-def error_db(tiny_exported, tiny_samples):
-    expected = torch.cat([tiny_exported(*sample) for sample in tiny_samples])
-    return lambda converted: sqnr_db(expected, torch.cat([converted(*sample) for sample in tiny_samples]))
-
-
 def test_each_step_gains(quantized, layer_by_layer, error_db):
     plain = error_db(quantized(**W4))
     one_pass = error_db(quantized(**W4, rounding="gptq"))
