@@ -1,7 +1,8 @@
 """``fbgemm``: eager integer linears on x86, no compiler, ready in seconds.
 
 Each quantized linear becomes one integer kernel call on packed weights: oneDNN's where torch was built with it
-(faster), else FBGEMM's. Float work around the linears stays eager.
+(faster), else FBGEMM's. oneDNN's also applies the activation function that follows, and rounds its output for the next
+linear, while that is still in registers. Other float work around the linears stays eager.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from ptq4dit_ao.lowering.backend import Backend, Capabilities, Request, register
 from ptq4dit_ao.lowering.machine import has_onednn, no_x86, saturates
 from ptq4dit_ao.lowering.match import QuantizedLinear
 
+aten = torch.ops.aten
+
 
 class OneDNNLinear(nn.Module):
-    """uint8 (N, ..., C_in) -> float (N, ..., C_out)."""
+    """uint8 (N, ..., C_in) -> float (N, ..., C_out), or uint8 if the next linear's quantizer was taken in."""
 
     def __init__(self, linear: QuantizedLinear) -> None:
         super().__init__()
@@ -25,12 +28,17 @@ class OneDNNLinear(nn.Module):
         self.scale = linear.weight_scale.to(torch.float32)
         self.zero_point = torch.zeros(len(linear.weight), dtype=torch.int32)
         self.bias = None if linear.bias is None else linear.bias.to(torch.float32)
+        self.function, self.algorithm = "none", ""
+        self.quantize: Quantize | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.onednn.qlinear_pointwise(
+        q = self.quantize
+        scale, zero_point, dtype = (1.0, 0, torch.float32) if q is None else (q.scale, q.zero_point, torch.uint8)
+        y: Tensor = torch.ops.onednn.qlinear_pointwise(
             x, self.x_scale, self.x_zero_point, self.weight, self.scale, self.zero_point, self.bias,
-            1.0, 0, torch.float32, "none", [], "",
+            scale, zero_point, dtype, self.function, [], self.algorithm,
         )  # fmt: skip
+        return y if q is None else q.narrow(y)
 
 
 class Quantize(nn.Module):
@@ -42,11 +50,13 @@ class Quantize(nn.Module):
         self.low, self.high = linear.x_range
 
     def forward(self, x: Tensor) -> Tensor:
-        if (self.low, self.high) == (0, 255):
-            # One pass and a copy; five times as fast as separate ops.
-            return torch.quantize_per_tensor(x, self.scale, self.zero_point, torch.quint8).int_repr()
-        q = x * (1.0 / self.scale)
-        return q.round_().add_(self.zero_point).clamp_(self.low, self.high).to(torch.uint8)
+        q = torch.quantize_per_tensor(x, self.scale, self.zero_point, torch.quint8)
+        # Its integers where they lie; ``int_repr`` copies them, which takes longer than rounding.
+        return self.narrow(x.new_empty(0, dtype=torch.uint8).set_(q.untyped_storage(), 0, q.shape, q.stride()))
+
+    def narrow(self, q: Tensor) -> Tensor:
+        """Clamp uint8 to fewer bits, in place."""
+        return q if (self.low, self.high) == (0, 255) else q.clamp_(self.low, self.high)
 
 
 class FBGEMMLinear(nn.Module):
@@ -87,9 +97,50 @@ def build(request: Request) -> GraphModule:
             source = quantizers[linear.quantize]
         module = OneDNNLinear(linear) if onednn else FBGEMMLinear(linear)
         linear.replace_by(_call(graph, f"_integer_linear_{i}", module, source, linear.node))
+    if onednn:
+        _fuse(graph)
     graph.graph.lint()
     graph.recompile()
     return graph
+
+
+def _fuse(graph: GraphModule) -> None:
+    """Let each linear compute what alone reads it: a function that oneDNN knows, then a quantizer."""
+    for node in list(graph.graph.nodes):
+        linear = _module(graph, node)
+        if not isinstance(linear, OneDNNLinear):
+            continue
+        reader = _only_reader(node)
+        if reader is not None and (function := _function(reader)) is not None:
+            linear.function, linear.algorithm = function
+            _absorb(node, reader)
+            reader = _only_reader(node)
+        if reader is not None and isinstance(quantize := _module(graph, reader), Quantize):
+            linear.quantize = quantize
+            _absorb(node, reader)
+    graph.delete_all_unused_submodules()
+
+
+def _function(node: Node) -> tuple[str, str] | None:
+    """A node's function by oneDNN's names, if it has it."""
+    if node.target is aten.gelu.default:
+        return "gelu", str(node.kwargs.get("approximate", "none"))
+    if node.target is aten.silu.default:
+        return "swish", ""
+    return ("relu", "") if node.target is aten.relu.default else None
+
+
+def _module(graph: GraphModule, node: Node) -> nn.Module | None:
+    return graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _only_reader(node: Node) -> Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _absorb(node: Node, reader: Node) -> None:
+    reader.replace_all_uses_with(node)
+    node.graph.erase_node(reader)
 
 
 def _call(graph: GraphModule, name: str, module: nn.Module, source: Node, before: Node) -> Node:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import importlib
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -364,6 +366,48 @@ def test_onednn_is_used_where_torch_has_it(quantized):
     assert lowered.proof.kernels == {ONEDNN: LINEARS}
     # q, k and v read one tensor, which is quantized once.
     assert sum(isinstance(module, fbgemm.Quantize) for module in lowered.modules()) == LINEARS - 2 * 2
+
+
+class Functions(nn.Module):
+    """Two linears with a function between them, which a third reader may watch."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], watched: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.function, self.watched = nn.Linear(8, 32), nn.Linear(32, 8), function, watched
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = self.function(self.first(x))
+        y = self.second(h)
+        return y + h[..., :8] if self.watched else y
+
+
+@needs_onednn
+@pytest.mark.parametrize("bits", [8, 6])
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize(
+    ("function", "left"),
+    [
+        (nn.functional.gelu, 0),
+        (functools.partial(nn.functional.gelu, approximate="tanh"), 0),
+        (nn.functional.silu, 0),
+        (nn.functional.relu, 0),
+        (nn.functional.tanh, 1),
+    ],
+)
+def test_a_linear_computes_what_alone_reads_it(convert, function, left, watched, bits):
+    torch.manual_seed(0)
+    samples = [(torch.randn(4, 6, 8) * 3, torch.arange(4)) for _ in range(2)]
+    exported = export_transformer(Functions(function, watched).eval(), samples[0])
+    quantizer = PTQ4DiTQuantizer(aggregation="none", weight_bits=bits, activation_bits=bits)
+    converted = convert(exported, quantizer, samples)
+    lowered = lower(converted, "fbgemm")
+    assert lowered.proof.integer_gemms == 2
+    calls = [node for node in lowered.run.graph.nodes if node.op == "call_function"]
+    assert len(calls) == left + 2 * watched  # a slice and an addition
+    apart = sum(node.op == "call_module" for node in lowered.run.graph.nodes) - 2
+    assert apart == 1 + (left or watched)  # quantizers; the second linear's input is the first's output, or is not
+    for batch in (samples[0], (torch.randn(4, 6, 8) * 9, torch.arange(4))):  # within the ranges, and beyond
+        assert sqnr_db(converted(*batch), lowered(*batch)) > (50 if bits == 8 else 35)
 
 
 def test_without_onednn_the_kernels_are_fbgemms(quantized, monkeypatch):
