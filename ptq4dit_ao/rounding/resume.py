@@ -98,8 +98,9 @@ class Progress:
 def fingerprint(
     prepared: GraphModule, groups: Iterable[Group], batches: Sequence[Sequence[Tensor]], settings: RoundingSettings
 ) -> str:
-    """A digest of all that decides what is found: balanced weights and batches by their sums."""
+    """A digest of all that decides what is found: parameters, balanced weights and batches by their sums."""
     digest = hashlib.sha256(repr(settings).encode())
+    digest.update(repr([(name, _sums(parameter)) for name, parameter in prepared.named_parameters()]).encode())
     activations = [module for module in prepared.modules() if isinstance(module, ActivationObserver)]
     digest.update(repr([(observer.layer, observer.spec) for observer in activations]).encode())
     for group in groups:

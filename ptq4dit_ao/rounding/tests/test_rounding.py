@@ -259,6 +259,11 @@ def test_a_folder_of_another_run_is_refused(prepare, tiny_samples, tmp_path):
     round_sequentially(prepare(**options), tiny_samples, resume=tmp_path)
     with pytest.raises(CalibrationError, match="rounded for another model, recipe or calibration set"):
         round_sequentially(prepare(**options, **W4), tiny_samples, resume=tmp_path)
+    biased = prepare(**options)  # one that is not rounded differs, too
+    owner = biased.get_submodule("pos_embed.proj")
+    owner.bias = torch.nn.Parameter(owner.bias + 1)
+    with pytest.raises(CalibrationError, match="rounded for another model"):
+        round_sequentially(biased, tiny_samples, resume=tmp_path)
     (tmp_path / "0003.safetensors").write_bytes(b"x")
     with pytest.raises(CalibrationError, match=r"0003.safetensors is damaged .* remove it"):
         round_sequentially(prepare(**options), tiny_samples, resume=tmp_path)
