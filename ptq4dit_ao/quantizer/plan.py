@@ -128,19 +128,6 @@ class BalancePlan:
             {key: observers[0].statistics for key, observers in self.observers.items()}, self.clock.example
         )
 
-    def resume(self, statistics: SalienceStatistics) -> None:
-        """Add earlier statistics of the same model.
-
-        Raises:
-            CalibrationError: they belong to another model.
-        """
-        if set(statistics) != set(self.observers):
-            odd = sorted(set(statistics) ^ set(self.observers))[0]
-            raise CalibrationError(f"these statistics belong to another model: {odd!r} is on one side only")
-        for key, observers in self.observers.items():
-            for observer in observers:
-                observer.statistics.merge(statistics[key])
-
     def _every_observer(self) -> Iterator[SalienceObserver]:
         for observers in self.observers.values():
             yield from observers

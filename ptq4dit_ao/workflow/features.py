@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-
 from torch import Tensor
 
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.evaluation import FeatureNetwork, Features
 from ptq4dit_ao.reference import REFERENCES, Reference, load_reference_classifier
+from ptq4dit_ao.workflow.by_name import call_by_name
 
 
 def load_features(spec: str) -> FeatureNetwork:
@@ -24,16 +23,7 @@ def load_features(spec: str) -> FeatureNetwork:
     """
     if spec in REFERENCES:
         return classifier_features(REFERENCES[spec])
-    module, colon, function = spec.partition(":")
-    if not (colon and all(part.isidentifier() for part in module.split(".")) and function.isidentifier()):
-        raise ArgumentError(
-            f"feature network {spec!r} is none of {', '.join(map(repr, REFERENCES))}, 'package.module:function'; check "
-            "its spelling"
-        )
-    try:
-        network = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError, TypeError, OSError) as error:
-        raise ArgumentError(f"feature network {spec!r} cannot be loaded: {error}") from error
+    network = call_by_name("feature network", spec, map(repr, REFERENCES))
     if not isinstance(network, FeatureNetwork):
         raise ArgumentError(
             f"{spec} returned a {type(network).__name__}; expected a ptq4dit_ao.evaluation.FeatureNetwork"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from ptq4dit_ao._optional import require
 from ptq4dit_ao.calibration import Sampling, SamplingPipeline
 from ptq4dit_ao.errors import ArgumentError, MissingDependencyError
 from ptq4dit_ao.reference import DIGITS, FASHION, Reference, load_reference_dit
+from ptq4dit_ao.workflow.by_name import call_by_name
 
 SHIPPED = {"reference": DIGITS, "fashion": FASHION}
 """What a recipe calls the models that come with the package."""
@@ -73,13 +73,7 @@ def load_model(spec: str) -> LoadedModel:
     path = Path(spec)
     if path.is_dir():
         return replace(_wrap(path.name, _from_folder(path)), folder=path)
-    module, colon, function = spec.partition(":")
-    if colon and all(part.isidentifier() for part in module.split(".")) and function.isidentifier():
-        return _wrap(spec, _call(module, function))
-    raise ArgumentError(
-        f"model {spec!r} is none of {', '.join(map(repr, SHIPPED))}, a folder, 'package.module:function'; check its "
-        "spelling"
-    )
+    return _wrap(spec, call_by_name("model", spec, [*map(repr, SHIPPED), "a folder"]))
 
 
 def _from_folder(path: Path) -> Any:
@@ -110,13 +104,6 @@ def _class_name(config: Path) -> str:
     if not isinstance(name, str) or not name.isidentifier():
         raise ArgumentError(f"{config} names no class ('_class_name'); it is no diffusers model")
     return name
-
-
-def _call(module: str, function: str) -> object:
-    try:
-        return getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError, TypeError) as error:
-        raise ArgumentError(f"model '{module}:{function}' cannot be loaded: {error}") from error
 
 
 def _wrap(name: str, model: Any, sampling: Sampling | None = None) -> LoadedModel:

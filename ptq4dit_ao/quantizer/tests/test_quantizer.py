@@ -250,22 +250,6 @@ def test_calibration_in_two_processes(prepare, quantized, tiny_samples, tmp_path
     assert_same_statistics(merged, expected, rtol=0, atol=0)
 
 
-def test_calibration_is_resumed(prepare, quantized, tiny_samples, tmp_path):
-    first, second = prepare(), prepare()
-    for sample in tiny_samples[:3]:
-        first(*sample)
-    salience_statistics(first).save(tmp_path / "half.safetensors")
-    plan = next(module.hook for module in second.modules() if hasattr(module, "hook"))
-    plan.resume(SalienceStatistics.load(tmp_path / "half.safetensors"))
-    for sample in tiny_samples[3:]:
-        second(*sample)
-    outcomes = balance_result(convert_pt2e(second)).outcomes
-    for name, outcome in balance_result(quantized()).outcomes.items():
-        assert torch.equal(outcomes[name].b, outcome.b)
-    with pytest.raises(CalibrationError, match=r"belong to another model: 'transformer_blocks.0.attn1.to_out.0' is"):
-        plan.resume(SalienceStatistics())
-
-
 def test_a_float_model_has_no_statistics(tiny_exported):
     with pytest.raises(CalibrationError, match="not prepared with PTQ4DiTQuantizer"):
         salience_statistics(tiny_exported)

@@ -1,0 +1,31 @@
+"""What a user names as ``package.module:function``."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from typing import Any
+
+from ptq4dit_ao.errors import ArgumentError
+
+
+def call_by_name(what: str, spec: str, others: Iterable[str]) -> Any:
+    """Call a function without arguments.
+
+    Args:
+        what: it shall return, for messages.
+        spec: ``package.module:function``.
+        others: what else could have been given, for messages.
+
+    Raises:
+        ArgumentError: ``spec`` is not of that form, there is no such function, or it fails for want of something.
+    """
+    module, colon, function = spec.partition(":")
+    if not (colon and all(part.isidentifier() for part in module.split(".")) and function.isidentifier()):
+        raise ArgumentError(
+            f"{what} {spec!r} is none of {', '.join(others)}, 'package.module:function'; check its spelling"
+        )
+    try:
+        return getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError, TypeError, OSError) as error:
+        raise ArgumentError(f"{what} {spec!r} cannot be loaded: {error}") from error
