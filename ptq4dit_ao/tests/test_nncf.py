@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import sys
 from collections import Counter
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from ptq4dit_ao import PTQ4DiTQuantizer, load_recipe, lower
 from ptq4dit_ao.calibration import CalibrationSamples
+from ptq4dit_ao.core.metrics import sqnr_db
 from ptq4dit_ao.errors import ArgumentError, CalibrationError, LoweringError, MissingDependencyError
 from ptq4dit_ao.lowering import quantized_linears
 from ptq4dit_ao.lowering.openvino import compile_model
@@ -26,11 +26,6 @@ quantize_pt2e = pytest.importorskip("nncf.experimental.torch.fx").quantize_pt2e
 
 LINEARS = 14
 """Of the tiny DiT's 22 those that the preset quantizes."""
-
-
-def sqnr_db(expected: Tensor, actual: Tensor) -> float:
-    noise = (expected.double() - actual.double()).square().sum()
-    return math.inf if noise == 0 else 10 * math.log10(expected.double().square().sum() / noise)
 
 
 @pytest.fixture(scope="module", autouse=True)

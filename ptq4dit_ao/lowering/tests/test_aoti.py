@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ptq4dit_ao.core.metrics import sqnr_db
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.lowering import export_to, lower
 from ptq4dit_ao.lowering.onednn_verbose import count_onednn_gemms
@@ -22,11 +22,6 @@ DOCS = Path(__file__).parents[3] / "docs" / "aoti.md"
 LINEARS = 14
 
 pytestmark = [pytest.mark.x86, pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))]
-
-
-def sqnr_db(expected: Tensor, actual: Tensor) -> float:
-    noise = (expected.double() - actual.double()).square().sum()
-    return math.inf if noise == 0 else 10 * math.log10(expected.double().square().sum() / noise)
 
 
 def batch_of(rows: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import functools
 import importlib
-import math
 from collections.abc import Callable
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
+from ptq4dit_ao.core.metrics import sqnr_db
 from ptq4dit_ao.errors import LoweringError
 from ptq4dit_ao.graph import export_transformer
 from ptq4dit_ao.graph.names import LINEAR
@@ -30,6 +30,7 @@ from ptq4dit_ao.lowering import (
     quantized_linears,
 )
 from ptq4dit_ao.lowering.mixed import PRODUCTS, compute_in
+from ptq4dit_ao.lowering.tests.batches import batch_of
 from ptq4dit_ao.quantizer import PTQ4DiTQuantizer
 
 lowering = importlib.import_module("ptq4dit_ao.lowering.backend")  # the name is also that of a function
@@ -43,16 +44,6 @@ ONEDNN = "onednn::qlinear_pointwise"
 FBGEMM = "quantized::linear_with_input_q_dq_qweight_dq_output_fp32"
 
 needs_onednn = pytest.mark.skipif(not fbgemm.has_onednn(), reason="this torch has no oneDNN")
-
-
-def sqnr_db(expected: Tensor, actual: Tensor) -> float:
-    noise = (expected.double() - actual.double()).square().sum()
-    return math.inf if noise == 0 else 10 * math.log10(expected.double().square().sum() / noise)
-
-
-def batch_of(rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(rows)
-    return torch.randn(rows, 4, 8, 8, generator=generator), torch.arange(rows) * 70, torch.arange(rows) % 10
 
 
 @pytest.fixture(params=BACKENDS)

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor, nn
 
+from ptq4dit_ao.core.metrics import sqnr_db
 from ptq4dit_ao.errors import LoweringError
 from ptq4dit_ao.graph import export_transformer
 from ptq4dit_ao.lowering import export_to, lower, onnx
+from ptq4dit_ao.lowering.tests.batches import batch_of
 from ptq4dit_ao.quantizer import PTQ4DiTQuantizer
 
 LINEARS = 14
 
 needs_onnx = pytest.mark.skipif(onnx.unavailable() is not None, reason=str(onnx.unavailable()))
-
-
-def sqnr_db(expected: Tensor, actual: Tensor) -> float:
-    noise = (expected.double() - actual.double()).square().sum()
-    return math.inf if noise == 0 else 10 * math.log10(expected.double().square().sum() / noise)
-
-
-def batch_of(rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(rows)
-    return torch.randn(rows, 4, 8, 8, generator=generator), torch.arange(rows) * 70, torch.arange(rows) % 10
 
 
 @needs_onnx

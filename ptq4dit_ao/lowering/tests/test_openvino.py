@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -17,10 +16,12 @@ from torchao.quantization.pt2e.observer import MinMaxObserver
 from torchao.quantization.pt2e.quantizer import QuantizationSpec
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
+from ptq4dit_ao.core.metrics import sqnr_db
 from ptq4dit_ao.errors import ArgumentError, LoweringError
 from ptq4dit_ao.graph import export_transformer
 from ptq4dit_ao.lowering import available_backends, export_to, lower, missing_backends, quantized_linears
 from ptq4dit_ao.lowering.openvino import count_attention
+from ptq4dit_ao.lowering.tests.batches import batch_of
 from ptq4dit_ao.quantizer import LinearQuantizer, PTQ4DiTQuantizer, attention
 
 ov = pytest.importorskip("openvino")
@@ -28,16 +29,6 @@ ov = pytest.importorskip("openvino")
 BITS = {"W8A8": (8, 8), "W4A8": (4, 8), "W6A6": (6, 6)}
 LINEARS = 14
 """Quantized linears of the tiny DiT."""
-
-
-def sqnr_db(expected: Tensor, actual: Tensor) -> float:
-    noise = (expected.double() - actual.double()).square().sum()
-    return math.inf if noise == 0 else 10 * math.log10(expected.double().square().sum() / noise)
-
-
-def batch_of(rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(rows)
-    return torch.randn(rows, 4, 8, 8, generator=generator), torch.arange(rows) * 70, torch.arange(rows) % 10
 
 
 @pytest.fixture(params=BITS)

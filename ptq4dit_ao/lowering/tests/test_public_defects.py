@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 
 import pytest
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ptq4dit_ao import SitePolicy
+from ptq4dit_ao.core.metrics import sqnr_db
 from ptq4dit_ao.errors import LoweringError
 from ptq4dit_ao.graph import export_transformer
 from ptq4dit_ao.lowering import aoti, export_to, lower
@@ -20,11 +20,6 @@ from ptq4dit_ao.quantizer import PTQ4DiTQuantizer
 
 STEPS = 3
 COMPILES = [pytest.mark.x86, pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))]
-
-
-def sqnr_db(expected: Tensor, actual: Tensor) -> float:
-    noise = (expected.double() - actual.double()).square().sum()
-    return math.inf if noise == 0 else 10 * math.log10(expected.double().square().sum() / noise)
 
 
 class Unrolled(nn.Module):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 from torchao.quantization.pt2e.quantizer.arm_inductor_quantizer import (
     ArmInductorQuantizer,
     get_default_arm_inductor_quantization_config,
 )
 from torchao.testing.pt2e._xnnpack_quantizer import XNNPACKQuantizer, get_symmetric_quantization_config
 
+from ptq4dit_ao.core.metrics import sqnr_db
 from ptq4dit_ao.errors import LoweringError
 from ptq4dit_ao.lowering import lower, quantized_linears
 from ptq4dit_ao.passes import balance_result
@@ -27,10 +27,6 @@ def arm() -> ArmInductorQuantizer:
 def xnnpack() -> XNNPACKQuantizer:
     """Weights per channel, also element-wise ops, whose inputs and outputs share observers."""
     return XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
-
-
-def sqnr_db(expected: Tensor, actual: Tensor) -> float:
-    return float(10 * torch.log10(expected.square().sum() / (expected - actual).square().sum()))
 
 
 @pytest.fixture(params=[arm, xnnpack])

@@ -16,6 +16,7 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
     get_default_x86_inductor_quantization_config,
 )
 
+from ptq4dit_ao.core.metrics import sqnr_db
 from ptq4dit_ao.errors import ArgumentError, BalanceError, CalibrationError, OverrideError, PTQ4DiTError
 from ptq4dit_ao.graph import export_transformer
 from ptq4dit_ao.lowering import QuantizedLinear, lower, quantized_linears
@@ -54,11 +55,6 @@ def by_layer(converted: GraphModule) -> dict[str, QuantizedLinear]:
 
 def weight_ranges(converted: GraphModule) -> dict[str, tuple[int, int]]:
     return {layer: linear.weight_range for layer, linear in by_layer(converted).items()}
-
-
-def sqnr_db(expected: Tensor, actual: Tensor) -> float:
-    expected, actual = expected.double(), actual.double()
-    return 10 * math.log10(expected.square().sum() / (expected - actual).square().sum())
 
 
 def pooled_sqnr_db(model: GraphModule, converted: GraphModule, samples) -> float:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
@@ -24,6 +24,7 @@ from ptq4dit_ao.core import sqnr_db
 from ptq4dit_ao.errors import ArgumentError, ArtifactError, CalibrationError, OverrideError
 from ptq4dit_ao.graph import export_transformer
 from ptq4dit_ao.graph.names import layer_name, linears
+from ptq4dit_ao.lowering.tests.batches import batch_of
 from ptq4dit_ao.quantizer import LinearQuantizer
 from ptq4dit_ao.recipe import Activations, Balance, Override, Recipe, Weights, load_recipe
 from ptq4dit_ao.reference.models import DIT_CONFIG, SAMPLING
@@ -35,11 +36,6 @@ from ptq4dit_ao.workflow.quantized_model import InputSpec
 size_of = importlib.import_module("ptq4dit_ao.workflow.quantize").size_of  # the name is also that of a function
 
 BITS = {"W8A8": 8, "W4A8": 4}
-
-
-def batch_of(rows: int, channels: int = 4) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(rows)
-    return torch.randn(rows, channels, 8, 8, generator=generator), torch.arange(rows) * 70, torch.arange(rows) % 10
 
 
 @pytest.fixture(scope="module")

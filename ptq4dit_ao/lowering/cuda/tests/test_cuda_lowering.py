@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
-import math
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from ptq4dit_ao.core.metrics import sqnr_db
 from ptq4dit_ao.errors import LoweringError
 from ptq4dit_ao.graph import export_transformer
 from ptq4dit_ao.lowering import Request, lower, quantized_linears
 from ptq4dit_ao.lowering.cuda import replace_linears
+from ptq4dit_ao.lowering.tests.batches import batch_of
 from ptq4dit_ao.quantizer import PTQ4DiTQuantizer
 
 backends = importlib.import_module("ptq4dit_ao.lowering.backend").BACKENDS
@@ -26,16 +27,6 @@ LINEARS = 14
 CPU = torch.device("cpu")
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
-
-
-def sqnr_db(expected: Tensor, actual: Tensor) -> float:
-    noise = (expected.double() - actual.double().cpu()).square().sum()
-    return math.inf if noise == 0 else 10 * math.log10(expected.double().square().sum() / noise)
-
-
-def batch_of(rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(rows)
-    return torch.randn(rows, 4, 8, 8, generator=generator), torch.arange(rows) * 70, torch.arange(rows) % 10
 
 
 def request_for(converted: GraphModule, float_dtype: torch.dtype | None = None) -> Request:
@@ -66,7 +57,7 @@ def test_a_lowered_graph_computes_what_the_converted_one_says(on_cpu, converted)
     for rows in (4, 1, 7):
         expected, actual = converted(*batch_of(rows)), lowered(*batch_of(rows))
         assert actual.shape == expected.shape and actual.dtype == torch.float32
-        assert sqnr_db(expected, actual) > 100  # the same integers, so only rounding differs
+        assert sqnr_db(expected, actual.cpu()) > 100  # the same integers, so only rounding differs
 
 
 @pytest.mark.x86
@@ -75,7 +66,7 @@ def test_what_compiles_is_what_runs_eagerly(quantized):
     compiled = torch.compile(graph, fullgraph=True)
     with torch.no_grad():
         for rows in (4, 3):
-            assert sqnr_db(graph(*batch_of(rows)), compiled(*batch_of(rows))) > 60
+            assert sqnr_db(graph(*batch_of(rows)), compiled(*batch_of(rows)).cpu()) > 60
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -86,7 +77,7 @@ def test_linears_write_16_bits_where_the_float_part_computes_in_them(on_cpu, qua
     assert len(linears) == LINEARS and all(module.out_dtype == dtype for module in linears)
     assert all(module.scale.dtype == torch.float32 for module in linears)
     actual = lowered(*batch_of(4))
-    assert actual.dtype == torch.float32 and sqnr_db(converted(*batch_of(4)), actual) > 30
+    assert actual.dtype == torch.float32 and sqnr_db(converted(*batch_of(4)), actual.cpu()) > 30
 
 
 class Plain(nn.Module):
@@ -110,7 +101,7 @@ def test_a_model_in_16_bits_stays_so(on_cpu, convert, dtype):
     lowered = lower(converted, "cuda")
     assert lowered.proof.kernels == {"ptq4dit_ao::int8_linear": 2}
     actual = lowered(*samples[0])
-    assert actual.dtype == dtype and sqnr_db(converted(*samples[0]), actual) > 35
+    assert actual.dtype == dtype and sqnr_db(converted(*samples[0]), actual.cpu()) > 35
 
 
 def test_a_tensor_is_quantized_once(quantized):
@@ -178,7 +169,7 @@ def test_a_gpu_computes_what_the_graph_says(converted, float_dtype):
         outputs = [lowered(*batch_of(rows)) for _ in range(4)]  # compiled, recorded, replayed twice
         assert outputs[0].is_cuda
         assert all(torch.equal(output, outputs[-1]) for output in outputs[1:])
-        assert sqnr_db(expected, outputs[-1]) > (30 if float_dtype else 40)
+        assert sqnr_db(expected, outputs[-1].cpu()) > (30 if float_dtype else 40)
 
 
 @pytest.mark.cuda
@@ -189,4 +180,4 @@ def test_without_triton_a_gpu_runs_eagerly(quantized, monkeypatch):
     converted = quantized(weight_bits=4, activation_bits=8)
     lowered = lower(converted, "cuda")
     assert lowered.proof.integer_gemms == LINEARS
-    assert sqnr_db(converted(*batch_of(4)), lowered(*batch_of(4))) > 40
+    assert sqnr_db(converted(*batch_of(4)), lowered(*batch_of(4)).cpu()) > 40
