@@ -32,7 +32,7 @@ def asked(monkeypatch):
             "proof": None,
         }
         row = Row(
-            steps=5, bits="w8a8", method="minmax", figures=figures, paper=None, notes=("said",),
+            steps=5, bits="w8a8", method="minmax", model="minmax-w8a8", figures=figures, paper=None, notes=("said",),
             seconds={"measure": 2.0, "quantize": 1.0}, environment={"cpu": "c", "versions": {"torch": "2"}},
         )  # fmt: skip
         return TableResult(

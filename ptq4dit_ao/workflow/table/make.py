@@ -73,6 +73,7 @@ def _row(cell: Cell, found: Json, paper: PaperFigures | None) -> Row:
         steps=cell.steps,
         bits=cell.bits,
         method=cell.method,
+        model=cell.model,
         figures=found["row"],
         paper=None if paper is None else paper.of(cell.steps, cell.bits, cell.method),
         seconds=found["seconds"],

@@ -19,6 +19,8 @@ class Row:
     bits: str | None
     """None for the float model."""
     method: str
+    model: str
+    """Name of the quantized model, which rows may share."""
     figures: dict[str, Any]
     """An :class:`~ptq4dit_ao.workflow.evaluation_result.EvaluationRow` as JSON."""
     paper: tuple[float | None, ...] | None
@@ -58,7 +60,7 @@ class TableResult:
     @property
     def seconds(self) -> float:
         """Of all rows, each quantization counted once."""
-        quantized = {(row.method, row.bits): row.seconds.get("quantize", 0.0) for row in self.rows}
+        quantized = {row.model: row.seconds.get("quantize", 0.0) for row in self.rows}
         return sum(quantized.values()) + sum(row.seconds["measure"] for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:

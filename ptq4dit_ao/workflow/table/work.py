@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from ptq4dit_ao._atomic import replacing_file
 from ptq4dit_ao.calibration import Sampling
 from ptq4dit_ao.errors import ArgumentError, PTQ4DiTError
 from ptq4dit_ao.recipe import Recipe
-from ptq4dit_ao.workflow.correction import correction_for
+from ptq4dit_ao.workflow.correction import fit_correction
 from ptq4dit_ao.workflow.drawing import NOISE_SEED, Drawing, decoder
 from ptq4dit_ao.workflow.environment import environment, installed
 from ptq4dit_ao.workflow.evaluate import CORRECTED
@@ -44,15 +45,21 @@ class Cell:
     bits: str | None = None
     recipe: Recipe | None = None
     """None for the float model, like the bits."""
+    model: str = ""
+    """The quantized model's name; methods that differ in the correction of noise alone share one."""
 
     @property
     def name(self) -> str:
         """``paper-w4a8-50``; of the float model, ``float32-50``."""
-        return f"{self.model}-{self.steps}"
+        return "-".join([self.method, *filter(None, [self.bits]), str(self.steps)])
 
     @property
-    def model(self) -> str:
-        return self.method if self.bits is None else f"{self.method}-{self.bits}"
+    def model_recipe(self) -> Recipe | None:
+        """What the quantized model is made by: noise is corrected in the scheduler."""
+        if self.recipe is None:
+            return None
+        off = self.recipe.noise_correction.model_copy(update={"images": 0})
+        return self.recipe.model_copy(update={"noise_correction": off})
 
 
 class Work:
@@ -100,8 +107,11 @@ class Work:
         for steps in self.settings.steps:
             yield Cell(steps=steps)
             for bits in self.settings.bits:
+                models: dict[str, str] = {}
                 for method, base in self._recipes.items():
-                    yield Cell(steps=steps, method=method, bits=bits, recipe=self.settings.recipe(base, bits))
+                    cell = Cell(steps=steps, method=method, bits=bits, recipe=self.settings.recipe(base, bits))
+                    made_of = json.dumps(self._made_of(cell.model_recipe))
+                    yield dataclasses.replace(cell, model=models.setdefault(made_of, f"{method}-{bits}"))
 
     def found(self, cell: Cell) -> Json | None:
         """What lies in the folder for a cell.
@@ -110,7 +120,7 @@ class Work:
             ArgumentError: it, or the quantized model that it is of, was made with other settings.
         """
         if cell.recipe is not None:
-            read_cell(self._about(cell), self._made_of(cell.recipe))
+            read_cell(self._about(cell), self._made_of(cell.model_recipe))
         return read_cell(self._path(cell), self._depends(cell))
 
     @torch.no_grad()
@@ -126,7 +136,7 @@ class Work:
             standard = self._standard_at(cell.steps)
             row, notes = standard.float_row, list(standard.notes)
         else:
-            about = self._quantize(cell, cell.recipe)
+            about = self._quantize(cell)
             standard = self._standard_at(cell.steps)
             start = time.perf_counter()
             row, corrected = self._measure(cell, cell.recipe, standard)
@@ -148,10 +158,12 @@ class Work:
         if stage.startswith("sample "):
             self._on_progress(ALL, self._before + done, self._all)
 
-    def _quantize(self, cell: Cell, recipe: Recipe) -> dict[str, float]:
+    def _quantize(self, cell: Cell) -> dict[str, float]:
         """Have the quantized model in the folder; the seconds that it took, now or then."""
         if cell.model in self._failed:
             raise self._failed[cell.model]
+        recipe = cell.model_recipe
+        assert recipe is not None
         about, depends = self._about(cell), self._made_of(recipe)
         found = read_cell(about, depends)
         if found is None or not self._saved(cell).is_dir():
@@ -168,10 +180,9 @@ class Work:
 
     def _measure(self, cell: Cell, recipe: Recipe, standard: Standard) -> tuple[EvaluationRow, bool]:
         """The row, and whether noise was corrected in the scheduler."""
-        folder = self._saved(cell)
-        quantized = load_quantized(folder)
+        quantized = dataclasses.replace(load_quantized(self._saved(cell)), recipe=recipe)
         fitting = functools.partial(self._told, "fit correction")
-        correction = correction_for(folder, self.model, quantized, cell.steps, fitting)
+        correction = fit_correction(self.model, quantized, cell.steps, fitting)
         recorded = recorded_samples(self.model, recipe, evaluate=True, on_progress=self._told)
         row = standard.row(quantized.lower(self.settings.backend), recipe, recorded, correction, self._told)
         return row, correction is not None

@@ -10,12 +10,15 @@ from diffusers import DiTTransformer2DModel
 from torch import nn
 
 from ptq4dit_ao.errors import ArgumentError
+from ptq4dit_ao.recipe import load_recipe
 from ptq4dit_ao.reference.models import DIT_CONFIG
 from ptq4dit_ao.testing.facebook_dit import randomize_
 from ptq4dit_ao.workflow.drawing import NOISE_SEED, Drawing
 from ptq4dit_ao.workflow.evaluate import evaluate
 from ptq4dit_ao.workflow.evaluation_result import finite
-from ptq4dit_ao.workflow.models import LoadedModel
+from ptq4dit_ao.workflow.models import LoadedModel, load_model
+from ptq4dit_ao.workflow.quantize import quantize
+from ptq4dit_ao.workflow.quantized_model import load_quantized
 from ptq4dit_ao.workflow.table import TableSettings, make_table, work
 
 FEW = "calibration: {timesteps: 2, steps: 2}\nevaluation: {timesteps: 2, samples: 2}"
@@ -29,6 +32,7 @@ def settings(tmp_path_factory):
     randomize_(DiTTransformer2DModel(**{**DIT_CONFIG, "num_layers": 1}), seed=0).save_pretrained(folder / "float")
     (folder / "plain").write_text(f"version: 1\n{FEW}\n")
     (folder / "corrected").write_text(f"version: 1\n{FEW}\nnoise_correction: {{images: 3}}\n")
+    (folder / "balanced").write_text(f"version: 1\n{FEW}\nbalance: {{aggregation: max}}\n")
     (folder / "failing").write_text(f"version: 1\n{FEW}\noverrides: [{{pattern: nowhere, skip: true}}]\n")
 
     def make(**changes):
@@ -68,11 +72,13 @@ def test_rows_are_those_of_the_papers_tables(filled):
     assert (result.network, result.reference) == ("digits classifier", "what the float model draws")
 
 
-def test_a_cell_is_what_evaluate_finds(filled, settings):
+def test_a_cell_is_what_evaluate_finds(filled, settings, tmp_path):
     folder, result = filled
-    for row in result.rows[1:]:
+    corrected = settings().recipe(load_recipe(settings().methods[1]), "w4a8")
+    quantize(load_model(settings().model), corrected, tmp_path / "corrected", grids=False)
+    for row, model in zip(result.rows[1:], (folder / "models" / "plain-w4a8", tmp_path / "corrected"), strict=True):
         options = {"samples": 6, "steps": 2, "seed": NOISE_SEED, "features": "digits"}
-        found = evaluate(folder / "models" / f"{row.method}-w4a8", settings().model, **options).to_dict()["rows"][1]
+        found = evaluate(model, settings().model, **options).to_dict()["rows"][1]
         assert row.figures == json.loads(json.dumps(found))
     recipe = json.loads((folder / "cells" / "plain-w4a8-2.json").read_text())["depends"]["recipe"]
     assert (recipe["weights"]["bits"], recipe["layers"], recipe["calibration"]["samples"]) == (4, "paper", 2)
@@ -103,7 +109,18 @@ def test_the_float_models_images_are_drawn_once(settings, tmp_path, counted):
         make_table(settings(), tmp_path, on_cell=interrupt)
     assert counted == (["plain-w4a8"], [2, 2])
     result = make_table(settings(), tmp_path)
-    assert counted == (["plain-w4a8", "corrected-w4a8"], [2, 2, 2]) and len(result.rows) == 3
+    assert counted == (["plain-w4a8"], [2, 2, 2]) and len(result.rows) == 3  # noise is corrected in the scheduler
+    _, plain, corrected = result.rows
+    assert plain.seconds["quantize"] == corrected.seconds["quantize"]
+    measured = sum(row.seconds["measure"] for row in result.rows)
+    assert result.seconds == pytest.approx(measured + plain.seconds["quantize"])
+
+
+def test_methods_that_differ_in_more_have_models_of_their_own(settings, tmp_path, counted):
+    result = make_table(settings(methods=("corrected", "balanced")), tmp_path)
+    assert counted[0] == ["corrected-w4a8", "balanced-w4a8"]
+    assert load_quantized(tmp_path / "models" / "corrected-w4a8").recipe.noise_correction.images == 0
+    assert result.seconds == pytest.approx(sum(sum(row.seconds.values()) for row in result.rows))
 
 
 def test_what_fails_leaves_the_rest_alone(settings, tmp_path, counted):

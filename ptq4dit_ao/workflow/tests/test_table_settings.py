@@ -162,7 +162,7 @@ def test_the_page_has_them_only_then(same_setting):
     paper = paper_figures(loaded(), INCEPTION, same_setting, ASKED)
     distances = {"frechet": 9.0, "spatial_frechet": 8.0, "inception_score": 7.0, "precision": 0.5, "recall": 0.4}
     row = Row(
-        steps=50, bits="w4a8", method="paper",
+        steps=50, bits="w4a8", method="paper", model="paper-w4a8",
         figures={"eps": None, "proof": None, "images": None, "distances": distances},
         paper=paper and paper.of(50, "w4a8", "paper"), seconds={"measure": 1.0}, notes=(), environment={"versions": {}},
     )  # fmt: skip
