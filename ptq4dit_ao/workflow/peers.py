@@ -111,7 +111,9 @@ def torchao_smoothquant(model: FloatModel) -> Started:
     for batch in model.batches:
         model.call(module)(*batch)
     quantize_(module, SmoothQuantConfig(base, step="convert"))
-    return _counted(_frozen(model.call(_compiled(module))), model)
+    # Not frozen: once the passes of X86InductorQuantizer are registered, Inductor fuses these products wrongly (torchao
+    # 0.18: 5.6 dB instead of 37). They are integer either way.
+    return _counted(model.call(_compiled(module)), model)
 
 
 def openvino_float32(model: FloatModel) -> Started:
