@@ -107,4 +107,14 @@ def _float_model(directory: str | Path, quantized: QuantizedModel, spec: str | N
     if spec is None:
         raise ArgumentError(f"{directory} does not know its float model; say which with --model")
     sampling = Sampling(**quantized.sampling)  # type: ignore[arg-type]  # written by to_dict
-    return dataclasses.replace(load_model(spec), sampling=sampling), sampling
+    loaded = load_model(spec)
+    if loaded.sampling is not None and (found := _shape(loaded.sampling)) != (expected := _shape(sampling)):
+        raise ArgumentError(
+            f"{directory} was quantized from a model of {expected}; {spec} is one of {found}; give its float model "
+            "(--model)"
+        )
+    return dataclasses.replace(loaded, sampling=sampling), sampling
+
+
+def _shape(sampling: Sampling) -> str:
+    return f"{sampling.channels} x {sampling.size} x {sampling.size} and {sampling.null_label} classes"

@@ -173,6 +173,14 @@ def test_wrong_options_are_found_before_the_work(saved, options, error, message)
         evaluate(saved / "model", str(saved / "float"), **options, on_progress=lambda *_: pytest.fail("began"))
 
 
+def test_another_float_model_is_refused(saved):
+    message = (
+        r"model was quantized from a model of 1 x 8 x 8 and 10 classes; fashion is one of 1 x 28 x 28 and 10 classes"
+    )
+    with pytest.raises(ArgumentError, match=message):
+        evaluate(saved / "model", "fashion", on_progress=lambda *_: pytest.fail("began"))
+
+
 def test_kept_statistics_are_of_one_network_and_have_no_cache(saved, tmp_path):
     kept = tmp_path / "kept.safetensors"
     options = {"features": "digits", "samples": 4, "steps": 1}
@@ -188,7 +196,7 @@ def test_kept_statistics_are_of_one_network_and_have_no_cache(saved, tmp_path):
     ("sampling", "message"),
     [
         (None, "was saved without the way to sample it, so no images can be compared"),
-        ({"channels": 4}, "denoises 4-channel latents and has no VAE to decode them"),
+        ({"channels": 4}, "quantized from a model of 4 x 8 x 8 and 10 classes"),
         ({}, "does not know its float model; say which with --model"),
     ],
 )
