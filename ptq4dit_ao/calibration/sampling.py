@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ptq4dit_ao._optional import require
+from ptq4dit_ao.errors import check_choice
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""``(x (N,C,H,W), t (N,), y (N,)) -> predicted noise (N,C or 2C,H,W)``; a learned variance is ignored."""
+"""``(x (N,C,H,W), t (N,), y (N,)) -> predicted noise (N,C or 2C,H,W)``; DDIM ignores a learned variance."""
+
+Sampler = Literal["ddim", "ddpm"]
+SAMPLERS: tuple[str, ...] = get_args(Sampler)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,23 +31,45 @@ class Sampling:
     """Does the model denoise pixels in [-1, 1] (clip every prediction) or latents?"""
     train_timesteps: int = 1000
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    learned_variance: bool = False
+    """Does the model predict how much noise DDPM adds, too, between its bounds?"""
 
     @classmethod
     def of(cls, transformer: nn.Module, *, clip: bool = False) -> Sampling:
         """Read a diffusers ``DiTTransformer2DModel``'s config."""
         config: Any = transformer.config
         return cls(
-            channels=config.in_channels, size=config.sample_size, null_label=config.num_embeds_ada_norm, clip=clip
+            channels=config.in_channels,
+            size=config.sample_size,
+            null_label=config.num_embeds_ada_norm,
+            clip=clip,
+            learned_variance=config.out_channels == 2 * config.in_channels,
         )
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
 
-    def scheduler(self, steps: int) -> Any:
-        """A DDIM scheduler set to ``steps`` steps."""
-        scheduler = require("diffusers", extra="diffusers").DDIMScheduler(
-            num_train_timesteps=self.train_timesteps, beta_schedule=self.beta_schedule, clip_sample=self.clip
-        )
+    def scheduler(self, steps: int, sampler: str = "ddim") -> Any:
+        """A scheduler of diffusers set to ``steps`` steps.
+
+        ``ddpm`` is that of the DiT authors' code: timesteps from 0 to the last one, evenly spaced and rounded, and the
+        model's own variance if it predicts one.
+
+        Raises:
+            ArgumentError: there is no such sampler.
+        """
+        check_choice("sampler", sampler, SAMPLERS)
+        diffusers = require("diffusers", extra="diffusers")
+        options = {
+            "num_train_timesteps": self.train_timesteps,
+            "beta_schedule": self.beta_schedule,
+            "clip_sample": self.clip,
+        }
+        if sampler == "ddim":
+            scheduler = diffusers.DDIMScheduler(**options)
+        else:
+            variance = "learned_range" if self.learned_variance else "fixed_small"
+            scheduler = diffusers.DDPMScheduler(**options, timestep_spacing="linspace", variance_type=variance)
         scheduler.set_timesteps(steps)
         return scheduler
 
@@ -104,9 +130,11 @@ def trajectory(
     else:
         scheduler.set_timesteps(steps)
     x = torch.randn(len(labels), sampling.channels, sampling.size, sampling.size, generator=generator)
+    learned = str(getattr(scheduler.config, "variance_type", "")).startswith("learned")
     for t in scheduler.timesteps:
-        eps = guided_noise(denoiser, sampling, x, t, labels, guidance)
-        result = scheduler.step(eps, t, x, generator=generator).prev_sample
+        output = _guided(denoiser, sampling, x, t, labels, guidance)
+        eps = output[:, : sampling.channels]
+        result = scheduler.step(output if learned else eps, t, x, generator=generator).prev_sample
         yield Step(t, x, eps, result)
         x = result
 
@@ -116,10 +144,15 @@ def guided_noise(
     denoiser: Denoiser, sampling: Sampling, x: Tensor, t: Tensor, labels: Tensor, guidance: float
 ) -> Tensor:
     """Predicted noise after classifier-free guidance: x (N, C, H, W), t (), labels (N,) -> (N, C, H, W)."""
+    return _guided(denoiser, sampling, x, t, labels, guidance)[:, : sampling.channels]
+
+
+def _guided(denoiser: Denoiser, sampling: Sampling, x: Tensor, t: Tensor, labels: Tensor, guidance: float) -> Tensor:
+    """The same with the learned variance, if there is one: that of the label's half, as the DiT authors have it."""
     y = torch.cat([labels, torch.full_like(labels, sampling.null_label)])
-    eps = denoiser(torch.cat([x, x]), t.expand(len(y)), y)[:, : sampling.channels]
-    conditional, unconditional = eps.float().chunk(2)
-    return unconditional + guidance * (conditional - unconditional)
+    conditional, unconditional = denoiser(torch.cat([x, x]), t.expand(len(y)), y).float().chunk(2)
+    eps, other = conditional[:, : sampling.channels], unconditional[:, : sampling.channels]
+    return torch.cat([other + guidance * (eps - other), conditional[:, sampling.channels :]], dim=1)
 
 
 def as_denoiser(transformer: nn.Module) -> Denoiser:

@@ -35,6 +35,7 @@ def evaluate(args: argparse.Namespace, console: Console) -> None:
             backends=args.backend,
             samples=args.samples,
             steps=args.steps,
+            sampler=args.sampler,
             seed=args.seed,
             features=args.features,
             reference=args.reference,
@@ -101,7 +102,8 @@ def remarks(result: EvaluationResult) -> Iterator[str]:
     yield from (row.proof for row in result.rows if row.proof is not None)
     rows, width = next((row.eps.rows, row.images.data_range) for row in result.rows if row.eps and row.images)
     yield f"[95 % bootstrap intervals] over {rows} rows of inputs (seed {result.eps_seed}) and {result.samples} images"
-    yield f"{result.steps} DDIM steps, guidance {result.guidance:g}, seed {result.seed}; data range {width:g}"
+    steps = f"{result.steps} {result.sampler.upper()} steps"
+    yield f"{steps}, guidance {result.guidance:g}, seed {result.seed}; data range {width:g}"
     yield one_line(result.environment)
 
 

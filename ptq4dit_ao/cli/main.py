@@ -120,6 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--samples", type=_positive, default=200, metavar="N", help="images to draw (default: %(default)s)")
     p.add_argument("--steps", type=_positive, default=50, help="sampling steps (default: %(default)s)")
+    p.add_argument("--sampler", choices=("ddim", "ddpm"), default="ddim", help="default: %(default)s")
     p.add_argument("--seed", type=int, default=3000, help="seed of noise and intervals (default: %(default)s)")
     p.add_argument(
         "--features", metavar="NETWORK",
@@ -146,10 +147,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="shipped recipes or recipe files (default: minmax,smoothquant,paper,ptqd,fast,auto)",
     )  # fmt: skip
     p.add_argument(
-        "--bits", type=_words, default=("w8a8", "w4a8", "w6a6", "w4a4"), metavar="A,B",
+        "--bits", type=lambda text: _words(text.lower()), default=("w8a8", "w4a8", "w6a6", "w4a4"), metavar="A,B",
         help="of weights and activations (default: w8a8,w4a8,w6a6,w4a4)",
     )  # fmt: skip
     p.add_argument("--steps", type=_numbers, default=(100, 50), metavar="A,B", help="of the sampler (default: 100,50)")
+    p.add_argument(
+        "--sampler", choices=("ddim", "ddpm"), default="ddim", help="the paper has ddpm (default: %(default)s)"
+    )
     p.add_argument("--samples", type=_positive, default=2000, metavar="N", help="images to draw (default: %(default)s)")
     p.add_argument(
         "--calibration-images", type=_positive, default=16, metavar="N", help="at each timestep (default: %(default)s)"

@@ -25,6 +25,7 @@ def table(args: argparse.Namespace, console: Console) -> None:
         samples=args.samples,
         calibration_images=args.calibration_images,
         seed=args.seed,
+        sampler=args.sampler,
         guidance=args.guidance,
         layers=args.layers,
         backend=args.backend,

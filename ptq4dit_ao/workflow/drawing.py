@@ -36,6 +36,7 @@ class Drawing:
     guidance: float
     seed: int
     """Of the noise."""
+    sampler: str = "ddim"
     decode: Callable[[Tensor], Tensor] | None = None
     """From latents to images in [-1, 1]; None if the model draws these."""
 
@@ -51,6 +52,7 @@ class Drawing:
         """(samples, C, H, W) of all classes in turn."""
         generator = torch.Generator().manual_seed(self.seed)
         labels = (torch.arange(self.samples) % self.sampling.null_label).split(BATCH)
+        scheduler = self.sampling.scheduler(self.steps, self.sampler)
         done, images = 0, []
 
         def advance(*_: int) -> None:
@@ -66,7 +68,7 @@ class Drawing:
                 steps=self.steps,
                 guidance=self.guidance,
                 generator=generator,
-                scheduler=correction and PTQDScheduler(self.sampling.scheduler(self.steps), correction),
+                scheduler=scheduler if correction is None else PTQDScheduler(scheduler, correction),
                 on_step=advance,
             )
             if self.decode is not None:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from ptq4dit_ao.calibration import Sampling
-from ptq4dit_ao.errors import ArgumentError
+from ptq4dit_ao.calibration import SAMPLERS, Sampling
+from ptq4dit_ao.errors import ArgumentError, check_choice
 from ptq4dit_ao.lowering.backend import choose_backend
 from ptq4dit_ao.workflow.correction import correction_for
 from ptq4dit_ao.workflow.drawing import NOISE_SEED, Drawing, decoder
@@ -36,6 +36,7 @@ def evaluate(
     backends: Sequence[str] = ("reference",),
     samples: int = 200,
     steps: int = 50,
+    sampler: str = "ddim",
     seed: int = NOISE_SEED,
     features: str | None = None,
     reference: str | Path | None = None,
@@ -50,6 +51,7 @@ def evaluate(
         backends: what executes it; each has a row of its own.
         samples: images that each model draws, of all classes in turn.
         steps: of the sampler.
+        sampler: ``ddim``, or ``ddpm`` as the DiT authors have it.
         seed: of noise and intervals. The predicted noise is compared on the recipe's evaluation samples.
         features: as for :func:`load_features`. Without it, the shipped models have their classifiers, and of other
             models no distances are measured.
@@ -62,8 +64,9 @@ def evaluate(
         ArgumentError: the float model or its sampling is unknown, it has latents and no VAE, or an option is wrong.
         PTQ4DiTError: see :func:`load_quantized`, :func:`load_model` and :func:`~ptq4dit_ao.lower`.
     """
+    check_choice("sampler", sampler, SAMPLERS)  # before the long part, which a wrong name must not waste
     for name in backends:
-        choose_backend(name)  # before the long part, which a wrong name must not waste
+        choose_backend(name)
     quantized = load_quantized(directory)
     recipe = quantized.recipe
     loaded, sampling = _float_model(directory, quantized, model)
@@ -73,12 +76,14 @@ def evaluate(
         steps=steps,
         guidance=recipe.calibration.guidance,
         seed=seed,
+        sampler=sampler,
         decode=decoder(loaded, sampling),
     )
     network = network_for(loaded, features, reference or cache, samples)
     given = given_yardstick(loaded, network, reference, cache, functools.partial(on_progress, "reference set"))
     lowered = [quantized.lower(name) for name in dict.fromkeys(backends)]
-    correction = correction_for(directory, loaded, quantized, steps, functools.partial(on_progress, "fit correction"))
+    fitting = functools.partial(on_progress, "fit correction")
+    correction = correction_for(directory, loaded, quantized, steps, fitting, sampler=sampler)
     recorded = recorded_samples(loaded, recipe, evaluate=True, on_progress=on_progress)
     standard = standard_of(loaded, drawing, network, given, cache, on_progress=on_progress)
     rows = [standard.row(run, recipe, recorded, correction, on_progress) for run in lowered]
@@ -92,6 +97,7 @@ def evaluate(
         reference_images=None if measure is None else len(measure.statistics.pooled),
         samples=samples,
         steps=steps,
+        sampler=sampler,
         guidance=drawing.guidance,
         seed=seed,
         eps_seed=recipe.evaluation.seed,

@@ -66,6 +66,7 @@ class EvaluationResult:
     reference_images: int | None
     samples: int
     steps: int
+    sampler: str
     guidance: float
     seed: int
     """Of noise and intervals."""

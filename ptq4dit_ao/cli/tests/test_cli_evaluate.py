@@ -70,7 +70,8 @@ def result(network: str, is_inception: bool) -> EvaluationResult:
     )
     return EvaluationResult(
         model="m", rows=(row,), network=network, is_inception=is_inception, reference="real", reference_images=5,
-        samples=2, steps=1, guidance=1.5, seed=4, eps_seed=6, notes=("said",), environment={"cpu": "c", "versions": {}},
+        samples=2, steps=1, sampler="ddpm", guidance=1.5, seed=4, eps_seed=6, notes=("said",),
+        environment={"cpu": "c", "versions": {}},
     )  # fmt: skip
 
 
@@ -95,7 +96,7 @@ def test_the_page_says_what_it_must_be_read_with():
     assert page[-4:] == [
         "* said",
         "* [95 % bootstrap intervals] over 3 rows of inputs (seed 6) and 2 images",
-        "* 1 DDIM steps, guidance 1.5, seed 4; data range 2",
+        "* 1 DDPM steps, guidance 1.5, seed 4; data range 2",
         "* cpu c",
     ]
 
@@ -105,10 +106,27 @@ def test_the_page_says_what_it_must_be_read_with():
     [
         ((), {}),
         (
-            ("--model", "m", "--backend", "a", "b", "--samples", 9, "--steps", 3, "--seed", 2, "--features", "f:g"),
-            {"model": "m", "backends": ["a", "b"], "samples": 9, "steps": 3, "seed": 2, "features": "f:g"},
+            (
+                "--backend",
+                "a",
+                "b",
+                "--samples",
+                9,
+                "--steps",
+                3,
+                "--sampler",
+                "ddpm",
+                "--seed",
+                2,
+                "--features",
+                "f:g",
+            ),
+            {"backends": ["a", "b"], "samples": 9, "steps": 3, "sampler": "ddpm", "seed": 2, "features": "f:g"},
         ),
-        (("--reference", "r.npz", "--cache", "c"), {"reference": Path("r.npz"), "cache": Path("c")}),
+        (
+            ("--model", "m", "--reference", "r.npz", "--cache", "c"),
+            {"model": "m", "reference": Path("r.npz"), "cache": Path("c")},
+        ),
     ],
 )
 def test_options_arrive(run, monkeypatch, options, changes):
@@ -122,7 +140,7 @@ def test_options_arrive(run, monkeypatch, options, changes):
     assert run("evaluate", "out", *options)[0] == 1
     defaults = {
         "directory": Path("out"), "model": None, "backends": ["reference"], "samples": 200, "steps": 50,
-        "seed": NOISE_SEED, "features": None, "reference": None, "cache": None,
+        "sampler": "ddim", "seed": NOISE_SEED, "features": None, "reference": None, "cache": None,
     }  # fmt: skip
     assert seen == [{**defaults, **changes}]
 

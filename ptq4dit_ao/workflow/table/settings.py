@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ptq4dit_ao.calibration import SAMPLERS
 from ptq4dit_ao.errors import ArgumentError, check_choice
 from ptq4dit_ao.lowering.backend import BACKENDS, choose_backend
 from ptq4dit_ao.recipe import Recipe, Weights, load_recipe, shipped_recipes
@@ -40,6 +41,8 @@ class TableSettings:
     """Of calibration; :data:`~ptq4dit_ao.workflow.drawing.NOISE_SEED` more, of images."""
     adaround_steps: int | None = None
     """Of methods that learn, in each block; None is the recipe's own."""
+    sampler: str = "ddim"
+    """Or ``ddpm``, as the DiT authors and the paper have it."""
     guidance: float = 1.5
     layers: Literal["safe", "paper"] = "paper"
     """The same preset for all methods, as only methods are compared."""
@@ -69,6 +72,7 @@ class TableSettings:
                 raise ArgumentError(f"steps has {steps}; a sampler has at least 1")
         for bits in self.bits:
             _widths(bits)
+        check_choice("sampler", self.sampler, SAMPLERS)
         check_choice("layers", self.layers, ("safe", "paper"))
         check_choice("backend", self.backend, tuple(BACKENDS))  # each cell by the same: no "auto"
         choose_backend(self.backend)
@@ -80,7 +84,7 @@ class TableSettings:
         words += ["--bits", ",".join(self.bits), "--steps", ",".join(map(str, self.steps))]
         words += ["--samples", str(self.samples), "--calibration-images", str(self.calibration_images)]
         words += ["--seed", str(self.seed), "--guidance", f"{self.guidance:g}", "--layers", self.layers]
-        words += ["--backend", self.backend]
+        words += ["--sampler", self.sampler, "--backend", self.backend]
         for name in ("adaround_steps", "features", "reference"):
             if (value := getattr(self, name)) is not None:
                 words += [f"--{name.replace('_', '-')}", str(value)]

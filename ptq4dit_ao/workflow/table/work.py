@@ -182,7 +182,7 @@ class Work:
         """The row, and whether noise was corrected in the scheduler."""
         quantized = dataclasses.replace(load_quantized(self._saved(cell)), recipe=recipe)
         fitting = functools.partial(self._told, "fit correction")
-        correction = fit_correction(self.model, quantized, cell.steps, fitting)
+        correction = fit_correction(self.model, quantized, cell.steps, fitting, sampler=self.settings.sampler)
         recorded = recorded_samples(self.model, recipe, evaluate=True, on_progress=self._told)
         row = standard.row(quantized.lower(self.settings.backend), recipe, recorded, correction, self._told)
         return row, correction is not None
@@ -212,7 +212,7 @@ class Work:
         seed = NOISE_SEED + settings.seed
         return Drawing(
             sampling=self._sampling, samples=settings.samples, steps=steps, guidance=settings.guidance, seed=seed,
-            decode=self._decode,
+            sampler=settings.sampler, decode=self._decode,
         )  # fmt: skip
 
     def _depends(self, cell: Cell) -> Json:
@@ -221,7 +221,7 @@ class Work:
             **self._made_of(cell.recipe),
             "backend": None if cell.recipe is None else self.settings.backend,
             "sampling": self._sampling.to_dict(),
-            **{name: getattr(drawing, name) for name in ("samples", "steps", "guidance", "seed")},
+            **{name: getattr(drawing, name) for name in ("samples", "steps", "sampler", "guidance", "seed")},
             "network": None if self.network is None else self.network.name,
             "reference": self.reference if self.given is None else self.given.statistics.checksum,
         }

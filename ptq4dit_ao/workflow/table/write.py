@@ -69,13 +69,12 @@ def remarks(result: TableResult) -> Iterator[str]:
     yield from (f"failed: {name}: {why}" for name, why in result.failed.items())
     if result.reference is not None:
         yield f"distances of {settings.samples} images to: {result.reference}"
-    if result.paper is not None:
-        yield f"the paper's figures were sampled with {result.paper.solver}, these with DDIM"
     paired = next((row.figures for row in result.rows if row.figures["eps"] is not None), None)
     if paired is not None:
         over = f"{paired['eps']['rows']} rows of inputs and {settings.samples} images at equal seeds"
         yield f"[95 % bootstrap intervals] over {over}; eps SQNR is the same at any number of steps"
-    yield f"DDIM, guidance {settings.guidance:g}, seed {settings.seed}, layers {settings.layers!r} for all methods"
+    drawn = f"{settings.sampler.upper()}, guidance {settings.guidance:g}, seed {settings.seed}"
+    yield f"{drawn}, layers {settings.layers!r} for all methods"
     yield f"{settings.calibration_images} calibration images at each timestep; {result.seconds:.0f} s in all"
     yield settings.command
     yield from dict.fromkeys(one_line(row.environment) for row in result.rows)

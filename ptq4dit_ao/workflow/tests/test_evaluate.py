@@ -157,6 +157,7 @@ def test_infinite_figures_are_null_in_json(result):
             LoweringError,
             "backend 'fbgem' is unknown; .* did you mean 'fbgemm'",
         ),
+        ({"sampler": "dpm"}, ArgumentError, "sampler is 'dpm'; choose one of ddim, ddpm"),
         ({"reference": "real.npz"}, ArgumentError, "real.npz: a reference set is measured with a feature network"),
         ({"cache": "kept"}, ArgumentError, "kept: a reference set is measured with a feature network"),
         ({"features": "digits", "samples": 3}, ArgumentError, "3 images are too few for distances; draw at least 4"),

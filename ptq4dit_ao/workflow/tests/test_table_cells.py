@@ -84,6 +84,22 @@ def test_a_cell_is_what_evaluate_finds(filled, settings, tmp_path):
     assert (recipe["weights"]["bits"], recipe["layers"], recipe["calibration"]["samples"]) == (4, "paper", 2)
 
 
+def test_ddpm_has_a_table_of_its_own(filled, settings, tmp_path):
+    folder, ddim = filled
+    asked = settings(sampler="ddpm")
+    with pytest.raises(ArgumentError, match='made with sampler "ddim", not "ddpm"'):
+        make_table(asked, folder)
+    result = make_table(asked, tmp_path / "table")
+    corrected = asked.recipe(load_recipe(asked.methods[1]), "w4a8")
+    quantize(load_model(asked.model), corrected, tmp_path / "corrected", grids=False)
+    options = {"samples": 6, "steps": 2, "seed": NOISE_SEED, "features": "digits", "sampler": "ddpm"}
+    for row, model in zip(result.rows[1:], (folder / "models" / "plain-w4a8", tmp_path / "corrected"), strict=True):
+        found = evaluate(model, asked.model, **options).to_dict()["rows"][1]
+        assert row.figures == json.loads(json.dumps(found))
+    for row, other in zip(result.rows[1:], ddim.rows[1:], strict=True):
+        assert row.figures["eps"] == other.figures["eps"] and row.figures["images"] != other.figures["images"]
+
+
 def test_a_finished_table_is_read(filled, settings, counted):
     folder, result = filled
     again = make_table(settings(), folder, on_cell=lambda *_: pytest.fail("computed"))

@@ -21,7 +21,7 @@ from ptq4dit_ao.workflow.table.result import Row
 from ptq4dit_ao.workflow.table.settings import method_recipes
 from ptq4dit_ao.workflow.table.write import markdown
 
-ASKED = TableSettings(model="m", methods=("paper",), bits=("w4a8",), steps=(50,), samples=10_000)
+ASKED = TableSettings(model="m", methods=("paper",), bits=("w4a8",), steps=(50,), samples=10_000, sampler="ddpm")
 INCEPTION = FeatureNetwork(name="inception-2015-12-05", read=lambda images: None)
 XL = {
     "num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72, "patch_size": 2, "sample_size": 32,
@@ -58,6 +58,7 @@ def loaded(vae: bool = True, folder: Path | None = Path("DiT-XL-2-256"), **confi
         ({"adaround_steps": 0}, "adaround_steps is 0; it must be at least 1"),
         ({"backend": "auto"}, "backend is 'auto'; choose one of "),
         ({"layers": "all"}, "layers is 'all'; choose one of safe, paper"),
+        ({"sampler": "dpm"}, "sampler is 'dpm'; choose one of ddim, ddpm"),
     ],
 )
 def test_settings_are_checked(changes, message):
@@ -151,6 +152,7 @@ def test_the_papers_figures_in_the_papers_setting():
         (loaded(), INCEPTION, False, {}),
         (loaded(), INCEPTION, True, {"samples": 5000}),
         (loaded(), INCEPTION, True, {"guidance": 4.0}),
+        (loaded(), INCEPTION, True, {"sampler": "ddim"}),
     ],
 )
 def test_the_papers_figures_nowhere_else(model, network, has_reference, changes):
@@ -174,6 +176,6 @@ def test_the_page_has_them_only_then(same_setting):
     assert head[7] == "FID (inception-2015-12-05)" and line[7:9] == ["9.000", "8.000"]
     if same_setting:
         assert head[12:] == [f"{name}, the paper (DDPM)" for name in ("FID", "sFID", "IS", "precision")]
-        assert line[12:] == ["9.170", "24.29", "179.9", "0.7052"] and "these with DDIM" in markdown(result)
+        assert line[12:] == ["9.170", "24.29", "179.9", "0.7052"] and "* DDPM, guidance" in markdown(result)
     else:
-        assert len(head) == len(line) == 12 and "DDPM" not in markdown(result)
+        assert len(head) == len(line) == 12 and "the paper (DDPM)" not in markdown(result)
