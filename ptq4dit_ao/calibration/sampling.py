@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ptq4dit_ao._optional import require
-from ptq4dit_ao.errors import check_choice
+from ptq4dit_ao.errors import ArgumentError, check_choice
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``(x (N,C,H,W), t (N,), y (N,)) -> predicted noise (N,C or 2C,H,W)``; DDIM ignores a learned variance."""
@@ -33,6 +33,8 @@ class Sampling:
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
     learned_variance: bool = False
     """Does the model predict how much noise DDPM adds, too, between its bounds?"""
+    sampler: Sampler = "ddim"
+    """DDIM as diffusers' pipelines have it, or DDPM as the DiT authors."""
 
     @classmethod
     def of(cls, transformer: nn.Module, *, clip: bool = False) -> Sampling:
@@ -49,23 +51,44 @@ class Sampling:
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
 
-    def scheduler(self, steps: int, sampler: str = "ddim") -> Any:
-        """A scheduler of diffusers set to ``steps`` steps.
+    @property
+    def guided_channels(self) -> int:
+        """Of the noise, from the first on: all, or three with DDPM (the authors' code leaves a latent's fourth out)."""
+        return self.channels if self.sampler == "ddim" else min(3, self.channels)
 
-        ``ddpm`` is that of the DiT authors' code: timesteps from 0 to the last one, evenly spaced and rounded, and the
-        model's own variance if it predicts one.
+    def by(self, sampler: str) -> Sampling:
+        """The same model, drawn by another sampler.
 
         Raises:
             ArgumentError: there is no such sampler.
         """
         check_choice("sampler", sampler, SAMPLERS)
+        return replace(self, sampler=sampler)  # type: ignore[arg-type]  # checked
+
+    def check_steps(self, steps: int) -> None:
+        """Raises ArgumentError unless a sampler can take so many steps."""
+        if not 1 <= steps <= self.train_timesteps:
+            raise ArgumentError(
+                f"steps is {steps}; it must lie between 1 and the model's {self.train_timesteps} timesteps"
+            )
+
+    def scheduler(self, steps: int) -> Any:
+        """The sampler's scheduler of diffusers, set to ``steps`` steps.
+
+        DDPM goes through timesteps from 0 to the last one, evenly spaced and rounded, and adds noise of the model's own
+        variance, if it predicts one.
+
+        Raises:
+            ArgumentError: there are fewer timesteps than steps, or no steps.
+        """
+        self.check_steps(steps)
         diffusers = require("diffusers", extra="diffusers")
         options = {
             "num_train_timesteps": self.train_timesteps,
             "beta_schedule": self.beta_schedule,
             "clip_sample": self.clip,
         }
-        if sampler == "ddim":
+        if self.sampler == "ddim":
             scheduler = diffusers.DDIMScheduler(**options)
         else:
             variance = "learned_range" if self.learned_variance else "fixed_small"
@@ -101,7 +124,7 @@ def sample(
 ) -> Tensor:
     """Draw one image per label: (N,) -> (N, C, H, W); equal generators start from equal noise.
 
-    ``scheduler`` is one of diffusers', or one that wraps it; DDIM, as ``sampling`` says, if not given.
+    ``scheduler`` is one of diffusers', or one that wraps it; as ``sampling`` says, if not given.
     """
     path = trajectory(
         denoiser, sampling, labels, steps=steps, guidance=guidance, generator=generator, scheduler=scheduler
@@ -128,6 +151,7 @@ def trajectory(
     if scheduler is None:
         scheduler = sampling.scheduler(steps)
     else:
+        sampling.check_steps(steps)
         scheduler.set_timesteps(steps)
     x = torch.randn(len(labels), sampling.channels, sampling.size, sampling.size, generator=generator)
     learned = str(getattr(scheduler.config, "variance_type", "")).startswith("learned")
@@ -148,11 +172,12 @@ def guided_noise(
 
 
 def _guided(denoiser: Denoiser, sampling: Sampling, x: Tensor, t: Tensor, labels: Tensor, guidance: float) -> Tensor:
-    """The same with the learned variance, if there is one: that of the label's half, as the DiT authors have it."""
+    """The same with the learned variance, if there is one; what is not guided is that of the label's half."""
     y = torch.cat([labels, torch.full_like(labels, sampling.null_label)])
     conditional, unconditional = denoiser(torch.cat([x, x]), t.expand(len(y)), y).float().chunk(2)
-    eps, other = conditional[:, : sampling.channels], unconditional[:, : sampling.channels]
-    return torch.cat([other + guidance * (eps - other), conditional[:, sampling.channels :]], dim=1)
+    guided = sampling.guided_channels
+    eps, other = conditional[:, :guided], unconditional[:, :guided]
+    return torch.cat([other + guidance * (eps - other), conditional[:, guided:]], dim=1)
 
 
 def as_denoiser(transformer: nn.Module) -> Denoiser:

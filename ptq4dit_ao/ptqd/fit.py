@@ -48,7 +48,10 @@ def fit_noise_correction(
         raise CalibrationError("there are no labels to sample; give some, best of every class")
     batches = labels.split(batch_size)
     timesteps: list[int] = []
-    sums = torch.zeros(steps, len(_MOMENTS), sampling.channels, dtype=torch.float64)
+    scheduler = scheduler or sampling.scheduler(steps)
+    scheduler.set_timesteps(steps)
+    taken = len(scheduler.timesteps)  # some schedulers add a step
+    sums = torch.zeros(taken, len(_MOMENTS), sampling.channels, dtype=torch.float64)
     for done, batch in enumerate(batches):
         path = trajectory(
             float_denoiser, sampling, batch, steps=steps, guidance=guidance, generator=generator, scheduler=scheduler
@@ -59,7 +62,7 @@ def fit_noise_correction(
             if done == 0:
                 timesteps.append(int(t))
             if on_step is not None:
-                on_step(done * steps + i + 1, len(batches) * steps)
+                on_step(done * taken + i + 1, len(batches) * taken)
     k, mu, sigma_q = solve(sums / (len(labels) * sampling.size**2))
     bad = ~(k.isfinite() & sigma_q.isfinite())
     if bad.any():

@@ -18,12 +18,7 @@ FILE = "ptqd.safetensors"
 
 
 def fit_correction(
-    model: LoadedModel,
-    quantized: QuantizedModel,
-    steps: int,
-    on_step: Callable[[int, int], None] = lambda *_: None,
-    *,
-    sampler: str = "ddim",
+    model: LoadedModel, quantized: QuantizedModel, steps: int, on_step: Callable[[int, int], None] = lambda *_: None
 ) -> NoiseCorrection | None:
     """Fit the correction that the recipe asks for, if it does, for a sampler of so many steps.
 
@@ -44,7 +39,6 @@ def fit_correction(
         steps=steps,
         guidance=guidance,
         generator=torch.Generator().manual_seed(settings.seed),
-        scheduler=model.sampling.scheduler(steps, sampler),
         on_step=on_step,
     )
 
@@ -68,16 +62,14 @@ def correction_for(
     quantized: QuantizedModel,
     steps: int,
     on_step: Callable[[int, int], None] = lambda *_: None,
-    *,
-    sampler: str = "ddim",
 ) -> NoiseCorrection | None:
     """The correction kept with a saved model; if that is of other timesteps or guidance, one fitted anew."""
     kept = _kept(directory, quantized)
     if kept is not None and model.sampling is not None:
-        timesteps = model.sampling.scheduler(steps, sampler).timesteps.tolist()
+        timesteps = model.sampling.scheduler(steps).timesteps.tolist()
         if kept.serves(timesteps, quantized.recipe.calibration.guidance):
             return kept
-    return fit_correction(model, quantized, steps, on_step, sampler=sampler)
+    return fit_correction(model, quantized, steps, on_step)
 
 
 def corrected_scheduler(

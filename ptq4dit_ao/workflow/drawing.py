@@ -36,7 +36,6 @@ class Drawing:
     guidance: float
     seed: int
     """Of the noise."""
-    sampler: str = "ddim"
     decode: Callable[[Tensor], Tensor] | None = None
     """From latents to images in [-1, 1]; None if the model draws these."""
 
@@ -52,7 +51,7 @@ class Drawing:
         """(samples, C, H, W) of all classes in turn."""
         generator = torch.Generator().manual_seed(self.seed)
         labels = (torch.arange(self.samples) % self.sampling.null_label).split(BATCH)
-        scheduler = self.sampling.scheduler(self.steps, self.sampler)
+        scheduler = self.sampling.scheduler(self.steps)
         done, images = 0, []
 
         def advance(*_: int) -> None:

@@ -64,26 +64,28 @@ def evaluate(
         ArgumentError: the float model or its sampling is unknown, it has latents and no VAE, or an option is wrong.
         PTQ4DiTError: see :func:`load_quantized`, :func:`load_model` and :func:`~ptq4dit_ao.lower`.
     """
-    check_choice("sampler", sampler, SAMPLERS)  # before the long part, which a wrong name must not waste
+    check_choice("sampler", sampler, SAMPLERS)  # before the long part, which a wrong option must not waste
+    for name, value, least in (("samples", samples, 1), ("seed", seed, 0)):
+        if value < least:
+            raise ArgumentError(f"{name} is {value}; it must be at least {least}")
     for name in backends:
         choose_backend(name)
     quantized = load_quantized(directory)
     recipe = quantized.recipe
-    loaded, sampling = _float_model(directory, quantized, model)
+    loaded, sampling = _float_model(directory, quantized, model, sampler)
+    sampling.check_steps(steps)
     drawing = Drawing(
         sampling=sampling,
         samples=samples,
         steps=steps,
         guidance=recipe.calibration.guidance,
         seed=seed,
-        sampler=sampler,
         decode=decoder(loaded, sampling),
     )
     network = network_for(loaded, features, reference or cache, samples)
     given = given_yardstick(loaded, network, reference, cache, functools.partial(on_progress, "reference set"))
     lowered = [quantized.lower(name) for name in dict.fromkeys(backends)]
-    fitting = functools.partial(on_progress, "fit correction")
-    correction = correction_for(directory, loaded, quantized, steps, fitting, sampler=sampler)
+    correction = correction_for(directory, loaded, quantized, steps, functools.partial(on_progress, "fit correction"))
     recorded = recorded_samples(loaded, recipe, evaluate=True, on_progress=on_progress)
     standard = standard_of(loaded, drawing, network, given, cache, on_progress=on_progress)
     rows = [standard.row(run, recipe, recorded, correction, on_progress) for run in lowered]
@@ -106,13 +108,15 @@ def evaluate(
     )
 
 
-def _float_model(directory: str | Path, quantized: QuantizedModel, spec: str | None) -> tuple[LoadedModel, Sampling]:
+def _float_model(
+    directory: str | Path, quantized: QuantizedModel, spec: str | None, sampler: str
+) -> tuple[LoadedModel, Sampling]:
     if quantized.sampling is None:
         raise ArgumentError(f"{directory} was saved without the way to sample it, so no images can be compared")
     spec = spec or quantized.recipe.model
     if spec is None:
         raise ArgumentError(f"{directory} does not know its float model; say which with --model")
-    sampling = Sampling(**quantized.sampling)  # type: ignore[arg-type]  # written by to_dict
+    sampling = Sampling(**quantized.sampling).by(sampler)  # type: ignore[arg-type]  # written by to_dict
     loaded = load_model(spec)
     if loaded.sampling is not None and (found := _shape(loaded.sampling)) != (expected := _shape(sampling)):
         raise ArgumentError(

@@ -13,7 +13,7 @@ from torch import Tensor
 from ptq4dit_ao.calibration import Sampling, sample
 from ptq4dit_ao.errors import ArgumentError
 
-LATENTS = Sampling(channels=2, size=4, null_label=3, clip=False, learned_variance=True)
+LATENTS = Sampling(channels=4, size=4, null_label=3, clip=False, learned_variance=True, sampler="ddpm")
 STEPS, GUIDANCE = 5, 1.5
 RESPACED = [999, 749, 500, 250, 0]
 """np.linspace(0, 999, 5), rounded to even."""
@@ -28,18 +28,18 @@ def denoiser(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
 def textbook(labels: Tensor, generator: torch.Generator, *, learned: bool) -> Tensor:
     """Every quantity in float64, from the betas of the steps that are left."""
     abar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
-    x = torch.randn(len(labels), 2, 4, 4, generator=generator)
+    x = torch.randn(len(labels), 4, 4, 4, generator=generator)
     for t, before in zip(RESPACED, [*RESPACED[1:], None], strict=True):
         a, a_before = float(abar[t]), 1.0 if before is None else float(abar[before])
         beta = 1 - a / a_before
         with_label = denoiser(x, torch.full_like(labels, t), labels)
-        without = denoiser(x, torch.full_like(labels, t), torch.full_like(labels, 3))[:, :2]
-        eps = without + GUIDANCE * (with_label[:, :2] - without)
+        without = denoiser(x, torch.full_like(labels, t), torch.full_like(labels, 3))[:, :3]
+        eps = torch.cat([without + GUIDANCE * (with_label[:, :3] - without), with_label[:, 3:4]], dim=1)
         mean = (x - beta / math.sqrt(1 - a) * eps) / math.sqrt(1 - beta)
         if before is None:
             return mean
         least = math.log(beta * (1 - a_before) / (1 - a))
-        part = (with_label[:, 2:] + 1) / 2 if learned else 0.0
+        part = (with_label[:, 4:] + 1) / 2 if learned else 0.0
         z = torch.randn(x.shape, generator=generator)
         x = mean + torch.exp(torch.as_tensor(0.5 * (part * math.log(beta) + (1 - part) * least))) * z
     raise AssertionError
@@ -48,13 +48,9 @@ def textbook(labels: Tensor, generator: torch.Generator, *, learned: bool) -> Te
 @pytest.mark.parametrize("learned", [True, False])
 def test_ddpm_is_the_textbooks(learned):
     sampling, labels = dataclasses.replace(LATENTS, learned_variance=learned), torch.tensor([0, 1, 2])
-    scheduler = sampling.scheduler(STEPS, "ddpm")
-    assert scheduler.timesteps.tolist() == RESPACED
-    torch.manual_seed(0)
-    drawn = sample(
-        denoiser, sampling, labels, steps=STEPS, guidance=GUIDANCE, generator=torch.Generator().manual_seed(5),
-        scheduler=scheduler,
-    )  # fmt: skip
+    assert sampling.scheduler(STEPS).timesteps.tolist() == RESPACED
+    generator = torch.Generator().manual_seed(5)
+    drawn = sample(denoiser, sampling, labels, steps=STEPS, guidance=GUIDANCE, generator=generator)
     expected = textbook(labels, torch.Generator().manual_seed(5), learned=learned)
     torch.testing.assert_close(drawn, expected.float(), rtol=1e-4, atol=1e-5)
 
@@ -63,8 +59,9 @@ def test_ddim_takes_no_notice_of_a_learned_variance():
     def drawn(sampling: Sampling) -> Tensor:
         return sample(denoiser, sampling, torch.tensor([0, 1]), steps=3, generator=torch.Generator().manual_seed(5))
 
-    plain = dataclasses.replace(LATENTS, learned_variance=False)
-    assert torch.equal(drawn(LATENTS), drawn(plain))
+    learned = LATENTS.by("ddim")
+    plain = dataclasses.replace(learned, learned_variance=False)
+    assert torch.equal(drawn(learned), drawn(plain)) and learned.guided_channels == 4
     assert plain.scheduler(3).timesteps.tolist() == [666, 333, 0]
 
 
@@ -74,4 +71,10 @@ def test_it_travels_as_json():
 
 def test_a_sampler_that_is_not_there():
     with pytest.raises(ArgumentError, match="sampler is 'dpm'; choose one of ddim, ddpm"):
-        LATENTS.scheduler(3, "dpm")
+        LATENTS.by("dpm")
+
+
+@pytest.mark.parametrize("steps", [0, 1001])
+def test_steps_that_no_sampler_takes(steps):
+    with pytest.raises(ArgumentError, match=f"steps is {steps}; it must lie between 1 and the model's 1000 timesteps"):
+        sample(denoiser, LATENTS, torch.tensor([0]), steps=steps)

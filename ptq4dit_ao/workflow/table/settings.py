@@ -67,9 +67,6 @@ class TableSettings:
                 raise ArgumentError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.adaround_steps is not None and self.adaround_steps < 1:
             raise ArgumentError(f"adaround_steps is {self.adaround_steps}; it must be at least 1")
-        for steps in self.steps:
-            if steps < 1:
-                raise ArgumentError(f"steps has {steps}; a sampler has at least 1")
         for bits in self.bits:
             _widths(bits)
         check_choice("sampler", self.sampler, SAMPLERS)

@@ -77,10 +77,13 @@ class Work:
     def __init__(self, settings: TableSettings, folder: Path, on_progress: OnProgress) -> None:
         self.settings, self.folder = settings, folder
         self._recipes = method_recipes(settings)
-        self.model = load_model(settings.model)
-        if self.model.sampling is None:
-            raise ArgumentError(f"{self.model.name} is not drawn by class; a table compares class-conditional DiTs")
-        self._sampling: Sampling = self.model.sampling
+        model = load_model(settings.model)
+        if model.sampling is None:
+            raise ArgumentError(f"{model.name} is not drawn by class; a table compares class-conditional DiTs")
+        self._sampling: Sampling = model.sampling.by(settings.sampler)
+        self.model = dataclasses.replace(model, sampling=self._sampling)
+        for steps in settings.steps:
+            self._sampling.check_steps(steps)  # before the long part, which too many must not waste
         self._decode = decoder(self.model, self._sampling)
         self.network = network_for(self.model, settings.features, settings.reference, settings.samples)
         kept = None
@@ -182,7 +185,7 @@ class Work:
         """The row, and whether noise was corrected in the scheduler."""
         quantized = dataclasses.replace(load_quantized(self._saved(cell)), recipe=recipe)
         fitting = functools.partial(self._told, "fit correction")
-        correction = fit_correction(self.model, quantized, cell.steps, fitting, sampler=self.settings.sampler)
+        correction = fit_correction(self.model, quantized, cell.steps, fitting)
         recorded = recorded_samples(self.model, recipe, evaluate=True, on_progress=self._told)
         row = standard.row(quantized.lower(self.settings.backend), recipe, recorded, correction, self._told)
         return row, correction is not None
@@ -212,7 +215,7 @@ class Work:
         seed = NOISE_SEED + settings.seed
         return Drawing(
             sampling=self._sampling, samples=settings.samples, steps=steps, guidance=settings.guidance, seed=seed,
-            sampler=settings.sampler, decode=self._decode,
+            decode=self._decode,
         )  # fmt: skip
 
     def _depends(self, cell: Cell) -> Json:
@@ -221,7 +224,7 @@ class Work:
             **self._made_of(cell.recipe),
             "backend": None if cell.recipe is None else self.settings.backend,
             "sampling": self._sampling.to_dict(),
-            **{name: getattr(drawing, name) for name in ("samples", "steps", "sampler", "guidance", "seed")},
+            **{name: getattr(drawing, name) for name in ("samples", "steps", "guidance", "seed")},
             "network": None if self.network is None else self.network.name,
             "reference": self.reference if self.given is None else self.given.statistics.checksum,
         }

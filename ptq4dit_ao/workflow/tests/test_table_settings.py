@@ -52,7 +52,6 @@ def loaded(vae: bool = True, folder: Path | None = Path("DiT-XL-2-256"), **confi
         ({"bits": ("w8a8", "w8a8")}, "bits has 'w8a8' twice; leave one out"),
         ({"bits": ("w9a8",)}, "bits 'w9a8' are not like 'w4a8'"),
         ({"bits": ("8/8",)}, "bits '8/8' are not like 'w4a8'"),
-        ({"steps": (50, 0)}, "steps has 0; a sampler has at least 1"),
         ({"samples": 0}, "samples is 0; it must be at least 1"),
         ({"seed": -1}, "seed is -1; it must be at least 0"),
         ({"adaround_steps": 0}, "adaround_steps is 0; it must be at least 1"),
