@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from ptq4dit_ao._atomic import is_unfinished
 from ptq4dit_ao.artifact.folder import replacing, set_aside
 from ptq4dit_ao.artifact.graph_json import graph_from_json, graph_to_json
 from ptq4dit_ao.artifact.manifest import (
@@ -145,7 +146,7 @@ def _check_replaceable(target: Path) -> None:
     """Only a folder that holds nothing, or nothing but our files, may be replaced."""
     if not target.exists():
         return
-    names = {path.name for path in target.iterdir()} if target.is_dir() else {target.name}
+    names = {path.name for path in target.iterdir() if not is_unfinished(path)} if target.is_dir() else {target.name}
     foreign = sorted(names - {MANIFEST, GRAPH, WEIGHTS, *BESIDE})
     if foreign or (names and not is_manifest(target / MANIFEST)):
         found = f"it holds {foreign[0]!r}" if foreign else f"its {MANIFEST} is not ours"

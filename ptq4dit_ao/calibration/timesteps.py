@@ -71,7 +71,10 @@ def spaced_positions(count: int, steps: int) -> list[int]:
         CalibrationError: there are not as many.
     """
     if not 1 <= count <= steps:
-        raise CalibrationError(f"{count} calibration timesteps asked for, the sampler has {steps} steps")
+        raise CalibrationError(
+            f"{count} calibration timesteps asked for, the sampler has {steps} steps; ask for fewer "
+            "(calibration.timesteps, evaluation.timesteps), or for more steps (calibration.steps)"
+        )
     return [int(i) for i in np.linspace(0, steps - 1, count).round()]
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ptq4dit_ao.cli.progress import progress
-from ptq4dit_ao.cli.results import print_table, write_results
+from ptq4dit_ao.cli.results import check_results, print_table, write_results
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.lowering.backend import choose_backend
 from ptq4dit_ao.recipe import load_recipe
@@ -30,6 +30,7 @@ NONE = "-"
 
 def bench(args: argparse.Namespace, console: Console) -> None:
     """``ptq4dit-ao bench``."""
+    check_results(args)
     for name in args.backends or ():
         choose_backend(name)  # before the long part, which a wrong name must not waste
     with progress(console) as on_progress:

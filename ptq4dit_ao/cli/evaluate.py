@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ptq4dit_ao.cli.progress import progress
-from ptq4dit_ao.cli.results import print_table, write_results
+from ptq4dit_ao.cli.results import check_results, print_table, write_results
 from ptq4dit_ao.evaluation import Estimate
 from ptq4dit_ao.workflow.environment import one_line
 from ptq4dit_ao.workflow.evaluate import evaluate as measure
@@ -28,6 +28,7 @@ class Sheet:
 
 def evaluate(args: argparse.Namespace, console: Console) -> None:
     """``ptq4dit-ao evaluate``."""
+    check_results(args)
     with progress(console) as on_progress:
         result = measure(
             args.directory,

@@ -12,6 +12,9 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
+from ptq4dit_ao._atomic import replace_text
+from ptq4dit_ao.errors import ArgumentError
+
 WIDEST = 1000
 """Columns of a console that any table fits."""
 
@@ -36,9 +39,16 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
     return table
 
 
+def check_results(args: argparse.Namespace) -> None:
+    """Raises ArgumentError, before the long part, if ``--json`` or ``--markdown`` cannot be written."""
+    for path in filter(None, (args.json, args.markdown)):
+        if not path.parent.is_dir():
+            raise ArgumentError(f"there is no folder {path.parent} to write {path.name} to; make it, or choose another")
+
+
 def write_results(args: argparse.Namespace, data: Mapping[str, object], markdown: str) -> None:
     """Where ``--json`` and ``--markdown`` say."""
     if args.json:
-        args.json.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+        replace_text(args.json, json.dumps(data, indent=1, allow_nan=False) + "\n")
     if args.markdown:
-        args.markdown.write_text(markdown)
+        replace_text(args.markdown, markdown)

@@ -34,6 +34,8 @@ class PairedError:
     @classmethod
     def of(cls, parts: Sequence[Tensor]) -> PairedError:
         """From timestep, signal and noise of some rows each, (3, rows)."""
+        if not parts:
+            raise ArgumentError("there are no batches to compare on; pass at least one tuple of inputs")
         timesteps, signal, noise = torch.cat(list(parts), dim=1).numpy()
         return cls(timesteps=timesteps, signal=signal, noise=noise)
 
@@ -126,5 +128,9 @@ def timesteps_of(inputs: Sequence[Tensor], index: int | None) -> Tensor:
     """Timestep of every row of a batch, (N,) float64; zeros where no input holds it, the largest of one per token."""
     if index is None:
         return torch.zeros(len(inputs[0]), dtype=torch.float64)
+    if not -len(inputs) <= index < len(inputs):
+        raise ArgumentError(
+            f"timestep_index is {index}, and a batch has {len(inputs)} inputs; say which is the timestep, or None"
+        )
     t = inputs[index].double().cpu()
     return t.flatten(1).amax(1) if t.ndim > 1 else t

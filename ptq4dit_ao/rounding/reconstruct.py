@@ -116,8 +116,12 @@ class LearnedRange(nn.Module):
     def harden(self) -> None:
         """Leave the range in the observer."""
         scale = float(self.log_scale.exp())
-        low, high = (scale * (bound - self.zero_point) for bound in (self.spec.quant_min, self.spec.quant_max))
-        self.observer.clipped = low, high
+        if self.spec.symmetric:  # the scale is that of half of all levels
+            half = scale * (self.spec.quant_max - self.spec.quant_min) / 2
+            self.observer.clipped = -half, half
+        else:
+            low, high = (scale * (bound - self.zero_point) for bound in (self.spec.quant_min, self.spec.quant_max))
+            self.observer.clipped = low, high
 
 
 def reconstruct(
@@ -153,7 +157,7 @@ def reconstruct(
     generator = torch.Generator().manual_seed(SEED)
     with torch.enable_grad():
         for step, spent in enumerate(progress):
-            if spent > 0:  # as many steps as are to be expected, where time limits them
+            if step and spent > 0:  # as many steps as are to be expected, where time limits them
                 optimizer.param_groups[0]["lr"] = rounding_rate(step / spent)
             batch = int(torch.randint(len(inputs), (), generator=generator))
             loss = run.error(inputs[batch], targets[batch])

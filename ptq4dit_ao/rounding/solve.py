@@ -108,7 +108,8 @@ def solve(
     target, compensated = weight, settings.closed_form == "gptq"
     if inputs.cross is not None and compensated:
         target = refit(weight, inputs.covariance, inputs.cross, damping=settings.damping)
-    scale = weight_scale(target, spec, inputs.covariance.diagonal(), settings)
+    parts = target.split([len(w) for w in weights])
+    scale = torch.cat([weight_scale(part, spec, inputs.covariance.diagonal(), settings) for part in parts])
     bounds = (spec.quant_min, spec.quant_max)
     if compensated:
         integers = gptq(target, scale, inputs.covariance, *bounds, damping=settings.damping)

@@ -91,7 +91,7 @@ def _from_npz(path: Path) -> ReferenceSet:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("arr_0", *_ADM_FITS) if name in file}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise ArgumentError(f"cannot read reference images from {path}: {error}") from error
     if "arr_0" not in arrays:
         raise ArgumentError(f"{path} has no array 'arr_0' of images")

@@ -148,6 +148,8 @@ def given_yardstick(
         return None if known is None else yardstick(known, network, cache, on_batch)
     found = read_reference(path)
     if isinstance(found, ReferenceSet):
+        if len(found.images) <= NEIGHBOURS:
+            raise ArgumentError(f"{path} has {len(found.images)} images; distances need at least {NEIGHBOURS + 1}")
         return yardstick(found, network, cache, on_batch)
     if cache is not None:
         raise ArgumentError(f"cache {cache}: the reference {path} is statistics already; leave one of them out")

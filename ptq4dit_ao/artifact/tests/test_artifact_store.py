@@ -147,6 +147,12 @@ def test_a_file_beside_ours_is_not_deleted(saved: Path, small: GraphModule) -> N
     assert {path.name for path in saved.iterdir()} == {*FILES, "samples.png"}
 
 
+def test_what_a_kill_left_beside_ours_does_not_hinder(saved: Path, small: GraphModule) -> None:
+    (saved / ".report.json.tmp-0a1b2c3d").write_bytes(b"half")
+    write_artifact(saved, small, {}, [])
+    assert {path.name for path in saved.iterdir()} == set(FILES)
+
+
 @pytest.mark.parametrize("manifest", ["{}", "not JSON", '{"format": "onnx"}'])
 def test_a_manifest_of_something_else_is_refused(saved: Path, small: GraphModule, manifest: str) -> None:
     (saved / "manifest.json").write_text(manifest)

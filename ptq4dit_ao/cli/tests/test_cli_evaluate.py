@@ -101,6 +101,13 @@ def test_the_page_says_what_it_must_be_read_with():
     ]
 
 
+@pytest.mark.parametrize("option", ["--json", "--markdown"])
+def test_a_folder_that_is_not_there_is_told_before_the_work(run, monkeypatch, tmp_path, option):
+    monkeypatch.setattr(cli_evaluate, "measure", lambda *_, **__: pytest.fail("began"))
+    code, _, errors = run("evaluate", "out", option, tmp_path / "nowhere" / "figures")
+    assert code == 1 and "nowhere to write figures to; make it, or choose another" in errors
+
+
 @pytest.mark.parametrize(
     ("options", "changes"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 
 import pytest
@@ -86,6 +87,18 @@ def test_a_learned_range_computes_what_the_observer_will(prepare, tiny_samples):
         torch.testing.assert_close(learned(x), observer.fake_quantize(x))
 
 
+@pytest.mark.parametrize(("least", "most"), [(-128, 127), (-8, 7), (0, 255)])
+def test_a_learned_symmetric_range_keeps_its_scale(prepare, least, most):
+    observer = find_groups(prepare(settings()))[0].observer
+    spec = dataclasses.replace(observer.spec, symmetric=True, quant_min=least, quant_max=most)
+    observer.spec, observer.clipped = spec, (-0.5, 2.0)
+    learned = LearnedRange(observer)
+    with torch.no_grad():
+        learned.log_scale += 0.3
+        learned.harden()
+    torch.testing.assert_close(observer.qparams()[0], learned.log_scale.detach().exp())
+
+
 def test_fewer_steps_in_the_time_given_learn_faster(prepare, tiny_samples, monkeypatch):
     rates = []
     monkeypatch.setattr(reconstruct, "rounding_rate", lambda steps: rates.append(steps) or 1e-3)
@@ -93,6 +106,12 @@ def test_fewer_steps_in_the_time_given_learn_faster(prepare, tiny_samples, monke
     monkeypatch.setattr(Budget, "progress", lambda *_: progress)
     round_sequentially(prepare(settings(steps=20_000)), tiny_samples)
     assert rates[:3] == [20_000, 4.0, 5.0]
+
+
+def test_a_block_learns_within_its_minutes(prepare, tiny_samples):
+    prepared = prepare(settings(steps=3, minutes=5))
+    round_sequentially(prepared, tiny_samples)
+    assert all(layer.observer.rounded is not None for group in find_groups(prepared) for layer in group.layers)
 
 
 def test_16_bit_models_learn(tiny_dit, tiny_samples):

@@ -18,12 +18,13 @@ from ptq4dit_ao.core import sqnr_db
 from ptq4dit_ao.errors import ArgumentError, CalibrationError
 from ptq4dit_ao.lowering import lower, quantized_linears
 from ptq4dit_ao.observers import Moments
+from ptq4dit_ao.observers.qdq import QuantSpec
 from ptq4dit_ao.passes import BalanceSettings, balance, balance_result, collect_salience
 from ptq4dit_ao.quantizer import PTQ4DiTQuantizer, round_sequentially, tokens_seen
 from ptq4dit_ao.rounding import RoundingSettings
 from ptq4dit_ao.rounding.layers import find_groups
 from ptq4dit_ao.rounding.one_pass import balanced_moments
-from ptq4dit_ao.rounding.solve import FLOOR, Inputs
+from ptq4dit_ao.rounding.solve import FLOOR, Inputs, solve
 from ptq4dit_ao.rounding.streams import Streams
 
 W4 = {"weight_bits": 4}
@@ -343,3 +344,15 @@ def test_a_graph_that_writes_in_place_shares_nothing(prepare, tiny_samples):
     streams.advance(find_groups(prepared)[0].node)
     exact, quantized = next(streams.inputs(find_groups(prepared)[0].node))
     assert exact is not quantized and torch.equal(exact, quantized)
+
+
+@pytest.mark.parametrize("channel_axis", [0, None])
+def test_layers_that_read_one_input_have_scales_of_their_own(channel_axis):
+    spec = QuantSpec(dtype=torch.int8, quant_min=-8, quant_max=7, symmetric=True, channel_axis=channel_axis, eps=2**-12)
+    inputs = Inputs.from_moments(torch.zeros(4), torch.zeros(4), torch.eye(4))
+    small = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    alone, beside = (
+        solve(weights, [None] * len(weights), spec, inputs, RoundingSettings(rounding="gptq"))[0]
+        for weights in ([small], [small, 10 * small])
+    )
+    assert torch.equal(alone.scale, beside.scale) and torch.equal(alone.integers, beside.integers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from ptq4dit_ao._atomic import replace_text
 from ptq4dit_ao.errors import ArgumentError
 
 FORMAT = "ptq4dit-ao table cell 1"
+MODELS = "models"
+"""Folder of the quantized models of a table, and of notes on each."""
 Json = dict[str, Any]
 
 
@@ -38,6 +41,20 @@ def read_cell(path: Path, depends: Mapping[str, Any]) -> Json | None:
             f"{path} was made with {difference}; give another folder (--output), or remove the file to make it anew"
         )
     return cell
+
+
+def models_of(folder: Path) -> dict[str, str]:
+    """What each quantized model of a table depends on (:func:`as_key`) -> its name."""
+    models: dict[str, str] = {}
+    for path in sorted((folder / MODELS).glob("*.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # read_cell will tell
+            models.setdefault(as_key(json.loads(path.read_text(encoding="utf-8"))["depends"]), path.stem)
+    return models
+
+
+def as_key(depends: Mapping[str, Any]) -> str:
+    """Equal for what is equal as JSON."""
+    return json.dumps(depends, sort_keys=True)
 
 
 def write_cell(path: Path, depends: Mapping[str, Any], content: Mapping[str, Any]) -> Json:

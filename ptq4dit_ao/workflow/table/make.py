@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from ptq4dit_ao.workflow.table.result import Row, TableResult
 from ptq4dit_ao.workflow.table.settings import TableSettings
 from ptq4dit_ao.workflow.table.work import Cell, Work
 from ptq4dit_ao.workflow.table.write import write_table
+
+logger = logging.getLogger(__name__)
 
 
 def make_table(
@@ -45,10 +48,11 @@ def make_table(
         if found is None:
             try:
                 found = work.fill(cell)
-            except PTQ4DiTError as error:
+            except Exception as error:  # of whatever package: the other methods may work
                 if cell.recipe is None:
                     raise
-                failed[cell.name] = problem = str(error)
+                failed[cell.name] = problem = str(error) if isinstance(error, PTQ4DiTError) else repr(error)
+                logger.debug("%s failed", cell.name, exc_info=True)
             work.done(cell)
             on_cell(cell.name, problem)
         if found is not None:

@@ -40,7 +40,7 @@ def paper_figures(
     """The paper's figures if this table is of its setting, as far as that can be told: otherwise they do not compare.
 
     That is a DiT-XL/2 for 1000 classes whose weights lie in a folder, with the VAE of its pipeline; Inception features,
-    a reference set, and the sampler, as many images and as much guidance as the paper's.
+    a reference set, and the sampler, as many images, as much guidance, learning and as many layers as the paper's.
     """
     config = getattr(model.transformer, "config", {})
     if type(model.transformer).__name__ != "DiTTransformer2DModel" or model.folder is None:
@@ -50,7 +50,7 @@ def paper_figures(
     if network is None or not network.is_inception or not has_reference:
         return None
     data = _data()
-    if settings.sampler != data["solver"].lower():
+    if settings.sampler != data["solver"].lower() or settings.layers != "paper" or settings.adaround_steps:
         return None
     for setting in data["settings"]:
         asked = (config.get("sample_size"), settings.samples, settings.guidance)

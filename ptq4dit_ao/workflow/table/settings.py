@@ -14,6 +14,8 @@ from ptq4dit_ao.lowering.backend import BACKENDS, choose_backend
 from ptq4dit_ao.recipe import Recipe, Weights, load_recipe, shipped_recipes
 
 FLOAT = "float32"
+_MOST = 2**31
+"""Of any number; a recipe's seeds, which add to the table's, end at twice that."""
 _BITS = re.compile(r"w([2-8])a([2-8])")
 
 
@@ -62,9 +64,9 @@ class TableSettings:
             twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
             if twice is not None:
                 raise ArgumentError(f"{name} has {twice!r} twice; leave one out")
-        for name, least in {"samples": 1, "calibration_images": 1, "seed": 0}.items():
-            if getattr(self, name) < least:
-                raise ArgumentError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        for name, least in {"samples": 1, "calibration_images": 1, "seed": 0, "guidance": 0}.items():
+            if not least <= getattr(self, name) <= _MOST:
+                raise ArgumentError(f"{name} is {getattr(self, name)}; it must lie between {least} and {_MOST}")
         if self.adaround_steps is not None and self.adaround_steps < 1:
             raise ArgumentError(f"adaround_steps is {self.adaround_steps}; it must be at least 1")
         for bits in self.bits:

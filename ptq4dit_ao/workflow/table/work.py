@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ptq4dit_ao import __version__
@@ -28,7 +28,7 @@ from ptq4dit_ao.workflow.quantize import quantize
 from ptq4dit_ao.workflow.quantized_model import load_quantized
 from ptq4dit_ao.workflow.samples import OnProgress, recorded_samples
 from ptq4dit_ao.workflow.standard import OWN, Standard, given_yardstick, network_for, standard_of
-from ptq4dit_ao.workflow.table.cells import Json, model_digest, read_cell, write_cell
+from ptq4dit_ao.workflow.table.cells import MODELS, Json, as_key, model_digest, models_of, read_cell, write_cell
 from ptq4dit_ao.workflow.table.settings import FLOAT, TableSettings, method_recipes
 
 ALL = "all cells"
@@ -91,7 +91,12 @@ class Work:
             folder.mkdir(parents=True, exist_ok=True)
             kept = folder / "reference.safetensors"
         on_batch = functools.partial(on_progress, "reference set")
-        self.given = given_yardstick(self.model, self.network, settings.reference, kept, on_batch)
+        try:
+            self.given = given_yardstick(self.model, self.network, settings.reference, kept, on_batch)
+        except ArgumentError as error:
+            if kept is None or not kept.exists():
+                raise
+            raise ArgumentError(f"{error}: give the table another folder (--output)") from error
         vae = getattr(self.model.pipeline, "vae", None)
         self._digest = model_digest(self.model.transformer, None if self._decode is None else vae)
         self._standard: Standard | None = None
@@ -107,13 +112,13 @@ class Work:
 
     def cells(self) -> Iterator[Cell]:
         """In the order of the rows: steps, float first, bits, methods."""
+        models = models_of(self.folder)
         for steps in self.settings.steps:
             yield Cell(steps=steps)
             for bits in self.settings.bits:
-                models: dict[str, str] = {}
                 for method, base in self._recipes.items():
                     cell = Cell(steps=steps, method=method, bits=bits, recipe=self.settings.recipe(base, bits))
-                    made_of = json.dumps(self._made_of(cell.model_recipe))
+                    made_of = as_key(self._made_of(cell.model_recipe))
                     yield dataclasses.replace(cell, model=models.setdefault(made_of, f"{method}-{bits}"))
 
     def found(self, cell: Cell) -> Json | None:
@@ -197,7 +202,10 @@ class Work:
         path, own = (self.folder / "float32" / f"{name}-{steps}.safetensors" for name in ("images", "statistics"))
         images = None
         if self.found(Cell(steps=steps)) is not None and path.exists():
-            images = load_file(path)["images"]
+            try:
+                images = load_file(path)["images"]
+            except (SafetensorError, KeyError) as error:
+                raise ArgumentError(f"{path} is damaged ({error}); remove it, and it is drawn again") from error
         else:  # statistics of images that are drawn anew
             own.unlink(missing_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -239,7 +247,7 @@ class Work:
         return self.folder / "cells" / f"{cell.name}.json"
 
     def _saved(self, cell: Cell) -> Path:
-        return self.folder / "models" / cell.model
+        return self.folder / MODELS / cell.model
 
     def _about(self, cell: Cell) -> Path:
-        return self.folder / "models" / f"{cell.model}.json"
+        return self.folder / MODELS / f"{cell.model}.json"

@@ -157,6 +157,8 @@ def test_infinite_figures_are_null_in_json(result):
             LoweringError,
             "backend 'fbgem' is unknown; .* did you mean 'fbgemm'",
         ),
+        ({"steps": 1001}, ArgumentError, "steps is 1001; it must lie between 1 and the model's 1000 timesteps"),
+        ({"seed": -1}, ArgumentError, "seed is -1; it must be at least 0"),
         ({"sampler": "dpm"}, ArgumentError, "sampler is 'dpm'; choose one of ddim, ddpm"),
         ({"reference": "real.npz"}, ArgumentError, "real.npz: a reference set is measured with a feature network"),
         ({"cache": "kept"}, ArgumentError, "kept: a reference set is measured with a feature network"),

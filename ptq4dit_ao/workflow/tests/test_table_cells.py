@@ -87,7 +87,7 @@ def test_a_cell_is_what_evaluate_finds(filled, settings, tmp_path):
 def test_ddpm_has_a_table_of_its_own(filled, settings, tmp_path):
     folder, ddim = filled
     asked = settings(sampler="ddpm")
-    with pytest.raises(ArgumentError, match='made with sampler "ddim", not "ddpm"'):
+    with pytest.raises(ArgumentError, match='made with sampling.sampler "ddim", not "ddpm"'):
         make_table(asked, folder)
     result = make_table(asked, tmp_path / "table")
     corrected = asked.recipe(load_recipe(asked.methods[1]), "w4a8")
@@ -98,6 +98,11 @@ def test_ddpm_has_a_table_of_its_own(filled, settings, tmp_path):
         assert row.figures == json.loads(json.dumps(found))
     for row, other in zip(result.rows[1:], ddim.rows[1:], strict=True):
         assert row.figures["eps"] == other.figures["eps"] and row.figures["images"] != other.figures["images"]
+
+
+def test_steps_that_no_sampler_takes_are_refused_before_the_work(settings, tmp_path):
+    with pytest.raises(ArgumentError, match="steps is 1001; it must lie between 1 and the model's 1000 timesteps"):
+        make_table(settings(steps=(2, 1001)), tmp_path, on_progress=lambda *_: pytest.fail("began"))
 
 
 def test_a_finished_table_is_read(filled, settings, counted):
@@ -137,6 +142,35 @@ def test_methods_that_differ_in_more_have_models_of_their_own(settings, tmp_path
     assert counted[0] == ["corrected-w4a8", "balanced-w4a8"]
     assert load_quantized(tmp_path / "models" / "corrected-w4a8").recipe.noise_correction.images == 0
     assert result.seconds == pytest.approx(sum(sum(row.seconds.values()) for row in result.rows))
+
+
+def test_a_method_finds_the_model_that_another_left(settings, tmp_path, counted):
+    make_table(settings(methods=("corrected",)), tmp_path)
+    result = make_table(settings(methods=("plain", "corrected")), tmp_path)
+    assert counted[0] == ["corrected-w4a8"] and [row.model for row in result.rows[1:]] == ["corrected-w4a8"] * 2
+
+
+def test_what_is_no_error_of_ours_leaves_the_rest_alone_too(settings, tmp_path, monkeypatch):
+    quantize = work.quantize
+
+    def fails(model, recipe, folder, **options):
+        if folder.name == "plain-w4a8":
+            raise RuntimeError("no kernel")
+        return quantize(model, recipe, folder, **options)
+
+    monkeypatch.setattr(work, "quantize", fails)
+    result = make_table(settings(methods=("plain", "balanced")), tmp_path)
+    assert result.failed == {"plain-w4a8-2": "RuntimeError('no kernel')"}
+    assert names(result) == ["float32-2", "balanced-w4a8-2"]
+
+
+def test_damaged_images_of_the_float_model_are_told(settings, tmp_path):
+    make_table(settings(methods=("plain",)), tmp_path)
+    (tmp_path / "cells" / "plain-w4a8-2.json").unlink()
+    (tmp_path / "float32" / "images-2.safetensors").write_bytes(b"half")
+    result = make_table(settings(methods=("plain",)), tmp_path)
+    assert "images-2.safetensors is damaged" in result.failed["plain-w4a8-2"]
+    assert "remove it, and it is drawn again" in result.failed["plain-w4a8-2"]
 
 
 def test_what_fails_leaves_the_rest_alone(settings, tmp_path, counted):

@@ -52,8 +52,10 @@ def loaded(vae: bool = True, folder: Path | None = Path("DiT-XL-2-256"), **confi
         ({"bits": ("w8a8", "w8a8")}, "bits has 'w8a8' twice; leave one out"),
         ({"bits": ("w9a8",)}, "bits 'w9a8' are not like 'w4a8'"),
         ({"bits": ("8/8",)}, "bits '8/8' are not like 'w4a8'"),
-        ({"samples": 0}, "samples is 0; it must be at least 1"),
-        ({"seed": -1}, "seed is -1; it must be at least 0"),
+        ({"samples": 0}, "samples is 0; it must lie between 1 and 2147483648"),
+        ({"seed": -1}, "seed is -1; it must lie between 0 and 2147483648"),
+        ({"seed": 2**32 - 1}, "seed is 4294967295; it must lie between 0 and 2147483648"),
+        ({"guidance": -1.0}, "guidance is -1.0; it must lie between 0 and 2147483648"),
         ({"adaround_steps": 0}, "adaround_steps is 0; it must be at least 1"),
         ({"backend": "auto"}, "backend is 'auto'; choose one of "),
         ({"layers": "all"}, "layers is 'all'; choose one of safe, paper"),
@@ -152,6 +154,8 @@ def test_the_papers_figures_in_the_papers_setting():
         (loaded(), INCEPTION, True, {"samples": 5000}),
         (loaded(), INCEPTION, True, {"guidance": 4.0}),
         (loaded(), INCEPTION, True, {"sampler": "ddim"}),
+        (loaded(), INCEPTION, True, {"layers": "safe"}),
+        (loaded(), INCEPTION, True, {"adaround_steps": 500}),
     ],
 )
 def test_the_papers_figures_nowhere_else(model, network, has_reference, changes):
