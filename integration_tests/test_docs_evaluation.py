@@ -44,5 +44,5 @@ def test_the_commands_parse():
 
 
 def test_the_options_exist():
-    for option in re.findall(r"`(--[a-z]+)", DOC):
-        assert build_parser().parse_args(["evaluate", "x", option, "1"])
+    for option, value in re.findall(r"`(--[a-z]+)(?: ([^ `]+))?", DOC):
+        assert build_parser().parse_args(["evaluate", "x", option, value or "1"])
