@@ -67,7 +67,7 @@ def balance(args: argparse.Namespace, console: Console) -> None:
 def sample(args: argparse.Namespace, console: Console) -> None:
     """``ptq4dit-ao sample``."""
     model = load_quantized(args.directory)
-    sampling = _sampling(model)
+    sampling = _sampling(model).by(args.sampler)
     if sampling.channels not in (1, 3):
         raise ArgumentError(
             f"{args.directory} denoises {sampling.channels}-channel latents, which its VAE must decode; use it as the "

@@ -96,6 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--backend", default="auto", help=BACKEND_HELP)
     p.add_argument("--output", type=Path, default=Path("samples.png"), metavar="PNG", help="default: %(default)s")
     p.add_argument("--steps", type=_positive, default=50, help="sampling steps (default: %(default)s)")
+    p.add_argument("--sampler", choices=("ddim", "ddpm"), default="ddim", help="default: %(default)s")
     p.add_argument("--guidance", type=float, help="guidance scale; default: the recipe's")
     p.add_argument("--per-class", type=_positive, default=10, metavar="N", help="images a class (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")

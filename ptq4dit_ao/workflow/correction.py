@@ -88,7 +88,7 @@ def corrected_scheduler(
     if not kept.serves(sampling.scheduler(steps).timesteps.tolist(), guidance):
         raise ArgumentError(
             f"the noise correction of {directory} is for {kept.steps} steps and guidance {kept.guidance:g}, not for "
-            f"{steps} and {guidance:g}; sample with these, or quantize for those"
+            f"{steps} of {sampling.sampler.upper()} and {guidance:g}; sample with these, or quantize for those"
         )
     return PTQDScheduler(sampling.scheduler(steps), kept)
 

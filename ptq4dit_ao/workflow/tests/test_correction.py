@@ -82,10 +82,10 @@ def test_a_sampler_that_it_does_not_serve_is_refused(saved, tmp_path):
     options = (quantized, SAMPLING)
     scheduler = correction.corrected_scheduler(saved / "model", *options, STEPS, 1.5)
     assert scheduler.table.steps == STEPS
-    message = r"is for 4 steps and guidance 1.5, not for 3 and 1.5; sample with these, or quantize for those"
+    message = r"is for 4 steps and guidance 1.5, not for 3 of DDIM and 1.5; sample with these, or quantize for those"
     with pytest.raises(ArgumentError, match=message):
         correction.corrected_scheduler(saved / "model", *options, 3, 1.5)
-    with pytest.raises(ArgumentError, match="not for 4 and 2; "):
+    with pytest.raises(ArgumentError, match="not for 4 of DDIM and 2; "):
         correction.corrected_scheduler(saved / "model", *options, STEPS, 2.0)
     with pytest.raises(ArgumentError, match="lacks ptqd.safetensors, which corrects its noise; quantize again"):
         correction.corrected_scheduler(tmp_path, *options, STEPS, 1.5)
