@@ -37,7 +37,7 @@ def fit_noise_correction(
         steps: of the sampler that the correction is for.
         guidance: as it will be used: the noise is compared after classifier-free guidance.
         generator: of the starting noise.
-        scheduler: the one of diffusers that is to be corrected; DDIM, as ``sampling`` says, if not given.
+        scheduler: the one of diffusers that is to be corrected; as ``sampling`` says, if not given.
         batch_size: labels sampled at a time.
         on_step: called with (steps done, steps in all).
 
