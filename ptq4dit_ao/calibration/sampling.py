@@ -148,11 +148,7 @@ def trajectory(
     scheduler: Any = None,
 ) -> Iterator[Step]:
     """The steps by which :func:`sample` gets to its images."""
-    if scheduler is None:
-        scheduler = sampling.scheduler(steps)
-    else:
-        sampling.check_steps(steps)
-        scheduler.set_timesteps(steps)
+    scheduler = scheduler_for(sampling, steps, scheduler)
     x = torch.randn(len(labels), sampling.channels, sampling.size, sampling.size, generator=generator)
     learned = str(getattr(scheduler.config, "variance_type", "")).startswith("learned")
     for t in scheduler.timesteps:
@@ -161,6 +157,19 @@ def trajectory(
         result = scheduler.step(output if learned else eps, t, x, generator=generator).prev_sample
         yield Step(t, x, eps, result)
         x = result
+
+
+def scheduler_for(sampling: Sampling, steps: int, scheduler: Any) -> Any:
+    """A scheduler of diffusers set to so many steps; the sampler's own if it is None.
+
+    Raises:
+        ArgumentError: no sampler takes so many.
+    """
+    if scheduler is None:
+        return sampling.scheduler(steps)
+    sampling.check_steps(steps)
+    scheduler.set_timesteps(steps)
+    return scheduler
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptq4dit_ao.calibration.sampling import Denoiser, Sampling, guided_noise, trajectory
+from ptq4dit_ao.calibration.sampling import Denoiser, Sampling, guided_noise, scheduler_for, trajectory
 from ptq4dit_ao.errors import CalibrationError
 from ptq4dit_ao.ptqd.table import NoiseCorrection
 
@@ -48,8 +48,7 @@ def fit_noise_correction(
         raise CalibrationError("there are no labels to sample; give some, best of every class")
     batches = labels.split(batch_size)
     timesteps: list[int] = []
-    scheduler = scheduler or sampling.scheduler(steps)
-    scheduler.set_timesteps(steps)
+    scheduler = scheduler_for(sampling, steps, scheduler)
     taken = len(scheduler.timesteps)  # some schedulers add a step
     sums = torch.zeros(taken, len(_MOMENTS), sampling.channels, dtype=torch.float64)
     for done, batch in enumerate(batches):

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from ptq4dit_ao.calibration import SAMPLERS, Sampling
-from ptq4dit_ao.errors import ArgumentError, check_choice
+from ptq4dit_ao.calibration import Sampling
+from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.lowering.backend import choose_backend
 from ptq4dit_ao.workflow.correction import correction_for
 from ptq4dit_ao.workflow.drawing import NOISE_SEED, Drawing, decoder
@@ -64,12 +64,11 @@ def evaluate(
         ArgumentError: the float model or its sampling is unknown, it has latents and no VAE, or an option is wrong.
         PTQ4DiTError: see :func:`load_quantized`, :func:`load_model` and :func:`~ptq4dit_ao.lower`.
     """
-    check_choice("sampler", sampler, SAMPLERS)  # before the long part, which a wrong option must not waste
     for name, value, least in (("samples", samples, 1), ("seed", seed, 0)):
         if value < least:
             raise ArgumentError(f"{name} is {value}; it must be at least {least}")
     for name in backends:
-        choose_backend(name)
+        choose_backend(name)  # before the long part, which a wrong name must not waste
     quantized = load_quantized(directory)
     recipe = quantized.recipe
     loaded, sampling = _float_model(directory, quantized, model, sampler)
