@@ -56,12 +56,14 @@ class Sampling:
         """Of the noise, from the first on: all, or three with DDPM (the authors' code leaves a latent's fourth out)."""
         return self.channels if self.sampler == "ddim" else min(3, self.channels)
 
-    def by(self, sampler: str) -> Sampling:
-        """The same model, drawn by another sampler.
+    def by(self, sampler: str | None) -> Sampling:
+        """The same model, drawn by another sampler; None is its own.
 
         Raises:
             ArgumentError: there is no such sampler.
         """
+        if sampler is None:
+            return self
         check_choice("sampler", sampler, SAMPLERS)
         return replace(self, sampler=sampler)  # type: ignore[arg-type]  # checked
 

@@ -98,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--backend", default="auto", help=BACKEND_HELP)
     p.add_argument("--output", type=Path, default=Path("samples.png"), metavar="PNG", help="default: %(default)s")
     p.add_argument("--steps", type=_positive, default=50, help="sampling steps (default: %(default)s)")
-    p.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="default: %(default)s")
+    p.add_argument("--sampler", choices=SAMPLERS, help="default: the one that calibrated the model")
     p.add_argument("--guidance", type=float, help="guidance scale; default: the recipe's")
     p.add_argument("--per-class", type=_positive, default=10, metavar="N", help="images a class (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
@@ -123,7 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--samples", type=_positive, default=200, metavar="N", help="images to draw (default: %(default)s)")
     p.add_argument("--steps", type=_positive, default=50, help="sampling steps (default: %(default)s)")
-    p.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="default: %(default)s")
+    p.add_argument("--sampler", choices=SAMPLERS, help="default: the one that calibrated the model")
     p.add_argument("--seed", type=int, default=3000, help="seed of noise and intervals (default: %(default)s)")
     p.add_argument(
         "--features", metavar="NETWORK",
@@ -154,7 +154,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="of weights and activations (default: w8a8,w4a8,w6a6,w4a4)",
     )  # fmt: skip
     p.add_argument("--steps", type=_numbers, default=(100, 50), metavar="A,B", help="of the sampler (default: 100,50)")
-    p.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="the paper has ddpm (default: %(default)s)")
+    p.add_argument(
+        "--sampler", choices=SAMPLERS, default="ddpm",
+        help="of calibration and of images; the paper's is ddpm (default: %(default)s)",
+    )  # fmt: skip
     p.add_argument("--samples", type=_positive, default=2000, metavar="N", help="images to draw (default: %(default)s)")
     p.add_argument(
         "--calibration-images", type=_positive, default=16, metavar="N", help="at each timestep (default: %(default)s)"

@@ -36,6 +36,7 @@ from ptq4dit_ao.recipe.values import (
     OnlyTrue,
     Ranges,
     RoundingMethod,
+    Sampler,
     Seed,
     Start,
     TimestepList,
@@ -275,6 +276,11 @@ class Calibration(_Section):
         default=16, description="Images drawn at a time; calibration runs twice as many rows, as with guidance."
     )
     steps: Count = Field(default=50, description="Steps of the sampler that draws the images.")
+    sampler: Sampler | None = Field(
+        default=None,
+        description="That sampler, for models that are drawn by class: 'ddim' or 'ddpm'; the pipeline's own if left "
+        "out. Choose what the quantized model will be drawn with.",
+    )
     guidance: float = Field(default=1.5, ge=0, description="Classifier-free guidance scale of that sampler, 0 or more.")
     prompts: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(as_tuple)] = Field(
         default=(),

@@ -36,7 +36,7 @@ def evaluate(
     backends: Sequence[str] = ("reference",),
     samples: int = 200,
     steps: int = 50,
-    sampler: str = "ddim",
+    sampler: str | None = None,
     seed: int = NOISE_SEED,
     features: str | None = None,
     reference: str | Path | None = None,
@@ -51,7 +51,7 @@ def evaluate(
         backends: what executes it; each has a row of its own.
         samples: images that each model draws, of all classes in turn.
         steps: of the sampler.
-        sampler: ``ddim``, or ``ddpm`` as the DiT authors have it.
+        sampler: ``ddim``, or ``ddpm`` as the DiT authors have it; the one that calibrated it if not given.
         seed: of noise and intervals. The predicted noise is compared on the recipe's evaluation samples.
         features: as for :func:`load_features`. Without it, the shipped models have their classifiers, and of other
             models no distances are measured.
@@ -98,7 +98,7 @@ def evaluate(
         reference_images=None if measure is None else len(measure.statistics.pooled),
         samples=samples,
         steps=steps,
-        sampler=sampler,
+        sampler=sampling.sampler,
         guidance=drawing.guidance,
         seed=seed,
         eps_seed=recipe.evaluation.seed,
@@ -108,7 +108,7 @@ def evaluate(
 
 
 def _float_model(
-    directory: str | Path, quantized: QuantizedModel, spec: str | None, sampler: str
+    directory: str | Path, quantized: QuantizedModel, spec: str | None, sampler: str | None
 ) -> tuple[LoadedModel, Sampling]:
     if quantized.sampling is None:
         raise ArgumentError(f"{directory} was saved without the way to sample it, so no images can be compared")

@@ -39,6 +39,21 @@ class LoadedModel:
     shipped: Reference | None = None
     """If it comes with the package."""
 
+    def drawn_by(self, sampler: str | None) -> LoadedModel:
+        """The same model, drawn by another sampler; None leaves it with its own.
+
+        Raises:
+            ArgumentError: there is no such sampler, or the model is not drawn by class.
+        """
+        if sampler is None:
+            return self
+        if self.sampling is None:
+            raise ArgumentError(
+                f"{self.name} is not drawn by class, so that sampler {sampler!r} says nothing; leave it out "
+                "(calibration.sampler), and its pipeline's own is used"
+            )
+        return replace(self, sampling=self.sampling.by(sampler))
+
     @functools.cached_property
     def stored_dtype(self) -> torch.dtype | None:
         """What its transformer is stored in, if it comes from a folder; it is loaded as float32."""

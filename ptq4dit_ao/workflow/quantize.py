@@ -58,6 +58,7 @@ def quantize(
         PTQ4DiTError: see :func:`~ptq4dit_ao.apply_recipe` and :func:`~ptq4dit_ao.save_quantized`.
     """
     check_target(output)
+    model = model.drawn_by(recipe.calibration.sampler)
     check_correction(model, recipe)
     resume = Path(f"{output}.rounding") if recipe.rounding.sequential else None
     clock = Stopwatch()

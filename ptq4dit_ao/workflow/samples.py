@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ptq4dit_ao.calibration import CalibrationSamples, NormalTimesteps, collect_from_pipeline
+from ptq4dit_ao.calibration import CalibrationSamples, NormalTimesteps, SamplingPipeline, collect_from_pipeline
 from ptq4dit_ao.errors import CalibrationError
 from ptq4dit_ao.recipe import NormalDraw, Recipe
 from ptq4dit_ao.workflow.models import LoadedModel
@@ -25,7 +25,7 @@ def recorded_samples(
     evaluate: bool = False,
     on_progress: OnProgress = lambda *_: None,
 ) -> CalibrationSamples:
-    """What the model's transformer receives: from a file, or from its own pipeline.
+    """What the model's transformer receives: from a file, from its own pipeline, or by the recipe's sampler.
 
     Args:
         model: with a pipeline, unless there is a file.
@@ -36,10 +36,14 @@ def recorded_samples(
 
     Raises:
         CalibrationError: there is neither a pipeline nor a file, or the recipe has no prompts for a text pipeline.
+        ArgumentError: the recipe names a sampler, and the model is not drawn by class.
     """
     if file is not None:
         return CalibrationSamples.load(file)
-    if model.pipeline is None:
+    sampling, pipeline = model.drawn_by(recipe.calibration.sampler).sampling, model.pipeline
+    if recipe.calibration.sampler is not None and sampling is not None:
+        pipeline = SamplingPipeline(model.transformer, sampling)
+    if pipeline is None:
         raise CalibrationError(
             f"{model.name} is a transformer without a pipeline that could draw calibration samples; give the folder of "
             "the pipeline, or samples recorded with collect_from_pipeline (--samples FILE)"
@@ -48,7 +52,7 @@ def recorded_samples(
     stage = "evaluation samples" if evaluate else "calibration samples"
     size = {name: value for name in ("height", "width", "num_frames") if (value := getattr(recipe.calibration, name))}
     return collect_from_pipeline(
-        model.pipeline,
+        pipeline,
         _prompts(model, recipe, settings.samples, settings.seed),
         timesteps=wanted_timesteps(settings.timesteps),
         steps=recipe.calibration.steps,

@@ -43,8 +43,8 @@ class TableSettings:
     """Of calibration; :data:`~ptq4dit_ao.workflow.drawing.NOISE_SEED` more, of images."""
     adaround_steps: int | None = None
     """Of methods that learn, in each block; None is the recipe's own."""
-    sampler: str = "ddim"
-    """Or ``ddpm``, as the DiT authors and the paper have it."""
+    sampler: Literal["ddim", "ddpm"] = "ddpm"
+    """Of calibration and images; ``ddpm`` is that of the DiT authors and the paper."""
     guidance: float = 1.5
     layers: Literal["safe", "paper"] = "paper"
     """The same preset for all methods, as only methods are compared."""
@@ -93,7 +93,12 @@ class TableSettings:
         """A method's recipe, as all methods of this table are calibrated and at these bits."""
         weights, activations = _widths(bits)
         learned = {} if self.adaround_steps is None else {"steps": self.adaround_steps}
-        calibration = {"samples": self.calibration_images, "guidance": self.guidance, "seed": self.seed}
+        calibration = {
+            "samples": self.calibration_images,
+            "guidance": self.guidance,
+            "sampler": self.sampler,
+            "seed": self.seed,
+        }
         return base.model_copy(
             update={
                 "model": self.model,

@@ -81,7 +81,7 @@ class Work:
         if model.sampling is None:
             raise ArgumentError(f"{model.name} is not drawn by class; a table compares class-conditional DiTs")
         self._sampling: Sampling = model.sampling.by(settings.sampler)
-        self.model = dataclasses.replace(model, sampling=self._sampling)
+        self.model = model.drawn_by(settings.sampler)
         for steps in settings.steps:
             self._sampling.check_steps(steps)  # before the long part, which too many must not waste
         self._decode = decoder(self.model, self._sampling)
