@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ptq4dit_ao.lowering import available_backends, lower
     from ptq4dit_ao.observers import SalienceStatistics
     from ptq4dit_ao.passes import BalanceSettings, balance, balance_module, balance_result, collect_salience
-    from ptq4dit_ao.quantizer import Override, PTQ4DiTQuantizer, round_sequentially, salience_statistics
+    from ptq4dit_ao.quantizer import Override, PTQ4DiTQuantizer, distill, round_sequentially, salience_statistics
     from ptq4dit_ao.recipe import Recipe, load_recipe, recipe_json_schema
     from ptq4dit_ao.reference import load_reference_classifier, load_reference_dit
     from ptq4dit_ao.workflow import (
@@ -36,7 +36,7 @@ _HOMES = {
     "lowering": ("available_backends", "lower"),
     "observers": ("SalienceStatistics",),
     "passes": ("BalanceSettings", "balance", "balance_module", "balance_result", "collect_salience"),
-    "quantizer": ("Override", "PTQ4DiTQuantizer", "round_sequentially", "salience_statistics"),
+    "quantizer": ("Override", "PTQ4DiTQuantizer", "distill", "round_sequentially", "salience_statistics"),
     "recipe": ("Recipe", "load_recipe", "recipe_json_schema"),
     "reference": ("load_reference_classifier", "load_reference_dit"),
     "workflow": (
@@ -69,6 +69,7 @@ __all__ = [
     "choose_weight_bits",
     "collect_from_pipeline",
     "collect_salience",
+    "distill",
     "export_transformer",
     "find_sites",
     "load_quantized",

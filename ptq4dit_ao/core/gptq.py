@@ -41,13 +41,43 @@ def gptq(
     Returns:
         (C_out, C_in) int8.
     """
+    integers, _ = gptq_and_scale(weight, scale.unsqueeze(0), moment, quant_min, quant_max, damping=damping)
+    return integers
+
+
+def gptq_and_scale(
+    weight: Tensor, scales: Tensor, moment: Tensor, quant_min: int, quant_max: int, *, damping: float = 0.01
+) -> tuple[Tensor, Tensor]:
+    """The same, with each output channel's scale chosen of several by the error that its row is left with.
+
+    Args:
+        weight: as for :func:`gptq`, like all others.
+        scales: (K, C_out).
+
+    Returns:
+        Integers, (C_out, C_in) int8, and scales, (C_out,) float32.
+    """
     order = moment.diagonal().argsort(descending=True)
     # Row i of the upper factor of H^-1 holds what the error of column i costs the columns after it.
     factor = cholesky(lambda: factored(moment)[order.unsqueeze(1), order], damping, inverse=True).to(torch.float32)
     # Columns as rows, so that what a step reads and writes is contiguous.
-    w = weight.to(torch.float32).T[order].contiguous()
-    scale = scale.to(torch.float32)
-    integers = torch.empty_like(w, dtype=torch.int8)
+    columns = weight.to(torch.float32).T[order]
+    integers, scale, least = None, None, None
+    for candidate in scales.to(torch.float32):
+        rounded, error = _round(columns.clone(), candidate, factor, quant_min, quant_max)
+        if integers is None or scale is None or least is None:
+            integers, scale, least = rounded, candidate, error
+            continue
+        better = error < least
+        integers, scale = rounded.where(better, integers), candidate.where(better, scale)
+        least = error.where(better, least)
+    assert integers is not None and scale is not None
+    return integers[order.argsort()].T.contiguous(), scale
+
+
+def _round(w: Tensor, scale: Tensor, factor: Tensor, quant_min: int, quant_max: int) -> tuple[Tensor, Tensor]:
+    """Integers (C_in, C_out) of w, which is overwritten, and the error (C_out,) of each output."""
+    integers, total = torch.empty_like(w, dtype=torch.int8), torch.zeros_like(scale)
     for start in range(0, len(w), BLOCK):
         end = min(start + BLOCK, len(w))
         block, errors = w[start:end], torch.empty_like(w[start:end])
@@ -58,7 +88,8 @@ def gptq(
             torch.div(block[i] - q * scale, row[i], out=errors[i])
             block[i + 1 :].addr_(row[i + 1 :], errors[i], alpha=-1)
         w[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
-    return integers[order.argsort()].T.contiguous()
+        total += errors.square().sum(0)  # of all: (W_q - W) H (W_q - W)^T, with H as damped
+    return integers, total
 
 
 def nearest(weight: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:

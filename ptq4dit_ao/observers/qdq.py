@@ -47,6 +47,11 @@ class QuantSpec:
             eps=eps,
         )
 
+    @property
+    def levels(self) -> int:
+        """How many integers there are."""
+        return self.quant_max - self.quant_min + 1
+
     def qparams(self, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point for a range."""
         return affine_qparams(minimum, maximum, self.quant_min, self.quant_max, symmetric=self.symmetric, eps=self.eps)

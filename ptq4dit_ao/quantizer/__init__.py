@@ -2,7 +2,7 @@
 
 from ptq4dit_ao.quantizer.linear import LinearQuantizer
 from ptq4dit_ao.quantizer.overrides import PAPER_LAYERS, SAFE_LAYERS, Override
-from ptq4dit_ao.quantizer.ptq4dit import PTQ4DiTQuantizer, round_sequentially, salience_statistics, tokens_seen
+from ptq4dit_ao.quantizer.ptq4dit import PTQ4DiTQuantizer, distill, round_sequentially, salience_statistics, tokens_seen
 
 __all__ = [
     "PAPER_LAYERS",
@@ -10,6 +10,7 @@ __all__ = [
     "LinearQuantizer",
     "Override",
     "PTQ4DiTQuantizer",
+    "distill",
     "round_sequentially",
     "salience_statistics",
     "tokens_seen",

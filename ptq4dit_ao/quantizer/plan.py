@@ -26,10 +26,13 @@ from ptq4dit_ao.passes import (
 )
 from ptq4dit_ao.passes.edit import scale_of
 from ptq4dit_ao.rounding import (
+    DistillationSettings,
     OnGroup,
+    OnStep,
     PostRoundingScore,
     RoundingSettings,
     activation_clipping,
+    distill,
     round_in_one_pass,
     round_sequentially,
 )
@@ -92,6 +95,27 @@ class BalancePlan:
         round_sequentially(model, batches, self.rounding, on_group=on_group, resume=resume)
         balance_result(model).clipping.update(activation_clipping(model))
         self._done = True
+
+    def distill(
+        self,
+        model: GraphModule,
+        batches: Sequence[Sequence[Tensor]],
+        settings: DistillationSettings,
+        on_step: OnStep,
+        resume: Path | None,
+    ) -> None:
+        """Let all that was rounded layer by layer learn from the float network's output.
+
+        Raises:
+            CalibrationError: it was not.
+        """
+        if not (self.sequential and self._done):
+            raise CalibrationError(
+                "only what was rounded layer by layer can be distilled: prepare with sequential=True, and call "
+                "ptq4dit_ao.round_sequentially(prepared, batches) first"
+            )
+        distill(model, batches, settings, on_step=on_step, resume=resume)
+        balance_result(model).clipping.update(activation_clipping(model))
 
     def balance(self, model: GraphModule) -> None:
         """Balance and fold, once: what comes after may fail, and be tried again."""

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e import ObserverOrFakeQuantize
@@ -40,7 +41,7 @@ from ptq4dit_ao.quantizer.attention import annotate_attention
 from ptq4dit_ao.quantizer.linear import LinearQuantizer
 from ptq4dit_ao.quantizer.overrides import SAFE_LAYERS, LayerPlan, Override, apply_plan, check_bits, plan_layers
 from ptq4dit_ao.quantizer.plan import BalancePlan
-from ptq4dit_ao.rounding import OnGroup, RoundingSettings
+from ptq4dit_ao.rounding import DistillationSettings, OnGroup, OnStep, RoundingSettings
 from ptq4dit_ao.rounding.settings import Rounding
 
 logger = logging.getLogger(__name__)
@@ -378,3 +379,35 @@ def round_sequentially(
             batches; the folder holds something else, or cannot be written.
     """
     _plan_of(prepared).round_sequentially(prepared, batches, on_group, None if resume is None else Path(resume))
+
+
+@torch.no_grad()
+def distill(
+    prepared: GraphModule,
+    batches: Iterable[Sequence[Tensor]],
+    *,
+    steps: int = 1000,
+    minutes: float | None = None,
+    on_step: OnStep = lambda *_: None,
+    resume: str | Path | None = None,
+) -> None:
+    """Let a model that was rounded layer by layer learn from the float network's output; then call ``convert_pt2e``.
+
+    Integers, scales and biases of all weights, and the ranges of their inputs, follow the gradient of the output's mean
+    square error. Of each weight that takes four numbers of 32 bits, and of one batch all activations.
+
+    Args:
+        prepared: as :func:`round_sequentially` has left it.
+        batches: input tuples, such as calibration samples; the more, the better what is learned holds for others.
+        steps: how often everything is updated, with one batch each time.
+        minutes: what that may take; what ends sooner counts, so that with a time limit results depend on the machine.
+        on_step: called with the number of steps done, and in all.
+        resume: a folder to note progress in. A later call with the same model, batches and settings goes on from there.
+
+    Raises:
+        ArgumentError: there are no steps, or no time.
+        CalibrationError: the model was not rounded layer by layer; there are no batches; the folder has notes of
+            another run, or cannot be written.
+    """
+    settings = DistillationSettings(steps=steps, minutes=minutes)
+    _plan_of(prepared).distill(prepared, list(batches), settings, on_step, None if resume is None else Path(resume))

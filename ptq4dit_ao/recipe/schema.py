@@ -204,6 +204,21 @@ class Rounding(_Section):
         return self
 
 
+class Distillation(_Section):
+    """How long the whole quantized network learns from the float one, after its weights have been rounded."""
+
+    steps: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="How often integers, scales, biases and ranges of all layers are updated, with 'calibration.batch_"
+        "size' images each time; 0: not at all. Needs rounding.sequential: true.",
+    )
+    minutes: float | None = Field(
+        default=None,
+        gt=0,
+        description="What that may take; with a limit, results depend on the machine.",
+    )
+
+
 _NOT_WITH_SKIP = ("weight_bits", "activation_bits", "balance")
 
 
@@ -341,6 +356,7 @@ class Recipe(_Section):
     attention: Attention = Attention()
     balance: Balance = Balance()
     rounding: Rounding = Rounding()
+    distillation: Distillation = Distillation()
     layers: LayerPreset = Field(default="safe", description="Preset of layers that stay float: 'safe' or 'paper'.")
     overrides: Annotated[tuple[Override, ...], BeforeValidator(as_tuple)] = Field(
         default=(), description="Exceptions for single modules; where several patterns match, the later one wins."
@@ -348,6 +364,16 @@ class Recipe(_Section):
     calibration: Calibration = Calibration()
     noise_correction: NoiseCorrection = NoiseCorrection()
     evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _distills_what_was_rounded(self) -> Self:
+        if self.distillation.steps and not self.rounding.sequential:
+            raise _rule(
+                "distillation.steps is {steps}: what learns must have been rounded layer by layer; add rounding: "
+                "sequential: true, or remove distillation",
+                steps=self.distillation.steps,
+            )
+        return self
 
     @property
     def widths(self) -> str:
@@ -388,6 +414,10 @@ class RecipeFile(Recipe):
         description="The recipe this one builds on: a path relative to this file, or the name of a shipped recipe. "
         "Mappings are merged key by key; scalars and lists replace those of the base.",
     )
+
+    @model_validator(mode="after")
+    def _distills_what_was_rounded(self) -> Self:
+        return self  # its base may have the other key
 
 
 def _span(bits: set[int]) -> str:

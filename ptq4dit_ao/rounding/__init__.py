@@ -1,16 +1,20 @@
 """Weights rounded in view of what they are multiplied with: in one pass over float statistics, or layer by layer."""
 
+from ptq4dit_ao.rounding.distill import OnStep, distill
 from ptq4dit_ao.rounding.layers import activation_clipping
 from ptq4dit_ao.rounding.one_pass import round_in_one_pass
 from ptq4dit_ao.rounding.search import PostRoundingScore
 from ptq4dit_ao.rounding.sequential import OnGroup, round_sequentially
-from ptq4dit_ao.rounding.settings import RoundingSettings
+from ptq4dit_ao.rounding.settings import DistillationSettings, RoundingSettings
 
 __all__ = [
+    "DistillationSettings",
     "OnGroup",
+    "OnStep",
     "PostRoundingScore",
     "RoundingSettings",
     "activation_clipping",
+    "distill",
     "round_in_one_pass",
     "round_sequentially",
 ]

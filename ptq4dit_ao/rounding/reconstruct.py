@@ -11,16 +11,16 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter
+from torch.fx import GraphModule
 from torch.nn import functional
 
 from ptq4dit_ao.core.adaround import exponent, inverse_rectified_sigmoid, rectified_sigmoid, undecided
-from ptq4dit_ao.graph.names import writes_in_place
 from ptq4dit_ao.observers import ActivationObserver, Rounded
 from ptq4dit_ao.rounding.blocks import Block
-from ptq4dit_ao.rounding.layers import Layer, module_of
+from ptq4dit_ao.rounding.layers import Layer
+from ptq4dit_ao.rounding.learning import LearnedRange, Run
 from ptq4dit_ao.rounding.settings import RoundingSettings
-from ptq4dit_ao.rounding.streams import Instead, Values, copied, quantized_network, run_node
+from ptq4dit_ao.rounding.streams import Values
 
 INSIDE = 0.49
 """A place that far from an integer is still nearest to it."""
@@ -98,32 +98,6 @@ class SoftLinear(nn.Module):
         return (self.floor + up).clamp(self.spec.quant_min, self.spec.quant_max)
 
 
-class LearnedRange(nn.Module):
-    """An activation's quantizer whose step is learned, its zero point kept (LSQ, Esser et al. 2020)."""
-
-    def __init__(self, observer: ActivationObserver) -> None:
-        super().__init__()
-        scale, zero_point = observer.qparams()
-        self.observer, self.spec, self.zero_point = observer, observer.spec, int(zero_point)
-        self.log_scale = nn.Parameter(scale.log())
-
-    def forward(self, x: Tensor) -> Tensor:
-        scale = self.log_scale.exp()
-        q = x / scale
-        q = (q + (q.round() - q).detach() + self.zero_point).clamp(self.spec.quant_min, self.spec.quant_max)
-        return (q - self.zero_point) * scale
-
-    def harden(self) -> None:
-        """Leave the range in the observer."""
-        scale = float(self.log_scale.exp())
-        if self.spec.symmetric:  # the scale is that of half of all levels
-            half = scale * (self.spec.quant_max - self.spec.quant_min) / 2
-            self.observer.clipped = -half, half
-        else:
-            low, high = (scale * (bound - self.zero_point) for bound in (self.spec.quant_min, self.spec.quant_max))
-            self.observer.clipped = low, high
-
-
 def reconstruct(
     prepared: GraphModule,
     block: Block,
@@ -149,7 +123,7 @@ def reconstruct(
     linears = {layer.node: SoftLinear(prepared, layer, settings) for layer in layers}
     learned = {observer: LearnedRange(observer) for observer in ranges}
     observed = {g.node: learned[g.observer] for g in block.groups if g.observer in learned}
-    run = _Run(prepared, block, {**linears, **observed})
+    run = Run(prepared, block, {**linears, **observed})
     roundings, scales = [linear.v for linear in linears.values()], [q.log_scale for q in learned.values()]
     optimizer = torch.optim.Adam(
         [{"params": roundings, "lr": rounding_rate(settings.steps)}, {"params": scales, "lr": RANGE_RATE}]
@@ -170,25 +144,3 @@ def reconstruct(
         linear.harden()
     for quantizer in learned.values():
         quantizer.harden()
-
-
-class _Run:
-    """A block of the quantized network, with modules that learn in the place of some of its nodes."""
-
-    def __init__(self, prepared: GraphModule, block: Block, learning: Instead) -> None:
-        self._interpreter, self._nodes, self._outputs = Interpreter(prepared), block.nodes, block.outputs()
-        observers = {node: module_of(prepared, node) for node in block.nodes}
-        fixed: Instead = {
-            node: LearnedRange(observer).requires_grad_(False)  # rounding as such would let no gradient through
-            for node, observer in observers.items()
-            if isinstance(observer, ActivationObserver)
-        }
-        self._in_place = writes_in_place(prepared)
-        self._instead = quantized_network(prepared, block.nodes) | fixed | learning
-
-    def error(self, inputs: Values, targets: Values) -> Tensor:
-        """Square error of what the block puts out, summed over channels and outputs, mean over tokens."""
-        values = {node: copied(value) for node, value in inputs.items()} if self._in_place else dict(inputs)
-        for node in self._nodes:
-            values[node] = run_node(self._interpreter, node, values.__getitem__, self._instead)
-        return torch.stack([(values[n] - targets[n]).float().square().sum(-1).mean() for n in self._outputs]).sum()

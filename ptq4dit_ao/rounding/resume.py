@@ -18,7 +18,6 @@ from ptq4dit_ao._atomic import is_unfinished, replace_text, replacing_file
 from ptq4dit_ao.errors import CalibrationError
 from ptq4dit_ao.observers import ActivationObserver, Rounded
 from ptq4dit_ao.rounding.layers import Group
-from ptq4dit_ao.rounding.settings import RoundingSettings
 
 PARTS = ("integers", "scale", "bias")
 """Of a :class:`~ptq4dit_ao.observers.Rounded`; there may be no bias."""
@@ -96,19 +95,19 @@ class Progress:
 
 
 def fingerprint(
-    prepared: GraphModule, groups: Iterable[Group], batches: Sequence[Sequence[Tensor]], settings: RoundingSettings
+    prepared: GraphModule, groups: Iterable[Group], batches: Sequence[Sequence[Tensor]], settings: object
 ) -> str:
     """A digest of all that decides what is found: parameters, balanced weights and batches by their sums."""
     digest = hashlib.sha256(repr(settings).encode())
-    digest.update(repr([(name, _sums(parameter)) for name, parameter in prepared.named_parameters()]).encode())
+    digest.update(repr([(name, sums(parameter)) for name, parameter in prepared.named_parameters()]).encode())
     activations = [module for module in prepared.modules() if isinstance(module, ActivationObserver)]
     digest.update(repr([(observer.layer, observer.spec) for observer in activations]).encode())
     for group in groups:
         digest.update(repr((group.name, group.observer.spec)).encode())
         for layer in group.layers:
-            digest.update(repr((layer.observer.spec, _sums(layer.weight(prepared)))).encode())
+            digest.update(repr((layer.observer.spec, sums(layer.weight(prepared)))).encode())
     for batch in batches:
-        digest.update(repr([_sums(x) for x in batch]).encode())
+        digest.update(repr([sums(x) for x in batch]).encode())
     return digest.hexdigest()
 
 
@@ -133,6 +132,7 @@ def _read(file: Any, prefix: str, group: Group) -> tuple[tuple[float, float], li
     return (low, high), rounded
 
 
-def _sums(x: Tensor) -> tuple[object, ...]:
+def sums(x: Tensor) -> tuple[object, ...]:
+    """What tells a tensor from others: its shape, the sum of its elements and of their squares."""
     x = x.to(torch.float64)
     return tuple(x.shape), float(x.sum()), float(x.square().sum())

@@ -63,7 +63,7 @@ class PostRoundingScore:
             bounds = choose_range(observer.spec, tokens[::STEP], low, high, weight, self._settings.ranges)
             quantized = quantize_tokens(observer.spec, tokens, bounds)
             inputs = Inputs.from_moments(mean, mean + (quantized - tokens).mean(0), second.clone())
-            (rounded,) = solve([weight], [None], spec, inputs, self._settings)
+            (rounded,) = solve([weight], [None], spec, inputs, self._settings, try_scales=False)
             noise = quantized @ rounded.weight().T - tokens @ weight.T
             if rounded.bias is not None:
                 noise += rounded.bias

@@ -62,3 +62,21 @@ class RoundingSettings:
     def plain(self) -> bool:
         """Is every weight rounded to nearest in the range of its minimum and maximum?"""
         return self.rounding == "nearest" and self.ranges == "minmax"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationSettings:
+    """How long the whole quantized network learns from the float one, after its weights have been rounded.
+
+    ``steps`` is how often all of it is updated, with one batch each time, and ``minutes`` what that may take; what ends
+    sooner counts, so that with a time limit results depend on the machine.
+    """
+
+    steps: int = 1000
+    minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ArgumentError(f"steps is {self.steps}; it must be at least 1 (some hundreds gain most)")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ArgumentError(f"minutes is {self.minutes}; it must be above 0, or None for no limit")

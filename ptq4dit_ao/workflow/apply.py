@@ -31,13 +31,14 @@ from ptq4dit_ao.quantizer import (
     SAFE_LAYERS,
     Override,
     PTQ4DiTQuantizer,
+    distill,
     round_sequentially,
     tokens_seen,
 )
 from ptq4dit_ao.recipe import Override as RecipeOverride
 from ptq4dit_ao.recipe import Recipe, Weights
 from ptq4dit_ao.report import build_report
-from ptq4dit_ao.rounding import OnGroup, RoundingSettings
+from ptq4dit_ao.rounding import OnGroup, OnStep, RoundingSettings
 from ptq4dit_ao.workflow.quantized_model import QuantizedModel
 from ptq4dit_ao.workflow.weight_bits import OnRun, WeightBits, choose_weight_bits
 
@@ -155,6 +156,7 @@ def apply_recipe(
     name: str | None = None,
     on_sample: Callable[[int], None] | None = None,
     on_layer: OnGroup = lambda *_: None,
+    on_step: OnStep = lambda *_: None,
     on_choice: OnRun = lambda *_: None,
     resume: str | Path | None = None,
 ) -> QuantizedModel:
@@ -170,8 +172,10 @@ def apply_recipe(
         name: of the model, for the report.
         on_sample: called with the number of tuples done.
         on_layer: called with the number of inputs of layers that are rounded, and in all, by a sequential rounding.
+        on_step: called with the number of steps of distillation done, and in all.
         on_choice: called with the number of quantized inputs measured for ``bits: auto``, and in all.
-        resume: a folder for what a sequential rounding has done so far; what is found there is not done again.
+        resume: a folder for what a sequential rounding, and distillation, have done so far; what is found there is not
+            done again.
 
     Raises:
         ExportError: the model cannot be captured.
@@ -218,6 +222,11 @@ def apply_recipe(
         batches = [on_device_of(model, batch) for batch in some]
         round_sequentially(prepared, batches, on_group=on_layer, resume=resume)
         clock.lap("round")
+        if recipe.distillation.steps:
+            batches = [on_device_of(model, batch) for batch in kept]
+            budget = recipe.distillation.model_dump()
+            distill(prepared, batches, **budget, on_step=on_step, resume=resume)
+            clock.lap("distill")
     trim()
     converted = convert_pt2e(prepared)
     share_equal_tensors(converted)

@@ -76,6 +76,7 @@ def quantize(
         name=model.name,
         on_sample=lambda done: on_progress("calibrate", done, batches),
         on_layer=lambda done, total: on_progress("round", done, total),
+        on_step=lambda done, total: on_progress("distill", done, total),
         on_choice=lambda done, total: on_progress("choose bits", done, total),
         resume=resume,
     )

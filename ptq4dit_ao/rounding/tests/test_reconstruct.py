@@ -19,7 +19,8 @@ from ptq4dit_ao.quantizer import PTQ4DiTQuantizer, round_sequentially
 from ptq4dit_ao.rounding import RoundingSettings
 from ptq4dit_ao.rounding.blocks import block_name, find_blocks
 from ptq4dit_ao.rounding.layers import find_groups
-from ptq4dit_ao.rounding.reconstruct import Budget, LearnedRange, SoftLinear, _Run
+from ptq4dit_ao.rounding.learning import LearnedRange, Run
+from ptq4dit_ao.rounding.reconstruct import Budget, SoftLinear
 from ptq4dit_ao.rounding.streams import Streams
 
 
@@ -138,7 +139,7 @@ def test_a_block_that_writes_in_place_learns_from_what_was_there(prepare, tiny_s
     streams.advance(block.end)
     (targets,) = streams.exact(block.outputs())
     with torch.no_grad():
-        run = _Run(prepared, block, {})
+        run = Run(prepared, block, {})
         assert torch.equal(run.error(inputs, targets), run.error(inputs, targets))
 
 
@@ -153,7 +154,7 @@ def test_gradients_pass_quantized_attention(prepare, tiny_samples):
     (targets,) = streams.exact(block.outputs())
     layers = [layer for group in block.groups for layer in group.layers]
     learning = {layer.node: SoftLinear(prepared, layer, settings()) for layer in layers}
-    _Run(prepared, block, learning).error(inputs, targets).backward()
+    Run(prepared, block, learning).error(inputs, targets).backward()
     assert all(linear.v.grad.abs().max() > 0 for linear in learning.values())
 
 

@@ -1,0 +1,261 @@
+"""Distillation: everything that was quantized learns together, until the network puts out what the float network does.
+
+Rounding a layer, or a block, for its own output's sake cannot know what the rest of the network makes of the error.
+Here integers, scales, biases and the steps of activations all follow the gradient of the mean square error of the
+network's output. Integers move by a straight-through estimator (Bengio et al. 2013, arXiv 1308.3432): gradients pass
+the rounding as if it was not there. Scales are learned as in LSQ (Esser et al. 2020, arXiv 1902.08153). No data is
+needed but what calibrates, and the targets are the float network's own.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter
+from torch.nn import functional
+
+from ptq4dit_ao._atomic import replacing_file
+from ptq4dit_ao._tensor_file import read_tensors
+from ptq4dit_ao.errors import CalibrationError
+from ptq4dit_ao.graph.names import placeholders
+from ptq4dit_ao.observers import ActivationObserver, Rounded
+from ptq4dit_ao.rounding.blocks import Block
+from ptq4dit_ao.rounding.layers import Layer, find_groups
+from ptq4dit_ao.rounding.learning import LearnedRange, Run
+from ptq4dit_ao.rounding.resume import fingerprint, sums
+from ptq4dit_ao.rounding.settings import DistillationSettings
+from ptq4dit_ao.rounding.streams import Values, copied, float_network, run_node
+
+logger = logging.getLogger(__name__)
+
+POSITION_RATE = 0.01
+"""Learning rate of a weight's place among its integers, in steps; it falls to 0 along a cosine, like the other."""
+
+SCALE_RATE = 3e-4
+"""Learning rate of biases and of the logarithms of scales."""
+
+COMPARED = 32
+"""Batches on which the network must have gained."""
+
+SEED = 0
+
+FILE = "distillation.safetensors"
+FORMAT = "ptq4dit-ao distillation 1"
+
+PAUSE = 60.0
+"""Seconds between two notes of how far it has come; more where writing one takes over a twentieth of that."""
+
+OnStep = Callable[[int, int], None]
+"""``(steps done, in all)``."""
+
+
+class LearnedLinear(nn.Module):
+    """A linear whose integers, scales and bias learn, from where rounding has left them."""
+
+    def __init__(self, prepared: GraphModule, layer: Layer) -> None:
+        super().__init__()
+        rounded, self.spec = layer.observer.rounded, layer.observer.spec
+        assert rounded is not None
+        self.layer, self.start = layer, rounded.scale
+        self.position = nn.Parameter(rounded.integers.to(torch.float32))
+        scales = rounded.scale if self.spec.channel_axis == 0 else rounded.scale[:1]
+        self.log_ratio = nn.Parameter(torch.zeros_like(scales))
+        bias = layer.bias(prepared) if rounded.bias is None else rounded.bias
+        self.bias = None if bias is None else nn.Parameter(bias.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        position = self.position
+        integers = position + (self.integers() - position).detach()  # the gradient is that of the position
+        weight = integers * self.scale().unsqueeze(1)
+        return functional.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def integers(self) -> Tensor:
+        """(C_out, C_in), as floating point numbers."""
+        return self.position.round().clamp(self.spec.quant_min, self.spec.quant_max)
+
+    def scale(self) -> Tensor:
+        """(C_out,)."""
+        return self.start * self.log_ratio.exp()
+
+    def harden(self) -> None:
+        """Leave what was learned in the layer's observer."""
+        self.layer.observer.rounded = Rounded(
+            integers=self.integers().detach().to(torch.int8),
+            scale=self.scale().detach(),
+            bias=None if self.bias is None else self.bias.detach(),
+        )
+
+
+def distill(
+    prepared: GraphModule,
+    batches: Sequence[Sequence[Tensor]],
+    settings: DistillationSettings,
+    *,
+    on_step: OnStep = lambda *_: None,
+    resume: Path | None = None,
+) -> None:
+    """Let all rounded weights and their inputs' ranges learn, and leave in the observers what was learned.
+
+    Where the output's error is no smaller then, on some of the batches, all is left as it was.
+
+    Args:
+        prepared: a balanced graph whose weights have been rounded.
+        batches: input tuples. The float network's outputs are held for each.
+        settings: how long.
+        on_step: called after each step.
+        resume: a folder to note in how far it has come; what is found there is not done again.
+
+    Raises:
+        CalibrationError: there are no batches; the folder has notes of another run, or cannot be written.
+    """
+    if not batches:
+        raise CalibrationError("there are no samples to learn from; pass at least one tuple of inputs")
+    groups = find_groups(prepared)
+    layers = [layer for group in groups for layer in group.layers]
+    *nodes, end = (node for node in prepared.graph.nodes if node.op != "placeholder")
+    block = Block(tuple(groups), tuple(nodes), end)
+    inputs = [dict(zip(placeholders(prepared), batch, strict=True)) for batch in batches]
+    targets = list(_float_outputs(prepared, block, inputs))
+    linears = {layer.node: LearnedLinear(prepared, layer) for layer in layers}
+    ranges: dict[ActivationObserver, LearnedRange] = {g.observer: LearnedRange(g.observer) for g in groups}
+    run = Run(prepared, block, {**linears, **{group.node: ranges[group.observer] for group in groups}})
+    some = range(0, len(inputs), -(-len(inputs) // COMPARED))
+    before = _error(run, inputs, targets, some)
+    learning = nn.ModuleList([*linears.values(), *ranges.values()])
+    optimizer = _optimizer(learning)
+    clock = _Clock(settings)
+    notes = None
+    if resume is not None:
+        rounded = [(sums(r.integers), sums(r.scale)) for layer in layers if (r := layer.observer.rounded)]
+        found = fingerprint(prepared, groups, batches, (settings, rounded))
+        notes = _Notes(resume, found, learning, optimizer, clock)
+    with torch.enable_grad():
+        while (spent := clock.spent()) < 1:
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = parameters["rate"] * (1 + math.cos(math.pi * spent)) / 2
+            batch = _batch(clock.steps, len(inputs))
+            loss = run.error(inputs[batch], targets[batch])
+            optimizer.zero_grad()
+            loss.backward(inputs=list(learning.parameters()))  # type: ignore[no-untyped-call]
+            optimizer.step()
+            clock.steps += 1
+            on_step(clock.steps, settings.steps)
+            if notes is not None:
+                notes.write()
+    after = _error(run, inputs, targets, some)
+    logger.info("distilled in %d steps: square error of the output %.3g, before %.3g", clock.steps, after, before)
+    if not after < before:
+        logger.warning("%d steps of distillation gained nothing; all is left as it was rounded", clock.steps)
+        return
+    for module in (*linears.values(), *ranges.values()):
+        module.harden()
+
+
+def _float_outputs(prepared: GraphModule, block: Block, inputs: Sequence[Values]) -> Iterator[Values]:
+    interpreter, instead = Interpreter(prepared), float_network(prepared, block.nodes)
+    outputs = block.outputs()
+    for batch in inputs:
+        values = {node: copied(value) for node, value in batch.items()}
+        for node in block.nodes:
+            values[node] = run_node(interpreter, node, values.__getitem__, instead)
+        yield {node: values[node] for node in outputs}
+
+
+@torch.no_grad()
+def _error(run: Run, inputs: Sequence[Values], targets: Sequence[Values], batches: range) -> float:
+    return sum(float(run.error(inputs[i], targets[i])) for i in batches) / len(batches)
+
+
+def _optimizer(learning: nn.Module) -> torch.optim.Optimizer:
+    rates: dict[float, list[nn.Parameter]] = {POSITION_RATE: [], SCALE_RATE: []}
+    for name, parameter in learning.named_parameters():
+        rates[POSITION_RATE if name.endswith("position") else SCALE_RATE].append(parameter)
+    return torch.optim.Adam([{"params": parameters, "rate": rate} for rate, parameters in rates.items()])
+
+
+def _batch(step: int, count: int) -> int:
+    """All batches in random order, then all in another."""
+    generator = torch.Generator().manual_seed(SEED + step // count)
+    return int(torch.randperm(count, generator=generator)[step % count])
+
+
+class _Clock:
+    """How far learning has come: in steps, or in time where that runs out sooner."""
+
+    def __init__(self, settings: DistillationSettings) -> None:
+        self._settings = settings
+        self._start = time.monotonic()
+        self.steps = 0
+        self.earlier = 0.0
+        """Seconds that runs before this one took."""
+
+    def seconds(self) -> float:
+        return self.earlier + time.monotonic() - self._start
+
+    def spent(self) -> float:
+        """The part of the budget, from 0 to 1."""
+        steps = self.steps / self._settings.steps
+        minutes = self._settings.minutes
+        return min(1.0, steps if minutes is None else max(steps, self.seconds() / (60 * minutes)))
+
+
+class _Notes:
+    """A file with all that a killed run needs to go on: what has been learned, the optimizer's state, the clock."""
+
+    def __init__(
+        self, folder: Path, fingerprint: str, learning: nn.Module, optimizer: torch.optim.Optimizer, clock: _Clock
+    ) -> None:
+        self._path, self._fingerprint = folder / FILE, fingerprint
+        self._learning, self._optimizer, self._clock = learning, optimizer, clock
+        self._pause, self._last = PAUSE, time.monotonic()
+        if self._path.exists():
+            self._read()
+
+    def _read(self) -> None:
+        metadata, tensors = read_tensors(self._path, form=FORMAT, what="a distillation", error=CalibrationError)
+        if metadata["fingerprint"] != self._fingerprint:
+            raise CalibrationError(
+                f"{self._path} was learned by another model, recipe or calibration set; remove it to start anew, or "
+                "give another folder"
+            )
+        state: dict[int, dict[str, Tensor]] = {}
+        with torch.no_grad():
+            for name, parameter in self._learning.named_parameters():
+                parameter.copy_(tensors.pop(name))
+        for name, tensor in tensors.items():
+            index, key = name.removeprefix("adam.").split(".")
+            state.setdefault(int(index), {})[key] = tensor
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self._clock.steps, self._clock.earlier = int(metadata["steps"]), float(metadata["seconds"])
+
+    def write(self) -> None:
+        """Note how far it has come, if the last time was long ago.
+
+        Raises:
+            CalibrationError: it cannot be written.
+        """
+        start = time.monotonic()
+        if start - self._last < self._pause:
+            return
+        tensors = {name: parameter.detach() for name, parameter in self._learning.named_parameters()}
+        for index, state in self._optimizer.state_dict()["state"].items():
+            tensors |= {f"adam.{index}.{key}": value for key, value in state.items()}
+        metadata = {"format": FORMAT, "fingerprint": self._fingerprint}
+        metadata |= {"steps": str(self._clock.steps), "seconds": str(self._clock.seconds())}
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing_file(self._path) as temporary:
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        except (OSError, SafetensorError) as error:
+            raise CalibrationError(f"cannot write {self._path}: {error}") from error
+        self._last = time.monotonic()
+        self._pause = max(PAUSE, 20 * (self._last - start))
