@@ -2,9 +2,10 @@
 
 For every bit width and method, over several calibration draws (seeds 0, 1, ...) and one evaluation set: eps SQNR in dB,
 pooled over 20 timesteps (mean and standard deviation over draws), its median over timesteps, the pooled figure on the
-30 timesteps that were not calibrated, and the mean square error of 50 final samples at equal seeds (10 DDIM steps, CFG
-1.5). All figures are of the simulated (quantize/dequantize) graph. ``--outliers`` makes four channels of every adaLN
-output 10 to 30 times larger and undoes it in the next weights, which changes nothing in float.
+30 timesteps that were not calibrated, and the square error of 200 final samples at equal seeds (10 steps), mean and
+median over samples. ``--sampler`` draws inputs, for calibration and evaluation, and samples. All figures are of the
+simulated (quantize/dequantize) graph. ``--outliers`` makes four channels of every adaLN output 10 to 30 times larger
+and undoes it in the next weights, which changes nothing in float.
 
 A method is a recipe's balancing and rounding, and its calibration timesteps where it draws them; which layers are
 quantized, and all else, is that of ``digits_w8a8``.
@@ -25,7 +26,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from ptq4dit_ao import CalibrationSamples, collect_from_pipeline, export_transformer, load_recipe, load_reference_dit
-from ptq4dit_ao.calibration import Sampling, SamplingPipeline, sample
+from ptq4dit_ao.calibration import SAMPLERS, Sampling, SamplingPipeline, sample
 from ptq4dit_ao.evaluation import paired_error
 from ptq4dit_ao.recipe import Activations, Balance, NormalDraw, Recipe, Rounding, Weights
 from ptq4dit_ao.reference import DIGITS, REFERENCES, SAMPLING
@@ -48,21 +49,27 @@ METHODS = {
     "fast": load_recipe("fast"),
     "learned": load_recipe("learned"),
     "auto": load_recipe("auto"),
+    "distilled": load_recipe("distilled"),
 }
 BITS = {"W8A8": (8, 8), "W4A8": (4, 8), "W6A6": (6, 6), "W4A4": (4, 4)}
 BATCH = 64
 STEPS = 50
-IMAGES = 50
+IMAGES = 200
 IMAGE_STEPS = 10
 
 
 def draw_samples(
-    model: nn.Module, recipe: Recipe, *, count: int, seed: int, timesteps: tuple[float, ...] | None = None
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    count: int,
+    seed: int,
+    timesteps: tuple[float, ...] | None = None,
 ) -> CalibrationSamples:
     """Denoiser inputs along float trajectories with guidance, as the recipe's calibration section says."""
     labels = torch.randint(10, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
     return collect_from_pipeline(
-        SamplingPipeline(model, Sampling.of(model, clip=True)),
+        SamplingPipeline(model, Sampling.of(model, clip=True).by(recipe.calibration.sampler)),
         labels,
         timesteps=wanted_timesteps(recipe.calibration.timesteps) if timesteps is None else timesteps,
         steps=recipe.calibration.steps,
@@ -73,15 +80,18 @@ def draw_samples(
 
 def with_method(recipe: Recipe, bits: str, method: str, steps: int = 500) -> Recipe:
     weights, activations = BITS[bits]
-    rounding = METHODS[method].rounding
+    rounding, distillation = METHODS[method].rounding, METHODS[method].distillation
     if rounding.method == "adaround":
         rounding = rounding.model_copy(update={"steps": steps})
+    if distillation.steps:
+        distillation = distillation.model_copy(update={"steps": steps})
     return recipe.model_copy(
         update={
             "weights": Weights(bits=weights),
             "activations": Activations(bits=activations),
             "balance": METHODS[method].balance,
             "rounding": rounding,
+            "distillation": distillation,
         }
     )
 
@@ -106,14 +116,17 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--bits", nargs="+", choices=BITS, default=list(BITS))
     parser.add_argument("--model", choices=REFERENCES, default=DIGITS.name)
-    parser.add_argument("--adaround-steps", type=int, default=500, help="of methods that learn (default: %(default)s)")
+    parser.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=500, help="of methods that learn (default: %(default)s)")
     parser.add_argument("--outliers", action="store_true")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
 
     recipe = load_recipe("digits_w8a8")
-    model, sampling = load_reference_dit(args.model), REFERENCES[args.model].sampling
+    calibration = recipe.calibration.model_copy(update={"sampler": args.sampler})
+    recipe = recipe.model_copy(update={"calibration": calibration})
+    model, sampling = load_reference_dit(args.model), REFERENCES[args.model].sampling.by(args.sampler)
     if args.outliers:
         model = inject_outliers(model, seed=0)
     count = args.samples or recipe.calibration.samples
@@ -134,21 +147,22 @@ def main() -> None:
     with Progress() as progress:
         task = progress.add_task("quantize and evaluate", total=len(cases) * args.draws)
         for bits, method in cases:
-            figures: dict[str, list[float]] = {"sqnr_db": [], "median_t_db": [], "off_grid_db": [], "mse": [], "s": []}
+            names = ("sqnr_db", "median_t_db", "off_grid_db", "mse", "median_mse", "s")
+            figures: dict[str, list[float]] = {name: [] for name in names}
             curves = []
             for calibration in calibration_of(with_timesteps(recipe, method)):
                 start = time.perf_counter()
                 batches = calibration.shuffled(0).batches(BATCH)
-                quantized = apply_recipe(
-                    exported, with_method(recipe, bits, method, args.adaround_steps), batches
-                ).graph
+                quantized = apply_recipe(exported, with_method(recipe, bits, method, args.steps), batches).graph
                 figures["s"].append(time.perf_counter() - start)
                 error = paired_error(exported, quantized, evaluation)
                 curves.append(list(error.per_timestep.values()))
                 figures["sqnr_db"].append(error.sqnr_db)
                 figures["median_t_db"].append(statistics.median(error.per_timestep.values()))
                 figures["off_grid_db"].append(paired_error(exported, quantized, off_grid.batches(BATCH)).sqnr_db)
-                figures["mse"].append(float((draw_images(quantized, sampling) - expected).square().mean()))
+                errors = (draw_images(quantized, sampling) - expected).square().flatten(1).mean(1)
+                figures["mse"].append(float(errors.mean()))
+                figures["median_mse"].append(float(errors.median()))
                 progress.advance(task)
             spread = statistics.stdev(figures["sqnr_db"]) if args.draws > 1 else 0.0
             mean = {name: statistics.mean(values) for name, values in figures.items()}
@@ -156,14 +170,21 @@ def main() -> None:
             rows.append({"bits": bits, "method": method, **mean, "sd": spread, "per_timestep": curve})
             progress.console.print(as_row(rows[-1]))
 
-    print(f"\neps SQNR (dB), {args.draws} calibration draws of {count} images; simulated; torch {torch.__version__}\n")
-    print("| bits | method | pooled | sd | median over t | other timesteps | sample MSE | s |\n" + "|---" * 8 + "|")
+    drawn = f"{args.draws} calibration draws of {count} images, {args.sampler.upper()}"
+    print(f"\neps SQNR (dB), {drawn}; simulated; torch {torch.__version__}\n")
+    print(
+        "| bits | method | pooled | sd | median over t | other timesteps | sample MSE | median | s |\n"
+        + "|---" * 9
+        + "|"
+    )
     print("\n".join(map(as_row, rows)))
     if args.json:
         about = {
             "model": args.model,
             "draws": args.draws,
             "samples": count,
+            "sampler": args.sampler,
+            "steps": args.steps,
             "outliers": args.outliers,
             "torch": torch.__version__,
         }
@@ -173,7 +194,7 @@ def main() -> None:
 def as_row(row: dict) -> str:
     return (
         f"| {row['bits']} | {row['method']} | {row['sqnr_db']:.2f} | {row['sd']:.2f} | {row['median_t_db']:.2f} | "
-        f"{row['off_grid_db']:.2f} | {row['mse']:.1e} | {row['s']:.0f} |"
+        f"{row['off_grid_db']:.2f} | {row['mse']:.1e} | {row['median_mse']:.1e} | {row['s']:.0f} |"
     )
 
 

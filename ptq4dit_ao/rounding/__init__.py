@@ -1,6 +1,6 @@
 """Weights rounded in view of what they are multiplied with: in one pass over float statistics, or layer by layer."""
 
-from ptq4dit_ao.rounding.distill import OnStep, distill
+from ptq4dit_ao.rounding.distillation import OnStep, distill
 from ptq4dit_ao.rounding.layers import activation_clipping
 from ptq4dit_ao.rounding.one_pass import round_in_one_pass
 from ptq4dit_ao.rounding.search import PostRoundingScore

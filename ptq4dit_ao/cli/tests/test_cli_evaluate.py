@@ -147,7 +147,7 @@ def test_options_arrive(run, monkeypatch, options, changes):
     assert run("evaluate", "out", *options)[0] == 1
     defaults = {
         "directory": Path("out"), "model": None, "backends": ["reference"], "samples": 200, "steps": 50,
-        "sampler": "ddim", "seed": NOISE_SEED, "features": None, "reference": None, "cache": None,
+        "sampler": None, "seed": NOISE_SEED, "features": None, "reference": None, "cache": None,
     }  # fmt: skip
     assert seen == [{**defaults, **changes}]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ptq4dit_ao.core.clipping import clipped_activation_range, clipped_weight_range
-from ptq4dit_ao.core.gptq import cholesky, gptq, nearest
+from ptq4dit_ao.core.gptq import cholesky, gptq, gptq_and_scale, nearest
 from ptq4dit_ao.core.qparams import affine_qparams, fake_quantize
 from ptq4dit_ao.core.refit import corrected_bias, refit
 from ptq4dit_ao.errors import CalibrationError
@@ -68,6 +68,24 @@ def test_gptq_keeps_the_output_where_channels_are_correlated():
     scale = weight.abs().amax(1) / 7
     rounded, plain = gptq(weight, scale, h, -8, 7), nearest(weight, scale, -8, 7)
     assert output_error(weight, rounded, scale, h) < output_error(weight, plain, scale, h) / 4
+
+
+@pytest.mark.parametrize("channels", [16, 200])
+def test_each_channel_takes_the_scale_that_leaves_its_output_the_least_error(channels):
+    h = second_moment(correlated(4 * channels, channels))
+    weight = torch.randn(12, channels, generator=torch.Generator().manual_seed(1)) ** 3
+    scales = torch.stack([weight.abs().amax(1) / 7.5 * ratio for ratio in (1.0, 0.9, 0.8, 0.7)])
+    integers, scale = gptq_and_scale(weight, scales, h, -8, 7, damping=DAMPING)
+    alone = [gptq(weight, s, h, -8, 7, damping=DAMPING) for s in scales]
+    damped = h + DAMPING * h.diagonal().mean() * torch.eye(channels)
+
+    def error(q: Tensor, s: Tensor, row: int) -> float:
+        return output_error(weight[row : row + 1], q[row : row + 1], s[row : row + 1], damped)
+
+    best = [int(np.argmin([error(q, s, row) for q, s in zip(alone, scales, strict=True)])) for row in range(12)]
+    assert torch.equal(scale, torch.stack([scales[k, row] for row, k in enumerate(best)]))
+    assert torch.equal(integers, torch.stack([alone[k][row] for row, k in enumerate(best)]))
+    assert len(set(best)) > 1
 
 
 def test_gptq_with_independent_inputs_rounds_to_nearest():

@@ -31,12 +31,14 @@ def test_every_key_reaches_the_recipe(write: Write) -> None:
         activations: {bits: 6}
         balance: {aggregation: none, alpha: 1e-5, max_scale: 10, fold_form: bias, couple_blocks: true,
                   vector_multiply: false, min_variables: 2, verify: false}
+        rounding: {method: gptq, sequential: true}
+        distillation: {steps: 11, minutes: 1.5}
         layers: paper
         overrides:
           - {pattern: "a.*", skip: true}
           - {pattern: b, weight_bits: 8, activation_bits: 7, balance: false}
-        calibration: {timesteps: [0, 12.5], samples: 2, steps: 3, guidance: 0, seed: 4, batch_size: 5, prompts: [a cat],
-                      height: 256, width: 512, num_frames: 9}
+        calibration: {timesteps: [0, 12.5], samples: 2, steps: 3, guidance: 0, sampler: ddpm, seed: 4, batch_size: 5,
+                      prompts: [a cat], height: 256, width: 512, num_frames: 9}
         evaluation: {timesteps: 5, samples: 6, seed: 7, leave_one_out: false}
         """,
     )
@@ -64,12 +66,14 @@ def test_every_key_reaches_the_recipe(write: Write) -> None:
         "batch_size": 5,
         "steps": 3,
         "guidance": 0.0,
+        "sampler": "ddpm",
         "prompts": ("a cat",),
         "height": 256,
         "width": 512,
         "num_frames": 9,
         "seed": 4,
     }
+    assert recipe.distillation.model_dump() == {"steps": 11, "minutes": 1.5}
     assert recipe.evaluation.model_dump() == {"timesteps": 5, "samples": 6, "seed": 7, "leave_one_out": False}
 
 

@@ -20,7 +20,19 @@ REGENERATE = (
     "> recipes/recipe.schema.json"
 )
 
-METHODS = {"auto", "csb_ssc", "fast", "learned", "minmax", "ptq4dm", "ptqd", "q_diffusion", "repq", "smoothquant"}
+METHODS = {
+    "auto",
+    "csb_ssc",
+    "distilled",
+    "fast",
+    "learned",
+    "minmax",
+    "ptq4dm",
+    "ptqd",
+    "q_diffusion",
+    "repq",
+    "smoothquant",
+}
 """Recipes that say how and leave the bits at 8; the others build on one of them, or are a paper's."""
 
 
@@ -77,6 +89,23 @@ def test_the_baselines_are_their_papers() -> None:
     assert ptq4dm.layers == "paper" and q_diffusion.calibration.timesteps == 25
     assert {(r.balance.aggregation, r.rounding.ranges) for r in (ptq4dm, q_diffusion)} == {("none", "lp")}
     assert (repq.balance.aggregation, repq.rounding.ranges) == ("repq", "percentile")
+
+
+def test_distilled_is_auto_and_then_learns() -> None:
+    distilled, auto = load_recipe("distilled"), load_recipe("auto")
+    assert (distilled.balance, distilled.rounding) == (auto.balance, auto.rounding)
+    assert auto.distillation.steps == 0 < distilled.distillation.steps
+
+
+def test_distillation_needs_weights_that_were_rounded_layer_by_layer(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("version: 1\nextends: auto\ndistillation: {steps: 9}\n")  # auto rounds so
+    assert load_recipe(mine).distillation.steps == 9
+    mine.write_text("version: 1\ndistillation: {steps: 9}\n")
+    with pytest.raises(
+        RecipeError, match="distillation.steps is 9: what learns must have been rounded layer by layer; "
+    ):
+        load_recipe(mine)
 
 
 def test_a_method_can_be_extended(tmp_path: Path) -> None:

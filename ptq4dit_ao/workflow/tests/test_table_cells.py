@@ -38,6 +38,7 @@ def settings(tmp_path_factory):
     def make(**changes):
         changes["methods"] = tuple(str(folder / name) for name in changes.get("methods", ("plain", "corrected")))
         options = {"bits": ("w4a8",), "steps": (2,), "samples": 6, "calibration_images": 2, "features": "digits"}
+        options["sampler"] = "ddim"
         return TableSettings(model=str(folder / "float"), **{**options, **changes})
 
     return make
@@ -84,20 +85,21 @@ def test_a_cell_is_what_evaluate_finds(filled, settings, tmp_path):
     assert (recipe["weights"]["bits"], recipe["layers"], recipe["calibration"]["samples"]) == (4, "paper", 2)
 
 
-def test_ddpm_has_a_table_of_its_own(filled, settings, tmp_path):
+def test_a_sampler_has_a_table_of_its_own(filled, settings, tmp_path):
+    """It draws what calibrates, what is compared, what the correction is fitted to, and the images."""
     folder, ddim = filled
     asked = settings(sampler="ddpm")
     with pytest.raises(ArgumentError, match='made with sampling.sampler "ddim", not "ddpm"'):
         make_table(asked, folder)
     result = make_table(asked, tmp_path / "table")
-    corrected = asked.recipe(load_recipe(asked.methods[1]), "w4a8")
-    quantize(load_model(asked.model), corrected, tmp_path / "corrected", grids=False)
-    options = {"samples": 6, "steps": 2, "seed": NOISE_SEED, "features": "digits", "sampler": "ddpm"}
-    for row, model in zip(result.rows[1:], (folder / "models" / "plain-w4a8", tmp_path / "corrected"), strict=True):
-        found = evaluate(model, asked.model, **options).to_dict()["rows"][1]
-        assert row.figures == json.loads(json.dumps(found))
+    for row, method in zip(result.rows[1:], asked.methods, strict=True):
+        model = tmp_path / row.method
+        quantize(load_model(asked.model), asked.recipe(load_recipe(method), "w4a8"), model, grids=False)
+        options = {"samples": 6, "steps": 2, "seed": NOISE_SEED, "features": "digits"}
+        found = evaluate(model, asked.model, **options)
+        assert found.sampler == "ddpm" and row.figures == json.loads(json.dumps(found.to_dict()["rows"][1]))
     for row, other in zip(result.rows[1:], ddim.rows[1:], strict=True):
-        assert row.figures["eps"] == other.figures["eps"] and row.figures["images"] != other.figures["images"]
+        assert row.figures["eps"] != other.figures["eps"] and row.figures["images"] != other.figures["images"]
 
 
 def test_steps_that_no_sampler_takes_are_refused_before_the_work(settings, tmp_path):

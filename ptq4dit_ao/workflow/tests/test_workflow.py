@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 import json
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
@@ -19,19 +21,33 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from ptq4dit_ao.artifact import write_artifact
-from ptq4dit_ao.calibration import Sampling, SamplingPipeline
+from ptq4dit_ao.calibration import SAMPLERS, Sampling, SamplingPipeline
 from ptq4dit_ao.core import sqnr_db
 from ptq4dit_ao.errors import ArgumentError, ArtifactError, CalibrationError, OverrideError
+from ptq4dit_ao.evaluation import paired_error
 from ptq4dit_ao.graph import export_transformer
 from ptq4dit_ao.graph.names import layer_name, linears
 from ptq4dit_ao.lowering.tests.batches import batch_of
 from ptq4dit_ao.quantizer import LinearQuantizer
-from ptq4dit_ao.recipe import Activations, Balance, Override, Recipe, Weights, load_recipe
+from ptq4dit_ao.recipe import (
+    Activations,
+    Balance,
+    Calibration,
+    Distillation,
+    Evaluation,
+    Override,
+    Recipe,
+    Rounding,
+    Weights,
+    load_recipe,
+)
+from ptq4dit_ao.recipe import values as recipe_values
 from ptq4dit_ao.reference.models import DIT_CONFIG, SAMPLING
 from ptq4dit_ao.report import summary
 from ptq4dit_ao.testing.facebook_dit import randomize_
 from ptq4dit_ao.workflow import QuantizedModel, apply_recipe, load_model, load_quantized, save_quantized
 from ptq4dit_ao.workflow.quantized_model import InputSpec
+from ptq4dit_ao.workflow.samples import recorded_samples
 
 size_of = importlib.import_module("ptq4dit_ao.workflow.quantize").size_of  # the name is also that of a function
 
@@ -134,6 +150,17 @@ def test_any_base_may_be_wrapped(tiny_exported, tiny_samples):
     integer = [layer["name"] for layer in report["layers"] if layer["status"] == "integer"]
     assert len(integer) == 7 and all(name.startswith("transformer_blocks.0.") for name in integer)
     assert {site["name"][:21] for site in report["sites"] if site["status"] == "folded"} == {"transformer_blocks.0."}
+
+
+def test_distillation(tiny_exported, tiny_samples, tmp_path):
+    options = {"weights": Weights(bits=4), "rounding": Rounding(method="gptq", sequential=True)}
+    recipe = Recipe(**options, distillation=Distillation(steps=40))
+    told = []
+    distilled = apply_recipe(tiny_exported, recipe, tiny_samples, on_step=lambda *n: told.append(n), resume=tmp_path)
+    assert told == [(step, 40) for step in range(1, 41)] and distilled.report["seconds"]["distill"] > 0
+    rounded = apply_recipe(tiny_exported, Recipe(**options), tiny_samples)
+    error, before = (paired_error(tiny_exported, q.graph, tiny_samples).sqnr_db for q in (distilled, rounded))
+    assert error > before + 0.5
 
 
 def test_no_samples(tiny_exported):
@@ -338,6 +365,42 @@ def test_a_pipeline_in_a_folder(tmp_path):
     DiTPipeline(tiny_transformer(), vae, DDIMScheduler()).save_pretrained(tmp_path / "whole")
     loaded = load_model(str(tmp_path / "whole"))
     assert isinstance(loaded.pipeline, DiTPipeline) and loaded.sampling.null_label == 10
+
+
+def test_another_sampler():
+    loaded = load_model("reference")
+    assert loaded.drawn_by(None) is loaded
+    assert loaded.drawn_by("ddpm").sampling == SAMPLING.by("ddpm") and loaded.sampling == SAMPLING
+    with pytest.raises(ArgumentError, match="sampler is 'dpm'; choose one of ddim, ddpm"):
+        loaded.drawn_by("dpm")
+    text = dataclasses.replace(loaded, name="flux", sampling=None)
+    with pytest.raises(
+        ArgumentError, match=r"flux is not drawn by class, so that sampler 'ddpm' says nothing; leave it "
+    ):
+        text.drawn_by("ddpm")
+
+
+@pytest.mark.parametrize("evaluate", [False, True])
+def test_the_recipes_sampler_draws_what_the_model_is_observed_on(evaluate):
+    loaded = load_model("reference")
+    seen = {}
+    for sampler in (None, "ddim", "ddpm"):
+        calibration = Calibration(timesteps=3, samples=1, steps=3, sampler=sampler)
+        recipe = Recipe(calibration=calibration, evaluation=Evaluation(timesteps=3, samples=1))
+        seen[sampler] = recorded_samples(loaded, recipe, evaluate=evaluate).inputs
+    assert seen["ddpm"]["timestep"].unique().tolist() == [0, 500, 999]
+    assert torch.equal(seen[None]["hidden_states"], seen["ddim"]["hidden_states"])
+    assert seen["ddim"]["timestep"].unique().tolist() == [0, 333, 666]
+
+
+def test_a_sampler_for_a_model_that_is_not_drawn_by_class():
+    text = dataclasses.replace(load_model("reference"), sampling=None)
+    with pytest.raises(ArgumentError, match="is not drawn by class, so that sampler 'ddim' says nothing"):
+        recorded_samples(text, Recipe(calibration=Calibration(sampler="ddim")))
+
+
+def test_recipes_and_sampling_know_the_same_samplers():
+    assert get_args(recipe_values.Sampler) == SAMPLERS
 
 
 def test_a_function_that_makes_a_model(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -36,11 +36,10 @@ from ptq4dit_ao.rounding.streams import Values, copied, float_network, run_node
 
 logger = logging.getLogger(__name__)
 
-POSITION_RATE = 0.01
-"""Learning rate of a weight's place among its integers, in steps; it falls to 0 along a cosine, like the other."""
-
-SCALE_RATE = 3e-4
-"""Learning rate of biases and of the logarithms of scales."""
+RATE = 0.01
+"""Learning rate, in steps of the quantizer: of a weight's place among its integers, of the last integer as a scale or a
+range grows, of a bias beside inputs of size 1. It falls to 0 along a cosine.
+"""
 
 COMPARED = 32
 """Batches on which the network must have gained."""
@@ -51,7 +50,10 @@ FILE = "distillation.safetensors"
 FORMAT = "ptq4dit-ao distillation 1"
 
 PAUSE = 60.0
-"""Seconds between two notes of how far it has come; more where writing one takes over a twentieth of that."""
+"""Seconds between two notes of how far it has come."""
+
+SHARE = 0.05
+"""Of the time that may go into notes; where they take more, the pauses are longer."""
 
 OnStep = Callable[[int, int], None]
 """``(steps done, in all)``."""
@@ -130,7 +132,7 @@ def distill(
     some = range(0, len(inputs), -(-len(inputs) // COMPARED))
     before = _error(run, inputs, targets, some)
     learning = nn.ModuleList([*linears.values(), *ranges.values()])
-    optimizer = _optimizer(learning)
+    optimizer = _optimizer(linears.values(), ranges.values())
     clock = _Clock(settings)
     notes = None
     if resume is not None:
@@ -174,11 +176,14 @@ def _error(run: Run, inputs: Sequence[Values], targets: Sequence[Values], batche
     return sum(float(run.error(inputs[i], targets[i])) for i in batches) / len(batches)
 
 
-def _optimizer(learning: nn.Module) -> torch.optim.Optimizer:
-    rates: dict[float, list[nn.Parameter]] = {POSITION_RATE: [], SCALE_RATE: []}
-    for name, parameter in learning.named_parameters():
-        rates[POSITION_RATE if name.endswith("position") else SCALE_RATE].append(parameter)
-    return torch.optim.Adam([{"params": parameters, "rate": rate} for rate, parameters in rates.items()])
+def _optimizer(linears: Iterable[LearnedLinear], ranges: Iterable[LearnedRange]) -> torch.optim.Optimizer:
+    rates: list[tuple[nn.Parameter, float]] = []
+    for linear in linears:
+        rates += [(linear.position, RATE), (linear.log_ratio, RATE / linear.spec.quant_max)]
+        if linear.bias is not None:
+            rates.append((linear.bias, RATE * float(linear.start.mean())))
+    rates += [(quantizer.log_scale, 2 * RATE / quantizer.spec.levels) for quantizer in ranges]
+    return torch.optim.Adam([{"params": [parameter], "rate": rate} for parameter, rate in rates])
 
 
 def _batch(step: int, count: int) -> int:
@@ -258,4 +263,4 @@ class _Notes:
         except (OSError, SafetensorError) as error:
             raise CalibrationError(f"cannot write {self._path}: {error}") from error
         self._last = time.monotonic()
-        self._pause = max(PAUSE, 20 * (self._last - start))
+        self._pause = max(PAUSE, (self._last - start) / SHARE)
