@@ -16,9 +16,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ptq4dit_ao import apply_recipe, load_recipe, load_reference_classifier, load_reference_dit
-from ptq4dit_ao.calibration import SamplingPipeline, as_denoiser, collect_from_pipeline, sample
+from ptq4dit_ao.calibration import as_denoiser, sample
 from ptq4dit_ao.calibration.sampling import Denoiser
 from ptq4dit_ao.reference import SAMPLING
+from ptq4dit_ao.workflow import load_model
+from ptq4dit_ao.workflow.samples import recorded_samples
 
 PER_CLASS = 20
 SHOWN_PER_CLASS = 2
@@ -26,7 +28,8 @@ SHOWN_PER_CLASS = 2
 
 def draw(denoiser: Denoiser) -> Tensor:
     labels = torch.arange(10).repeat_interleave(PER_CLASS)
-    return sample(denoiser, SAMPLING, labels, steps=50, guidance=1.5, generator=torch.Generator().manual_seed(2))
+    generator = torch.Generator().manual_seed(2)
+    return sample(denoiser, SAMPLING.by("ddpm"), labels, steps=50, guidance=1.5, generator=generator)
 
 
 def main() -> None:
@@ -38,13 +41,7 @@ def main() -> None:
     images = {"float32": draw(as_denoiser(model))}
     for title, name in {"W8A8": "digits_w8a8", "W4A8": "digits_w4a8"}.items():
         recipe = load_recipe(name)
-        c = recipe.calibration
-        labels = torch.randint(10, (c.samples,), generator=torch.Generator().manual_seed(c.seed)).tolist()
-        pipeline = SamplingPipeline(model, SAMPLING)
-        samples = collect_from_pipeline(
-            pipeline, labels, timesteps=c.timesteps, steps=c.steps, guidance=c.guidance, seed=c.seed
-        )
-        images[title] = draw(apply_recipe(model, recipe, samples.shuffled(0).batches(32)).graph)
+        images[title] = draw(apply_recipe(model, recipe, recorded_samples(load_model("reference"), recipe)).graph)
     figure = Figure(figsize=(9, 7.2), layout="constrained")
     FigureCanvasAgg(figure)
     labels = torch.arange(10).repeat_interleave(PER_CLASS)

@@ -211,8 +211,14 @@ class SamplingPipeline:
         generator: torch.Generator | None = None,
         num_inference_steps: int = 50,
     ) -> Tensor:
+        parameter = next(self.transformer.parameters())
+        denoise = as_denoiser(self.transformer)
+
+        def denoiser(x: Tensor, t: Tensor, y: Tensor) -> Tensor:  # where the transformer is, and in its precision
+            return denoise(x.to(parameter), t.to(parameter.device), y.to(parameter.device)).to(x)
+
         return sample(
-            as_denoiser(self.transformer),
+            denoiser,
             self.sampling,
             torch.tensor(class_labels),
             steps=num_inference_steps,

@@ -98,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--backend", default="auto", help=BACKEND_HELP)
     p.add_argument("--output", type=Path, default=Path("samples.png"), metavar="PNG", help="default: %(default)s")
     p.add_argument("--steps", type=_positive, default=50, help="sampling steps (default: %(default)s)")
-    p.add_argument("--sampler", choices=SAMPLERS, help="default: the one that calibrated the model")
+    p.add_argument("--sampler", choices=SAMPLERS, help="default: what its recipe names, else ddim")
     p.add_argument("--guidance", type=float, help="guidance scale; default: the recipe's")
     p.add_argument("--per-class", type=_positive, default=10, metavar="N", help="images a class (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
@@ -123,7 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--samples", type=_positive, default=200, metavar="N", help="images to draw (default: %(default)s)")
     p.add_argument("--steps", type=_positive, default=50, help="sampling steps (default: %(default)s)")
-    p.add_argument("--sampler", choices=SAMPLERS, help="default: the one that calibrated the model")
+    p.add_argument("--sampler", choices=SAMPLERS, help="default: what its recipe names, else ddim")
     p.add_argument("--seed", type=int, default=3000, help="seed of noise and intervals (default: %(default)s)")
     p.add_argument(
         "--features", metavar="NETWORK",

@@ -394,7 +394,8 @@ def distill(
     """Let a model that was rounded layer by layer learn from the float network's output; then call ``convert_pt2e``.
 
     Integers, scales and biases of all weights, and the ranges of their inputs, follow the gradient of the output's mean
-    square error. Of each weight that takes four numbers of 32 bits, and of one batch all activations.
+    square error. That takes some six numbers of 32 bits for each weight, and all activations of one batch; notes to go
+    on from (``resume``) take three for each weight on disk.
 
     Args:
         prepared: as :func:`round_sequentially` has left it.

@@ -1,4 +1,4 @@
-"""Weights rounded in view of what they are multiplied with: in one pass over float statistics, or layer by layer."""
+"""Weights rounded in view of what they are multiplied with: in one pass, or layer by layer; then learned as a whole."""
 
 from ptq4dit_ao.rounding.distillation import OnStep, distill
 from ptq4dit_ao.rounding.layers import activation_clipping

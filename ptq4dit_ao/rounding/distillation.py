@@ -1,4 +1,4 @@
-"""Distillation: everything that was quantized learns together, until the network puts out what the float network does.
+"""Distillation: all linears that were quantized learn together, until the network puts out what the float one does.
 
 Rounding a layer, or a block, for its own output's sake cannot know what the rest of the network makes of the error.
 Here integers, scales, biases and the steps of activations all follow the gradient of the mean square error of the
@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter
+from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional
 
 from ptq4dit_ao._atomic import replacing_file
@@ -27,9 +27,8 @@ from ptq4dit_ao._tensor_file import read_tensors
 from ptq4dit_ao.errors import CalibrationError
 from ptq4dit_ao.graph.names import placeholders
 from ptq4dit_ao.observers import ActivationObserver, Rounded
-from ptq4dit_ao.rounding.blocks import Block
 from ptq4dit_ao.rounding.layers import Layer, find_groups
-from ptq4dit_ao.rounding.learning import LearnedRange, Run
+from ptq4dit_ao.rounding.learning import INSIDE, LearnedRange, Run
 from ptq4dit_ao.rounding.resume import fingerprint, sums
 from ptq4dit_ao.rounding.settings import DistillationSettings
 from ptq4dit_ao.rounding.streams import Values, copied, float_network, run_node
@@ -56,7 +55,7 @@ SHARE = 0.05
 """Of the time that may go into notes; where they take more, the pauses are longer."""
 
 OnStep = Callable[[int, int], None]
-"""``(steps done, in all)``."""
+"""``(steps done, in all)``; where time ends learning, the part of it that is spent, in steps."""
 
 
 class LearnedLinear(nn.Module):
@@ -86,6 +85,11 @@ class LearnedLinear(nn.Module):
     def scale(self) -> Tensor:
         """(C_out,)."""
         return self.start * self.log_ratio.exp()
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Keep every place beside an integer that there is: what goes astray would be long in coming back."""
+        self.position.clamp_(self.spec.quant_min - INSIDE, self.spec.quant_max + INSIDE)
 
     def harden(self) -> None:
         """Leave what was learned in the layer's observer."""
@@ -118,17 +122,22 @@ def distill(
     Raises:
         CalibrationError: there are no batches; the folder has notes of another run, or cannot be written.
     """
-    if not batches:
-        raise CalibrationError("there are no samples to learn from; pass at least one tuple of inputs")
     groups = find_groups(prepared)
     layers = [layer for group in groups for layer in group.layers]
+    if not layers:
+        raise CalibrationError(
+            "no layer was rounded, so that none can learn; leave distillation out, or look at what the quantizer and "
+            "its overrides leave in float"
+        )
+    if not batches:
+        raise CalibrationError("there are no samples to learn from; pass at least one tuple of inputs")
     *nodes, end = (node for node in prepared.graph.nodes if node.op != "placeholder")
-    block = Block(tuple(groups), tuple(nodes), end)
+    outputs = [node for node in end.all_input_nodes if node.op != "placeholder"]
     inputs = [dict(zip(placeholders(prepared), batch, strict=True)) for batch in batches]
-    targets = list(_float_outputs(prepared, block, inputs))
+    targets = list(_float_outputs(prepared, nodes, outputs, inputs))
     linears = {layer.node: LearnedLinear(prepared, layer) for layer in layers}
     ranges: dict[ActivationObserver, LearnedRange] = {g.observer: LearnedRange(g.observer) for g in groups}
-    run = Run(prepared, block, {**linears, **{group.node: ranges[group.observer] for group in groups}})
+    run = Run(prepared, nodes, outputs, {**linears}, ranges)
     some = range(0, len(inputs), -(-len(inputs) // COMPARED))
     before = _error(run, inputs, targets, some)
     learning = nn.ModuleList([*linears.values(), *ranges.values()])
@@ -136,20 +145,21 @@ def distill(
     clock = _Clock(settings)
     notes = None
     if resume is not None:
-        rounded = [(sums(r.integers), sums(r.scale)) for layer in layers if (r := layer.observer.rounded)]
-        found = fingerprint(prepared, groups, batches, (settings, rounded))
-        notes = _Notes(resume, found, learning, optimizer, clock)
+        start = [(g.observer.clipped, [_sums_of(layer.observer.rounded) for layer in g.layers]) for g in groups]
+        notes = _Notes(resume, fingerprint(prepared, groups, batches, (settings, start)), learning, optimizer, clock)
     with torch.enable_grad():
         while (spent := clock.spent()) < 1:
             for parameters in optimizer.param_groups:
                 parameters["lr"] = parameters["rate"] * (1 + math.cos(math.pi * spent)) / 2
             batch = _batch(clock.steps, len(inputs))
-            loss = run.error(inputs[batch], targets[batch])
+            loss = run.error(inputs[batch], targets[batch]) / (before or 1.0)  # gradients of a size that Adam can tell
             optimizer.zero_grad()
             loss.backward(inputs=list(learning.parameters()))  # type: ignore[no-untyped-call]
             optimizer.step()
+            for linear in linears.values():
+                linear.clamp_()
             clock.steps += 1
-            on_step(clock.steps, settings.steps)
+            on_step(round(clock.spent() * settings.steps), settings.steps)
             if notes is not None:
                 notes.write()
     after = _error(run, inputs, targets, some)
@@ -157,16 +167,19 @@ def distill(
     if not after < before:
         logger.warning("%d steps of distillation gained nothing; all is left as it was rounded", clock.steps)
         return
-    for module in (*linears.values(), *ranges.values()):
-        module.harden()
+    for linear in linears.values():
+        linear.harden()
+    for learned in ranges.values():
+        learned.harden()
 
 
-def _float_outputs(prepared: GraphModule, block: Block, inputs: Sequence[Values]) -> Iterator[Values]:
-    interpreter, instead = Interpreter(prepared), float_network(prepared, block.nodes)
-    outputs = block.outputs()
+def _float_outputs(
+    prepared: GraphModule, nodes: Sequence[Node], outputs: Sequence[Node], inputs: Sequence[Values]
+) -> Iterator[Values]:
+    interpreter, instead = Interpreter(prepared), float_network(prepared, nodes)
     for batch in inputs:
         values = {node: copied(value) for node, value in batch.items()}
-        for node in block.nodes:
+        for node in nodes:
             values[node] = run_node(interpreter, node, values.__getitem__, instead)
         yield {node: values[node] for node in outputs}
 
@@ -184,6 +197,11 @@ def _optimizer(linears: Iterable[LearnedLinear], ranges: Iterable[LearnedRange])
             rates.append((linear.bias, RATE * float(linear.start.mean())))
     rates += [(quantizer.log_scale, 2 * RATE / quantizer.spec.levels) for quantizer in ranges]
     return torch.optim.Adam([{"params": [parameter], "rate": rate} for parameter, rate in rates])
+
+
+def _sums_of(rounded: Rounded | None) -> tuple[object, ...]:
+    assert rounded is not None
+    return tuple(None if part is None else sums(part) for part in (rounded.integers, rounded.scale, rounded.bias))
 
 
 def _batch(step: int, count: int) -> int:

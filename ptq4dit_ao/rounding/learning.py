@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter
+from torch.fx import GraphModule, Interpreter, Node
 
 from ptq4dit_ao.graph.names import writes_in_place
 from ptq4dit_ao.observers import ActivationObserver
-from ptq4dit_ao.rounding.blocks import Block
 from ptq4dit_ao.rounding.layers import module_of
 from ptq4dit_ao.rounding.streams import Instead, Values, copied, quantized_network, run_node
+
+INSIDE = 0.49
+"""A place that far from an integer is still nearest to it."""
 
 
 class LearnedRange(nn.Module):
@@ -22,15 +26,19 @@ class LearnedRange(nn.Module):
         self.observer, self.spec, self.zero_point = observer, observer.spec, int(zero_point)
         self.log_scale = nn.Parameter(scale.log())
 
+    def scale(self) -> Tensor:
+        """(), no smaller than the quantizer has it."""
+        return self.log_scale.exp().clamp_min(self.spec.eps)
+
     def forward(self, x: Tensor) -> Tensor:
-        scale = self.log_scale.exp()
+        scale = self.scale()
         q = x / scale
         q = (q + (q.round() - q).detach() + self.zero_point).clamp(self.spec.quant_min, self.spec.quant_max)
         return (q - self.zero_point) * scale
 
     def harden(self) -> None:
         """Leave the range in the observer."""
-        scale = float(self.log_scale.exp())
+        scale = float(self.scale())
         if self.spec.symmetric:  # the scale is that of half of all levels
             half = scale * (self.spec.quant_max - self.spec.quant_min) / 2
             self.observer.clipped = -half, half
@@ -40,28 +48,40 @@ class LearnedRange(nn.Module):
 
 
 class Run:
-    """A block of the quantized network, with modules that learn in the place of some of its nodes."""
+    """A part of the quantized network, with modules that learn in the place of some of its nodes.
 
-    def __init__(self, prepared: GraphModule, block: Block, learning: Instead) -> None:
-        self._interpreter, self._nodes, self._outputs = Interpreter(prepared), block.nodes, block.outputs()
-        observers = {node: module_of(prepared, node) for node in block.nodes}
-        fixed: Instead = {
-            node: LearnedRange(observer).requires_grad_(False)  # rounding as such would let no gradient through
-            for node, observer in observers.items()
-            if isinstance(observer, ActivationObserver) and node not in learning
-        }
+    Args:
+        prepared: the graph.
+        nodes: of the part, in order.
+        outputs: of these, what the part puts out.
+        linears: what some linears do instead of what they do.
+        ranges: observers whose range learns, wherever they stand; all others keep theirs.
+    """
+
+    def __init__(
+        self,
+        prepared: GraphModule,
+        nodes: Sequence[Node],
+        outputs: Sequence[Node],
+        linears: Instead,
+        ranges: Mapping[ActivationObserver, LearnedRange],
+    ) -> None:
+        self._interpreter, self._nodes, self._outputs = Interpreter(prepared), nodes, outputs
         self._in_place = writes_in_place(prepared)
-        others = [node for node in block.nodes if node not in learning]
-        self._instead = quantized_network(prepared, others) | fixed | learning
+        self._instead = quantized_network(prepared, [node for node in nodes if node not in linears]) | linears
+        for node in nodes:
+            observer = module_of(prepared, node)
+            if isinstance(observer, ActivationObserver):  # rounding as such would let no gradient through
+                self._instead[node] = ranges.get(observer) or LearnedRange(observer).requires_grad_(False)
 
     def __call__(self, inputs: Values) -> Values:
-        """What the block puts out."""
+        """What the part puts out."""
         values = {node: copied(value) for node, value in inputs.items()} if self._in_place else dict(inputs)
         for node in self._nodes:
             values[node] = run_node(self._interpreter, node, values.__getitem__, self._instead)
         return {node: values[node] for node in self._outputs}
 
     def error(self, inputs: Values, targets: Values) -> Tensor:
-        """Square error of what the block puts out, summed over the last axis and all outputs, mean over the rest."""
+        """Square error of what the part puts out, summed over the last axis and all outputs, mean over the rest."""
         errors = [(x - targets[n]).float().square().sum(-1).mean() for n, x in self(inputs).items()]
         return torch.stack(errors).sum()

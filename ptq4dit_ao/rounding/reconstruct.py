@@ -18,12 +18,9 @@ from ptq4dit_ao.core.adaround import exponent, inverse_rectified_sigmoid, rectif
 from ptq4dit_ao.observers import ActivationObserver, Rounded
 from ptq4dit_ao.rounding.blocks import Block
 from ptq4dit_ao.rounding.layers import Layer
-from ptq4dit_ao.rounding.learning import LearnedRange, Run
+from ptq4dit_ao.rounding.learning import INSIDE, LearnedRange, Run
 from ptq4dit_ao.rounding.settings import RoundingSettings
 from ptq4dit_ao.rounding.streams import Values
-
-INSIDE = 0.49
-"""A place that far from an integer is still nearest to it."""
 
 REGULARIZER = 0.01
 """Weight of the regularizer against the block's square error, summed over channels (BRECQ, Q-Diffusion)."""
@@ -122,8 +119,7 @@ def reconstruct(
     layers = [layer for group in block.groups for layer in group.layers]
     linears = {layer.node: SoftLinear(prepared, layer, settings) for layer in layers}
     learned = {observer: LearnedRange(observer) for observer in ranges}
-    observed = {g.node: learned[g.observer] for g in block.groups if g.observer in learned}
-    run = Run(prepared, block, {**linears, **observed})
+    run = Run(prepared, block.nodes, block.outputs(), {**linears}, learned)
     roundings, scales = [linear.v for linear in linears.values()], [q.log_scale for q in learned.values()]
     optimizer = torch.optim.Adam(
         [{"params": roundings, "lr": rounding_rate(settings.steps)}, {"params": scales, "lr": RANGE_RATE}]

@@ -1,7 +1,7 @@
 """A site's balancing vector, judged by the error of its layers' outputs after rounding at the true bit widths.
 
 Rounding to nearest would prefer vectors that spare the weights, whose error GPTQ removes anyway; so candidates are
-rounded as the weights will be.
+rounded as the weights will be, but at one scale each, where GPTQ may then try several and would take as much longer.
 """
 
 from __future__ import annotations

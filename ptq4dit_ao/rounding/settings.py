@@ -43,10 +43,7 @@ class RoundingSettings:
         check_choice("start", self.start, STARTS)
         if not 0 < self.damping <= 1:
             raise ArgumentError(f"damping is {self.damping}; it must lie in (0, 1] (0.01 is GPTQ's)")
-        if self.steps < 1:
-            raise ArgumentError(f"steps is {self.steps}; it must be at least 1 (the paper's is 20000)")
-        if self.minutes is not None and not self.minutes > 0:
-            raise ArgumentError(f"minutes is {self.minutes}; it must be above 0, or None for no limit")
+        _check_budget(self.steps, self.minutes, "the paper's is 20000")
 
     @property
     def learned(self) -> bool:
@@ -76,7 +73,11 @@ class DistillationSettings:
     minutes: float | None = None
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ArgumentError(f"steps is {self.steps}; it must be at least 1 (some hundreds gain most)")
-        if self.minutes is not None and not self.minutes > 0:
-            raise ArgumentError(f"minutes is {self.minutes}; it must be above 0, or None for no limit")
+        _check_budget(self.steps, self.minutes, "some hundreds gain most")
+
+
+def _check_budget(steps: int, minutes: float | None, usual: str) -> None:
+    if steps < 1:
+        raise ArgumentError(f"steps is {steps}; it must be at least 1 ({usual})")
+    if minutes is not None and not minutes > 0:
+        raise ArgumentError(f"minutes is {minutes}; it must be above 0, or None for no limit")

@@ -115,16 +115,18 @@ def solve(
     target, compensated = weight, settings.closed_form == "gptq"
     if inputs.cross is not None and compensated:
         target = refit(weight, inputs.covariance, inputs.cross, damping=settings.damping)
-    parts = target.split([len(w) for w in weights])
-    scale = torch.cat([weight_scale(part, spec, inputs.covariance.diagonal(), settings) for part in parts])
     bounds = (spec.quant_min, spec.quant_max)
+    several = try_scales and spec.levels <= FEW_LEVELS and spec.channel_axis is not None
+    if compensated and several and settings.ranges == "output":
+        low, high = torch.aminmax(target, dim=1)
+        scales = torch.stack([spec.qparams(low * r, high * r)[0] for r in WEIGHT_RATIOS])
+    else:
+        parts = target.split([len(w) for w in weights])
+        scales = torch.cat([weight_scale(part, spec, inputs.covariance.diagonal(), settings) for part in parts])[None]
     if compensated:
-        scales = scale.unsqueeze(0)
-        if try_scales and settings.ranges == "output" and spec.channel_axis is not None and spec.levels <= FEW_LEVELS:
-            low, high = torch.aminmax(target, dim=1)
-            scales = torch.stack([spec.qparams(low * r, high * r)[0] for r in WEIGHT_RATIOS])
         integers, scale = gptq_and_scale(target, scales, inputs.covariance, *bounds, damping=settings.damping)
     else:
+        (scale,) = scales
         integers = nearest(target, scale, *bounds)
     solved, start = [], 0
     for w, bias in zip(weights, biases, strict=True):

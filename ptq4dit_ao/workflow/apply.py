@@ -224,8 +224,8 @@ def apply_recipe(
         clock.lap("round")
         if recipe.distillation.steps:
             batches = [on_device_of(model, batch) for batch in kept]
-            budget = recipe.distillation.model_dump()
-            distill(prepared, batches, **budget, on_step=on_step, resume=resume)
+            steps, minutes = recipe.distillation.steps, recipe.distillation.minutes
+            distill(prepared, batches, steps=steps, minutes=minutes, on_step=on_step, resume=resume)
             clock.lap("distill")
     trim()
     converted = convert_pt2e(prepared)

@@ -65,7 +65,7 @@ def correction_for(
 ) -> NoiseCorrection | None:
     """The correction kept with a saved model; if that is of other timesteps or guidance, one fitted anew."""
     kept = _kept(directory, quantized)
-    if kept is not None and model.sampling is not None:
+    if kept is not None and model.sampling is not None and model.sampling.sampler == _sampler(quantized):
         timesteps = model.sampling.scheduler(steps).timesteps.tolist()
         if kept.serves(timesteps, quantized.recipe.calibration.guidance):
             return kept
@@ -85,10 +85,12 @@ def corrected_scheduler(
         if quantized.recipe.noise_correction.images:
             raise ArgumentError(f"{directory} lacks {FILE}, which corrects its noise; quantize again")
         return None
-    if not kept.serves(sampling.scheduler(steps).timesteps.tolist(), guidance):
+    own = _sampler(quantized)
+    if sampling.sampler != own or not kept.serves(sampling.scheduler(steps).timesteps.tolist(), guidance):
         raise ArgumentError(
-            f"the noise correction of {directory} is for {kept.steps} steps and guidance {kept.guidance:g}, not for "
-            f"{steps} of {sampling.sampler.upper()} and {guidance:g}; sample with these, or quantize for those"
+            f"the noise correction of {directory} is for {kept.steps} steps of {own.upper()} and guidance "
+            f"{kept.guidance:g}, not for {steps} of {sampling.sampler.upper()} and {guidance:g}; sample with these, or "
+            "quantize for those"
         )
     return PTQDScheduler(sampling.scheduler(steps), kept)
 
@@ -96,3 +98,8 @@ def corrected_scheduler(
 def _kept(directory: str | Path, quantized: QuantizedModel) -> NoiseCorrection | None:
     path = Path(directory) / FILE
     return NoiseCorrection.load(path) if quantized.recipe.noise_correction.images and path.exists() else None
+
+
+def _sampler(quantized: QuantizedModel) -> str:
+    """What a saved model was calibrated with, and its correction fitted."""
+    return "ddim" if quantized.sampling is None else Sampling(**quantized.sampling).sampler  # type: ignore[arg-type]

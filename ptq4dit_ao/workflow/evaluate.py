@@ -51,7 +51,7 @@ def evaluate(
         backends: what executes it; each has a row of its own.
         samples: images that each model draws, of all classes in turn.
         steps: of the sampler.
-        sampler: ``ddim``, or ``ddpm`` as the DiT authors have it; the one that calibrated it if not given.
+        sampler: ``ddim``, or ``ddpm`` as the DiT authors have it; what its recipe names if not given.
         seed: of noise and intervals. The predicted noise is compared on the recipe's evaluation samples.
         features: as for :func:`load_features`. Without it, the shipped models have their classifiers, and of other
             models no distances are measured.

@@ -40,7 +40,7 @@ class LoadedModel:
     """If it comes with the package."""
 
     def drawn_by(self, sampler: str | None) -> LoadedModel:
-        """The same model, drawn by another sampler; None leaves it with its own.
+        """The same model and pipeline, drawn by another sampler (``sampling``); None leaves it with its own.
 
         Raises:
             ArgumentError: there is no such sampler, or the model is not drawn by class.

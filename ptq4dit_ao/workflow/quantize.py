@@ -47,8 +47,8 @@ def quantize(
         model: the float model.
         recipe: what to do.
         output: folder for the artifact, ``report.json`` and ``report.html``; ``ptqd.safetensors``, where the recipe
-            corrects the noise. Layers that are rounded one after another are kept in ``OUTPUT.rounding`` until it is
-            written; after a kill, the same call goes on from there.
+            corrects the noise. Layers that are rounded one after another, and what distillation has learned,
+            are kept in ``OUTPUT.rounding`` until it is written; after a kill, the same call goes on from there.
         samples: recorded calibration samples; else the model's pipeline draws them. Recorded samples are also what
             the error is measured on.
         grids: draw images with both models for the report.

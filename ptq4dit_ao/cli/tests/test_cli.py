@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import logging
@@ -294,6 +295,21 @@ def test_sample_draws_a_grid(run, quantized, tmp_path):
         pictures.append(path.read_bytes())
     assert pictures[0].startswith(PNG)
     assert pictures[0] == pictures[1] and len(set(pictures)) == 3
+
+
+def test_sample_takes_the_sampler_that_the_model_remembers(run, quantized, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        commands, "draw", lambda _, sampling, labels, **__: seen.append(sampling.sampler) or torch.zeros(100, 1, 8, 8)
+    )
+    model = load_quantized(quantized)
+    for sampler in ("ddim", "ddpm"):
+        sampling = {**model.sampling, "sampler": sampler}
+        monkeypatch.setattr(commands, "load_quantized", lambda _, s=sampling: dataclasses.replace(model, sampling=s))
+        for options in ((), ("--sampler", "ddim")):
+            output = tmp_path / "samples.png"
+            assert run("sample", quantized, "--backend", "fbgemm", *options, "--output", output)[0] == 0
+    assert seen == ["ddim", "ddim", "ddpm", "ddim"]
 
 
 def test_guidance_of_the_command_line_wins(run, quantized, tmp_path, monkeypatch):

@@ -139,7 +139,7 @@ def test_a_block_that_writes_in_place_learns_from_what_was_there(prepare, tiny_s
     streams.advance(block.end)
     (targets,) = streams.exact(block.outputs())
     with torch.no_grad():
-        run = Run(prepared, block, {})
+        run = Run(prepared, block.nodes, block.outputs(), {}, {})
         assert torch.equal(run.error(inputs, targets), run.error(inputs, targets))
 
 
@@ -154,7 +154,7 @@ def test_gradients_pass_quantized_attention(prepare, tiny_samples):
     (targets,) = streams.exact(block.outputs())
     layers = [layer for group in block.groups for layer in group.layers]
     learning = {layer.node: SoftLinear(prepared, layer, settings()) for layer in layers}
-    Run(prepared, block, learning).error(inputs, targets).backward()
+    Run(prepared, block.nodes, block.outputs(), learning, {}).error(inputs, targets).backward()
     assert all(linear.v.grad.abs().max() > 0 for linear in learning.values())
 
 

@@ -80,8 +80,9 @@ class Work:
         model = load_model(settings.model)
         if model.sampling is None:
             raise ArgumentError(f"{model.name} is not drawn by class; a table compares class-conditional DiTs")
-        self._sampling: Sampling = model.sampling.by(settings.sampler)
         self.model = model.drawn_by(settings.sampler)
+        assert self.model.sampling is not None
+        self._sampling: Sampling = self.model.sampling
         for steps in settings.steps:
             self._sampling.check_steps(steps)  # before the long part, which too many must not waste
         self._decode = decoder(self.model, self._sampling)

@@ -82,9 +82,14 @@ def test_a_sampler_that_it_does_not_serve_is_refused(saved, tmp_path):
     options = (quantized, SAMPLING)
     scheduler = correction.corrected_scheduler(saved / "model", *options, STEPS, 1.5)
     assert scheduler.table.steps == STEPS
-    message = r"is for 4 steps and guidance 1.5, not for 3 of DDIM and 1.5; sample with these, or quantize for those"
+    message = (
+        r"is for 4 steps of DDIM and guidance 1.5, not for 3 of DDIM and 1.5; sample with these, or quantize for those"
+    )
     with pytest.raises(ArgumentError, match=message):
         correction.corrected_scheduler(saved / "model", *options, 3, 1.5)
+    ddpm = (quantized, SAMPLING.by("ddpm"))
+    with pytest.raises(ArgumentError, match="is for 4 steps of DDIM and guidance 1.5, not for 4 of DDPM and 1.5; "):
+        correction.corrected_scheduler(saved / "model", *ddpm, STEPS, 1.5)
     with pytest.raises(ArgumentError, match="not for 4 of DDIM and 2; "):
         correction.corrected_scheduler(saved / "model", *options, STEPS, 2.0)
     with pytest.raises(ArgumentError, match="lacks ptqd.safetensors, which corrects its noise; quantize again"):
