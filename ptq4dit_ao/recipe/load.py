@@ -35,7 +35,7 @@ def load_recipe(path_or_name: str | Path) -> Recipe:
     for text in reversed(texts):
         merged = merge(merged, text.value)
     merged.pop("extends", None)
-    return Recipe.from_dict(merged)
+    return Recipe.from_dict(merged, name=str(path))
 
 
 def merge(base: dict[str, object], top: dict[str, object]) -> dict[str, object]:

@@ -22,7 +22,7 @@ READ_VERSIONS = (1,)
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One thing wrong at one key path; ``text`` begins with the path."""
+    """One thing wrong at one key path; ``text`` begins with the path, if it is not that of the whole recipe."""
 
     path: KeyPath
     text: str
@@ -66,7 +66,8 @@ def _schema(model: type[BaseModel]) -> dict[str, object]:
 
 def _describe(details: ErrorDetails, schema: Mapping[str, object], data: Mapping[str, object]) -> Problem:
     path, value = _found(data, details["loc"], missing=details["type"] == "missing")
-    return Problem(path=path, text=f"{dotted(path)}: {_sentence(details, path, value, schema)}")
+    where = f"{dotted(path)}: " if path else ""  # a rule of several sections stands nowhere
+    return Problem(path=path, text=where + _sentence(details, path, value, schema))
 
 
 def _sentence(details: ErrorDetails, path: KeyPath, value: object, schema: Mapping[str, object]) -> str:

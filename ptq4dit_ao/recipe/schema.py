@@ -392,17 +392,17 @@ class Recipe(_Section):
         return write_yaml(self.to_dict())
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, object]) -> Self:
-        """Read ``to_dict`` back; a ``RecipeError`` lists every problem."""
+    def from_dict(cls, data: Mapping[str, object], *, name: str = "recipe") -> Self:
+        """Read ``to_dict`` back; a ``RecipeError`` lists every problem, each behind the recipe's name."""
         if not isinstance(data, Mapping):
-            raise RecipeError(f"recipe: {show(data)} is not a mapping; give what Recipe.to_dict returned")
+            raise RecipeError(f"{name}: {show(data)} is not a mapping; give what Recipe.to_dict returned")
         problem = version_problem(data)
         if problem:
-            raise RecipeError(f"recipe: {problem.text}")
+            raise RecipeError(f"{name}: {problem.text}")
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise RecipeError("\n".join(f"recipe: {p.text}" for p in describe(error, cls, data))) from None
+            raise RecipeError("\n".join(f"{name}: {p.text}" for p in describe(error, cls, data))) from None
 
 
 class RecipeFile(Recipe):
