@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptq4dit_ao.calibration import Sampling, sample
+from ptq4dit_ao.calibration import Sampling, SamplingPipeline, sample
 from ptq4dit_ao.errors import ArgumentError
 
 LATENTS = Sampling(channels=4, size=4, null_label=3, clip=False, learned_variance=True, sampler="ddpm")
@@ -78,3 +79,15 @@ def test_a_sampler_that_is_not_there():
 def test_steps_that_no_sampler_takes(steps):
     with pytest.raises(ArgumentError, match=f"steps is {steps}; it must lie between 1 and the model's 1000 timesteps"):
         sample(denoiser, LATENTS, torch.tensor([0]), steps=steps)
+
+
+@torch.no_grad()
+def test_a_transformer_in_16_bits_is_sampled_in_32(tiny_dit):
+    sampling = Sampling(channels=4, size=8, null_label=10, clip=False)
+    wide, narrow = (SamplingPipeline(model, sampling) for model in (tiny_dit, copy.deepcopy(tiny_dit).bfloat16()))
+    expected, found = (
+        pipeline([1, 2], num_inference_steps=2, generator=torch.Generator().manual_seed(0))
+        for pipeline in (wide, narrow)
+    )
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.1, atol=0.1 * float(expected.abs().max()))
