@@ -62,16 +62,13 @@ def gptq_and_scale(
     factor = cholesky(lambda: factored(moment)[order.unsqueeze(1), order], damping, inverse=True).to(torch.float32)
     # Columns as rows, so that what a step reads and writes is contiguous.
     columns = weight.to(torch.float32).T[order]
-    integers, scale, least = None, None, None
-    for candidate in scales.to(torch.float32):
+    scale, *others = scales.to(torch.float32)
+    integers, least = _round(columns.clone(), scale, factor, quant_min, quant_max)
+    for candidate in others:
         rounded, error = _round(columns.clone(), candidate, factor, quant_min, quant_max)
-        if integers is None or scale is None or least is None:
-            integers, scale, least = rounded, candidate, error
-            continue
         better = error < least
         integers, scale = rounded.where(better, integers), candidate.where(better, scale)
         least = error.where(better, least)
-    assert integers is not None and scale is not None
     return integers[order.argsort()].T.contiguous(), scale
 
 

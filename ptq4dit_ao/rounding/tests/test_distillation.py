@@ -149,7 +149,7 @@ def test_layers_learn_around_quantized_attention_and_behind_shifts(rounded, tiny
     assert error_db(convert_pt2e(closer)) > error_db(convert_pt2e(plain)) + 1
 
 
-def test_a_range_learns_wherever_its_observer_stands(rounded, tiny_samples):
+def test_a_range_learns_wherever_its_observer_stands(rounded):
     prepared = rounded()
     first, second = find_groups(prepared)[2:4]
     with prepared.graph.inserting_after(second.node):  # a reader of the same values, in nobody's group
@@ -173,7 +173,7 @@ def test_a_range_learns_no_scale_that_the_observer_would_not_have(rounded):
     torch.testing.assert_close(observer.fake_quantize(x), before)
 
 
-def test_outputs_that_are_written_in_place_are_learned_for(rounded, tiny_samples, error_db):
+def test_outputs_that_are_written_in_place_are_learned_for(rounded, tiny_samples):
     prepared = rounded()
     (output,) = (node for node in prepared.graph.nodes if node.op == "output")
     (result,) = output.all_input_nodes
