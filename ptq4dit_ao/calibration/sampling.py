@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from ptq4dit_ao._optional import require
-from ptq4dit_ao.errors import ArgumentError, check_choice
+from ptq4dit_ao.errors import ArgumentError, ArtifactError, check_choice
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``(x (N,C,H,W), t (N,), y (N,)) -> predicted noise (N,C or 2C,H,W)``; DDIM ignores a learned variance."""
@@ -22,6 +24,8 @@ SAMPLERS: tuple[str, ...] = get_args(Sampler)
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """What a sampler must know of a model; small enough to travel with a quantized one."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
     channels: int
     size: int
@@ -50,6 +54,16 @@ class Sampling:
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: object) -> Sampling:
+        """Raises ArtifactError for anything but what :meth:`to_dict` gives."""
+        try:
+            return TypeAdapter(cls).validate_json(json.dumps(data))
+        except ValidationError as error:
+            raise ArtifactError(
+                f"the way to sample is {data!r}, not one that this version reads; quantize again"
+            ) from error
 
     @property
     def guided_channels(self) -> int:

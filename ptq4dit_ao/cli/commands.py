@@ -150,7 +150,7 @@ def recipes(args: argparse.Namespace, console: Console) -> None:
 def _sampling(model: QuantizedModel) -> Sampling:
     if model.sampling is None:
         raise ArgumentError("this model was saved without the way to sample it; use it through its own pipeline")
-    return Sampling(**model.sampling)  # type: ignore[arg-type]  # written by to_dict
+    return model.sampling
 
 
 def _float_dtype(args: argparse.Namespace) -> torch.dtype | None:

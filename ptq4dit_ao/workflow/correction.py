@@ -102,4 +102,4 @@ def _kept(directory: str | Path, quantized: QuantizedModel) -> NoiseCorrection |
 
 def _sampler(quantized: QuantizedModel) -> str:
     """What a saved model was calibrated with, and its correction fitted."""
-    return "ddim" if quantized.sampling is None else Sampling(**quantized.sampling).sampler  # type: ignore[arg-type]
+    return "ddim" if quantized.sampling is None else quantized.sampling.sampler

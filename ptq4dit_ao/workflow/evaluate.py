@@ -115,7 +115,7 @@ def _float_model(
     spec = spec or quantized.recipe.model
     if spec is None:
         raise ArgumentError(f"{directory} does not know its float model; say which with --model")
-    sampling = Sampling(**quantized.sampling).by(sampler)  # type: ignore[arg-type]  # written by to_dict
+    sampling = quantized.sampling.by(sampler)
     loaded = load_model(spec)
     if loaded.sampling is not None and (found := _shape(loaded.sampling)) != (expected := _shape(sampling)):
         raise ArgumentError(

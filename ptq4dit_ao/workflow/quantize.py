@@ -80,8 +80,7 @@ def quantize(
         on_choice=lambda done, total: on_progress("choose bits", done, total),
         resume=resume,
     )
-    sampling = None if model.sampling is None else model.sampling.to_dict()
-    quantized = dataclasses.replace(quantized, sampling=sampling)
+    quantized = dataclasses.replace(quantized, sampling=model.sampling)
     clock.lap("quantize")
     evaluation = _evaluate(exported, quantized, evaluated, on_calibration=samples is not None)
     diagnostics = diagnose(

@@ -10,6 +10,7 @@ import torch
 from torch.fx import GraphModule
 
 from ptq4dit_ao.artifact import ArtifactSize, read_artifact, write_artifact
+from ptq4dit_ao.calibration import Sampling
 from ptq4dit_ao.errors import ArtifactError
 from ptq4dit_ao.graph.interface import CapturedModule, InputSpec
 from ptq4dit_ao.lowering import LoweredModel, lower
@@ -25,8 +26,8 @@ class QuantizedModel:
     recipe: Recipe
     inputs: tuple[InputSpec, ...]
     report: dict[str, Any]
-    sampling: dict[str, object] | None = None
-    """How to sample it (:class:`~ptq4dit_ao.calibration.Sampling`), where that is known."""
+    sampling: Sampling | None = None
+    """How to sample it, where that is known."""
     captured: CapturedModule | None = None
     """The diffusers model that it was, if it was one; see :func:`~ptq4dit_ao.as_diffusers_transformer`."""
 
@@ -66,7 +67,7 @@ def save_quantized(model: QuantizedModel, directory: str | Path) -> ArtifactSize
     metadata = {
         "recipe": model.recipe.to_dict(),
         "report": summary(model.report),
-        "sampling": model.sampling,
+        "sampling": None if model.sampling is None else model.sampling.to_dict(),
         "captured": None if model.captured is None else model.captured.to_dict(),
     }
     signature = [spec.to_dict() for spec in model.inputs]
@@ -120,7 +121,7 @@ def _read(directory: str | Path) -> QuantizedModel:
         recipe=Recipe.from_dict(metadata["recipe"]),
         inputs=inputs,
         report=metadata["report"],
-        sampling=metadata["sampling"],
+        sampling=None if metadata["sampling"] is None else Sampling.from_dict(metadata["sampling"]),
         captured=_captured(metadata["captured"], len(inputs)),
     )
 

@@ -344,7 +344,7 @@ PIXELS = Sampling(channels=1, size=4, null_label=7, clip=False)
 def test_sampling_knows_what_a_transformer_needs():
     sampling = Sampling.of(tiny_transformer(num_embeds_ada_norm=10))
     assert (sampling.channels, sampling.size, sampling.null_label, sampling.clip) == (4, 4, 10, False)
-    assert Sampling(**sampling.to_dict()) == sampling
+    assert Sampling.from_dict(sampling.to_dict()) == sampling
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 4.0])

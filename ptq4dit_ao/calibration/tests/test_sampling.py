@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ptq4dit_ao.calibration import Sampling, SamplingPipeline, sample
-from ptq4dit_ao.errors import ArgumentError
+from ptq4dit_ao.errors import ArgumentError, ArtifactError
 
 LATENTS = Sampling(channels=4, size=4, null_label=3, clip=False, learned_variance=True, sampler="ddpm")
 STEPS, GUIDANCE = 5, 1.5
@@ -67,7 +67,13 @@ def test_ddim_takes_no_notice_of_a_learned_variance():
 
 
 def test_it_travels_as_json():
-    assert Sampling(**json.loads(json.dumps(LATENTS.to_dict()))) == LATENTS
+    assert Sampling.from_dict(json.loads(json.dumps(LATENTS.to_dict()))) == LATENTS
+
+
+@pytest.mark.parametrize("change", [{"size": "8"}, {"sampler": "dpm"}, {"clip": 1}, {"eta": 0.5}])
+def test_what_travelled_is_checked(change):
+    with pytest.raises(ArtifactError, match=f"the way to sample is .*{next(iter(change))}.*; quantize again"):
+        Sampling.from_dict(LATENTS.to_dict() | change)
 
 
 def test_a_sampler_that_is_not_there():

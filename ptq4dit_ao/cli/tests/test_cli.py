@@ -199,8 +199,8 @@ def test_a_model_saved_without_its_way_of_sampling(run, quantized, tmp_path):
 
 def test_latents_are_not_drawn(run, quantized, tmp_path):
     model = load_quantized(quantized)
-    model.sampling["channels"] = 4
-    model.save(tmp_path / "latent")
+    sampling = dataclasses.replace(model.sampling, channels=4)
+    dataclasses.replace(model, sampling=sampling).save(tmp_path / "latent")
     assert_fails(run("sample", tmp_path / "latent"), "denoises 4-channel latents, which its VAE must decode")
 
 
@@ -231,7 +231,7 @@ def test_quantize_leaves_a_model_and_two_reports(quantized):
     assert report["evaluation"]["sqnr_db"] > 30 and len(report["evaluation"]["per_timestep"]) == 2
     assert report["size"]["artifact_bytes"] > 0
     assert all(layer["sqnr_db"] is None or layer["sqnr_db"] > 25 for layer in report["layers"])
-    assert load_quantized(quantized).sampling["channels"] == 1
+    assert load_quantized(quantized).sampling.channels == 1
     assert report["leave_one_out"] == {"skipped": "8 samples are too few for 5 quantized inputs; 10 would do"}
     assert all(len(layer["sqnr_db_t"]) == 2 for layer in report["layers"])
 
@@ -304,7 +304,7 @@ def test_sample_takes_the_sampler_that_the_model_remembers(run, quantized, tmp_p
     )
     model = load_quantized(quantized)
     for sampler in ("ddim", "ddpm"):
-        sampling = {**model.sampling, "sampler": sampler}
+        sampling = model.sampling.by(sampler)
         monkeypatch.setattr(commands, "load_quantized", lambda _, s=sampling: dataclasses.replace(model, sampling=s))
         for options in ((), ("--sampler", "ddim")):
             output = tmp_path / "samples.png"

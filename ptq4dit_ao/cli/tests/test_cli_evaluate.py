@@ -32,7 +32,7 @@ def saved(tmp_path_factory) -> Path:
     transformer.save_pretrained(folder / "float")
     recipe = Recipe(calibration=Calibration(**FEW, steps=2, guidance=1.5), evaluation=Evaluation(**FEW))
     quantized = apply_recipe(transformer, recipe, recorded_samples(load_model(str(folder / "float")), recipe))
-    dataclasses.replace(quantized, sampling=SAMPLING.to_dict()).save(folder / "model")
+    dataclasses.replace(quantized, sampling=SAMPLING).save(folder / "model")
     return folder
 
 

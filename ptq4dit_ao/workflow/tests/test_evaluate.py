@@ -33,7 +33,7 @@ def saved(tmp_path_factory):
     transformer = randomize_(DiTTransformer2DModel(**{**DIT_CONFIG, "num_layers": 1}), seed=0).eval()
     transformer.save_pretrained(folder / "float")
     quantized = apply_recipe(transformer, recipe, recorded_samples(load_model(str(folder / "float")), recipe))
-    dataclasses.replace(quantized, sampling=SAMPLING.to_dict()).save(folder / "model")
+    dataclasses.replace(quantized, sampling=SAMPLING).save(folder / "model")
     return folder
 
 
@@ -205,7 +205,7 @@ def test_kept_statistics_are_of_one_network_and_have_no_cache(saved, tmp_path):
 )
 def test_models_that_cannot_be_evaluated(saved, tmp_path, sampling, message):
     quantized = load_quantized(saved / "model")
-    known = None if sampling is None else {**SAMPLING.to_dict(), **sampling}
+    known = None if sampling is None else dataclasses.replace(SAMPLING, **sampling)
     dataclasses.replace(quantized, sampling=known).save(tmp_path / "odd")
     with pytest.raises(ArgumentError, match=message):
         evaluate(tmp_path / "odd", str(saved / "float") if sampling else None)

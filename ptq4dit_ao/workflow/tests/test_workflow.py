@@ -242,7 +242,7 @@ def test_what_comes_back_is_the_same_to_the_bit(apply, recipe, backend, tmp_path
 
 
 def test_everything_else_comes_back_too(apply, tmp_path):
-    sampling = Sampling(channels=4, size=8, null_label=10, clip=False).to_dict()
+    sampling = Sampling(channels=4, size=8, null_label=10, clip=False)
     model = apply(Recipe(description="with sampling"))
     model = QuantizedModel(
         graph=model.graph, recipe=model.recipe, inputs=model.inputs, report=model.report, sampling=sampling
