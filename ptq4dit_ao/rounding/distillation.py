@@ -40,6 +40,11 @@ RATE = 0.01
 range grows, of a bias beside inputs of size 1. It falls to 0 along a cosine.
 """
 
+REACH = 1.0
+"""How far a weight can get at least, in steps of its quantizer: with few steps, the rate is higher. It starts in the
+middle of its integer's cell.
+"""
+
 COMPARED = 32
 """Batches on which the network must have gained."""
 
@@ -141,7 +146,8 @@ def distill(
     some = range(0, len(inputs), -(-len(inputs) // COMPARED))
     before = _error(run, inputs, targets, some)
     learning = nn.ModuleList([*linears.values(), *ranges.values()])
-    optimizer = _optimizer(linears.values(), ranges.values())
+    rate = max(RATE, 2 * REACH / settings.steps)  # along the cosine, Adam gets half its rate a step at most
+    optimizer = _optimizer(linears.values(), ranges.values(), rate)
     clock = _Clock(settings)
     notes = None
     if resume is not None:
@@ -189,13 +195,13 @@ def _error(run: Run, inputs: Sequence[Values], targets: Sequence[Values], batche
     return sum(float(run.error(inputs[i], targets[i])) for i in batches) / len(batches)
 
 
-def _optimizer(linears: Iterable[LearnedLinear], ranges: Iterable[LearnedRange]) -> torch.optim.Optimizer:
+def _optimizer(linears: Iterable[LearnedLinear], ranges: Iterable[LearnedRange], rate: float) -> torch.optim.Optimizer:
     rates: list[tuple[nn.Parameter, float]] = []
     for linear in linears:
-        rates += [(linear.position, RATE), (linear.log_ratio, RATE / linear.spec.quant_max)]
+        rates += [(linear.position, rate), (linear.log_ratio, rate / linear.spec.quant_max)]
         if linear.bias is not None:
-            rates.append((linear.bias, RATE * float(linear.start.mean())))
-    rates += [(quantizer.log_scale, 2 * RATE / quantizer.spec.levels) for quantizer in ranges]
+            rates.append((linear.bias, rate * float(linear.start.mean())))
+    rates += [(quantizer.log_scale, 2 * rate / quantizer.spec.levels) for quantizer in ranges]
     return torch.optim.Adam([{"params": [parameter], "rate": rate} for parameter, rate in rates])
 
 
