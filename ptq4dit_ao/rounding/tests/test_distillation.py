@@ -72,6 +72,13 @@ def test_the_network_comes_closer_to_the_float_one(rounded, tiny_samples, error_
     assert lower(closer, "fbgemm").proof.integer_gemms == 14
 
 
+def test_a_hundred_steps_reach_other_integers(rounded, tiny_samples):
+    prepared = rounded()
+    before = by_kind(prepared)["integers"]
+    distill(prepared, tiny_samples, steps=100)
+    assert not all(equal(by_kind(prepared)["integers"], before))
+
+
 def test_all_that_was_quantized_learns_and_nothing_else(rounded, tiny_samples):
     prepared = rounded(aggregation="none")
     state, before = copy.deepcopy(prepared.state_dict()), by_kind(prepared)
