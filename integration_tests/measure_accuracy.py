@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ptq4dit_ao import CalibrationSamples, collect_from_pipeline, export_transformer, load_recipe, load_reference_dit
 from ptq4dit_ao.calibration import SAMPLERS, Sampling, SamplingPipeline, sample
 from ptq4dit_ao.evaluation import paired_error
-from ptq4dit_ao.recipe import Activations, Balance, NormalDraw, Recipe, Rounding, Weights
+from ptq4dit_ao.recipe import Activations, Balance, Distillation, NormalDraw, Recipe, Rounding, Weights
 from ptq4dit_ao.reference import DIGITS, REFERENCES, SAMPLING
 from ptq4dit_ao.testing.outliers import inject_outliers
 from ptq4dit_ao.workflow import apply_recipe
@@ -49,6 +49,7 @@ METHODS = {
     "fast": load_recipe("fast"),
     "learned": load_recipe("learned"),
     "auto": load_recipe("auto"),
+    "auto, distilled": load_recipe("auto").model_copy(update={"distillation": Distillation(steps=1000)}),
     "distilled": load_recipe("distilled"),
 }
 BITS = {"W8A8": (8, 8), "W4A8": (4, 8), "W6A6": (6, 6), "W4A4": (4, 4)}

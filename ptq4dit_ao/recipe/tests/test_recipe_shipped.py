@@ -91,10 +91,10 @@ def test_the_baselines_are_their_papers() -> None:
     assert (repq.balance.aggregation, repq.rounding.ranges) == ("repq", "percentile")
 
 
-def test_distilled_is_auto_and_then_learns_as_a_whole() -> None:
-    distilled, auto = load_recipe("distilled"), load_recipe("auto")
-    assert (distilled.balance, distilled.rounding) == (auto.balance, auto.rounding)
-    assert auto.distillation.steps == 0 < distilled.distillation.steps
+def test_distilled_is_learned_and_then_learns_as_a_whole() -> None:
+    distilled, learned = load_recipe("distilled"), load_recipe("learned")
+    assert (distilled.balance, distilled.rounding) == (learned.balance, learned.rounding)
+    assert learned.distillation.steps == 0 < distilled.distillation.steps
 
 
 def test_distillation_needs_weights_that_were_rounded_layer_by_layer(tmp_path: Path) -> None:
