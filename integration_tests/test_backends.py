@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,24 @@ def test_its_file_appears_whole_or_is_refused(backend, saved, tmp_path):
     else:
         path = export_to(model.graph, backend, tmp_path / "file", example_inputs=batch_of(4, "tiny"))
         assert path.name == f"file{BACKENDS[backend].suffix}" and path.stat().st_size > 10_000
+
+
+THREADS, CALLS = 4, 12
+
+
+@pytest.mark.parametrize("rows", [(4, 4, 4, 4), (1, 2, 3, 5)], ids=["equal batches", "different batches"])
+@pytest.mark.parametrize("case", ["tiny W8A8"], indirect=True)
+def test_threads_get_their_own_results(case, lowered, rows):
+    """The first calls at a batch size, too, which compile where the backend compiles."""
+    inputs = [tuple(x.roll(i, 0) + i for x in batch_of(count, case)[:2]) for i, count in enumerate(rows)]
+    inputs = [(x, t, torch.arange(len(x)) % 10) for x, t in inputs]
+
+    def call(thread: int) -> list[Tensor]:
+        return [lowered(*inputs[thread]) for _ in range(CALLS)]
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        results = list(pool.map(call, range(THREADS)))
+    for batch, found in zip(inputs, results, strict=True):
+        expected = lowered(*batch)
+        assert all(torch.allclose(y, expected, atol=1e-5) for y in found)
+    assert not torch.allclose(results[0][0][:1], results[1][0][:1], atol=1e-2)  # else a mix-up would not show

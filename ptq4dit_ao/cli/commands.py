@@ -100,14 +100,13 @@ def inspect(args: argparse.Namespace, console: Console) -> None:
     if args.backend != "none":
         start = time.perf_counter()
         proof = model.lower(args.backend, float_dtype=_float_dtype(args)).proof
-        console.print(f"\n{proof}; ready in {time.perf_counter() - start:.1f} s")
+        console.print(f"\n{proof}\n{proof.parity}; ready in {time.perf_counter() - start:.1f} s")
 
 
 def export(args: argparse.Namespace, console: Console) -> None:
     """``ptq4dit-ao export``."""
     model = load_quantized(args.directory)
-    examples = [torch.zeros(spec.shape, dtype=spec.dtype) for spec in model.inputs]
-    path = export_to(model.graph, args.backend, args.output, example_inputs=examples, float_dtype=_float_dtype(args))
+    path = export_to(model.graph, args.backend, args.output, inputs=model.inputs, float_dtype=_float_dtype(args))
     console.print(f"saved to [bold]{path}[/], {path.stat().st_size / 1e6:.2f} MB")
 
 

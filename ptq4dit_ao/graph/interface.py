@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from ptq4dit_ao.errors import ArgumentError, ArtifactError
-from ptq4dit_ao.graph.shapes import example_shape, symbolic_axes
+from ptq4dit_ao.graph.names import placeholders
+from ptq4dit_ao.graph.shapes import example_shape, symbolic_axes, tensor_of
 from ptq4dit_ao.graph.signature import CallSignature
 
 
@@ -44,6 +45,32 @@ class InputSpec:
                 if not rest and isinstance(dtype, torch.dtype) and all(type(n) is int and n >= 0 for n in shape):
                     return cls(name=name, shape=tuple(shape), dtype=dtype, batched=batched)
         raise ArtifactError(f"input signature {data!r} is not one this version reads; quantize again")
+
+
+def input_specs(graph_module: GraphModule) -> tuple[InputSpec, ...] | None:
+    """The inputs of an exported graph; None of one that does not say what they look like, such as a loaded one."""
+    nodes = placeholders(graph_module)
+    return None if any(tensor_of(node) is None for node in nodes) else tuple(map(InputSpec.of, nodes))
+
+
+def random_inputs(
+    specs: Sequence[InputSpec], device: torch.device | None = None, *, rows: int | None = None
+) -> tuple[Tensor, ...]:
+    """Inputs of the example's shapes: normal values, and ones for labels, masks and integer times; equal in each call.
+
+    Args:
+        specs: what they look like.
+        device: where they go; the CPU if not given.
+        rows: of the inputs with a free batch; the example's if not given.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def random(spec: InputSpec) -> Tensor:
+        shape = (rows, *spec.shape[1:]) if rows is not None and spec.batched else spec.shape
+        x = torch.randn(shape, generator=generator) if spec.dtype.is_floating_point else torch.ones(shape)
+        return x.to(device, spec.dtype)
+
+    return tuple(map(random, specs))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,13 +14,11 @@ from torch import Tensor
 from torch._inductor import config as inductor_config
 
 from ptq4dit_ao.lowering.backend import Backend, Request, Runnable, register
-from ptq4dit_ao.lowering.files import complete
 from ptq4dit_ao.lowering.machine import saturates
 from ptq4dit_ao.lowering.match import make_unsigned, quantized_products, quantizers_of
 from ptq4dit_ao.lowering.mixed import compute_in
 from ptq4dit_ao.lowering.onednn_verbose import count_onednn_gemms
 from ptq4dit_ao.lowering.program import as_program, check_inputs, inputs_of
-from ptq4dit_ao.lowering.proof import KernelProof, check_proof
 from ptq4dit_ao.lowering.unshare import unshare_weights
 from ptq4dit_ao.lowering.x86_inductor import INT8, unavailable
 
@@ -32,22 +30,11 @@ SETTINGS = {"freezing": True}
 def build(request: Request) -> Runnable:
     """Compile and load; the file is gone when this returns."""
     with tempfile.TemporaryDirectory() as folder:
-        return _compile(request, Path(folder) / f"model{SUFFIX}")
+        return write(request, Path(folder) / f"model{SUFFIX}")
 
 
-def write(request: Request, path: Path) -> None:
-    """Write the package.
-
-    Raises:
-        LoweringError: it does not run what it should on integer kernels; nothing is written.
-    """
-    with complete(path) as unfinished:
-        kernels = count_onednn_gemms(_compile(request, unfinished), request.example_inputs)
-        proof = KernelProof(backend="aoti", promised=len(request.linears), kernels=kernels, attention=request.attention)
-        check_proof(proof, allow_float_fallback=False)
-
-
-def _compile(request: Request, path: Path) -> Runnable:
+def write(request: Request, path: Path) -> Runnable:
+    """Write the package, and load it."""
     make_unsigned(quantizers_of(quantized_products(request.graph)))
     unshare_weights(request.graph, request.linears)
     if request.float_dtype is not None:
@@ -78,6 +65,7 @@ register(
         build=build,
         count=count_onednn_gemms,
         write=write,
+        compiles=True,
         suffix=SUFFIX,
     )
 )

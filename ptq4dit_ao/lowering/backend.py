@@ -87,10 +87,12 @@ class Backend:
     count_attention: Callable[[Runnable, Sequence[Tensor]], dict[str, int]] = lambda run, inputs: {}
     """Matrix products of attention that one call computes with integers: kernel -> how many."""
 
-    write: Callable[[Request, Path], None] | None = None
-    """Write the file that another program runs; None if it has no such form."""
+    write: Callable[[Request, Path], Runnable] | None = None
+    """Write the file that another program runs, into a folder of its own, and load it; None if it has no such form."""
     suffix: str = ""
     """Of that file."""
+    compiles: bool = False
+    """Does building take minutes, so that an error is not looked into by building parts?"""
 
     def why_not(self, linear: QuantizedLinear) -> str | None:
         """Why it cannot carry a linear; None if it can."""

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ptq4dit_ao.errors import LoweringError
-from ptq4dit_ao.graph.interface import CapturedModule, InputSpec
-from ptq4dit_ao.graph.names import placeholders
-from ptq4dit_ao.graph.shapes import example_shape, tensor_of
+from ptq4dit_ao.errors import LoweringError, PTQ4DiTError
+from ptq4dit_ao.graph.interface import CapturedModule, InputSpec, input_specs, random_inputs
+from ptq4dit_ao.graph.names import get_attribute, placeholders, set_tensor
+from ptq4dit_ao.graph.shapes import tensor_of
 from ptq4dit_ao.graph.ties import merge_equal_computations
 from ptq4dit_ao.lowering.backend import BACKENDS, Backend, Request, Runnable, choose_backend
+from ptq4dit_ao.lowering.files import complete
 from ptq4dit_ao.lowering.match import quantized_linears, quantized_products, unread_linears
+from ptq4dit_ao.lowering.parity import Parity
 from ptq4dit_ao.lowering.proof import KernelProof, check_proof
 
 logger = logging.getLogger(__name__)
+
+OTHER_ROWS = 3
+"""Of the second batch on which a built model is compared with its graph."""
 
 
 class LoweredModel(nn.Module):
@@ -45,41 +52,49 @@ def lower(
     backend: str = "reference",
     *,
     example_inputs: Sequence[Tensor] | None = None,
+    inputs: Sequence[InputSpec] | None = None,
     float_dtype: torch.dtype | None = None,
     allow_float_fallback: bool = False,
+    verify: bool = True,
     consume: bool = False,
 ) -> LoweredModel:
-    """Lower what ``convert_pt2e`` returned, and prove which kernels run.
+    """Lower what ``convert_pt2e`` returned, and prove which kernels run and that they compute what the graph says.
 
     Args:
         converted: left as it is, unless it is to be consumed.
         backend: a name of :func:`available_backends`; or ``auto`` for the best that this machine can run, with a
             warning that says why not a better one.
-        example_inputs: for compiling and for the proof; made up from the graph's input shapes if not given.
+        example_inputs: for compiling and for the proofs, best as the model receives them, two rows or more; random
+            ones if not given.
+        inputs: what the graph takes, which a graph that was loaded does not say itself; see
+            :attr:`~ptq4dit_ao.QuantizedModel.inputs`.
         float_dtype: what attention and the other matrix products that are not integer compute in; bfloat16 is quicker
             where the processor has it. None for the model's own dtype.
         allow_float_fallback: accept linears that the backend runs in float.
+        verify: run what was built, and the graph, on the example and on another batch, and compare. Takes a few runs
+            of the graph in float; a backend that compiles for a batch compiles for the second one, too.
         consume: use ``converted`` up, so that each weight is freed when it has been packed; it cannot run afterwards.
 
     Raises:
-        LoweringError: the backend is unknown, cannot run here or not in ``float_dtype``; or fewer linears than promised
-            run on integer kernels.
+        LoweringError: the backend is unknown, cannot run here or not in ``float_dtype``, or cannot build this graph;
+            fewer linears than promised run on integer kernels; or what was built computes something else.
     """
+    chosen = choose_backend(backend, quantized_linears(converted))
+    specs = input_specs(converted) if inputs is None else tuple(inputs)
+    batches = _batches(converted, specs, example_inputs)
+    parity = None
+    if verify and chosen.integer:
+        parity = Parity(converted, batches, _computes_in(converted, float_dtype), consumed=consume)
     graph = converted if consume else _copy(converted)
-    chosen = choose_backend(backend, quantized_linears(graph))
-    request, refused, promised = _request(graph, chosen, example_inputs, float_dtype, allow_float_fallback)
-    run = chosen.build(request)
-    proof = KernelProof(
-        backend=chosen.name,
-        promised=promised if chosen.integer else 0,
-        kernels=chosen.count(run, request.example_inputs) if chosen.integer else {},
-        float_layers=tuple(refused),
-        attention=request.attention,
-        attention_kernels=chosen.count_attention(run, request.example_inputs),
-    )
-    check_proof(proof, allow_float_fallback=allow_float_fallback)
-    logger.info("%s", proof)
-    return LoweredModel(run, proof)
+    request, refused, promised = _request(graph, chosen, batches[0], float_dtype, allow_float_fallback)
+    run = _built(chosen, lambda: chosen.build(request))
+    proof = _prove(chosen, run, request, refused, promised, allow_float_fallback)
+    if parity is not None:
+        proof = replace(proof, difference=parity.check(run, chosen.name, _rebuild(chosen, float_dtype)))
+    logger.info("%s; %s", proof, proof.parity)
+    lowered = LoweredModel(run, proof)
+    lowered.inputs = specs or ()
+    return lowered
 
 
 def export_to(
@@ -88,20 +103,24 @@ def export_to(
     path: str | Path,
     *,
     example_inputs: Sequence[Tensor] | None = None,
+    inputs: Sequence[InputSpec] | None = None,
     float_dtype: torch.dtype | None = None,
     allow_float_fallback: bool = False,
+    verify: bool = True,
 ) -> Path:
     """Write what another program runs: an OpenVINO IR, an AOTInductor package, an ONNX file.
 
-    The file appears under its name when it is complete; what was there before is replaced.
+    The file is run and proven before it appears under its name; what was there before is replaced then.
 
     Args:
         converted: left as it is.
         backend: one that writes a file.
         path: the file; the backend's suffix is added if it has another one.
         example_inputs: as for :func:`lower`.
+        inputs: as for :func:`lower`.
         float_dtype: as for :func:`lower`.
         allow_float_fallback: as for :func:`lower`.
+        verify: as for :func:`lower`.
 
     Returns:
         The file.
@@ -110,15 +129,23 @@ def export_to(
         LoweringError: the backend writes no file, or as for :func:`lower`.
     """
     chosen = choose_backend(backend, quantized_linears(converted))
-    if chosen.write is None:
+    write = chosen.write
+    if write is None:
         able = ", ".join(repr(name) for name, other in BACKENDS.items() if other.write is not None)
         raise LoweringError(f"backend {chosen.name!r} runs in this process and writes no file; these do: {able}")
     path = Path(path)
     if path.suffix != chosen.suffix:
         path = path.with_name(path.name + chosen.suffix)
-    request, _, _ = _request(_copy(converted), chosen, example_inputs, float_dtype, allow_float_fallback)
+    specs = input_specs(converted) if inputs is None else tuple(inputs)
+    batches = _batches(converted, specs, example_inputs)
+    request, refused, promised = _request(_copy(converted), chosen, batches[0], float_dtype, allow_float_fallback)
     path.parent.mkdir(parents=True, exist_ok=True)
-    chosen.write(request, path)
+    with complete(path) as unfinished:
+        run = _built(chosen, lambda: write(request, unfinished))
+        _prove(chosen, run, request, refused, promised, allow_float_fallback)
+        if verify:
+            parity = Parity(converted, batches, _computes_in(converted, float_dtype), consumed=False)
+            parity.check(run, chosen.name, _rebuild(chosen, float_dtype))
     return path
 
 
@@ -127,16 +154,89 @@ def _copy(graph: GraphModule) -> GraphModule:
     return GraphModule(graph, copy.deepcopy(graph.graph))
 
 
+def _batches(
+    graph: GraphModule, specs: Sequence[InputSpec] | None, example_inputs: Sequence[Tensor] | None
+) -> list[tuple[Tensor, ...]]:
+    """Inputs to build and to compare with; then, if the batch may be free, others with more rows."""
+    if example_inputs is None:
+        if specs is None:
+            name = next(node.name for node in placeholders(graph) if tensor_of(node) is None)
+            raise LoweringError(f"the graph does not say what input {name!r} looks like; pass example_inputs=...")
+        device = next((tensor.device for tensor in graph.buffers()), torch.device("cpu"))
+        example_inputs = random_inputs(specs, device)
+    first = tuple(example_inputs)
+    rows = first[0].shape[:1]
+    # The rule of as_program, for a graph that was loaded does not say it itself.
+    batched = [x.shape[:1] == rows for x in first] if specs is None else [spec.batched for spec in specs]
+    if not rows or not any(batched):
+        return [first]
+    index = torch.arange(OTHER_ROWS) % rows[0]
+    return [first, tuple(x[index.to(x.device)] if free else x for x, free in zip(first, batched, strict=True))]
+
+
+def _computes_in(graph: GraphModule, float_dtype: torch.dtype | None) -> torch.dtype:
+    """The coarsest dtype of the float part."""
+    own = (linear.dtype for linear in quantized_linears(graph))
+    return max((torch.float32, *own, *([float_dtype] if float_dtype else [])), key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _built(backend: Backend, make: Callable[[], Runnable]) -> Runnable:
+    """What a backend builds, or why it cannot, whatever its converter raises."""
+    try:
+        return make()
+    except (PTQ4DiTError, OSError):
+        raise
+    except Exception as error:  # compilers and converters raise many types; all mean "cannot be built"
+        raise LoweringError(
+            f"backend {backend.name!r} cannot build this model: {_explain(error)}; use another backend, and please "
+            "report this model"
+        ) from error
+
+
+def _rebuild(backend: Backend, float_dtype: torch.dtype | None) -> Callable[[GraphModule], Runnable] | None:
+    """Builds a part of the graph."""
+    if backend.compiles:
+        return None
+
+    def build(part: GraphModule, batch: tuple[Tensor, ...]) -> Runnable:
+        request, _, _ = _request(_copy(part), backend, batch, float_dtype, allow_float_fallback=True)
+        return backend.build(request)
+
+    return build
+
+
+def _prove(
+    backend: Backend,
+    run: Runnable,
+    request: Request,
+    refused: Sequence[tuple[str, str]],
+    promised: int,
+    allow_float_fallback: bool,
+) -> KernelProof:
+    """Which kernels ran, of what was built; raises LoweringError if these are fewer than promised."""
+    proof = KernelProof(
+        backend=backend.name,
+        promised=promised if backend.integer else 0,
+        kernels=backend.count(run, request.example_inputs) if backend.integer else {},
+        float_layers=tuple(refused),
+        attention=request.attention,
+        attention_kernels=backend.count_attention(run, request.example_inputs),
+    )
+    check_proof(proof, allow_float_fallback=allow_float_fallback)
+    return proof
+
+
 def _request(
     graph: GraphModule,
     backend: Backend,
-    example_inputs: Sequence[Tensor] | None,
+    example_inputs: tuple[Tensor, ...],
     float_dtype: torch.dtype | None,
     allow_float_fallback: bool,
 ) -> tuple[Request, list[tuple[str, str]], int]:
     """What the backend is to build; the layers it cannot carry, with reasons; how many layers are quantized."""
     _check_float_dtype(backend, float_dtype)
     merge_equal_computations(graph)
+    make_contiguous(graph)
     linears = quantized_linears(graph)
     unread = unread_linears(graph)
     reasons = {linear.name: backend.why_not(linear) for linear in linears}
@@ -150,16 +250,34 @@ def _request(
             f"backend {backend.name!r} cannot carry {len(refused)} of {promised} quantized linears ({name}: {why}); "
             "pass allow_float_fallback=True to run those in float, or use another backend"
         )
-    inputs = _example_inputs(graph) if example_inputs is None else tuple(example_inputs)
     carried = [linear for linear in linears if reasons[linear.name] is None]
     request = Request(
         graph=graph,
         linears=carried,
-        example_inputs=inputs,
+        example_inputs=example_inputs,
         float_dtype=float_dtype,
         attention=len(quantized_products(graph)),
     )
     return request, refused, promised
+
+
+def _explain(error: Exception) -> str:
+    """An exception in a line; with the operator that its text names, if that is not in the line."""
+    lines = str(error).strip().splitlines() or [""]
+    line = f"{type(error).__name__}: {lines[0]}"
+    named = next((found[0] for text in lines[1:] if (found := re.search(r"aten[.:]+\w+(\.\w+)?", text))), None)
+    return line if named is None or named in line else f"{line} ({named})"
+
+
+def make_contiguous(graph: GraphModule) -> None:
+    """Lay every tensor of a graph out row by row, in place: kernels and compilers read memory as if it was so.
+
+    Checkpoints that were converted hold transposed weights, and parameters may be views of others.
+    """
+    for path in {str(node.target) for node in graph.graph.find_nodes(op="get_attr")}:
+        tensor = get_attribute(graph, path)
+        if isinstance(tensor, Tensor) and not tensor.is_contiguous():
+            set_tensor(graph, path, tensor.detach().contiguous())
 
 
 def _check_float_dtype(backend: Backend, dtype: torch.dtype | None) -> None:
@@ -169,13 +287,3 @@ def _check_float_dtype(backend: Backend, dtype: torch.dtype | None) -> None:
             f"backend {backend.name!r} cannot compute its float part in {dtype} "
             f"(only {', '.join(map(str, offered)) or 'as the model does'}); leave float_dtype out"
         )
-
-
-def _example_inputs(graph_module: GraphModule) -> tuple[Tensor, ...]:
-    inputs = []
-    for node in placeholders(graph_module):
-        value = tensor_of(node)
-        if value is None:
-            raise LoweringError(f"the graph does not say what input {node.name!r} looks like; pass example_inputs=...")
-        inputs.append(torch.zeros(example_shape(node), dtype=value.dtype, device=value.device))
-    return tuple(inputs)

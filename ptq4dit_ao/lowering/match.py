@@ -114,6 +114,11 @@ def quantized_products(graph_module: GraphModule) -> list[Node]:
     ]
 
 
+def is_quantizer(node: Node) -> bool:
+    """Does a node quantize or dequantize?"""
+    return node.target in (_QUANTIZE, _DEQUANTIZE, _DEQUANTIZE_WEIGHT)
+
+
 def quantizers_of(products: Iterable[Node]) -> list[Node]:
     """The quantize nodes of the factors of products, each once."""
     factors = (factor.args[0] for product in products for factor in product.all_input_nodes)

@@ -29,7 +29,17 @@ def as_program(graph: GraphModule, inputs: Sequence[Tensor]) -> ExportedProgram:
     # Export adds a check of every cast's input: one more reader of it, and patterns of int8 allow no other.
     for check in program.graph.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default):
         program.graph.erase_node(check)
+    _drop_idle_squeezes(program)
     return program
+
+
+def _drop_idle_squeezes(program: ExportedProgram) -> None:
+    """Remove squeezes of an axis that is longer than 1: torch lets such an axis be, other runtimes refuse it."""
+    for node in program.graph.find_nodes(op="call_function", target=aten.squeeze.dim):
+        source, axis = node.args
+        if source.meta["val"].shape[axis] != 1:
+            node.replace_all_uses_with(source)
+            program.graph.erase_node(node)
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ class KernelProof:
     """Quantized matrix products of attention in the graph; those that no integer kernel computes are simulated."""
     attention_kernels: dict[str, int] = field(default_factory=dict)
     """Integer kernel -> how many of these it computes."""
+    difference: float | None = None
+    """Largest difference from the quantized graph run in float, relative to the output's size; None: not compared."""
 
     @property
     def integer_gemms(self) -> int:
@@ -47,6 +49,13 @@ class KernelProof:
         kernels = _listed(self.kernels) or "no integer kernels"
         linears = f"{self.integer_gemms}/{self.promised} quantized linears on integer GEMMs ({kernels})"
         return f"{self.backend}: {linears}{self._attention()}"
+
+    @property
+    def parity(self) -> str:
+        """What :attr:`difference` says, in words."""
+        if self.difference is None:
+            return "not compared with the simulated graph"
+        return f"differs from the simulated graph by {self.difference:.1g} of the output's size"
 
     @property
     def simulated(self) -> int:

@@ -49,5 +49,6 @@ register(
         refuse=saturates,
         unavailable=unavailable,
         build=build,
+        compiles=True,
     )
 )

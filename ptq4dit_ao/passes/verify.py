@@ -16,9 +16,10 @@ from torchao.quantization.pt2e import ObserverBase
 
 from ptq4dit_ao.errors import BalanceError
 from ptq4dit_ao.graph import Site
+from ptq4dit_ao.graph.interface import input_specs, random_inputs
 from ptq4dit_ao.graph.names import placeholders
 from ptq4dit_ao.graph.pending import pending, tensor_at
-from ptq4dit_ao.graph.shapes import shape_of, symbolic_axes, tensor_of
+from ptq4dit_ao.graph.shapes import symbolic_axes, tensor_of
 from ptq4dit_ao.passes.balance import SiteOutcome, apply_outcome
 from ptq4dit_ao.passes.edit import Snapshot
 from ptq4dit_ao.passes.fold import FoldForm
@@ -110,21 +111,16 @@ class SelfCheck:
 
 
 def example_inputs(model: GraphModule) -> tuple[Tensor, ...]:
-    """Inputs of the exported shapes, a batch of two: normal values, and ones for labels, masks and integer times.
+    """Random inputs of the exported shapes, a batch of two.
 
     Raises:
         BalanceError: the graph does not say what an input looks like.
     """
-    generator = torch.Generator().manual_seed(0)
-    inputs = []
-    for node in placeholders(model):
-        value = tensor_of(node)
-        if value is None:
-            raise BalanceError(f"the graph does not say what input {node.name!r} looks like; pass an example")
-        shape = [ROWS if axis in symbolic_axes(node) else size for axis, size in enumerate(shape_of(node))]
-        tensor = torch.randn(shape, generator=generator) if value.is_floating_point() else torch.ones(shape)
-        inputs.append(tensor.to(value.device, value.dtype))
-    return tuple(inputs)
+    specs = input_specs(model)
+    if specs is None:
+        name = next(node.name for node in placeholders(model) if tensor_of(node) is None)
+        raise BalanceError(f"the graph does not say what input {name!r} looks like; pass an example")
+    return random_inputs(specs, next((p.device for p in model.parameters()), None), rows=ROWS)
 
 
 def _few_rows(model: GraphModule, example: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule
 
 from ptq4dit_ao.artifact import ArtifactSize, read_artifact, write_artifact
@@ -36,21 +38,23 @@ class QuantizedModel:
         backend: str = "fbgemm",
         *,
         float_dtype: torch.dtype | None = None,
+        example_inputs: Sequence[Tensor] | None = None,
         allow_float_fallback: bool = False,
+        verify: bool = True,
         consume: bool = False,
     ) -> LoweredModel:
         """Ready to run on a backend, proven; see :func:`ptq4dit_ao.lower`."""
-        device = next((tensor.device for tensor in self.graph.buffers()), torch.device("cpu"))
-        examples = tuple(torch.zeros(spec.shape, dtype=spec.dtype, device=device) for spec in self.inputs)
         lowered = lower(
             self.graph,
             backend,
-            example_inputs=examples,
+            example_inputs=example_inputs,
+            inputs=self.inputs,
             float_dtype=float_dtype,
             allow_float_fallback=allow_float_fallback,
+            verify=verify,
             consume=consume,
         )
-        lowered.inputs, lowered.captured = self.inputs, self.captured
+        lowered.captured = self.captured
         return lowered
 
     def save(self, directory: str | Path) -> ArtifactSize:
@@ -80,7 +84,12 @@ def load_quantized(directory: str | Path) -> QuantizedModel: ...
 
 @overload
 def load_quantized(
-    directory: str | Path, backend: str, *, float_dtype: torch.dtype | None = ..., allow_float_fallback: bool = ...
+    directory: str | Path,
+    backend: str,
+    *,
+    float_dtype: torch.dtype | None = ...,
+    allow_float_fallback: bool = ...,
+    verify: bool = ...,
 ) -> LoweredModel: ...
 
 
@@ -90,6 +99,7 @@ def load_quantized(
     *,
     float_dtype: torch.dtype | None = None,
     allow_float_fallback: bool = False,
+    verify: bool = True,
 ) -> QuantizedModel | LoweredModel:
     """Read what :func:`save_quantized` wrote; needs neither the float model nor calibration data.
 
@@ -99,6 +109,7 @@ def load_quantized(
             freed when it has been packed.
         float_dtype: as for :func:`~ptq4dit_ao.lower`.
         allow_float_fallback: as for :func:`~ptq4dit_ao.lower`.
+        verify: as for :func:`~ptq4dit_ao.lower`.
 
     Raises:
         ArtifactError: the folder is missing, incomplete, altered, or of another format version.
@@ -107,7 +118,9 @@ def load_quantized(
     model = _read(directory)
     if backend is None:
         return model
-    return model.lower(backend, float_dtype=float_dtype, allow_float_fallback=allow_float_fallback, consume=True)
+    return model.lower(
+        backend, float_dtype=float_dtype, allow_float_fallback=allow_float_fallback, verify=verify, consume=True
+    )
 
 
 def _read(directory: str | Path) -> QuantizedModel:

@@ -495,4 +495,6 @@ def order(run: Run) -> Result:
 @op
 def copy(run: Run) -> Result:
     h = run.take().tensor
-    return run.one_of(h.clone, h.contiguous, h.detach, h.double, lambda: F.dropout(h, 0.3, training=False))
+    return run.one_of(
+        h.clone, h.contiguous, h.detach, lambda: h.to(run.x.dtype), lambda: F.dropout(h, 0.3, training=False)
+    )

@@ -162,5 +162,6 @@ register(
         refuse=overflows,
         unavailable=no_gpu,
         build=build,
+        compiles=True,
     )
 )

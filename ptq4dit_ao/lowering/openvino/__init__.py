@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -17,12 +18,10 @@ from torch.utils._pytree import tree_unflatten
 from ptq4dit_ao._optional import require
 from ptq4dit_ao.errors import LoweringError
 from ptq4dit_ao.lowering.backend import Backend, Capabilities, Request, Runnable, register
-from ptq4dit_ao.lowering.files import complete
 from ptq4dit_ao.lowering.machine import no_x86, saturates
 from ptq4dit_ao.lowering.match import QuantizedLinear
 from ptq4dit_ao.lowering.openvino.model import quantized_model, to_openvino
 from ptq4dit_ao.lowering.program import check_inputs, inputs_of
-from ptq4dit_ao.lowering.proof import KernelProof, check_proof
 
 __all__ = ["OpenVINORunnable", "compile_model", "to_openvino"]
 
@@ -33,22 +32,24 @@ PRECISIONS = {None: "f32", torch.bfloat16: "bf16"}
 
 
 class OpenVINORunnable:
-    """An OpenVINO model as a function of tensors, for one thread at a time."""
+    """An OpenVINO model as a function of tensors; threads take turns, for they share the memory of one request."""
 
     def __init__(self, compiled: Any, program: ExportedProgram) -> None:
         self.request = compiled.create_infer_request()
+        self.turn = Lock()
         self.inputs, self.result = inputs_of(program), program.call_spec.out_spec
 
     def __call__(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         check_inputs(inputs, self.inputs)
         arrays = {i: x.detach().contiguous().numpy() for i, x in enumerate(inputs)}
-        # The request uses the memory of its results again, so these are copies.
-        results = self.request.infer(arrays, share_inputs=True, share_outputs=False)
-        return tree_unflatten([torch.from_numpy(array) for array in results.to_tuple()], self.result)
+        with self.turn:
+            # The request uses the memory of its results again, so these are copies.
+            results = self.request.infer(arrays, share_inputs=True, share_outputs=False).to_tuple()
+        return tree_unflatten([torch.from_numpy(array) for array in results], self.result)
 
 
 def compile_model(model: Any, program: ExportedProgram, *, float_dtype: torch.dtype | None = None) -> OpenVINORunnable:
-    """Compile what :func:`to_openvino` returned, for as many threads as torch has.
+    """Compile what :func:`to_openvino` returned, or the file of an IR, for as many threads as torch has.
 
     Raises:
         LoweringError: the float part is to be bfloat16 on a processor without it.
@@ -117,12 +118,11 @@ def build(request: Request) -> OpenVINORunnable:
     return compile_model(*quantized_model(request), float_dtype=request.float_dtype)
 
 
-def write(request: Request, path: Path) -> None:
-    """Write the IR; the weights lie beside it, in a file of the same name that ends in ``.bin``.
+def write(request: Request, path: Path) -> OpenVINORunnable:
+    """Write the IR, and compile what was written; the weights lie in a file of the same name that ends in ``.bin``.
 
     Raises:
-        LoweringError: the plugin does not run what it should on integer kernels, or ``float_dtype`` is given; nothing
-            is written.
+        LoweringError: ``float_dtype`` is given.
     """
     if request.float_dtype is not None:
         raise LoweringError(
@@ -130,17 +130,8 @@ def write(request: Request, path: Path) -> None:
             "does, with INFERENCE_PRECISION_HINT; leave float_dtype out"
         )
     model, program = quantized_model(request)
-    run = compile_model(model, program)
-    proof = KernelProof(
-        backend="openvino",
-        promised=len(request.linears),
-        kernels=count(run, request.example_inputs),
-        attention=request.attention,
-        attention_kernels=count_attention(run, request.example_inputs),
-    )
-    check_proof(proof, allow_float_fallback=False)
-    with complete(path) as unfinished:
-        require("openvino", extra="openvino").save_model(model, unfinished, compress_to_fp16=False)
+    require("openvino", extra="openvino").save_model(model, path, compress_to_fp16=False)
+    return compile_model(path, program)
 
 
 register(

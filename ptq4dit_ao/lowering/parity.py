@@ -1,0 +1,202 @@
+"""Parity: what a backend has built computes what the quantize/dequantize graph computes.
+
+Kernel proof counts products. It cannot see a converter that drops an addition, or a kernel that reads memory in another
+order. So both are run on equal inputs, at two batch sizes.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils._pytree import tree_leaves
+
+from ptq4dit_ao.errors import LoweringError, PTQ4DiTError
+from ptq4dit_ao.graph.names import LINEAR
+from ptq4dit_ao.lowering.match import is_quantizer
+from ptq4dit_ao.passes.verify import relative_error
+
+logger = logging.getLogger(__name__)
+
+Batch = tuple[Tensor, ...]
+Run = Callable[..., object]
+Rebuild = Callable[[GraphModule, Batch], Run]
+"""Builds another graph for inputs like these."""
+
+TOLERANCE = {torch.float32: 1e-2, torch.float16: 1e-1, torch.bfloat16: 1e-1}
+"""``|y - y0| / |y0|`` that is always allowed, by the dtype of the float part.
+
+A value between two steps of a quantizer may be rounded either way, and in deep models of few bits such differences grow.
+Beyond this, the graph's own response to rounding decides.
+"""
+
+RESPONSE = 4
+"""How many times as far as that response a backend may be off."""
+
+MAX_BYTES = 2**30
+"""Of a graph's tensors, up to which parts of it are built to find the node that differs."""
+
+
+class Parity:
+    """Remembers what a converted graph puts out, before a backend may use it up.
+
+    Args:
+        graph: what ``convert_pt2e`` returned.
+        batches: inputs to compare on. The first must run; of the others, those that the graph does not take (its batch
+            is fixed) are left out.
+        dtype: what the backend's float part computes in.
+        consumed: will the graph be used up? Then what is needed of it later is computed now.
+    """
+
+    def __init__(self, graph: GraphModule, batches: Sequence[Batch], dtype: torch.dtype, *, consumed: bool) -> None:
+        self._graph, self._dtype, self._consumed = graph, dtype, consumed
+        first, *others = batches
+        self._expected = [(first, _outputs(graph(*first)))]
+        for batch in others:
+            try:
+                self._expected.append((batch, _outputs(graph(*batch))))
+            except Exception as error:  # whatever an operator makes of a size that is not the captured one
+                logger.debug("the graph does not run at batch %d: %s", _rows(batch), error)
+        self._response = self._respond() if consumed else None
+
+    def check(self, run: Run, backend: str, build: Rebuild | None) -> float | None:
+        """The largest difference of a built model from the graph, relative to the output; None if it cannot be told.
+
+        Args:
+            run: the built model.
+            backend: its name.
+            build: builds another graph, to find the first node that differs; None if that would take too long.
+
+        Raises:
+            LoweringError: they differ by more than rounding; or the built model fails where the graph does not.
+        """
+        if not all(y.isfinite().all() for _, expected in self._expected for y in expected):
+            logger.warning(
+                "the quantized graph's output on the example inputs is not finite, so that what backend %r computes "
+                "was not compared with it; pass example_inputs like those that the model receives",
+                backend,
+            )
+            return None
+        worst = 0.0
+        for batch, expected in self._expected:
+            try:
+                found = _outputs(run(*batch))
+            except Exception as error:  # whatever a runtime makes of it
+                raise LoweringError(
+                    f"backend {backend!r} fails at batch {_rows(batch)}, at which the graph runs: {error}"
+                ) from error
+            difference = relative_error(expected, found)
+            if not difference <= self._allowed(difference):
+                raise LoweringError(
+                    f"what backend {backend!r} has built differs from the quantized graph by {difference:.2g} of the "
+                    f"output's size at batch {_rows(batch)}, where rounding explains {self._allowed(difference):.2g}"
+                    f"{self._place(build, batch)}; use another backend, and please report this model "
+                    "(verify=False takes it as it is)"
+                )
+            worst = max(worst, difference)
+        return worst
+
+    def _allowed(self, difference: float) -> float:
+        """The response to rounding is measured only where it matters."""
+        tolerance = TOLERANCE[self._dtype]
+        if difference <= tolerance:
+            return tolerance
+        if self._response is None:
+            self._response = self._respond()
+        return max(tolerance, RESPONSE * self._response)
+
+    def _respond(self) -> float:
+        """How far the graph's output moves when the output of each linear changes by a rounding error."""
+        batch, expected = self._expected[0]
+        return relative_error(expected, _outputs(_Rounded(self._graph, self._dtype).run(*batch)))
+
+    def _place(self, build: Rebuild | None, batch: Batch) -> str:
+        """Which node differs first, for a message."""
+        size = sum(tensor.nbytes for tensor in self._graph.state_dict().values())
+        if build is None or self._consumed or size > MAX_BYTES:
+            return ""
+        name = first_difference(self._graph, build, batch, TOLERANCE[self._dtype])
+        return "" if name is None else f", first at {name}"
+
+
+def first_difference(graph: GraphModule, build: Rebuild, batch: Batch, tolerance: float) -> str | None:
+    """The first node that a backend computes otherwise; bisects over graphs that end early.
+
+    Returns:
+        The node's name and operator; None if a graph that ends early cannot be built, or none of them differs.
+    """
+    recorder = _Recorder(graph)
+    recorder.run(*batch)
+    nodes = recorder.found
+    right, wrong = -1, len(nodes)
+    try:
+        while wrong - right > 1:
+            middle = (right + wrong) // 2
+            part = _ending_at(graph, nodes[middle])
+            if relative_error(_outputs(part(*batch)), _outputs(build(part, batch)(*batch))) <= tolerance:
+                right = middle
+            else:
+                wrong = middle
+    except Exception as error:  # a converter may refuse a part of what it takes as a whole
+        logger.debug("the node that differs was not found: %s", error)
+        return None
+    return f"{nodes[wrong].name} ({nodes[wrong].target})" if wrong < len(nodes) else None
+
+
+def _ending_at(graph: GraphModule, node: Node) -> GraphModule:
+    """A copy that returns the value of a node; tensors are shared."""
+    part = GraphModule(graph, copy.deepcopy(graph.graph))
+    (end,) = part.graph.find_nodes(op="output")
+    end.args = (next(other for other in part.graph.nodes if other.name == node.name),)
+    part.graph.set_codegen(torch.fx.graph.CodeGen())
+    part.graph.eliminate_dead_code()
+    part.recompile()
+    return part
+
+
+class _Rounded(Interpreter):
+    """Runs a graph as if each linear had rounded its output otherwise."""
+
+    def __init__(self, graph: GraphModule, dtype: torch.dtype) -> None:
+        super().__init__(graph)
+        self._error = torch.finfo(dtype).eps
+        self._generator = torch.Generator().manual_seed(0)
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if n.target is not LINEAR:
+            return value
+        noise = torch.randn(value.shape, generator=self._generator).to(value)
+        return value * (1 + self._error * noise)
+
+
+class _Recorder(Interpreter):
+    """Finds the nodes whose value is a floating tensor that depends on the inputs."""
+
+    def __init__(self, graph: GraphModule) -> None:
+        super().__init__(graph)
+        self.found: list[Node] = []
+        self._dependent: set[Node] = set()
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if n.op == "placeholder" or not self._dependent.isdisjoint(n.all_input_nodes):
+            self._dependent.add(n)
+            if n.op == "call_function" and isinstance(value, Tensor) and value.is_floating_point():
+                if not is_quantizer(n):
+                    self.found.append(n)
+        return value
+
+
+def _outputs(value: object) -> list[Tensor]:
+    return [leaf.detach().cpu() for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _rows(batch: Batch) -> int:
+    return len(batch[0]) if batch[0].ndim else 1
