@@ -3,9 +3,10 @@
     python integration_tests/search_random_graphs.py --graphs 10000 --output out/random_graphs.jsonl
 
 Each piece of a hundred programs has its number as hypothesis' seed, and a line of the output when it is done; the same
-command goes on after the last line. Every fold is compared in float64 (see ptq4dit_ao/graph/tests/test_random_graphs.py).
-Every tenth program is also made a float32 graph, quantized to W8A8 and lowered to each backend, which runs it and compares
-it with the simulated graph at two batch sizes. What is wrong is printed with its program, and makes the command fail.
+command goes on after the last line. Every fold is compared in float64, as in
+ptq4dit_ao/graph/tests/test_random_graphs.py. Every tenth program is also made a float32 graph, quantized to W8A8, and
+lowered to each backend, which runs it and compares it with the simulated graph at two batch sizes. What is wrong is
+printed with its program, and makes the command fail.
 """
 
 from __future__ import annotations
@@ -119,8 +120,8 @@ def main() -> int:
     total = sum((Counter(row["counts"]) for row in done), Counter[str]())
     wrong = [line for row in done for line in row["wrong"]]
     for line in wrong:
-        print(line)
-    print(json.dumps({"pieces": len(done), **total, "wrong": len(wrong)}, indent=1))
+        console.print(line, markup=False)
+    console.print_json(json.dumps({"pieces": len(done), **total, "wrong": len(wrong)}, indent=1))
     return 1 if wrong else 0
 
 

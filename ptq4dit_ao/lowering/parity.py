@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.graph import CodeGen
 from torch.utils._pytree import tree_leaves
 
-from ptq4dit_ao.errors import LoweringError, PTQ4DiTError
+from ptq4dit_ao.errors import LoweringError
 from ptq4dit_ao.graph.names import LINEAR
 from ptq4dit_ao.lowering.match import is_quantizer
 from ptq4dit_ao.passes.verify import relative_error
@@ -32,8 +32,8 @@ Rebuild = Callable[[GraphModule, Batch], Run]
 TOLERANCE = {torch.float32: 1e-2, torch.float16: 1e-1, torch.bfloat16: 1e-1}
 """``|y - y0| / |y0|`` that is always allowed, by the dtype of the float part.
 
-A value between two steps of a quantizer may be rounded either way, and in deep models of few bits such differences grow.
-Beyond this, the graph's own response to rounding decides.
+A value between two steps of a quantizer may be rounded either way, and in deep models such differences grow. Beyond
+this, the graph's own response to rounding decides.
 """
 
 RESPONSE = 4
@@ -128,17 +128,19 @@ class Parity:
 def first_difference(graph: GraphModule, build: Rebuild, batch: Batch, tolerance: float) -> str | None:
     """The first node that a backend computes otherwise; bisects over graphs that end early.
 
+    A graph that ends at a place returns all values that later nodes read, so that what differs there is not missed.
+
     Returns:
         The node's name and operator; None if a graph that ends early cannot be built, or none of them differs.
     """
     recorder = _Recorder(graph)
     recorder.run(*batch)
     nodes = recorder.found
-    right, wrong = -1, len(nodes)
+    right, wrong = 0, len(nodes)  # numbers of nodes that are run
     try:
         while wrong - right > 1:
             middle = (right + wrong) // 2
-            part = _ending_at(graph, nodes[middle])
+            part = _returning(graph, _read_later(nodes, middle))
             if relative_error(_outputs(part(*batch)), _outputs(build(part, batch)(*batch))) <= tolerance:
                 right = middle
             else:
@@ -146,15 +148,27 @@ def first_difference(graph: GraphModule, build: Rebuild, batch: Batch, tolerance
     except Exception as error:  # a converter may refuse a part of what it takes as a whole
         logger.debug("the node that differs was not found: %s", error)
         return None
-    return f"{nodes[wrong].name} ({nodes[wrong].target})" if wrong < len(nodes) else None
+    return f"{nodes[wrong - 1].name} ({nodes[wrong - 1].target})"
 
 
-def _ending_at(graph: GraphModule, node: Node) -> GraphModule:
-    """A copy that returns the value of a node; tensors are shared."""
-    part = GraphModule(graph, copy.deepcopy(graph.graph))
+def _read_later(nodes: Sequence[Node], count: int) -> list[Node]:
+    """Those of the first nodes that others read, be it by way of nodes that are not listed."""
+    first, listed = set(nodes[:count]), set(nodes)
+
+    def is_read(node: Node) -> bool:
+        return any(
+            user not in first and (user in listed or user.op == "output" or is_read(user)) for user in node.users
+        )
+
+    return [node for node in nodes[:count] if is_read(node)]
+
+
+def _returning(graph: GraphModule, nodes: Sequence[Node]) -> GraphModule:
+    """A copy that returns the values of these nodes; tensors are shared."""
+    part, names = GraphModule(graph, copy.deepcopy(graph.graph)), {node.name for node in nodes}
     (end,) = part.graph.find_nodes(op="output")
-    end.args = (next(other for other in part.graph.nodes if other.name == node.name),)
-    part.graph.set_codegen(torch.fx.graph.CodeGen())
+    end.args = (tuple(node for node in part.graph.nodes if node.name in names),)
+    part.graph.set_codegen(CodeGen())
     part.graph.eliminate_dead_code()
     part.recompile()
     return part
@@ -188,9 +202,9 @@ class _Recorder(Interpreter):
         value = super().run_node(n)
         if n.op == "placeholder" or not self._dependent.isdisjoint(n.all_input_nodes):
             self._dependent.add(n)
-            if n.op == "call_function" and isinstance(value, Tensor) and value.is_floating_point():
-                if not is_quantizer(n):
-                    self.found.append(n)
+            computed = n.op == "call_function" and not is_quantizer(n)
+            if computed and isinstance(value, Tensor) and value.is_floating_point():
+                self.found.append(n)
         return value
 
 
