@@ -4,6 +4,7 @@
 raw     as it is                                                    everything else
 int4    two values per byte                                         int8 that is used as 4-bit only
 zeros   not in the file, dtype and shape say it all                 integers that are all 0
+pairs   (..., 2) real numbers, as safetensors knows no such dtype   complex128, complex32
 ======  ==========================================================  =============================
 """
 
@@ -33,7 +34,9 @@ from ptq4dit_ao.errors import ArtifactError
 MAPPED_BYTES = 2**26
 """Of the file that are mapped at a time."""
 
-_STORAGES = ("raw", "int4", "zeros")
+_STORAGES = ("raw", "int4", "zeros", "pairs")
+_PARTS = {torch.complex128: torch.float64, torch.complex32: torch.float16}
+"""Complex dtypes that are stored as pairs, and the dtype of their parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,9 @@ class StoredTensor:
     @property
     def in_file(self) -> tuple[torch.dtype, tuple[int, ...]]:
         """Dtype and shape of what the file holds."""
-        return (torch.uint8, (packed_length(self.shape),)) if self.storage == "int4" else (self.dtype, self.shape)
+        if self.storage == "int4":
+            return torch.uint8, (packed_length(self.shape),)
+        return (_PARTS[self.dtype], (*self.shape, 2)) if self.storage == "pairs" else (self.dtype, self.shape)
 
     def to_json(self) -> dict[str, Any]:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -66,7 +71,9 @@ class StoredTensor:
         sound = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
         if storage not in _STORAGES or not isinstance(dtype, str) or dtype not in DTYPES or not sound:
             raise ArtifactError(f"{what} is {doc!r}, which is not readable; copy or save the model again")
-        if storage != "raw" and (DTYPES[dtype].is_floating_point or (storage == "int4" and dtype != "int8")):
+        if storage == "pairs":
+            sound = DTYPES[dtype] in _PARTS
+        elif storage != "raw" and (DTYPES[dtype].is_floating_point or (storage == "int4" and dtype != "int8")):
             raise ArtifactError(f"{what} stores {dtype} as {storage!r}, which is for integers; save the model again")
         return cls(storage=storage, dtype=DTYPES[dtype], shape=tuple(shape))
 
@@ -140,12 +147,16 @@ def _chunks(table: Mapping[str, StoredTensor]) -> Iterator[list[str]]:
 def _storage(name: str, tensor: Tensor, four_bit: set[str]) -> str:
     if name in four_bit:
         return "int4"
+    if tensor.dtype in _PARTS:
+        return "pairs"
     # Not for floats: -0.0 would come back as 0.0.
     is_integer = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
     return "zeros" if is_integer and tensor.numel() and not tensor.any() else "raw"
 
 
 def _pack(name: str, tensor: Tensor, entry: StoredTensor) -> Tensor:
+    if entry.storage == "pairs":
+        return torch.view_as_real(tensor.resolve_conj().contiguous())
     if entry.storage == "raw":
         # A copy of what shares memory only in part, for safetensors refuses it; whole ties are aliases already.
         whole = tensor.untyped_storage().nbytes() == tensor.nbytes
@@ -166,6 +177,8 @@ def _unpack(path: Path, name: str, entry: StoredTensor, file: Any) -> Tensor:
             f"tensor {name!r} in {path} is {found}, the manifest says {entry.in_file}; they belong to different "
             f"models, copy or save the model again"
         )
+    if entry.storage == "pairs":
+        return torch.view_as_complex(stored.clone())
     return unpack_int4(stored, entry.shape) if entry.storage == "int4" else stored.clone()
 
 

@@ -18,6 +18,7 @@ from ptq4dit_ao.errors import ExportError
 from ptq4dit_ao.graph.capture import exportable
 from ptq4dit_ao.graph.constants import fold_constant_weights
 from ptq4dit_ao.graph.interface import CapturedModule
+from ptq4dit_ao.graph.regions import write_out_regions
 from ptq4dit_ao.graph.signature import CallSignature, TensorName, flatten_call
 
 MAX_BATCH = 4096
@@ -80,6 +81,7 @@ def export_transformer(
     except Exception as error:  # torch.export raises many types; all mean "cannot be captured"
         raise ExportError(_explain(model, error)) from error
     graph_module = program.module(check_guards=False)
+    write_out_regions(graph_module)
     fold_constant_weights(graph_module)
     if expected is not None:
         _compare(model, expected, graph_module(*inputs))
