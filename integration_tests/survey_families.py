@@ -2,12 +2,15 @@
 
     python integration_tests/survey_families.py --output docs/models.md
 
-Writes the table of docs/models.md and models.json beside it. Per family:
+Writes the tables of docs/models.md and models.json beside it, a family at a time; what models.json holds already is not
+measured again, unless the family is named. Per family:
 
 * captured, with a batch that differs from call to call where possible, and compared with the model;
 * every site folded at once with b = exp(N(0, 1)), in float64 throughout, and compared on another batch;
 * quantized to W8A8 (every linear; balanced with CSB and SSC, calibrated on 4 batches of random inputs), lowered, and
-  run: integer GEMMs are counted by the profiler; SQNR of the integer model's output against the float model's.
+  run: integer GEMMs are counted by the profiler; SQNR of the integer model's output against the float model's;
+* saved, loaded, lowered to other backends, each compared with the simulated graph on a batch that was not compiled for;
+* quantized by a recipe that learns, two steps long.
 """
 
 from __future__ import annotations
@@ -15,9 +18,11 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import tempfile
 import time
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,19 +34,34 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
-from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from ptq4dit_ao import PTQ4DiTError, PTQ4DiTQuantizer, export_transformer, find_sites, lower
+from ptq4dit_ao import (
+    PTQ4DiTError,
+    QuantizedModel,
+    apply_recipe,
+    export_transformer,
+    find_sites,
+    load_quantized,
+    load_recipe,
+)
+from ptq4dit_ao._atomic import replace_text
 from ptq4dit_ao.core import sqnr_db
 from ptq4dit_ao.graph import Site
 from ptq4dit_ao.graph.names import linears, timestep_placeholder
 from ptq4dit_ao.graph.signature import flatten_call
 from ptq4dit_ao.passes import fold_balance, insert_balance
+from ptq4dit_ao.recipe import Balance, Recipe
 from ptq4dit_ao.testing.float64 import in_float64, wide
 from ptq4dit_ao.testing.zoo import FAMILIES, Family, iter_families
 
 CALIBRATION = range(10, 14)
 """Seeds of the calibration batches."""
+
+OTHERS = ("onnx", "openvino", "aoti")
+"""Backends that every family is tried on, beside the first."""
+
+LEARNED = "learned"
+"""The recipe that learns."""
 
 PLAIN = {
     "gelu": "GELU before it",
@@ -52,7 +72,6 @@ PLAIN = {
     "cos": "timestep embedding",
     "would share": "shared by blocks (`couple_blocks`)",
     "only ": "few free channels",
-    "wrap_with_autocast": "behind autocast",
     "pow": "raw residual stream",
 }
 """What a refusal means, by a part of its text."""
@@ -73,6 +92,14 @@ Largest fold error: {error:.1e}.
 * **integer**: integer GEMMs counted in one call of the model on `{backend}` / quantized linears of the graph.
 * **SQNR**: integer model against float model. The parameters are random, so it says that the lowering is sound, not
   how good images are.
+
+## Other backends
+
+SQNR of what a backend computes against the simulated graph, in dB, on a batch that is not the one compiled for; some
+values are rounded the other way. Where there is none, the reason. *learned*: quantized by the recipe `learned`, two steps
+long, against the float model.
+
+{backends}
 """
 
 
@@ -97,9 +124,47 @@ def fold_error(graph: GraphModule, sites: list[Site], inputs: tuple[Tensor, ...]
     return max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs if a.is_floating_point())
 
 
+def flat(outputs: object) -> Tensor:
+    """All floating outputs as one vector."""
+    return torch.cat([y.double().flatten() for y in tree_leaves(outputs) if y.is_floating_point()])
+
+
+def on_backends(model: nn.Module, family: Family, quantized: QuantizedModel, backends: Sequence[str]) -> dict[str, Any]:
+    """For each backend the SQNR to the simulated graph, or why there is none; of the model as it was saved."""
+    with tempfile.TemporaryDirectory() as folder:
+        quantized.save(folder)
+        loaded = load_quantized(folder)
+    inputs = inputs_of(model, family, 3 if family.dynamic_batch else 2, 6)
+    expected = flat(quantized.graph(*inputs))
+    assert torch.equal(flat(loaded.graph(*inputs)), expected)
+    found: dict[str, Any] = {}
+    for backend in backends:
+        try:
+            run = loaded.lower(backend, example_inputs=inputs_of(model, family, 2, 7))
+            found[backend] = round(min(sqnr_db(expected, flat(run(*inputs))), 200.0), 1)
+        except PTQ4DiTError as error:
+            found[backend] = str(error).splitlines()[0]
+    return found
+
+
+def learned(model: nn.Module, family: Family, graph: GraphModule) -> float:
+    """SQNR of the family quantized by a recipe that learns, against the float model."""
+    recipe = load_recipe(LEARNED).to_dict()
+    recipe["rounding"]["steps"] = 2
+    batches = [inputs_of(model, family, 2, seed) for seed in CALIBRATION]
+    quantized = apply_recipe(graph, Recipe.from_dict(recipe), batches)
+    return round(sqnr_db(flat(graph(*batches[0])), flat(quantized.graph(*batches[0]))), 1)
+
+
 @torch.no_grad()
-def survey(family: Family, backend: str) -> dict[str, Any]:
-    """All figures of one family; ``error`` instead where it cannot be captured."""
+def survey(family: Family, backend: str, others: Sequence[str] = ()) -> dict[str, Any]:
+    """All figures of one family; ``error`` instead where it cannot be captured.
+
+    Args:
+        family: which.
+        backend: where its integer GEMMs are counted.
+        others: backends that it is also lowered to, after it was saved; and it learns. None: neither.
+    """
     row: dict[str, Any] = {"name": family.name, "group": family.group, "note": family.note}
     model, example = family.model(), family.inputs(2)
     row["class"] = type(model).__name__
@@ -117,22 +182,20 @@ def survey(family: Family, backend: str) -> dict[str, Any]:
         "reasons": dict(Counter(reason(site) for site in sites if site.refusal is not None)),
         "fold_error": fold_error(graph, sites, inputs_of(model, family, batch, 5)),
     }
-    expected = graph(*inputs_of(model, family, batch, 6))
+    inputs = inputs_of(model, family, batch, 6)
     aggregation = "ssc" if timestep_placeholder(graph) is not None else "max"
-    prepared = prepare_pt2e(graph, PTQ4DiTQuantizer(aggregation=aggregation, layers=()))
-    for seed in CALIBRATION:
-        prepared(*inputs_of(model, family, batch, seed))
-    converted = convert_pt2e(prepared)
-    lowered = lower(converted, backend, example_inputs=inputs_of(model, family, batch, 6))
-    got = lowered(*inputs_of(model, family, batch, 6))
-    pairs = list(zip(tree_leaves(expected), tree_leaves(got), strict=True))
-    e, a = (torch.cat([pair[i].double().flatten() for pair in pairs]) for i in (0, 1))
+    recipe = Recipe(balance=Balance(aggregation=aggregation))
+    quantized = apply_recipe(graph, recipe, [inputs_of(model, family, batch, seed) for seed in CALIBRATION])
+    lowered = quantized.lower(backend, example_inputs=inputs)
     row |= {
         "quantized": lowered.proof.promised,
         "integer_gemms": lowered.proof.integer_gemms,
-        "sqnr_db": round(sqnr_db(e, a), 1),
+        "sqnr_db": round(sqnr_db(flat(graph(*inputs)), flat(lowered(*inputs))), 1),
         "seconds": round(time.perf_counter() - start, 1),
     }
+    if others:
+        row["backends"] = on_backends(model, family, quantized, others)
+        row["learned_db"] = learned(model, family, graph)
     return row
 
 
@@ -156,6 +219,7 @@ def table(rows: list[dict[str, Any]], about: dict[str, object]) -> str:
     counts = ", ".join(f"{count} {kind}" for kind, count in sites.most_common())
     lines = [
         HEAD.format(
+            backends=backend_table(good),
             versions=versions,
             good=len(good),
             rows=len(rows),
@@ -188,6 +252,23 @@ def table(rows: list[dict[str, Any]], about: dict[str, object]) -> str:
     return "\n".join(lines)
 
 
+def backend_table(rows: list[dict[str, Any]]) -> str:
+    """A row for each family that was tried on other backends, and the reasons below."""
+    tried = [row for row in rows if row.get("backends")]
+    if not tried:
+        return "Not measured."
+    names = list(tried[0]["backends"])
+    lines = [f"| family | {' | '.join(names)} | learned |", "|---" * (len(names) + 2) + "|"]
+    reasons: dict[str, int] = {}
+    for row in tried:
+        cells = [
+            str(cell) if isinstance(cell, float) else f"see {reasons.setdefault(cell, len(reasons) + 1)}"
+            for cell in (row["backends"][name] for name in names)
+        ]
+        lines.append(f"| {row['name']} | {' | '.join(cells)} | {row['learned_db']} |")
+    return "\n".join([*lines, "", *(f"{number}. {reason}" for reason, number in reasons.items())])
+
+
 def line(row: dict[str, Any]) -> str:
     """One row of the table."""
     name = f"{row['name']}" + (f": {row['note']}" if row["note"] else "")
@@ -205,24 +286,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("models.md"))
     parser.add_argument("--backend", default="fbgemm")
+    parser.add_argument("--others", nargs="*", default=list(OTHERS), help="default: %(default)s")
     parser.add_argument("families", nargs="*", help="default: all")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     chosen = [FAMILIES[name] for name in args.families] or list(iter_families())
     console = Console(stderr=True)
     columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    rows = []
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    stored = args.output.with_suffix(".json")
+    about: dict[str, object] = {name: version(name) for name in ("torch", "torchao", "diffusers")}
+    about |= {"machine": platform.machine(), "backend": args.backend}
+    known = {row["name"]: row for row in json.loads(stored.read_text())["families"]} if stored.exists() else {}
     with Progress(*columns, TextColumn("eta"), TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task("", total=len(chosen))
         for family in chosen:
             progress.update(task, description=family.name)
-            rows.append(survey(family, args.backend))
+            if family.name in args.families or not done(known.get(family.name), args.others):
+                known[family.name] = survey(family, args.backend, args.others)
+                rows = [known[other.name] for other in iter_families() if other.name in known]
+                replace_text(args.output, table(rows, about))
+                replace_text(stored, json.dumps({"families": rows, **about}, indent=1) + "\n")
             progress.advance(task)
-    about: dict[str, object] = {name: version(name) for name in ("torch", "torchao", "diffusers")}
-    about |= {"machine": platform.machine(), "backend": args.backend}
-    args.output.write_text(table(rows, about))
-    args.output.with_suffix(".json").write_text(json.dumps({"families": rows, **about}, indent=1) + "\n")
-    console.print(f"{len(rows)} families in {args.output}")
+    console.print(f"{len(known)} families in {args.output}")
+
+
+def done(row: dict[str, Any] | None, others: Sequence[str]) -> bool:
+    """Was this family measured on these backends, or found not to be captured?"""
+    return row is not None and ("error" in row or set(others) <= set(row.get("backends", ())))
 
 
 if __name__ == "__main__":

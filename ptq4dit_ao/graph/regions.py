@@ -1,8 +1,8 @@
 """Regions of a graph that a context manager opened, written out in the graph around them.
 
 ``torch.export`` keeps ``with torch.no_grad()`` and ``with torch.autocast(..., enabled=False)`` as calls of a graph of
-their own. A graph for inference runs without gradients and without autocast anyway, so the regions say nothing; but what
-is in them could not be balanced, stored or converted.
+their own. A graph for inference runs without gradients and without autocast anyway, so the regions say nothing, but
+nothing in them could be balanced, stored or converted.
 """
 
 from __future__ import annotations

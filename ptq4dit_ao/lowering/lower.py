@@ -262,11 +262,13 @@ def _request(
 
 
 def _explain(error: Exception) -> str:
-    """An exception in a line; with the operator that its text names, if that is not in the line."""
-    lines = str(error).strip().splitlines() or [""]
-    line = f"{type(error).__name__}: {lines[0]}"
-    named = next((found[0] for text in lines[1:] if (found := re.search(r"aten[.:]+\w+(\.\w+)?", text))), None)
-    return line if named is None or named in line else f"{line} ({named})"
+    """What an exception came from, in a line; with the operator that its text names, if that is not in the line."""
+    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    said = next((line for line in lines if not line.startswith("Exception from ")), "")  # where in OpenVINO's sources
+    found = re.search(r"aten[.:]+\w+(\.\w+)?|(?<=operation of type: )\w+", str(error))
+    return f"{type(error).__name__}: {said}" + (f" ({found[0]})" if found is not None and found[0] not in said else "")
 
 
 def make_contiguous(graph: GraphModule) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 from ptq4dit_ao.errors import ArgumentError
 
@@ -29,17 +29,32 @@ def as_program(graph: GraphModule, inputs: Sequence[Tensor]) -> ExportedProgram:
     # Export adds a check of every cast's input: one more reader of it, and patterns of int8 allow no other.
     for check in program.graph.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default):
         program.graph.erase_node(check)
-    _drop_idle_squeezes(program)
+    _drop_idle_squeezes(program.graph)
+    _promote_einsums(program.graph)
     return program
 
 
-def _drop_idle_squeezes(program: ExportedProgram) -> None:
+def _drop_idle_squeezes(graph: Graph) -> None:
     """Remove squeezes of an axis that is longer than 1: torch lets such an axis be, other runtimes refuse it."""
-    for node in program.graph.find_nodes(op="call_function", target=aten.squeeze.dim):
+    for node in graph.find_nodes(op="call_function", target=aten.squeeze.dim):
         source, axis = node.args
         if source.meta["val"].shape[axis] != 1:
             node.replace_all_uses_with(source)
-            program.graph.erase_node(node)
+            graph.erase_node(node)
+
+
+def _promote_einsums(graph: Graph) -> None:
+    """Cast the factors of an einsum to one dtype: torch does that itself, other runtimes refuse two."""
+    for node in graph.find_nodes(op="call_function", target=aten.einsum.default):
+        equation, factors = node.args
+        dtype = node.meta["val"].dtype
+        if all(factor.meta["val"].dtype == dtype for factor in factors):
+            continue
+        with graph.inserting_before(node):
+            cast = [graph.call_function(aten.to.dtype, (factor, dtype)) for factor in factors]
+        for narrow, wide in zip(factors, cast, strict=True):
+            wide.meta["val"] = narrow.meta["val"].to(dtype)
+        node.args = (equation, cast)
 
 
 @dataclass(frozen=True)

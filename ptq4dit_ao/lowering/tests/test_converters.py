@@ -1,0 +1,82 @@
+"""What converters to other runtimes have got wrong: each backend computes it as torch does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ptq4dit_ao import apply_recipe
+from ptq4dit_ao.core import sqnr_db
+from ptq4dit_ao.lowering.backend import BACKENDS
+from ptq4dit_ao.recipe import Balance, Recipe
+
+PLAIN = Recipe(balance=Balance(aggregation="none"))
+MARKS = {"x86_inductor": ("x86",), "aoti": ("x86", "aoti")}
+CONVERTERS = [
+    pytest.param(name, marks=[getattr(pytest.mark, mark) for mark in MARKS.get(name, (name,))])
+    for name in ("onnx", "openvino", "aoti", "x86_inductor")
+]
+
+
+@pytest.fixture(params=CONVERTERS)
+def backend(request) -> str:
+    if (why := BACKENDS[request.param].unavailable()) is not None:
+        pytest.skip(f"{request.param}: {why}")
+    return request.param
+
+
+class Between(nn.Module):
+    """Something between two linears."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.function = function
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.last(self.function(self.first(x))) + t[:, None, None]
+
+
+def computed(function: Callable[[Tensor], Tensor], backend: str) -> tuple[Tensor, Tensor]:
+    """By the simulated graph, and by the backend."""
+    x, t = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0.5, 0.25])
+    model = apply_recipe(Between(function).eval(), PLAIN, [(x, t)])
+    return model.graph(x, t), model.lower(backend, verify=False)(x, t)
+
+
+def attended(h: Tensor) -> Tensor:
+    """What linear attention ends with, where a query's ReLU is all zero."""
+    zeros = torch.relu(h - 100)
+    return zeros / (zeros.sum(-1, keepdim=True) + 1e-15)
+
+
+CONSTANTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "x + 1e-15": attended,
+    "x - 1e-9": lambda h: h * 1e-9 / (torch.relu(h - 100) - 1e-9),
+    "x * (1 + 8e-6)": lambda h: (h * (1 + 8e-6) - h) * 1e5,
+    "x / (1 + 8e-6)": lambda h: (h / (1 + 8e-6) - h) * 1e5,
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_constants_that_are_close_to_nothing_count(backend, name):
+    expected, found = computed(CONSTANTS[name], backend)
+    assert expected.isfinite().all() and expected.std() > 1e-3
+    assert sqnr_db(expected, found) > 30  # differences of large numbers: a few of their digits are left
+
+
+def test_a_squeeze_of_a_longer_axis_does_nothing(backend):
+    expected, found = computed(lambda h: h.squeeze(1), backend)
+    assert sqnr_db(expected, found) > 60
+
+
+def test_an_einsum_of_two_dtypes(backend):
+    frequencies = torch.arange(8, dtype=torch.float64)
+    expected, found = computed(
+        lambda h: torch.einsum("ntc,d->ntd", h, frequencies.to(h.device) / 8).float() + h, backend
+    )
+    assert sqnr_db(expected, found) > 60
