@@ -96,8 +96,8 @@ Largest fold error: {error:.1e}.
 ## Other backends
 
 SQNR of what a backend computes against the simulated graph, in dB, on a batch that is not the one compiled for; some
-values are rounded the other way. Where there is none, the reason. *learned*: quantized by the recipe `learned`, two steps
-long, against the float model.
+values are rounded the other way. Where there is none, the reason. *learned*: quantized by the recipe `learned`, in two
+steps, against the float model.
 
 {backends}
 """
