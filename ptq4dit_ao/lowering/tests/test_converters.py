@@ -28,8 +28,8 @@ def backend(request) -> str:
     return request.param
 
 
-class Between(nn.Module):
-    """Something between two linears."""
+class Behind(nn.Module):
+    """Something behind two linears: a quantizer there would hide what is not a number."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -38,13 +38,13 @@ class Between(nn.Module):
         self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.last(self.function(self.first(x))) + t[:, None, None]
+        return self.function(self.last(self.first(x))) + t[:, None, None]
 
 
 def computed(function: Callable[[Tensor], Tensor], backend: str) -> tuple[Tensor, Tensor]:
     """By the simulated graph, and by the backend."""
     x, t = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0.5, 0.25])
-    model = apply_recipe(Between(function).eval(), PLAIN, [(x, t)])
+    model = apply_recipe(Behind(function).eval(), PLAIN, [(x, t)])
     return model.graph(x, t), model.lower(backend, verify=False)(x, t)
 
 
