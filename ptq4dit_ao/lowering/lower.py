@@ -6,14 +6,16 @@ import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ptq4dit_ao.errors import LoweringError
+from ptq4dit_ao.errors import ArgumentError, LoweringError
 from ptq4dit_ao.graph.interface import CapturedModule, InputSpec
 from ptq4dit_ao.graph.names import placeholders
+from ptq4dit_ao.graph.own_dtypes import own_dtypes
 from ptq4dit_ao.graph.shapes import example_shape, tensor_of
 from ptq4dit_ao.graph.ties import merge_equal_computations
 from ptq4dit_ao.lowering.backend import BACKENDS, Backend, Request, Runnable, choose_backend
@@ -35,9 +37,26 @@ class LoweredModel(nn.Module):
         self.run = run
         self.proof = proof
 
+    @torch.compiler.disable  # it is built already; compilers do not know the kernels in it
     @torch.no_grad()
+    @own_dtypes()
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         return self.run(*inputs)
+
+    def __copy__(self) -> LoweredModel:
+        other = LoweredModel(self.run, self.proof)
+        other.inputs, other.captured = self.inputs, self.captured
+        return other
+
+    def __deepcopy__(self, memo: object) -> LoweredModel:
+        """Shares what runs, which does not change."""
+        return copy.copy(self)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise ArgumentError(
+            f"a lowered model is bound to this process and backend {self.proof.backend!r}, and cannot be pickled; "
+            "save the quantized model with save_quantized and lower it where it runs, or write a file with export_to"
+        )
 
 
 def lower(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NoReturn, overload
 
 import torch
 from torch.fx import GraphModule
 
 from ptq4dit_ao.artifact import ArtifactSize, read_artifact, write_artifact
 from ptq4dit_ao.calibration import Sampling
-from ptq4dit_ao.errors import ArtifactError
+from ptq4dit_ao.errors import ArgumentError, ArtifactError
 from ptq4dit_ao.graph.interface import CapturedModule, InputSpec
 from ptq4dit_ao.lowering import LoweredModel, lower
 from ptq4dit_ao.recipe import Recipe
@@ -56,6 +57,18 @@ class QuantizedModel:
     def save(self, directory: str | Path) -> ArtifactSize:
         """See :func:`save_quantized`."""
         return save_quantized(self, directory)
+
+    def __copy__(self) -> QuantizedModel:
+        return replace(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedModel:
+        return replace(self, graph=copy.deepcopy(self.graph, memo), report=copy.deepcopy(self.report, memo))
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise ArgumentError(
+            "a quantized model cannot be pickled, as torch.save and other processes would; write it with "
+            "save_quantized, and read it there with load_quantized"
+        )
 
 
 def save_quantized(model: QuantizedModel, directory: str | Path) -> ArtifactSize:
