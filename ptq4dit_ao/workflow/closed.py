@@ -43,7 +43,8 @@ _BY_REASON: dict[str, tuple[str, ...]] = {
         "attn_processors", "disable_forward_chunking", "enable_forward_chunking", "enable_npu_flash_attention",
         "enable_xformers_memory_efficient_attention", "enable_xla_flash_attention", "fuse_qkv_projections",
         "load_attn_procs", "reset_attention_backend", "save_attn_procs", "set_attention_backend",
-        "set_attn_processor", "set_default_attn_processor", "unfuse_qkv_projections",
+        "set_attn_processor", "set_default_attn_processor", "set_use_memory_efficient_attention_xformers",
+        "set_use_npu_flash_attention", "set_use_xla_flash_attention", "unfuse_qkv_projections",
     ),
     PLACE: (
         "enable_group_offload", "enable_layerwise_casting", "enable_parallelism", "share_memory", "to_empty", "type",
@@ -101,14 +102,20 @@ class Closed(nn.Module):
         self._refuse(f"keeps its {name!r}", STRUCTURE)
 
 
-def refusing(name: str) -> Callable[..., NoReturn]:
+def refusing(name: str) -> Callable[..., None]:
     """A method, of a model or its class, that raises ArgumentError."""
 
-    def refuse(*args: object, **kwargs: object) -> NoReturn:
-        raise ArgumentError(f"a quantized transformer has no {name}: {REFUSED[name]}")
+    def refuse(*args: object, **kwargs: object) -> None:
+        if not _switches_off(name, args):
+            raise ArgumentError(f"a quantized transformer has no {name}: {REFUSED[name]}")
 
     refuse.__doc__ = f"Raises ArgumentError: {REFUSED[name]}."
     return refuse
+
+
+def _switches_off(name: str, args: tuple[object, ...]) -> bool:
+    """``set_use_...(False)``, which pipelines call on all that they find, has nothing to do."""
+    return name.startswith("set_use_") and any(value is False for value in args)
 
 
 # -- blocks and other parts --------------------------------------------------------------------------------------------
@@ -151,7 +158,8 @@ def close_parts(model: nn.Module) -> None:
         module._parameters.clear()
         module._buffers.clear()
         module.__dict__.update(_path=path, _dropped=frozenset(tensors))
-        object.__setattr__(module, "__class__", _closed(type(module), weighs))
+        kind: Any = type(module)
+        object.__setattr__(module, "__class__", _closed(kind, weighs))
 
 
 def _tensor_attributes(module: nn.Module) -> list[str]:
@@ -176,8 +184,9 @@ def _closed(kind: type[nn.Module], weighs: bool) -> type[Part]:
     return type(kind.__name__, (Part, kind), body)
 
 
-def _refusing_part(name: str) -> Callable[..., NoReturn]:
-    def refuse(self: Part, *args: object, **kwargs: object) -> NoReturn:
-        self._refuse("cannot be called" if name == "forward" else f"has no {name}", REFUSED.get(name, STRUCTURE))
+def _refusing_part(name: str) -> Callable[..., None]:
+    def refuse(self: Part, *args: object, **kwargs: object) -> None:
+        if not _switches_off(name, args):
+            self._refuse("cannot be called" if name == "forward" else f"has no {name}", REFUSED.get(name, STRUCTURE))
 
     return refuse

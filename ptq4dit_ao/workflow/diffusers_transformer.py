@@ -23,12 +23,15 @@ from ptq4dit_ao.errors import AbsentError, ArgumentError
 from ptq4dit_ao.graph.interface import fit_inputs
 from ptq4dit_ao.graph.signature import CallSignature, tensors_like
 from ptq4dit_ao.lowering import LoweredModel
-from ptq4dit_ao.workflow.closed import ATTENTION, REFUSED, STRUCTURE, TRAINING, Closed, close_parts, refusing
+from ptq4dit_ao.workflow.closed import REFUSED, STRUCTURE, TRAINING, Closed, close_parts, refusing
 
 logger = logging.getLogger(__name__)
 
 BINNED = ("HunyuanDiT", "PRX", "PixArt", "Sana")
 """How the classes begin whose pipelines take ``use_resolution_binning``."""
+
+BY_COMPILERS = (("training", False), ("_is_torch_compile", True))
+"""What ``torch.compile`` sets on the model that it wraps; both change nothing."""
 
 _WARNED: WeakSet[LoweredModel] = WeakSet()
 """Lowered models whose output did not fit float16."""
@@ -70,14 +73,14 @@ class QuantizedTransformer(Closed, ModelMixin, ConfigMixin):
         )
 
     def __setattr__(self, name: str, value: object) -> None:
-        if "_sizes" in self.__dict__:
-            super().__setattr__(name, value)
-        else:  # the classes of diffusers, while it is made
+        if "_sizes" not in self.__dict__:  # the classes of diffusers, while it is made
             self.__dict__[name] = value
+        elif (name, value) not in BY_COMPILERS:
+            super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         original = self.__dict__["_original"]
-        if hasattr(type(original), name) or name in {*original._parameters, *original._buffers}:
+        if name in {*REFUSED, *original._parameters, *original._buffers} or hasattr(type(original), name):
             self._refuse(f"has no {name}", REFUSED.get(name, STRUCTURE), AbsentError)
         return super().__getattr__(name)
 
@@ -158,14 +161,6 @@ class QuantizedTransformer(Closed, ModelMixin, ConfigMixin):
         """Of the float model; none is trainable."""
         return 0 if only_trainable else self._sizes[exclude_embeddings]
 
-    def set_use_memory_efficient_attention_xformers(self, valid: bool, *args: object) -> None:
-        """Nothing if it is switched off; else it raises ArgumentError, and so do the two that follow."""
-        if valid:
-            self._refuse("has no attention to choose", ATTENTION)
-
-    set_use_npu_flash_attention = set_use_memory_efficient_attention_xformers
-    set_use_xla_flash_attention = set_use_memory_efficient_attention_xformers
-
     def save_pretrained(self, save_directory: object, *args: object, **kwargs: object) -> NoReturn:
         """Raises ArgumentError: diffusers could not read it."""
         raise ArgumentError(
@@ -209,11 +204,11 @@ def _warn_of_overflow(lowered: LoweredModel, found: Sequence[Tensor], outputs: S
     """Once for each model: float16 ends at 65504."""
     lost = [x.abs().max() for x, y in zip(found, outputs, strict=True) if not y.isfinite().all()]
     largest = max(map(float, lost), default=0.0)
-    if largest > torch.finfo(torch.float16).max and lowered not in _WARNED:
+    if torch.finfo(torch.float16).max < largest < torch.inf and lowered not in _WARNED:
         _WARNED.add(lowered)
         logger.warning(
-            "the output of a quantized transformer reaches %.3g, which is infinite in float16, the dtype of its inputs; run "
-            "the pipeline in bfloat16, with as_diffusers_transformer(..., dtype=torch.bfloat16), or in float32",
+            "the output of a quantized transformer reaches %.3g, which is infinite in float16, its inputs' dtype; "
+            "run the pipeline in bfloat16, with as_diffusers_transformer(..., dtype=torch.bfloat16), or in float32",
             largest,
         )
 
