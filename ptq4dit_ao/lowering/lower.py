@@ -59,6 +59,7 @@ class LoweredModel(nn.Module):
         )
 
 
+@own_dtypes()
 def lower(
     converted: GraphModule,
     backend: str = "reference",
@@ -101,6 +102,7 @@ def lower(
     return LoweredModel(run, proof)
 
 
+@own_dtypes()
 def export_to(
     converted: GraphModule,
     backend: str,
