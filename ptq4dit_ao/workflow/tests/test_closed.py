@@ -15,6 +15,7 @@ import multiprocessing
 import pickle
 import re
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -583,3 +584,14 @@ def test_an_output_beyond_float16_is_said_once(caplog):
     (said,) = [record.getMessage() for record in caplog.records if record.name.startswith("ptq4dit_ao.workflow.diff")]
     message = r"the output of a quantized transformer reaches [\d.e+]+, which is infinite in float16, its inputs' "
     assert re.match(message + r"dtype; run the pipeline in bfloat16, with as_diffusers_transformer\(", said)
+
+
+def test_the_table_of_the_docs_is_right():
+    text = (Path(__file__).parents[3] / "docs" / "diffusers.md").read_text().partition("## What a quantized tran")[2]
+    rows = re.findall(r"^\| (.*?) \| (.*?) \| .* \|$", text.partition("\n\n`enable_vae")[0], flags=re.MULTILINE)
+    said = {
+        answer: set(NAMES) & set(re.findall(r"`(\w+)", " ".join(x for x, y in rows if y == answer)))
+        for _, answer in rows
+    }
+    assert len(said["no"]) > 10 and said["no"] - {"save_pretrained"} <= set(NAMES) - set(WORKS)
+    assert len(said["yes"]) > 8 and said["yes"] <= set(WORKS) and said["to where it is"] <= set(WORKS)
