@@ -37,7 +37,7 @@ class LoweredModel(nn.Module):
         self.run = run
         self.proof = proof
 
-    @torch.compiler.disable  # it is built already; compilers do not know the kernels in it
+    @torch.compiler.disable(reason="it is built already")  # compilers do not know the kernels in it
     @torch.no_grad()
     @own_dtypes()
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:

@@ -150,24 +150,20 @@ class Part(Closed):
 
 def close_parts(model: nn.Module) -> None:
     """Make every submodule a :class:`Part`, in place, without its tensors."""
-    parts = [(path, module, _has_tensors(module)) for path, module in model.named_modules() if path]
+    parts = [(path, module, any(map(own_tensors, module.modules()))) for path, module in model.named_modules() if path]
     for path, module, weighs in parts:
-        tensors = [*module._parameters, *module._buffers, *_tensor_attributes(module)]
-        for name in _tensor_attributes(module):
+        dropped = own_tensors(module)
+        for name in dropped:
             delattr(module, name)
-        module._parameters.clear()
-        module._buffers.clear()
-        module.__dict__.update(_path=path, _dropped=frozenset(tensors))
+        module.__dict__.update(_path=path, _dropped=dropped)
         kind: Any = type(module)
         object.__setattr__(module, "__class__", _closed(kind, weighs))
 
 
-def _tensor_attributes(module: nn.Module) -> list[str]:
-    return [name for name, value in vars(module).items() if isinstance(value, Tensor)]
-
-
-def _has_tensors(module: nn.Module) -> bool:
-    return any(m._parameters or m._buffers or _tensor_attributes(m) for m in module.modules())
+def own_tensors(module: nn.Module) -> frozenset[str]:
+    """Names of a module's parameters, buffers and attributes that are tensors, without its submodules'."""
+    attributes = (name for name, value in vars(module).items() if isinstance(value, Tensor))
+    return frozenset((*module._parameters, *module._buffers, *attributes))
 
 
 @functools.cache

@@ -23,7 +23,17 @@ from ptq4dit_ao.errors import AbsentError, ArgumentError
 from ptq4dit_ao.graph.interface import fit_inputs
 from ptq4dit_ao.graph.signature import CallSignature, tensors_like
 from ptq4dit_ao.lowering import LoweredModel
-from ptq4dit_ao.workflow.closed import REFUSED, STRUCTURE, TRAINING, Closed, close_parts, refusing
+from ptq4dit_ao.workflow.closed import (
+    BUILT,
+    REFUSED,
+    STRUCTURE,
+    TRAINING,
+    WEIGHTS,
+    Closed,
+    close_parts,
+    own_tensors,
+    refusing,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -58,16 +68,18 @@ class QuantizedTransformer(Closed, ModelMixin, ConfigMixin):
         sizes = {flag: original.num_parameters(exclude_embeddings=flag) for flag in (False, True)}
         close_parts(original)
         # Widths, numbers of blocks, makers of position ids: pipelines read them, and none of them needs weights.
-        public = {name: value for name, value in vars(original).items() if not name.startswith("_")}
+        dropped = own_tensors(original)
+        public = {x: value for x, value in vars(original).items() if not x.startswith("_") and x not in dropped}
         self.__dict__.update(public | original._modules)
         self._modules.update(original._modules)
         graph_dtype = next((spec.dtype for spec in lowered.inputs if spec.dtype.is_floating_point), torch.float32)
-        # With the original's signature, which modular pipelines look at; compilers call it and do not look in.
-        forward = torch.compiler.disable(functools.partial(run_as, original, call, lowered))
+        # With the original's signature, which modular pipelines look at.
+        forward = torch.compiler.disable(functools.partial(run_as, original, call, lowered), reason=BUILT)
         self.__dict__.update(
             training=False,
             forward=functools.wraps(original.forward)(forward),
             lowered=lowered,
+            _dropped=dropped,
             _dtype=dtype or graph_dtype,
             _sizes=sizes,
         )
@@ -79,8 +91,9 @@ class QuantizedTransformer(Closed, ModelMixin, ConfigMixin):
             super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
-        original = self.__dict__["_original"]
-        if name in {*REFUSED, *original._parameters, *original._buffers} or hasattr(type(original), name):
+        if name in self.__dict__.get("_dropped", ()):
+            self._refuse(f"has no {name}", WEIGHTS, AbsentError)
+        if name in REFUSED or hasattr(type(self.__dict__["_original"]), name):
             self._refuse(f"has no {name}", REFUSED.get(name, STRUCTURE), AbsentError)
         return super().__getattr__(name)
 

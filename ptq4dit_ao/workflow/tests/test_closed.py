@@ -449,6 +449,7 @@ def test_what_blocks_show():
     assert isinstance(block, type(original.transformer_blocks[0]))
     assert len(model.transformer_blocks) == len(original.transformer_blocks)
     assert block.attn.heads == original.transformer_blocks[0].attn.heads
+    assert not hasattr(transformer("pixart_sigma"), "scale_shift_table")
     assert block.attn.to_q.in_features == 32 and not hasattr(block.attn.to_q, "weight")
     assert [name for name, _ in model.named_modules()] == [name for name, _ in original.named_modules()]
     assert "JointTransformerBlock" in repr(model)
