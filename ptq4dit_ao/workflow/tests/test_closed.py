@@ -27,6 +27,7 @@ from diffusers import ConfigMixin, ModelMixin
 from torch import Tensor, nn
 
 from ptq4dit_ao import apply_recipe, as_diffusers_transformer, export_transformer
+from ptq4dit_ao.calibration import Sampling, SamplingPipeline
 from ptq4dit_ao.errors import AbsentError, ArgumentError
 from ptq4dit_ao.graph.signature import flatten_call
 from ptq4dit_ao.recipe import Balance, Recipe
@@ -386,6 +387,12 @@ def test_methods_of_pipelines_that_leave_it_alone_work(name):
     pipeline = sd3(transformer("sd3"))
     WORKING_PIPELINE[name](pipeline)
     assert unchanged("sd3") and pipeline.transformer is transformer("sd3")
+
+
+def test_the_pipeline_of_a_bare_transformer_asks_for_no_parameters():
+    sampling = Sampling(channels=4, size=8, null_label=10, clip=False)
+    drawn = SamplingPipeline(transformer("dit"), sampling)([3], num_inference_steps=2)
+    assert drawn.shape == (1, 4, 8, 8) and drawn.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
