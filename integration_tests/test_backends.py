@@ -97,6 +97,14 @@ def test_it_computes_what_the_simulation_does(case, saved, lowered, rows):
     assert sqnr_db(expected, actual) > PARITY_DB
 
 
+@pytest.mark.parametrize("surroundings", [lambda: torch.autocast("cpu", torch.bfloat16), torch.inference_mode])
+def test_it_has_its_own_dtypes_wherever_it_is_called(case, lowered, surroundings):
+    inputs = batch_of(4, case)
+    expected = lowered(*inputs)
+    with surroundings():
+        assert torch.equal(lowered(*inputs), expected)
+
+
 def test_its_float_part_computes_in_16_bits_or_is_refused(backend, saved):
     model, inputs, carries = load_quantized(saved("tiny W8A8")), batch_of(4, "tiny"), BACKENDS[backend].carries
     imitated = backend == "openvino" and not has_native_bfloat16()

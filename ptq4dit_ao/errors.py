@@ -11,6 +11,10 @@ class ArgumentError(PTQ4DiTError, ValueError):
     """An argument of a public function is out of range or contradicts another."""
 
 
+class AbsentError(ArgumentError, AttributeError):
+    """A quantized transformer does not have what the float model has; ``hasattr`` is False."""
+
+
 class RecipeError(PTQ4DiTError, ValueError):
     """A recipe file cannot be read or asks for something that does not exist."""
 

@@ -210,6 +210,12 @@ def as_denoiser(transformer: nn.Module) -> Denoiser:
     return lambda x, t, y: transformer(x, timestep=t, class_labels=y).sample
 
 
+def _place(model: Any) -> tuple[torch.device, torch.dtype]:
+    """Where a model is, and in which dtype; those of diffusers say it, also a quantized one, without parameters."""
+    like = model if hasattr(model, "device") and hasattr(model, "dtype") else next(model.parameters())
+    return like.device, like.dtype
+
+
 class SamplingPipeline:
     """A bare transformer as a pipeline with the call of diffusers' ``DiTPipeline``, without a VAE."""
 
@@ -225,11 +231,11 @@ class SamplingPipeline:
         generator: torch.Generator | None = None,
         num_inference_steps: int = 50,
     ) -> Tensor:
-        parameter = next(self.transformer.parameters())
+        device, dtype = _place(self.transformer)
         denoise = as_denoiser(self.transformer)
 
         def denoiser(x: Tensor, t: Tensor, y: Tensor) -> Tensor:  # where the transformer is, and in its precision
-            return denoise(x.to(parameter), t.to(parameter.device), y.to(parameter.device)).to(x)
+            return denoise(x.to(device, dtype), t.to(device), y.to(device)).to(x)
 
         return sample(
             denoiser,

@@ -60,7 +60,8 @@ def balance(args: argparse.Namespace, console: Console) -> None:
         console.print(f"{count} sites left: {reason}")
     console.print(
         f"{len(result.outcomes)} sites balanced; the output changed by {result.output_change:.2g} of its size\n"
-        f"saved to [bold]{args.output}[/], an ordinary diffusers checkpoint"
+        f"saved to [bold]{args.output}[/], an ordinary diffusers checkpoint; a LoRA of the original no longer fits it: "
+        "fuse it before balancing"
     )
 
 

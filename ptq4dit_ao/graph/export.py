@@ -18,6 +18,7 @@ from ptq4dit_ao.errors import ExportError
 from ptq4dit_ao.graph.capture import exportable
 from ptq4dit_ao.graph.constants import fold_constant_weights
 from ptq4dit_ao.graph.interface import CapturedModule
+from ptq4dit_ao.graph.own_dtypes import own_dtypes
 from ptq4dit_ao.graph.regions import write_out_regions
 from ptq4dit_ao.graph.signature import CallSignature, TensorName, flatten_call
 
@@ -30,6 +31,7 @@ AGREEMENT = 0.5
 """Exponent of the dtype's resolution: how far, relative to its size, the graph's output may be from the model's."""
 
 
+@own_dtypes()
 @torch.no_grad()
 def export_transformer(
     model: nn.Module,

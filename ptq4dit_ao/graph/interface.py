@@ -100,34 +100,57 @@ class CapturedModule:
         raise ArtifactError(f"the transformer is {data!r}, not a configuration and a call; quantize again")
 
 
-def fit_inputs(specs: Sequence[InputSpec], tensors: Sequence[Tensor]) -> list[Tensor]:
+def fit_inputs(specs: Sequence[InputSpec], tensors: Sequence[Tensor], *, binned: bool = False) -> list[Tensor]:
     """Tensors as the graph takes them: in its dtypes, and a row for each sample where there is one for all of them.
 
+    Args:
+        specs: what the graph takes.
+        tensors: what it is given.
+        binned: may the pipeline have taken another height and width than it was asked for (resolution binning)?
+
     Raises:
-        ArgumentError: a tensor has another shape, or holds what the graph's dtype cannot.
+        ArgumentError: a tensor has another shape, holds what the graph's dtype cannot, or is bool where that is not.
     """
     pairs = list(zip(specs, tensors, strict=True))
     batch = next((len(x) for spec, x in pairs if spec.batched and x.ndim and len(x) != 1), 1)
-    return [_cast(spec, _fit(spec, x, batch)) for spec, x in pairs]
+    return [_cast(spec, _fit(spec, x, batch, binned)) for spec, x in pairs]
 
 
-def _fit(spec: InputSpec, x: Tensor, batch: int) -> Tensor:
+def _fit(spec: InputSpec, x: Tensor, batch: int, binned: bool) -> Tensor:
     wanted = (batch, *spec.shape[1:]) if spec.batched else spec.shape
     if spec.batched and (x.shape == (1, *wanted[1:]) or (x.ndim == 0 and len(wanted) == 1)):
         return x.expand(wanted)
     if x.shape != wanted:
-        way_out = "quantize with samples of this size (height, width, frames, text length)"
-        if not spec.batched and x.shape[1:] == wanted[1:]:
-            way_out = "if that is the batch, export with dynamic_batch=True"
-        shape = tuple(x.shape)
         raise ArgumentError(
-            f"{spec.name} has shape {shape}, the graph was captured for {wanted}; call it with that, or {way_out}"
+            f"{spec.name} has shape {tuple(x.shape)}, the graph was captured for {wanted}; "
+            + _way_out(spec, x, binned=binned)
         )
     return x
 
 
+def _way_out(spec: InputSpec, x: Tensor, *, binned: bool) -> str:
+    """What helps where a shape is wrong. How many pixels make a latent is the pipeline's knowledge."""
+    if x.shape[1:] == spec.shape[1:] and x.ndim == len(spec.shape):
+        if spec.batched:
+            return "give all inputs the same number of rows"
+        return "call it with that, or, if that is the batch, export with dynamic_batch=True"
+    sizes = "give the pipeline the height and width (in pixels), frames and text length of the samples"
+    if binned:
+        sizes += ", and use_resolution_binning=False, without which it takes other sizes than it is given"
+    return f"{sizes}; or quantize with samples of this size"
+
+
 def _cast(spec: InputSpec, x: Tensor) -> Tensor:
-    """Between floating dtypes, as pipelines in 16 bits need it; between others only if no value changes."""
+    """Between floating dtypes, as pipelines in 16 bits need it; between others only if no value changes.
+
+    Never from or to bool: a bool mask says what is seen, a floating one is added to scores.
+    """
+    if (x.dtype is torch.bool) != (spec.dtype is torch.bool):
+        raise ArgumentError(
+            f"{spec.name} is {_name(x.dtype)}, but the graph was captured for {_name(spec.dtype)}, and bool means "
+            f"something else than numbers in a mask; give it as {_name(spec.dtype)}, or quantize with samples of this "
+            "call"
+        )
     cast = x.to(spec.dtype)
     if cast.is_floating_point() and x.is_floating_point():
         return cast

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ptq4dit_ao.errors import ArgumentError
@@ -25,6 +26,10 @@ class TensorName:
     """Stands for a tensor in a :class:`CallSignature`."""
 
     name: str
+
+    def __repr__(self) -> str:
+        """As messages show it."""
+        return "a tensor"
 
 
 @dataclass(frozen=True)
@@ -103,20 +108,29 @@ def flatten_call(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[CallSi
 def tensors_like(captured: CallSignature, model: nn.Module, arguments: Mapping[str, Any]) -> list[Tensor]:
     """The tensors of another call of ``model``, in the order in which the captured graph takes them.
 
+    A number where there was a tensor becomes one, as the timestep may in many models of diffusers.
+
     Raises:
         ArgumentError: the call differs from the captured one in more than tensors. What says nothing (None, an empty
             container, a default) is equal to what is left out, and one list to equal lists for each sample.
     """
-    signature, tensors = flatten_call(model, arguments)
+    signature, tensors = flatten_call(model, {name: _tensor(captured, name, x) for name, x in arguments.items()})
     defaults = {name: p.default for name, p in inspect.signature(model.forward).parameters.items()}
     for name in {**captured.arguments, **signature.arguments}:
         then, now = (call.arguments.get(name, defaults.get(name)) for call in (captured, signature))
         if _once(_meaning(then)) != _once(_meaning(now)):
             raise ArgumentError(
-                f"argument {name!r} of {type(model).__name__} is {_show(now)}, but the graph was captured with "
-                f"{_show(then)}; call it with that, or record samples with this call and quantize again"
+                f"argument {name!r} of {type(model).__name__} is {reprlib.repr(now)}, but the graph was captured with "
+                f"{reprlib.repr(then)}; call it with that, or record samples with this call and quantize again"
             )
     return [tensors[name] for name in captured.names]
+
+
+def _tensor(captured: CallSignature, name: str, value: Any) -> Any:
+    """A number as a tensor, if the argument was one."""
+    if type(value) not in (int, float) or not isinstance(captured.arguments.get(name), TensorName):
+        return value
+    return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float32)
 
 
 def _meaning(value: Any) -> Any:
@@ -132,10 +146,6 @@ def _once(value: Any) -> Any:
     """The one of equal lists: Qwen-Image is told the shape of each sample, and reads that of the first."""
     same = isinstance(value, list) and isinstance(value[0], list) and all(part == value[0] for part in value)
     return value[:1] if same else value
-
-
-def _show(value: Any) -> str:
-    return "a tensor" if isinstance(value, TensorName) else reprlib.repr(value)
 
 
 def _to_json(value: Any) -> Any:

@@ -8,14 +8,16 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ptq4dit_ao.errors import LoweringError, PTQ4DiTError
+from ptq4dit_ao.errors import ArgumentError, LoweringError, PTQ4DiTError
 from ptq4dit_ao.graph.interface import CapturedModule, InputSpec, input_specs, random_inputs
 from ptq4dit_ao.graph.names import get_attribute, placeholders, set_tensor
+from ptq4dit_ao.graph.own_dtypes import own_dtypes
 from ptq4dit_ao.graph.shapes import tensor_of
 from ptq4dit_ao.graph.ties import merge_equal_computations
 from ptq4dit_ao.lowering.backend import BACKENDS, Backend, Request, Runnable, choose_backend
@@ -42,11 +44,29 @@ class LoweredModel(nn.Module):
         self.run = run
         self.proof = proof
 
+    @torch.compiler.disable(reason="it is built already")  # compilers do not know the kernels in it
     @torch.no_grad()
+    @own_dtypes()
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         return self.run(*inputs)
 
+    def __copy__(self) -> LoweredModel:
+        other = LoweredModel(self.run, self.proof)
+        other.inputs, other.captured = self.inputs, self.captured
+        return other
 
+    def __deepcopy__(self, memo: object) -> LoweredModel:
+        """Shares what runs, which does not change."""
+        return copy.copy(self)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise ArgumentError(
+            f"a lowered model is bound to this process and backend {self.proof.backend!r}, and cannot be pickled; "
+            "save the quantized model with save_quantized and lower it where it runs, or write a file with export_to"
+        )
+
+
+@own_dtypes()
 def lower(
     converted: GraphModule,
     backend: str = "reference",
@@ -97,6 +117,7 @@ def lower(
     return lowered
 
 
+@own_dtypes()
 def export_to(
     converted: GraphModule,
     backend: str,

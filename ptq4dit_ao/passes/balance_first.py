@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from ptq4dit_ao.errors import BalanceError
 from ptq4dit_ao.graph import Site, SitePolicy, find_sites, first_refusals, refuse_sites
 from ptq4dit_ao.graph.names import layer_name, linears, timestep_placeholder
+from ptq4dit_ao.graph.own_dtypes import own_dtypes
 from ptq4dit_ao.graph.shapes import batch_axis
 from ptq4dit_ao.observers import ChannelStatistics, SalienceStatistics, TimestepClock
 from ptq4dit_ao.observers.hooks import record_range
@@ -21,6 +22,7 @@ from ptq4dit_ao.passes.result import BalanceResult, attach_result
 from ptq4dit_ao.passes.verify import SelfCheck
 
 
+@own_dtypes()
 @torch.no_grad()
 def collect_salience(
     exported: GraphModule,

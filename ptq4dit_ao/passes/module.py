@@ -18,6 +18,7 @@ from ptq4dit_ao.graph import Site, SitePolicy, first_refusals
 from ptq4dit_ao.graph.constants import folded_sources
 from ptq4dit_ao.graph.export import call_like
 from ptq4dit_ao.graph.names import get_attribute
+from ptq4dit_ao.graph.own_dtypes import own_dtypes
 from ptq4dit_ao.observers import SalienceStatistics
 from ptq4dit_ao.passes.balance import BalanceSettings, SiteOutcome, balance_sites
 from ptq4dit_ao.passes.balance_first import balance_sites_of
@@ -40,6 +41,7 @@ class ModuleBalance:
     """``|y - y0| / |y0|`` of the module's output on two rows of the example, in its own dtype: rounding."""
 
 
+@own_dtypes()
 @torch.no_grad()
 def balance_module(
     model: nn.Module,

@@ -21,6 +21,7 @@ from ptq4dit_ao.graph import Site, SitePolicy, find_sites, first_refusals, refus
 from ptq4dit_ao.graph.attention import Attention, decompose_attention, find_attention
 from ptq4dit_ao.graph.constants import constants
 from ptq4dit_ao.graph.names import TIMESTEP_NAMES, layer_name, linears, placeholders, timestep_placeholder
+from ptq4dit_ao.graph.own_dtypes import own_dtypes
 from ptq4dit_ao.graph.shapes import batch_axis, shape_of
 from ptq4dit_ao.observers import (
     ActivationObserver,
@@ -354,6 +355,7 @@ def tokens_seen(prepared: GraphModule) -> int:
     return max(module.tokens for module in prepared.modules() if isinstance(module, ActivationObserver))
 
 
+@own_dtypes()
 def round_sequentially(
     prepared: GraphModule,
     batches: Iterable[Sequence[Tensor]],
@@ -381,6 +383,7 @@ def round_sequentially(
     _plan_of(prepared).round_sequentially(prepared, batches, on_group, None if resume is None else Path(resume))
 
 
+@own_dtypes()
 @torch.no_grad()
 def distill(
     prepared: GraphModule,

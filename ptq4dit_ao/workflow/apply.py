@@ -24,6 +24,7 @@ from ptq4dit_ao.graph import SitePolicy, export_transformer
 from ptq4dit_ao.graph.export import captured_module
 from ptq4dit_ao.graph.interface import InputSpec
 from ptq4dit_ao.graph.names import placeholders
+from ptq4dit_ao.graph.own_dtypes import own_dtypes
 from ptq4dit_ao.graph.ties import share_equal_tensors
 from ptq4dit_ao.passes import BalanceSettings
 from ptq4dit_ao.quantizer import (
@@ -145,6 +146,7 @@ def balance_settings(recipe: Recipe) -> BalanceSettings:
     )
 
 
+@own_dtypes()
 @torch.no_grad()
 def apply_recipe(
     model: nn.Module,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch.fx import GraphModule
 
 from ptq4dit_ao.artifact import ArtifactSize, read_artifact, write_artifact
 from ptq4dit_ao.calibration import Sampling
-from ptq4dit_ao.errors import ArtifactError
+from ptq4dit_ao.errors import ArgumentError, ArtifactError
 from ptq4dit_ao.graph.interface import CapturedModule, InputSpec
 from ptq4dit_ao.lowering import LoweredModel, lower
 from ptq4dit_ao.recipe import Recipe
@@ -60,6 +61,18 @@ class QuantizedModel:
     def save(self, directory: str | Path) -> ArtifactSize:
         """See :func:`save_quantized`."""
         return save_quantized(self, directory)
+
+    def __copy__(self) -> QuantizedModel:
+        return replace(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedModel:
+        return replace(self, graph=copy.deepcopy(self.graph, memo), report=copy.deepcopy(self.report, memo))
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise ArgumentError(
+            "a quantized model cannot be pickled, as torch.save and other processes would; write it with "
+            "save_quantized, and read it there with load_quantized"
+        )
 
 
 def save_quantized(model: QuantizedModel, directory: str | Path) -> ArtifactSize:

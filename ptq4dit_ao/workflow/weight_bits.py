@@ -23,6 +23,7 @@ from ptq4dit_ao.core import allocate
 from ptq4dit_ao.errors import ArgumentError, CalibrationError
 from ptq4dit_ao.evaluation import weight_errors
 from ptq4dit_ao.graph.names import get_attribute, joint_name, layer_name, linears, weight_path
+from ptq4dit_ao.graph.own_dtypes import own_dtypes
 from ptq4dit_ao.passes import balance_result, balanced_as
 from ptq4dit_ao.quantizer import Override, PTQ4DiTQuantizer
 from ptq4dit_ao.quantizer.overrides import check_bits
@@ -89,6 +90,7 @@ class WeightBits:
         }
 
 
+@own_dtypes()
 @torch.no_grad()
 def choose_weight_bits(
     exported: GraphModule,

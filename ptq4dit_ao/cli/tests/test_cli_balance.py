@@ -84,7 +84,10 @@ def test_balance_leaves_a_checkpoint_and_says_what_it_did(run, workshop, tmp_pat
     assert count > 3 and f"{count} sites balanced; the output changed by " in " ".join(out.split())
     assert all(site["site"] in out for site in report["balanced"])
     assert "sites left: " in out and "gelu does not commute with a scale per channel" in out
-    assert "balanced, an ordinary diffusers checkpoint" in " ".join(out.split())
+    text = " ".join(out.split())
+    assert (
+        "balanced, an ordinary diffusers checkpoint; a LoRA of the original no longer fits it: fuse it before" in text
+    )
 
     before, after = load_model(str(workshop / "model")).transformer, load_model(str(folder)).transformer
     assert error(output(after, 5), output(before, 5)) < 1e-5

@@ -91,7 +91,10 @@ def test_times_that_are_whole_are_cast(t):
     [
         ((torch.zeros(6, 3, 8), torch.arange(6)), r"x has shape \(6, 3, 8\), the graph was captured for \(6, 3, 4\)"),
         ((torch.zeros(3, 4), torch.arange(3)), r"x has shape \(3, 4\), .* quantize with samples of this size"),
-        ((torch.zeros(6, 3, 4), torch.arange(4)), r"t has shape \(4,\), the graph was captured for \(6,\)"),
+        (
+            (torch.zeros(6, 3, 4), torch.arange(4)),
+            r"t has shape \(4,\), .* \(6,\); give all inputs the same number of row",
+        ),
         ((torch.zeros(2, 3, 4), torch.arange(2), torch.zeros(7, 3)), r"ids has shape \(7, 3\), .* for \(5, 3\)"),
         ((torch.zeros(2, 3, 4), torch.tensor([1.5, 2])), r"t is float32 and holds 1\.5, .* captured for int64"),
         ((torch.zeros(2, 3, 4), torch.tensor([1, torch.nan])), "t is float32 and holds nan, which the graph cannot"),
@@ -100,6 +103,36 @@ def test_times_that_are_whole_are_cast(t):
 def test_inputs_that_do_not_fit(inputs, message):
     with pytest.raises(ArgumentError, match=message):
         fit(*inputs)
+
+
+KINDS = [torch.bool, torch.int64, torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("recorded", KINDS)
+@pytest.mark.parametrize("given", KINDS)
+def test_a_mask_is_cast_between_numbers_only(given, recorded):
+    """A bool mask hides where it is False, a float one is added to scores: 0 and 1 mean other things."""
+    spec, mask = InputSpec(name="mask", shape=(2, 3), dtype=recorded, batched=True), torch.tensor([[1, 0, 1]] * 2)
+    if (given is torch.bool) == (recorded is torch.bool):
+        (fitted,) = fit_inputs([spec], [mask.to(given)])
+        assert fitted.dtype is recorded and torch.equal(fitted, mask.to(recorded))
+        return
+    kinds = [str(dtype).removeprefix("torch.") for dtype in (given, recorded)]
+    message = f"mask is {kinds[0]}, but the graph was captured for {kinds[1]}, and bool means something else than num"
+    with pytest.raises(
+        ArgumentError, match=f"{message}bers in a mask; give it as {kinds[1]}, or quantize with samples"
+    ):
+        fit_inputs([spec], [mask.to(given)])
+
+
+def test_sizes_are_those_of_the_pipeline():
+    message = (
+        r"x has shape \(2, 5, 4\), the graph was captured for \(2, 3, 4\); give the pipeline the height and width "
+    )
+    with pytest.raises(ArgumentError, match=rf"{message}\(in pixels\), frames and text length of the samples; or quan"):
+        fit_inputs([X], [torch.zeros(2, 5, 4)])
+    with pytest.raises(ArgumentError, match=rf"{message}.* of the samples, and use_resolution_binning=False, without"):
+        fit_inputs([X], [torch.zeros(2, 5, 4)], binned=True)
 
 
 def test_another_batch_than_the_fixed_one():

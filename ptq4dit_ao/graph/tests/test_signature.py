@@ -209,13 +209,26 @@ def test_calls_that_mean_the_same(then, now):
         ({"sizes": [4, 4]}, {"sizes": [4]}, r"'sizes' of Takes is \[4\], but"),
         ({"sizes": [[4], [6]]}, {"sizes": [[4]]}, r"'sizes' of Takes is \[\[4\]\], but"),
         ({"sizes": {"h": 1}}, {"sizes": {"h": 1, "w": 1}}, r"'sizes' of Takes is \{'h': 1, 'w': 1\}, but"),
-        ({"t": [torch.zeros(1)]}, {"t": [torch.zeros(1)] * 2}, "'t' of Takes is .*, but"),
+        (
+            {"t": [torch.zeros(1)]},
+            {"t": [torch.zeros(1)] * 2},
+            r"'t' of Takes is \[a tensor, a tensor\], but the graph was captured with \[a tensor\]; call it",
+        ),
+        ({"t": torch.zeros(1)}, {"t": True}, "'t' of Takes is True, but the graph was captured with a tensor"),
+        ({"t": [torch.zeros(1)]}, {"t": 3}, r"'t' of Takes is 3, but the graph was captured with \[a tensor\]"),
     ],
 )
 def test_calls_that_the_graph_does_not_compute(then, now, message):
     signature, _ = flatten_call(Takes(), {"x": torch.zeros(1), **then})
     with pytest.raises(ArgumentError, match=message):
         tensors_like(signature, Takes(), {"x": torch.zeros(1), **now})
+
+
+@pytest.mark.parametrize(("number", "dtype"), [(7, torch.int64), (7.5, torch.float32)])
+def test_a_number_stands_for_a_tensor(number, dtype):
+    signature, _ = flatten_call(Takes(), {"x": torch.zeros(1), "t": torch.zeros(1)})
+    _, t = tensors_like(signature, Takes(), {"x": torch.zeros(1), "t": number})
+    assert t.shape == () and t.dtype is dtype and t == number
 
 
 # Refusals

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -97,6 +98,41 @@ def test_a_lowered_model_needs_no_gradient(backend, quantized):
     x, t, y = batch_of(2)
     output = lower(quantized(), backend)(x.requires_grad_(), t, y)
     assert not output.requires_grad and output.grad_fn is None
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+SURROUNDINGS: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "inference mode": torch.inference_mode,
+    "gradients": torch.enable_grad,
+    "another default dtype": lambda: default_dtype(torch.float64),
+}
+
+
+def test_a_lowered_model_has_its_own_dtypes_wherever_it_is_called(backend, quantized):
+    lowered, inputs = lower(quantized(), backend), batch_of(3)
+    expected = lowered(*inputs)
+    for name, surroundings in SURROUNDINGS.items():
+        with surroundings():
+            assert torch.equal(lowered(*inputs), expected), name
+
+
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_and_wherever_it_was_lowered(quantized, name):
+    inputs = batch_of(3)
+    expected = lower(quantized(), "fbgemm")(*inputs)
+    with SURROUNDINGS[name]():
+        lowered = lower(quantized(), "fbgemm")
+    assert torch.equal(lowered(*inputs), expected)
 
 
 class Odd(nn.Module):

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import importlib
 import json
+import logging
 import subprocess
 import sys
 import textwrap
@@ -161,6 +162,14 @@ def test_distillation(tiny_exported, tiny_samples, tmp_path):
     rounded = apply_recipe(tiny_exported, Recipe(**options), tiny_samples)
     error, before = (paired_error(tiny_exported, q.graph, tiny_samples).sqnr_db for q in (distilled, rounded))
     assert error > before + 0.5
+
+
+def test_autocast_reaches_neither_the_graph_nor_its_calibration(tiny_dit, tiny_samples, caplog):
+    with torch.autocast("cpu", torch.bfloat16), caplog.at_level(logging.WARNING):
+        quantized = apply_recipe(tiny_dit, Recipe(), tiny_samples)
+    assert "self-check" not in caplog.text
+    expected = apply_recipe(tiny_dit, Recipe(), tiny_samples)
+    assert torch.equal(quantized.graph(*tiny_samples[0]), expected.graph(*tiny_samples[0]))
 
 
 def test_no_samples(tiny_exported):
