@@ -27,7 +27,7 @@ from ptq4dit_ao.workflow.correction import check_correction, fit_correction
 from ptq4dit_ao.workflow.diagnostics import diagnose, timestep_position
 from ptq4dit_ao.workflow.models import LoadedModel
 from ptq4dit_ao.workflow.quantized_model import QuantizedModel
-from ptq4dit_ao.workflow.samples import OnProgress, recorded_samples
+from ptq4dit_ao.workflow.samples import OnProgress, check_recording, recorded_samples
 
 GRID_CLASSES = GRID_PER_CLASS = 10
 
@@ -60,6 +60,8 @@ def quantize(
     check_target(output)
     model = model.drawn_by(recipe.calibration.sampler)
     check_correction(model, recipe)
+    if samples is None:
+        check_recording(model, recipe)
     resume = Path(f"{output}.rounding") if recipe.rounding.sequential else None
     clock = Stopwatch()
     recorded = evaluated = recorded_samples(model, recipe, samples, on_progress=on_progress)

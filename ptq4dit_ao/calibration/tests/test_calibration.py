@@ -18,6 +18,7 @@ from ptq4dit_ao.calibration import (
     Sampling,
     SamplingPipeline,
     as_denoiser,
+    check_timesteps,
     choose_timesteps,
     collect_from_pipeline,
     sample,
@@ -322,10 +323,9 @@ def test_hooks_go_even_if_the_pipeline_fails():
     assert not pipeline.transformer._forward_hooks and not pipeline.transformer._forward_pre_hooks
 
 
-@pytest.mark.parametrize("labels", [LABELS, []])
-def test_a_pipeline_that_does_not_call_its_transformer(labels):
+def test_a_pipeline_that_does_not_call_its_transformer():
     with pytest.raises(CalibrationError, match="never called its transformer; nothing was recorded"):
-        collect_from_pipeline(Broken("idle"), labels, timesteps=1, steps=STEPS)
+        collect_from_pipeline(Broken("idle"), LABELS, timesteps=1, steps=STEPS)
 
 
 def test_unknown_timesteps_are_refused_before_anything_runs(pipeline, calls):
@@ -333,6 +333,45 @@ def test_unknown_timesteps_are_refused_before_anything_runs(pipeline, calls):
         collect_from_pipeline(pipeline, LABELS, timesteps=[5], steps=STEPS)
     with pytest.raises(CalibrationError, match="11 calibration timesteps asked for, the sampler has 10 steps"):
         collect_from_pipeline(pipeline, LABELS, timesteps=11, steps=STEPS)
+    assert calls.inputs == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": []}, "the list of prompts is empty; give at least one"),
+        ({"prompts": [3, "cat"]}, r"prompts holds texts and classes, \[3, 'cat'\]; give one kind"),
+        ({"prompts": [3, 11]}, "prompts holds class 11, and the model knows 0 to 10; give one of these"),
+        ({"prompts": [-1]}, "prompts holds class -1, and the model knows 0 to 10"),
+        ({"steps": 0}, "steps is 0; give a whole number of at least 1"),
+        ({"steps": 2.5}, "steps is 2.5; give a whole number"),
+        ({"batch_size": 0}, "batch_size is 0; give a whole number of at least 1"),
+        ({"seed": -1}, "seed is -1; give a whole number of at least 0"),
+        ({"guidance": float("nan")}, "guidance is nan; give a finite number, or None to leave it to the pipeline"),
+        ({"timesteps": True}, "calibration timesteps is True; give how many, a list of them, or NormalTimesteps"),
+        ({"timesteps": "all"}, "calibration timesteps is 'all'; give how many"),
+        ({"timesteps": [900, float("inf")]}, "calibration timesteps holds inf; give finite numbers"),
+    ],
+)
+def test_arguments_that_no_run_can_take(arguments, message):
+    with pytest.raises(ArgumentError, match=message):
+        collect_from_pipeline(bare_pipeline(), **{"prompts": LABELS, "timesteps": 2, "steps": STEPS, **arguments})
+
+
+def test_timesteps_are_checked_without_a_run(pipeline, calls):
+    check_timesteps(pipeline, 10, STEPS)
+    check_timesteps(pipeline, _visited(pipeline, [701, 901]), STEPS, what="evaluation")
+    check_timesteps(pipeline, NormalTimesteps(count=3), STEPS)
+    message = (
+        r"20 evaluation timesteps asked for, the sampler has 10 steps; ask for fewer \(evaluation\.timesteps\), or for "
+        r"more steps \(calibration\.steps\)"
+    )
+    with pytest.raises(CalibrationError, match=message):
+        check_timesteps(pipeline, 20, STEPS, what="evaluation")
+    with pytest.raises(CalibrationError, match="never visits timestep 5; the nearest"):
+        check_timesteps(pipeline, [5], STEPS)
+    with pytest.raises(CalibrationError, match=r"DDIMScheduler cannot take 1001 steps: .*; give other steps"):
+        check_timesteps(pipeline, 3, 1001)
     assert calls.inputs == []
 
 

@@ -237,6 +237,140 @@ def test_a_timestep_of_the_scheduler_that_the_transformer_does_not_receive():
         collect(quiet(flux.pipeline(FAMILIES["flux"].model())), flux, [1000.0])
 
 
+# -- components that are called at some of the steps only ------------------------------------------------------------
+
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+
+
+def wan_experts(ratio: float | None = 0.5) -> Any:
+    """Wan 2.2 A14B: one transformer for much noise, one for little."""
+    return quiet(
+        diffusers.WanPipeline(
+            None,
+            None,
+            vae=None,
+            scheduler=diffusers.UniPCMultistepScheduler(**FLOW),
+            transformer=FAMILIES["wan"].model(),
+            transformer_2=FAMILIES["wan"].model(seed=1),
+            boundary_ratio=ratio,
+        )
+    )
+
+
+def count_calls(pipeline: Any, *components: str) -> list[str]:
+    """The components that run, one entry for each call."""
+    seen: list[str] = []
+    for name in components:
+        getattr(pipeline, name).register_forward_hook(lambda *_, name=name: seen.append(name))
+    return seen
+
+
+@pytest.mark.parametrize(("component", "own"), [("transformer", slice(0, 4)), ("transformer_2", slice(4, 6))])
+def test_each_of_two_experts_is_recorded_at_its_own_steps(component, own):
+    pipeline = wan_experts()
+    pipeline.scheduler.set_timesteps(6)
+    available = pipeline.scheduler.timesteps.tolist()[own]
+    for count in range(1, len(available) + 1):
+        samples = collect_from_pipeline(pipeline, None, component=component, timesteps=count, steps=6, call=WAN)
+        assert list(Counter(samples.inputs["timestep"].tolist())) == choose_timesteps(available, count)
+    named = collect_from_pipeline(pipeline, None, component=component, timesteps=available[1:2], steps=6, call=WAN)
+    assert set(named.inputs["timestep"].tolist()) == {available[1]} and len(named) == 2 * PROMPTS
+    drawn = NormalTimesteps(count=4)
+    embeds = {name: value for name, value in WAN.items() if "embeds" not in name}
+    pipeline.encode_prompt = lambda prompt, **_: (WAN["prompt_embeds"][: len(prompt)],) * 2
+    samples = collect_from_pipeline(pipeline, ["a", "b"], component=component, timesteps=drawn, steps=6, call=embeds)
+    assert len(samples) == 2 * 4 and set(samples.inputs["timestep"].tolist()) <= set(available)
+
+
+@pytest.mark.parametrize(
+    ("options", "ratio", "message"),
+    [
+        ({"timesteps": 3}, 0.5, "3 calibration timesteps asked for, the pipeline calls its transformer_2 at 2 steps;"),
+        ({"timesteps": [999]}, 0.5, "never visits timestep 999; the nearest it visits is"),
+        (
+            {"timesteps": 1},
+            None,
+            "WanPipeline never calls its transformer_2 in these 6 steps: its bound.* is None",
+        ),
+        (
+            {"timesteps": 1},
+            0.1,
+            r"never calls its transformer_2 .* is 0\.1; record the other one, or take more",
+        ),
+        ({"timesteps": 1, "component": "transformer_3"}, 0.5, "has no module 'transformer_3' to record"),
+    ],
+)
+def test_what_an_expert_does_not_do_is_refused_before_anything_runs(options, ratio, message):
+    pipeline = wan_experts(ratio)
+    seen = count_calls(pipeline, "transformer", "transformer_2")
+    with pytest.raises(CalibrationError, match=message):
+        collect_from_pipeline(pipeline, None, **{"component": "transformer_2", "steps": 6, "call": WAN, **options})
+    assert seen == []
+
+
+def sd3_img2img(transformer: nn.Module) -> Any:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    vae = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8,) * 4,
+        latent_channels=4,
+        norm_num_groups=4,
+        shift_factor=0.1,
+    )
+    return quiet(diffusers.StableDiffusion3Img2ImgPipeline(transformer, scheduler, vae, *[None] * 6))
+
+
+IMG2IMG = {**SIZE, **TEXT, **POOLED, **NEGATIVE_POOLED, "image": noise(PROMPTS, 3, 64, 64).clamp(0, 1)}
+
+
+def test_an_image_to_image_pipeline_is_recorded_over_the_steps_that_it_takes():
+    pipeline = sd3_img2img(FAMILIES["sd3"].model())
+    samples = collect_from_pipeline(pipeline, None, timesteps=2, steps=10, call={**IMG2IMG, "strength": 0.3})
+    assert list(Counter(times(samples))) == pytest.approx(pipeline.scheduler.timesteps[[7, 9]].tolist())
+    seen = count_calls(pipeline, "transformer")
+    with pytest.raises(CalibrationError, match="calls its transformer at 3 of them; give timesteps=3 and steps=3"):
+        collect_from_pipeline(pipeline, None, timesteps=4, steps=10, call={**IMG2IMG, "strength": 0.3})
+    with pytest.raises(CalibrationError, match=r"never visits timestep 1000; the nearest it visits is 46"):
+        collect_from_pipeline(pipeline, None, timesteps=[1000.0], steps=10, call={**IMG2IMG, "strength": 0.3})
+    assert seen == []
+
+
+def test_a_schedule_in_the_call_is_what_timesteps_are_spread_over():
+    case, pipeline = CASES["flux"], quiet(CASES["flux"].pipeline(FAMILIES["flux"].model()))
+    call = {**case.call, "sigmas": [1.0, 0.8, 0.6, 0.4, 0.3, 0.2, 0.1]}
+    samples = collect_from_pipeline(pipeline, None, timesteps=4, steps=5, call=call)  # more of them than steps
+    assert list(Counter(times(samples))) == pytest.approx((pipeline.scheduler.timesteps[::2] / 1000).tolist())
+    call = {**case.call, "sigmas": [1.0, 0.5]}
+    with pytest.raises(CalibrationError, match="3 calibration timesteps asked for, the sampler has 2 steps"):
+        collect_from_pipeline(pipeline, None, timesteps=3, call=call)
+
+
+# -- calls of another kind -------------------------------------------------------------------------------------------
+
+SKIP_LAYERS = {**CASES["sd3"].call, "skip_guidance_layers": [0], "skip_layer_guidance_stop": 0.9}
+
+
+def test_the_calls_of_skip_layer_guidance_are_left_out():
+    case, pipeline = CASES["sd3"], quiet(sd3(FAMILIES["sd3"].model()))
+    plain = collect(pipeline, case, 3)
+    seen = count_calls(pipeline, "transformer")
+    with pytest.raises(
+        CalibrationError,
+        match=r"'skip_layers' is missing in one call and \[0\] in another; .* leave the others out \(skip=,",
+    ):
+        collect_from_pipeline(pipeline, None, timesteps=3, steps=STEPS, call=SKIP_LAYERS)
+    seen.clear()
+    samples = collect_from_pipeline(
+        pipeline, None, timesteps=3, steps=STEPS, call=SKIP_LAYERS, skip=lambda arguments: "skip_layers" in arguments
+    )
+    assert len(seen) == STEPS + 4  # the third calls, at all steps but the first and the last one, ran
+    assert len(samples) == len(plain) and times(samples) == times(plain)
+    assert list(samples.signature.arguments) == list(plain.signature.arguments)
+    with pytest.raises(CalibrationError, match=r"skip left out all \d+ calls of the pipeline's transformer"):
+        collect_from_pipeline(pipeline, None, timesteps=3, steps=STEPS, call=SKIP_LAYERS, skip=lambda _: True)
+
+
 # -- a sampler of our own --------------------------------------------------------------------------------------------
 
 Draw = Callable[["Stub", Tensor, Tensor], object]
@@ -360,13 +494,15 @@ def test_a_list_that_is_not_visited_is_refused_after_one_run():
 def test_a_sampler_that_takes_fewer_steps():
     pipeline = Stub(once, times=[9.0, 7.0, 5.0])
     message = (
-        r"3 calibration timesteps spread over 5 steps include step 5, but the sampler took 3; give steps=3 \(and, if "
-        r"the pipeline is to be asked for 5, call=\{'num_inference_steps': 5\}\)"
+        r"^3 calibration timesteps are spread over 5 steps, but the pipeline calls its transformer at 3 of them; give "
+        r"steps=3 \(and, if the pipeline is to be asked for 5, call=\{'num_inference_steps': 5\}\)$"
     )
     with pytest.raises(CalibrationError, match=message):
         record(once, pipeline=pipeline, timesteps=3)
     with pytest.raises(CalibrationError, match="6 calibration timesteps asked for, the sampler has 5 steps"):
         record(once, timesteps=6)
+    with pytest.raises(CalibrationError, match=r"^4 .* at 3 of them; give timesteps=3 and steps=3 \(and"):
+        record(once, pipeline=pipeline, timesteps=4)
     assert len(record(once, pipeline=pipeline, timesteps=3, steps=3)) == 9
 
 
@@ -381,7 +517,7 @@ def test_drawn_steps_hold_in_both_calls_of_guidance():
 def test_draws_need_prompts_and_all_steps():
     with pytest.raises(ArgumentError, match="deals its draws out to prompts, but prompts is None"):
         record(once, prompts=None, timesteps=NormalTimesteps(), call={"prompt": ["a"]})
-    with pytest.raises(CalibrationError, match=r"but the sampler took 3; give steps=3"):
+    with pytest.raises(CalibrationError, match=r"^calibration timesteps are drawn from 5 .* at 3 of them; give steps"):
         record(once, pipeline=Stub(once, times=[9.0, 7.0, 5.0]), timesteps=NormalTimesteps())
 
 
