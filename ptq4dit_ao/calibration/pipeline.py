@@ -6,7 +6,7 @@ import inspect
 import logging
 import math
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -110,12 +110,26 @@ def _component(pipeline: object, name: str) -> nn.Module:
             f"{type(pipeline).__name__} has no module {name!r} to record; give component= one of its modules: "
             f"{', '.join(others) or 'it has none'}"
         )
-    if getattr(module, "is_cache_enabled", False):
+    hook = next(_hooks_that_change_results(module), None)
+    if hook is not None:
         raise CalibrationError(
-            f"the cache of {type(pipeline).__name__}'s {name} is enabled, so that it would receive what no quantized "
-            f"model will; call {name}.disable_cache() before recording"
+            f"{type(pipeline).__name__}'s {name} has the hook {hook!r} of diffusers, a cache or the like: it would "
+            f"receive what no quantized model will; remove it before recording ({name}.disable_cache())"
         )
     return module
+
+
+_HARMLESS_HOOKS = (
+    "cp_", "group_offloading", "layer_execution_tracker", "layerwise_casting", "lazy_", "peft_autocast_disable",
+)  # fmt: skip
+"""How hooks of diffusers begin that move or cast parameters."""
+
+
+def _hooks_that_change_results(module: nn.Module) -> Iterator[str]:
+    """Names of the hooks of diffusers, in any part of a module, that let it compute something else."""
+    for part in module.modules():
+        registry = getattr(part, "_diffusers_hook", None)
+        yield from (name for name in getattr(registry, "hooks", {}) if not name.startswith(_HARMLESS_HOOKS))
 
 
 def _check_numbers(guidance: object, seed: object, batch_size: object) -> None:

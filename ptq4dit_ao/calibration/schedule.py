@@ -136,7 +136,7 @@ class FirstCall:
 def rounding_of(t: Tensor | float) -> float:
     """How far, relative to it, a time may be from the one it was before it was cast to this dtype."""
     low = isinstance(t, Tensor) and t.is_floating_point()
-    return max(RELATIVE_TOLERANCE, torch.finfo(t.dtype).eps if low else 0.0)  # type: ignore[union-attr]
+    return max(RELATIVE_TOLERANCE, torch.finfo(t.dtype).eps / 2 if low else 0.0)  # type: ignore[union-attr]
 
 
 def _shares(pipeline: Any, component: str) -> bool:

@@ -35,7 +35,8 @@ class NormalTimesteps:
     """Draws in all."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std >= 0 and self.count >= 1):
+        numbers = all(isinstance(x, (int, float)) and math.isfinite(x) for x in (self.mean, self.std))
+        if not (numbers and self.std >= 0 and isinstance(self.count, int) and self.count >= 1):
             raise ArgumentError(f"{self} needs a finite mean, a finite std of at least 0, and a count of at least 1")
 
     def deal(self, samples: int, steps: int, seed: int) -> list[list[int]]:

@@ -86,7 +86,9 @@ def test_draws_are_dealt_out_in_turn():
         one.deal(9, 50, seed=0)
 
 
-@pytest.mark.parametrize("wrong", [{"mean": torch.nan}, {"std": -0.1}, {"std": torch.inf}, {"count": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"mean": torch.nan}, {"mean": "0.4"}, {"std": -0.1}, {"std": torch.inf}, {"count": 0}, {"count": 2.5}]
+)
 def test_draws_that_make_no_sense(wrong):
     with pytest.raises(ArgumentError, match=r"NormalTimesteps\(.*\) needs a finite mean"):
         NormalTimesteps(**wrong)
@@ -135,11 +137,40 @@ def test_shuffling_moves_whole_rows(samples):
         ({}, r"one common, non-zero number of rows, got \{\}"),
         ({"x": torch.zeros(3, 2), "t": torch.zeros(2)}, r"got \{'x': 3, 't': 2\}"),
         ({"x": torch.zeros(0, 2), "t": torch.zeros(0)}, r"got \{'x': 0, 't': 0\}"),
+        ({"x": torch.zeros(2), "t": torch.tensor(1.0)}, "the calibration input 't' is no tensor with rows"),
+        ({"x": [1.0, 2.0]}, r"input 'x' is no tensor with rows, .* give each input once, as a tensor \(N, ...\)"),
     ],
 )
 def test_samples_need_rows(inputs, message):
     with pytest.raises(CalibrationError, match=message):
         CalibrationSamples(inputs)
+
+
+def test_a_name_is_either_of_rows_or_shared():
+    with pytest.raises(CalibrationError, match="'x' is no tensor with rows, or it is shared, too"):
+        CalibrationSamples({"x": torch.zeros(2)}, {"x": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("rows", [0, -1, 2.0, True])
+def test_batches_of_no_rows(samples, rows):
+    for take in (samples.batches, samples.spread, samples.example):
+        with pytest.raises(ArgumentError, match=rf"is {rows}; give a whole number of rows, at least 1"):
+            take(rows)
+
+
+def test_tensors_of_one_memory_are_written_apart(tmp_path):
+    table = torch.randn(4, 6)
+    samples = CalibrationSamples({"x": table, "y": table}, {"ids": table[:3], "same": table})
+    samples.save(tmp_path / "samples.safetensors")
+    loaded = CalibrationSamples.load(tmp_path / "samples.safetensors")
+    assert_equal(loaded, samples)
+    assert torch.equal(loaded.shared["ids"], table[:3]) and torch.equal(loaded.shared["same"], table)
+
+
+def test_a_name_that_a_file_cannot_hold(tmp_path):
+    with pytest.raises(CalibrationError, match=r"cannot write .*: a name of \['x,y'\] has a comma"):
+        CalibrationSamples({"x,y": torch.zeros(2)}).save(tmp_path / "samples.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_files_that_hold_no_samples(tmp_path):

@@ -677,6 +677,114 @@ def test_prompts_that_the_pipeline_does_not_take():
         record(once, call={"prompt": ["a"]})
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_refused_at_its_step(bad):
+    def draw(stub: Stub, x: Tensor, t: Tensor) -> None:
+        stub.transformer(x, timestep=t, text=torch.full((len(x), 2), 1.0 if t > 5 else bad))
+
+    message = rf"transformer received {bad} in 'text' at timestep 5: the float pipeline goes wrong there; draw with it"
+    with pytest.raises(CalibrationError, match=message):
+        record(draw, timesteps=5)
+
+
+class Masked(nn.Module):
+    def forward(self, x: Tensor, timestep: Tensor, attention_mask: Tensor) -> Tensor:
+        return x
+
+
+def test_a_mask_may_hide_with_minus_infinity():
+    def draw(stub: Stub, x: Tensor, t: Tensor) -> None:
+        stub.transformer(x, timestep=t, attention_mask=torch.tensor([[0.0, value]]).expand(len(x), 2))
+
+    for value in (-math.inf, math.nan):
+        stub = Stub(draw)
+        stub.transformer = Masked()
+        if value == -math.inf:
+            assert record(draw, pipeline=stub).inputs["attention_mask"][0].tolist() == [0, value]
+        else:
+            with pytest.raises(CalibrationError, match="transformer received nan in 'attention_mask'"):
+                record(draw, pipeline=stub)
+
+
+def test_a_mask_of_another_dtype_is_refused():
+    def draw(stub: Stub, x: Tensor, t: Tensor) -> None:
+        mask = torch.ones(len(x), 4, dtype=torch.bool)
+        stub.transformer(x, timestep=t, text=mask if t > 5 else mask.float())
+
+    with pytest.raises(CalibrationError, match=r"\(3, 4\) bool .* \(3, 4\) float32 in another; rows need one dtype"):
+        record(draw)
+
+
+def test_samples_of_inference_mode_can_be_learned_on():
+    def draw(stub: Stub, x: Tensor, t: Tensor) -> None:
+        with torch.inference_mode():
+            stub.transformer(x * 1, timestep=t * 1, ids=torch.arange(5))
+
+    with torch.inference_mode():
+        outside = record(once)
+    for samples in (record(draw), outside):
+        assert not any(tensor.is_inference() for tensor in (*samples.inputs.values(), *samples.shared.values()))
+
+
+def test_a_compiled_transformer_is_recorded_as_the_one_it_was():
+    def draw(stub: Stub, x: Tensor, t: Tensor) -> None:
+        stub.transformer(x, t, torch.zeros(len(x), 2))
+
+    stubs = Stub(draw), Stub(draw)
+    stubs[0].transformer, stubs[1].transformer = torch.compile(Denoiser(), backend="eager"), Denoiser()
+    compiled, plain = (record(draw, pipeline=stub) for stub in stubs)
+    assert compiled.signature == plain.signature and list(compiled.inputs) == ["x", "timestep", "text"]
+    assert all(torch.equal(compiled.inputs[name], plain.inputs[name]) for name in plain.inputs)
+
+
+class Anything(nn.Module):
+    def forward(self, *args: Tensor, **options: Tensor) -> Tensor:
+        return args[0]
+
+
+def test_arguments_without_a_name_are_refused():
+    stub = Stub(lambda stub, x, t: stub.transformer(x, t))
+    stub.transformer = Anything()
+    with pytest.raises(CalibrationError, match="forward of Anything names 0 arguments, .* called with 2 by position"):
+        record(once, pipeline=stub)
+
+
+def test_a_cache_is_refused_and_what_moves_or_casts_is_not():
+    case, pipeline = CASES["flux"], quiet(CASES["flux"].pipeline(FAMILIES["flux"].model()))
+    pipeline.transformer.enable_layerwise_casting(storage_dtype=torch.float32, compute_dtype=torch.float32)
+    collect(pipeline, case, 1)
+    diffusers.hooks.apply_first_block_cache(pipeline.transformer, diffusers.FirstBlockCacheConfig(threshold=0.5))
+    with pytest.raises(CalibrationError, match=r"FluxPipeline's transformer has the hook 'fbc_leader_block_hook' of"):
+        collect(pipeline, case, 1)
+
+
+def test_prompts_beside_their_embeddings():
+    pipeline = quiet(CASES["sd3"].pipeline(FAMILIES["sd3"].model()))
+    with pytest.raises(ArgumentError, match="'prompt_embeds' is in call, and prompts are given, too"):
+        collect_from_pipeline(pipeline, ["a"], timesteps=1, call=CASES["sd3"].call)
+
+
+def test_options_that_a_pipeline_does_not_take_are_said(caplog):
+    record(once)
+    assert caplog.messages == [
+        "Stub does not take steps (num_inference_steps), guidance (guidance_scale): nothing comes of it"
+    ]
+
+
+def test_times_in_low_precision_that_become_one_are_one_step():
+    """Of 200 steps of Flux, several have one time in bfloat16; all of them together are told at the first call."""
+    case = CASES["flux"]
+    pipeline = quiet(case.pipeline(FAMILIES["flux"].model().bfloat16()))
+    call = {name: value.bfloat16() if isinstance(value, Tensor) else value for name, value in case.call.items()}
+    seen = count_calls(pipeline, "transformer")
+    with pytest.raises(CalibrationError, match=r"calls its transformer at 1\d\d of them; give timesteps=1"):
+        collect_from_pipeline(pipeline, None, timesteps=200, steps=200, call=call)
+    assert seen == []
+    named = [float(torch.tensor(t / 1000, dtype=torch.bfloat16)) for t in pipeline.scheduler.timesteps[[3]]]
+    samples = collect_from_pipeline(pipeline, None, timesteps=named, steps=200, call=call)
+    assert set(times(samples)) == set(named)
+
+
 # -- samples with a signature ----------------------------------------------------------------------------------------
 
 
