@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4dit_ao.calibration.samples import CalibrationSamples, join_calls
-from ptq4dit_ao.calibration.schedule import FirstCall, check_timesteps, known_times, rounding_of, steps_asked
+from ptq4dit_ao.calibration.schedule import FirstCalls, check_timesteps, known_times, rounding_of, steps_asked
 from ptq4dit_ao.calibration.timesteps import RELATIVE_TOLERANCE, NormalTimesteps, StepSelection, choose_timesteps
 from ptq4dit_ao.errors import ArgumentError, CalibrationError
 from ptq4dit_ao.graph.names import TIMESTEP_NAMES
@@ -85,7 +85,7 @@ def collect_from_pipeline(
     }
     arguments = {name: value for name, value in options.items() if name in parameters} | call
     _log_left_out(pipeline, [name for name in options if name not in arguments])
-    with _Recorder(module, component, selection, FirstCall(pipeline, component), skip) as recorder:
+    with _Recorder(module, component, selection, FirstCalls(pipeline, component), skip) as recorder:
         for index, batch in enumerate(batches):
 
             def report(done: int, before: int = index * length) -> None:
@@ -231,10 +231,10 @@ class _Recorder:
         module: nn.Module,
         component: str,
         selection: StepSelection,
-        first_call: FirstCall,
+        first_calls: FirstCalls,
         skip: Callable[[Mapping[str, Any]], bool] | None,
     ) -> None:
-        self.module, self.component, self.selection, self.first_call = module, component, selection, first_call
+        self.module, self.component, self.selection, self.first_calls = module, component, selection, first_calls
         self.original = getattr(module, "_orig_mod", module)  # of torch.compile's module, whose forward takes anything
         self.skip = skip or (lambda arguments: False)
         self.skipped = 0
@@ -243,6 +243,8 @@ class _Recorder:
         """Calls recorded in earlier runs."""
         self.report: Callable[[int], None] = lambda done: None
         self.draws: list[list[int]] | None = None
+        self.expected = False
+        """Are the steps of this run known?"""
 
     def __enter__(self) -> _Recorder:
         self._hook = self.module.register_forward_pre_hook(self._record, with_kwargs=True, prepend=True)
@@ -255,7 +257,8 @@ class _Recorder:
         """Begin a run; ``report`` is told the number of finished steps. Of ``draws`` each sample has its own."""
         self.report, self.before, self.draws = report, len(self.calls), draws
         self.selection.start()
-        self.first_call.start()
+        self.first_calls.start()
+        self.expected = False
 
     def finish(self) -> None:
         """End a run, and drop what only seemed to be at a wanted timestep."""
@@ -286,7 +289,7 @@ class _Recorder:
             return
         time = _timestep(self.original, given)
         t = float(time.max() if isinstance(time, Tensor) else time)
-        if not self.selection.visited:
+        if not self.expected and len(self.selection.visited) < 2 and t not in self.selection.visited:
             self._look_ahead(time)
         if self.selection.is_over(t):
             raise _Enough
@@ -297,11 +300,12 @@ class _Recorder:
             self._keep_call(given, t)
 
     def _look_ahead(self, time: Tensor | float) -> None:
-        """At the first call of a run, before anything is computed, ask whether its steps are those that are wanted."""
-        ahead = self.first_call.ahead(time)
+        """As a run begins, ask whether its steps are those that are wanted; the first one always is, by position."""
+        times = self.first_calls.all_times(list(self.selection.visited), time)
         listed = self.selection.positions is None
-        if ahead is not None and not (listed and rounding_of(time) > RELATIVE_TOLERANCE):
-            self.selection.expect(ahead)
+        if times is not None and not (listed and rounding_of(time) > RELATIVE_TOLERANCE):
+            self.selection.expect(times)
+            self.expected = True
 
     def _keep_call(self, given: dict[str, Any], t: float) -> None:
         signature, tensors = flatten_call(self.original, given)

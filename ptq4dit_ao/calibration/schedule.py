@@ -96,7 +96,7 @@ def known_times(pipeline: Any, component: str, steps: int, call: Mapping[str, ob
     return _own_part(pipeline, component, _different(scheduler.timesteps))
 
 
-class FirstCall:
+class FirstCalls:
     """Reads a pipeline's scheduler when one of its modules is first called in a run, and all steps have been set."""
 
     def __init__(self, pipeline: Any, component: str) -> None:
@@ -107,25 +107,26 @@ class FirstCall:
         """Begin a run."""
         self._before = self._timesteps()
 
-    def ahead(self, t: Tensor | float) -> list[float] | None:
-        """The times from ``t`` on, as the module receives them.
+    def all_times(self, first: Sequence[float], t: Tensor | float) -> list[float] | None:
+        """All times of this run as the module receives them, told by the ``first`` ones and the next, ``t``.
 
         None where that cannot be told: the pipeline has not set its scheduler in this run, or what the module receives
-        is not the scheduler's time, or more than one of it.
+        is not the scheduler's time, or, after one call, more than one of it.
         """
         timesteps = self._timesteps()
         if timesteps is None or timesteps is self._before or len(timesteps) == 0:
             return None
         t = torch.as_tensor(t)
-        first, dtype = float(t.max()), t.dtype if t.is_floating_point() else torch.float64
+        seen, dtype = [*first, float(t.max())], t.dtype if t.is_floating_point() else torch.float64
         trained = getattr(getattr(self.pipeline.scheduler, "config", None), "num_train_timesteps", 1000)
         times = torch.tensor(_own_part(self.pipeline, self.component, _different(timesteps)), dtype=torch.float64)
         found = []
         for form in _FORMS:
             received = _different(form(times, trained).to(dtype))
-            at = min(range(len(received)), key=lambda i: abs(received[i] - first))
-            if math.isclose(received[at], first, rel_tol=rounding_of(t)):
-                found.append(received[at:])
+            received = received[min(range(len(received)), key=lambda i: abs(received[i] - seen[0])) :]
+            pairs = zip(received, seen, strict=False)
+            if len(received) >= len(seen) and all(math.isclose(*pair, rel_tol=rounding_of(t)) for pair in pairs):
+                found.append(received)
         return found[0] if len(found) == 1 else None
 
     def _timesteps(self) -> Tensor | None:

@@ -154,19 +154,19 @@ class StepSelection:
         """Begin a run."""
         self.visited = {}
 
-    def expect(self, ahead: Sequence[float]) -> None:
-        """At the first call of a run: these steps are all that it takes, at the times that the module receives.
+    def expect(self, times: Sequence[float]) -> None:
+        """As a run begins: these steps are all that it takes, at the times that the module receives.
 
         Raises:
             CalibrationError: what is wanted is not among them, or they are too few.
         """
         if self.positions is None:
             for t in self.wanted:
-                nearest_timestep(ahead, t)
-        elif len(ahead) < self.steps and (self.count is None or self.count > len(ahead)):
-            raise self._too_few(len(ahead))
+                nearest_timestep(times, t)
+        elif len(times) < self.steps and (self.count is None or self.count > len(times)):
+            raise self._too_few(len(times))
         elif self.count is not None:
-            self.positions = spaced_positions(self.count, min(self.steps, len(ahead)))
+            self.positions = spaced_positions(self.count, min(self.steps, len(times)))
 
     def is_over(self, t: float) -> bool:
         """Has this run passed all wanted steps when it arrives at ``t``?"""
