@@ -369,6 +369,22 @@ def test_a_pipeline_in_a_folder(tmp_path):
     assert isinstance(loaded.pipeline, DiTPipeline) and loaded.sampling.null_label == 10
 
 
+def test_a_pipeline_with_two_transformers_says_which_one_is_taken(tmp_path, monkeypatch, caplog):
+    (tmp_path / "models_with_experts.py").write_text(
+        textwrap.dedent("""
+            from types import SimpleNamespace
+            from ptq4dit_ao.testing.zoo import FAMILIES
+
+            def experts():
+                first, second = (FAMILIES["wan"].model(seed=seed) for seed in (0, 1))
+                return SimpleNamespace(transformer=first, transformer_2=second)
+        """)
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    load_model("models_with_experts:experts")
+    assert "experts has two transformers, of which this takes the first; record the second with" in caplog.text
+
+
 def test_another_sampler():
     loaded = load_model("reference")
     assert loaded.drawn_by(None) is loaded
