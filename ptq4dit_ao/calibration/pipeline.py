@@ -74,7 +74,8 @@ def collect_from_pipeline(
     parameters = inspect.signature(pipeline.__call__).parameters
     batches = _batches(pipeline, parameters, prompts, batch_size, call)
     known = known_times(pipeline, component, steps, call)
-    selection = StepSelection(timesteps, steps_asked(steps, call) if known is None else len(known), component)
+    asked = steps_asked(steps, call) if known is None else len(known)
+    selection = StepSelection(timesteps, asked, component, exact="num_inference_steps" in call)
     draws = _draws(timesteps, prompts, selection.steps, seed)
     length = _steps_per_run(selection, known)
     options: dict[str, object] = {

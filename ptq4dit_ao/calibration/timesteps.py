@@ -123,15 +123,21 @@ class StepSelection:
         wanted: how many, evenly spaced over ``steps``; or which timesteps; of a draw, all steps.
         steps: how many the sampler is asked to take.
         component: what is called, for messages.
+        exact: the module is called at no more steps, whatever the schedule says.
 
     Raises:
         CalibrationError: more are wanted than there are, or none.
     """
 
     def __init__(
-        self, wanted: int | Sequence[float] | NormalTimesteps, steps: int, component: str = "transformer"
+        self,
+        wanted: int | Sequence[float] | NormalTimesteps,
+        steps: int,
+        component: str = "transformer",
+        *,
+        exact: bool = False,
     ) -> None:
-        self.component = component
+        self.component, self.exact = component, exact
         self.count = wanted if isinstance(wanted, int) else None
         self.steps = steps
         self.positions: list[int] | None = None
@@ -160,13 +166,14 @@ class StepSelection:
         Raises:
             CalibrationError: what is wanted is not among them, or they are too few.
         """
+        taken = min(self.steps, len(times)) if self.exact else len(times)
         if self.positions is None:
             for t in self.wanted:
                 nearest_timestep(times, t)
-        elif len(times) < self.steps and (self.count is None or self.count > len(times)):
-            raise self._too_few(len(times))
+        elif taken != self.steps and (self.count is None or self.count > taken):
+            raise self._other_number(taken)
         elif self.count is not None:
-            self.positions = spaced_positions(self.count, min(self.steps, len(times)))
+            self.positions = spaced_positions(self.count, taken)
 
     def is_over(self, t: float) -> bool:
         """Has this run passed all wanted steps when it arrives at ``t``?"""
@@ -193,17 +200,17 @@ class StepSelection:
         if self.positions is None:
             return {nearest_timestep(self.visited, t) for t in self.wanted}
         if len(self.visited) <= self.positions[-1]:
-            raise self._too_few(len(self.visited))
+            raise self._other_number(len(self.visited))
         return {t for t, position in self.visited.items() if position in self.positions}
 
-    def _too_few(self, taken: int) -> CalibrationError:
+    def _other_number(self, taken: int) -> CalibrationError:
         drawn = self.count is None
         wanted = (
             "calibration timesteps are drawn from" if drawn else f"{self.count} calibration timesteps are spread over"
         )
         fewer = "" if drawn or self.count <= taken else f"timesteps={taken} and "  # type: ignore[operator]
         return CalibrationError(
-            f"{wanted} {self.steps} steps, but the pipeline calls its {self.component} at {taken} of them; give "
+            f"{wanted} {self.steps} steps, but the pipeline calls its {self.component} at {taken}; give "
             f"{fewer}steps={taken} (and, if the pipeline is to be asked for {self.steps}, "
             f"call={{'num_inference_steps': {self.steps}}})"
         )

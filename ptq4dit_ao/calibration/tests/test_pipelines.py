@@ -329,7 +329,7 @@ def test_an_image_to_image_pipeline_is_recorded_over_the_steps_that_it_takes():
     samples = collect_from_pipeline(pipeline, None, timesteps=2, steps=10, call={**IMG2IMG, "strength": 0.3})
     assert list(Counter(times(samples))) == pytest.approx(pipeline.scheduler.timesteps[[7, 9]].tolist())
     seen = count_calls(pipeline, "transformer")
-    with pytest.raises(CalibrationError, match="calls its transformer at 3 of them; give timesteps=3 and steps=3"):
+    with pytest.raises(CalibrationError, match="calls its transformer at 3; give timesteps=3 and steps=3"):
         collect_from_pipeline(pipeline, None, timesteps=4, steps=10, call={**IMG2IMG, "strength": 0.3})
     with pytest.raises(CalibrationError, match=r"never visits timestep 1000; the nearest it visits is 46"):
         collect_from_pipeline(pipeline, None, timesteps=[1000.0], steps=10, call={**IMG2IMG, "strength": 0.3})
@@ -344,6 +344,24 @@ def test_a_schedule_in_the_call_is_what_timesteps_are_spread_over():
     call = {**case.call, "sigmas": [1.0, 0.5]}
     with pytest.raises(CalibrationError, match="3 calibration timesteps asked for, the sampler has 2 steps"):
         collect_from_pipeline(pipeline, None, timesteps=3, call=call)
+
+
+def test_steps_that_a_solver_adds_are_steps():
+    """DPM2 evaluates between the steps, too: at 9 times in 5 steps, the last of which must not be left out."""
+    case = CASES["dit"]
+    pipeline = quiet(dit(FAMILIES["dit"].model()))
+    pipeline.scheduler = diffusers.KDPM2DiscreteScheduler()
+    samples = collect(pipeline, case, 3)
+    evaluated = list(dict.fromkeys(pipeline.scheduler.timesteps.tolist()))
+    assert len(evaluated) == 9 and list(Counter(times(samples))) == evaluated[::4]
+    drawn = NormalTimesteps(count=9)
+    with pytest.raises(CalibrationError, match=r"drawn from 5 steps, .* at 9; give steps=9 .*'num_inference_steps': 5"):
+        collect_from_pipeline(pipeline, case.prompts, timesteps=drawn, steps=5)
+    call = {"num_inference_steps": 5}
+    samples = collect_from_pipeline(pipeline, case.prompts, timesteps=drawn, steps=9, call=call)
+    assert len(samples) == 2 * 9 and set(times(samples)) <= set(evaluated)
+    first = collect_from_pipeline(pipeline, case.prompts, timesteps=2, steps=3, call=call)
+    assert list(Counter(times(first))) == evaluated[0:3:2]  # called at no more than 3, somebody says
 
 
 # -- calls of another kind -------------------------------------------------------------------------------------------
@@ -494,14 +512,14 @@ def test_a_list_that_is_not_visited_is_refused_after_one_run():
 def test_a_sampler_that_takes_fewer_steps():
     pipeline = Stub(once, times=[9.0, 7.0, 5.0])
     message = (
-        r"^3 calibration timesteps are spread over 5 steps, but the pipeline calls its transformer at 3 of them; give "
+        r"^3 calibration timesteps are spread over 5 steps, but the pipeline calls its transformer at 3; give "
         r"steps=3 \(and, if the pipeline is to be asked for 5, call=\{'num_inference_steps': 5\}\)$"
     )
     with pytest.raises(CalibrationError, match=message):
         record(once, pipeline=pipeline, timesteps=3)
     with pytest.raises(CalibrationError, match="6 calibration timesteps asked for, the sampler has 5 steps"):
         record(once, timesteps=6)
-    with pytest.raises(CalibrationError, match=r"^4 .* at 3 of them; give timesteps=3 and steps=3 \(and"):
+    with pytest.raises(CalibrationError, match=r"^4 .* at 3; give timesteps=3 and steps=3 \(and"):
         record(once, pipeline=pipeline, timesteps=4)
     assert len(record(once, pipeline=pipeline, timesteps=3, steps=3)) == 9
 
@@ -517,7 +535,7 @@ def test_drawn_steps_hold_in_both_calls_of_guidance():
 def test_draws_need_prompts_and_all_steps():
     with pytest.raises(ArgumentError, match="deals its draws out to prompts, but prompts is None"):
         record(once, prompts=None, timesteps=NormalTimesteps(), call={"prompt": ["a"]})
-    with pytest.raises(CalibrationError, match=r"^calibration timesteps are drawn from 5 .* at 3 of them; give steps"):
+    with pytest.raises(CalibrationError, match=r"^calibration timesteps are drawn from 5 .* at 3; give steps"):
         record(once, pipeline=Stub(once, times=[9.0, 7.0, 5.0]), timesteps=NormalTimesteps())
 
 
@@ -777,7 +795,7 @@ def test_times_in_low_precision_that_become_one_are_one_step():
     pipeline = quiet(case.pipeline(FAMILIES["flux"].model().bfloat16()))
     call = {name: value.bfloat16() if isinstance(value, Tensor) else value for name, value in case.call.items()}
     seen = count_calls(pipeline, "transformer")
-    with pytest.raises(CalibrationError, match=r"calls its transformer at 1\d\d of them; give timesteps=1"):
+    with pytest.raises(CalibrationError, match=r"calls its transformer at 1\d\d; give timesteps=1"):
         collect_from_pipeline(pipeline, None, timesteps=200, steps=200, call=call)
     assert seen == []
     named = [float(torch.tensor(t / 1000, dtype=torch.bfloat16)) for t in pipeline.scheduler.timesteps[[3]]]
