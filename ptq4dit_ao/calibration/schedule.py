@@ -110,24 +110,28 @@ class FirstCalls:
     def all_times(self, first: Sequence[float], t: Tensor | float) -> list[float] | None:
         """All times of this run as the module receives them, told by the ``first`` ones and the next, ``t``.
 
-        None where that cannot be told: the pipeline has not set its scheduler in this run, or what the module receives
-        is not the scheduler's time, or, after one call, more than one of it.
+        One time alone tells only that a schedule begins, and only in full precision: a later one may be another's by
+        chance. None where nothing can be told yet, or at all: the pipeline has not set its scheduler in this run, or
+        what the module receives is not the scheduler's time.
         """
         timesteps = self._timesteps()
         if timesteps is None or timesteps is self._before or len(timesteps) == 0:
             return None
         t = torch.as_tensor(t)
-        seen, dtype = [*first, float(t.max())], t.dtype if t.is_floating_point() else torch.float64
+        seen, dtype, tolerance = [*first, float(t.max())], t.dtype, rounding_of(t)
         trained = getattr(getattr(self.pipeline.scheduler, "config", None), "num_train_timesteps", 1000)
         times = torch.tensor(_own_part(self.pipeline, self.component, _different(timesteps)), dtype=torch.float64)
         found = []
         for form in _FORMS:
-            received = _different(form(times, trained).to(dtype))
-            received = received[min(range(len(received)), key=lambda i: abs(received[i] - seen[0])) :]
-            pairs = zip(received, seen, strict=False)
-            if len(received) >= len(seen) and all(math.isclose(*pair, rel_tol=rounding_of(t)) for pair in pairs):
-                found.append(received)
-        return found[0] if len(found) == 1 else None
+            received = _different(form(times, trained).to(dtype if dtype.is_floating_point else torch.float64))
+            at = min(range(len(received)), key=lambda i: abs(received[i] - seen[0]))
+            ahead = received[at : at + len(seen)]
+            near = [math.isclose(*pair, rel_tol=tolerance) for pair in zip(ahead, seen, strict=False)]
+            if len(near) == len(seen) and all(near):
+                found.append((at, received[at:]))
+        if len(found) != 1 or (len(seen) == 1 and (found[0][0] > 0 or tolerance > RELATIVE_TOLERANCE)):
+            return None
+        return found[0][1]
 
     def _timesteps(self) -> Tensor | None:
         timesteps = getattr(getattr(self.pipeline, "scheduler", None), "timesteps", None)
@@ -137,7 +141,7 @@ class FirstCalls:
 def rounding_of(t: Tensor | float) -> float:
     """How far, relative to it, a time may be from the one it was before it was cast to this dtype."""
     low = isinstance(t, Tensor) and t.is_floating_point()
-    return max(RELATIVE_TOLERANCE, torch.finfo(t.dtype).eps / 2 if low else 0.0)  # type: ignore[union-attr]
+    return max(RELATIVE_TOLERANCE, torch.finfo(t.dtype).eps if low else 0.0)  # type: ignore[union-attr]
 
 
 def _shares(pipeline: Any, component: str) -> bool:
