@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import numbers
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -76,7 +77,7 @@ def collect_from_pipeline(
     known = known_times(pipeline, component, steps, call)
     asked = steps_asked(steps, call) if known is None else len(known)
     selection = StepSelection(timesteps, asked, component, exact="num_inference_steps" in call)
-    draws = _draws(timesteps, prompts, selection.steps, seed)
+    draws = _draws(timesteps, prompts, selection.steps, seed, call)
     length = _steps_per_run(selection, known)
     options: dict[str, object] = {
         "num_inference_steps": steps,
@@ -86,6 +87,8 @@ def collect_from_pipeline(
     }
     arguments = {name: value for name, value in options.items() if name in parameters} | call
     _log_left_out(pipeline, [name for name in options if name not in arguments])
+    if seed and "generator" in call:
+        _log.warning("call has a generator of its own, so that seed=%d says nothing of the noise", seed)
     with _Recorder(module, component, selection, FirstCalls(pipeline, component), skip) as recorder:
         for index, batch in enumerate(batches):
 
@@ -138,7 +141,7 @@ def _check_numbers(guidance: object, seed: object, batch_size: object) -> None:
     for name, value, least in (("seed", seed, 0), ("batch_size", batch_size, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ArgumentError(f"{name} is {value!r}; give a whole number of at least {least}")
-    if guidance is not None and not (isinstance(guidance, (int, float)) and math.isfinite(guidance)):
+    if guidance is not None and not (isinstance(guidance, numbers.Real) and math.isfinite(guidance)):
         raise ArgumentError(f"guidance is {guidance!r}; give a finite number, or None to leave it to the pipeline")
 
 
@@ -193,7 +196,7 @@ def _check_classes(pipeline: object, labels: Sequence[Any]) -> None:
 
 
 def _draws(
-    timesteps: object, prompts: Sequence[int] | Sequence[str] | None, steps: int, seed: int
+    timesteps: object, prompts: Sequence[int] | Sequence[str] | None, steps: int, seed: int, call: Mapping[str, object]
 ) -> list[list[int]] | None:
     """For each prompt the positions it is kept at, if each has its own."""
     if not isinstance(timesteps, NormalTimesteps):
@@ -201,6 +204,14 @@ def _draws(
     if prompts is None:
         raise ArgumentError(
             "NormalTimesteps deals its draws out to prompts, but prompts is None; give the prompts there, not in call"
+        )
+    several = next(
+        (name for name in ("num_images_per_prompt", "num_videos_per_prompt") if call.get(name, 1) != 1), None
+    )
+    if several is not None:
+        raise ArgumentError(
+            f"NormalTimesteps deals its draws out to prompts, and {several} is {call[several]!r}; give each prompt as "
+            "often as it is to be drawn"
         )
     return timesteps.deal(len(prompts), steps, seed)
 

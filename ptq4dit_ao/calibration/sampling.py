@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import numbers
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -219,12 +220,12 @@ def scheduler_for(sampling: Sampling, steps: int, scheduler: Any) -> Any:
     if scheduler is None:
         return sampling.scheduler(steps)
     sampling.check_steps(steps)
-    name, config = type(scheduler).__name__, getattr(scheduler, "config", None)
+    name, config = type(scheduler).__name__, cast(Any, getattr(scheduler, "config", None))
     check_choice(f"prediction_type of {name}", getattr(config, "prediction_type", None), ("epsilon",))
-    if config.num_train_timesteps != sampling.train_timesteps:  # type: ignore[union-attr]
+    if config.num_train_timesteps != sampling.train_timesteps:
         raise ArgumentError(
-            f"{name} counts {config.num_train_timesteps} timesteps, and the model "  # type: ignore[union-attr]
-            f"{sampling.train_timesteps}; make it with num_train_timesteps={sampling.train_timesteps}"
+            f"{name} counts {config.num_train_timesteps} timesteps, and the model {sampling.train_timesteps}; make it "
+            f"with num_train_timesteps={sampling.train_timesteps}"
         )
     scheduler.set_timesteps(steps)
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
@@ -245,7 +246,7 @@ def _check_call(sampling: Sampling, labels: Tensor, guidance: float, generator: 
     odd = labels[(labels < 0) | (labels > sampling.null_label)]
     if len(odd):
         raise ArgumentError(f"labels holds {odd[0].item()}; the model knows 0 to {sampling.null_label}")
-    if not isinstance(guidance, (int, float)) or not math.isfinite(guidance):
+    if not isinstance(guidance, numbers.Real) or not math.isfinite(guidance):
         raise ArgumentError(f"guidance is {guidance!r}; give a finite number")
     fitted = getattr(scheduler, "fitted_guidance", guidance)
     if fitted != guidance:

@@ -171,4 +171,4 @@ def _own_part(pipeline: Any, component: str, times: list[float]) -> list[float]:
 
 def _different(timesteps: Tensor) -> list[float]:
     """In order, without those that a solver evaluates twice."""
-    return list(dict.fromkeys(float(t) for t in timesteps))
+    return list(dict.fromkeys(map(float, timesteps.tolist())))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -65,12 +66,14 @@ def choose_timesteps(
     """
     if isinstance(wanted, int):
         return [available[i] for i in spaced_positions(wanted, len(available), what)]
-    found = {nearest_timestep(available, t) for t in _not_empty(wanted, what)}
+    found = {nearest_timestep(available, t, what) for t in _not_empty(wanted, what)}
     return [t for t in available if t in found]
 
 
 def spaced_positions(count: int, steps: int, what: str = "calibration", taken_by: str = "the sampler has") -> list[int]:
     """``count`` of ``range(steps)``, evenly spaced from first to last.
+
+    ``what`` they are for and ``taken_by`` whom the steps are taken is said in messages.
 
     Raises:
         CalibrationError: there are not as many.
@@ -83,7 +86,7 @@ def spaced_positions(count: int, steps: int, what: str = "calibration", taken_by
     return [int(i) for i in np.linspace(0, steps - 1, count).round()]
 
 
-def nearest_timestep(available: Iterable[float], t: float) -> float:
+def nearest_timestep(available: Iterable[float], t: float, what: str = "calibration") -> float:
     """The one of ``available`` that is ``t``, up to rounding.
 
     Raises:
@@ -91,7 +94,10 @@ def nearest_timestep(available: Iterable[float], t: float) -> float:
     """
     nearest = min(available, key=lambda a: abs(a - t))
     if not is_close(nearest, t):
-        raise CalibrationError(f"the sampler never visits timestep {t:g}; the nearest it visits is {nearest:g}")
+        section = "" if what == "calibration" else f" ({what}.timesteps)"
+        raise CalibrationError(
+            f"the sampler never visits timestep {t:g}{section}; the nearest it visits is {nearest:g}"
+        )
     return nearest
 
 
@@ -109,7 +115,7 @@ def check_wanted(wanted: object, steps: object, what: str = "calibration") -> No
         raise ArgumentError(
             f"{what} timesteps is {wanted!r}; give how many, a list of them, or NormalTimesteps(...) to draw them"
         )
-    odd = [t for t in wanted if isinstance(t, bool) or not isinstance(t, (int, float)) or not math.isfinite(t)]
+    odd = [t for t in wanted if isinstance(t, bool) or not isinstance(t, numbers.Real) or not math.isfinite(t)]
     if odd:
         raise ArgumentError(f"{what} timesteps holds {odd[0]!r}; give finite numbers")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
@@ -393,6 +394,7 @@ def test_timesteps_are_checked_without_a_run(pipeline, calls):
     check_timesteps(pipeline, 10, STEPS)
     check_timesteps(pipeline, _visited(pipeline, [701, 901]), STEPS, what="evaluation")
     check_timesteps(pipeline, NormalTimesteps(count=3), STEPS)
+    check_timesteps(pipeline, [*np.asarray(_visited(pipeline, [701, 901]), dtype=np.int64)], STEPS)
     message = (
         r"20 evaluation timesteps asked for, the sampler has 10 steps; ask for fewer \(evaluation\.timesteps\), or for "
         r"more steps \(calibration\.steps\)"

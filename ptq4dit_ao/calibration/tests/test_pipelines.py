@@ -604,6 +604,8 @@ def test_drawn_steps_hold_in_both_calls_of_guidance():
 def test_draws_need_prompts_and_all_steps():
     with pytest.raises(ArgumentError, match="deals its draws out to prompts, but prompts is None"):
         record(once, prompts=None, timesteps=NormalTimesteps(), call={"prompt": ["a"]})
+    with pytest.raises(ArgumentError, match="and num_images_per_prompt is 2; give each prompt as often as it is to be"):
+        record(once, timesteps=NormalTimesteps(), call={"num_images_per_prompt": 2})
     with pytest.raises(CalibrationError, match=r"^calibration timesteps are drawn from 5 .* at 3; give steps"):
         record(once, pipeline=Stub(once, times=[9.0, 7.0, 5.0]), timesteps=NormalTimesteps())
 
@@ -856,6 +858,9 @@ def test_options_that_a_pipeline_does_not_take_are_said(caplog):
     assert caplog.messages == [
         "Stub does not take steps (num_inference_steps), guidance (guidance_scale): nothing comes of it"
     ]
+    caplog.clear()
+    record(once, seed=3, call={"generator": torch.Generator()})
+    assert "call has a generator of its own, so that seed=3 says nothing of the noise" in caplog.messages
 
 
 def test_times_in_low_precision_that_become_one_are_one_step():

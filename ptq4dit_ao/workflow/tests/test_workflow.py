@@ -435,7 +435,7 @@ class CountedCalls(SamplingPipeline):
             {},
             r"^20 evaluation .* 5 steps; ask for fewer \(evaluation\.timesteps\), or",
         ),
-        ({"timesteps": 3}, {"timesteps": (1,)}, "never visits timestep 1; the nearest it visits is"),
+        ({"timesteps": 3}, {"timesteps": (1,)}, r"never visits timestep 1 \(evaluation\.timesteps\); the nearest"),
         ({"timesteps": NormalDraw(draw="normal", count=8)}, {}, "8 timesteps are drawn for 16 samples; give count=16"),
         ({"steps": 1001}, {}, "1001 steps|steps is 1001"),
     ],
