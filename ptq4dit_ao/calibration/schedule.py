@@ -80,8 +80,10 @@ def known_times(pipeline: Any, component: str, steps: int, call: Mapping[str, ob
         CalibrationError: the scheduler cannot take so many steps, or the pipeline never calls that module.
     """
     scheduler: Any = getattr(pipeline, "scheduler", None)
+    if not hasattr(scheduler, "set_timesteps"):
+        return None
     by_class = "class_labels" in inspect.signature(pipeline.__call__).parameters and not call
-    if not hasattr(scheduler, "set_timesteps") or not (by_class or _shares(pipeline, component)):
+    if not by_class and not _shares(pipeline, component):
         return None
     asked = call.get("num_inference_steps", steps)
     scheduler = copy.deepcopy(scheduler)
