@@ -50,6 +50,12 @@ def wan_vae() -> nn.Module:
     )
 
 
+def qwen_vae() -> nn.Module:
+    return diffusers.AutoencoderKLQwenImage(
+        base_dim=4, z_dim=4, dim_mult=[1] * 4, num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
+    )
+
+
 def ltx_vae() -> nn.Module:
     widths = (8,) * 4
     return diffusers.AutoencoderKLLTXVideo(
@@ -118,6 +124,9 @@ WAN = {**SIZE, **text(20)}
 LTX = {**SIZE, **text(20), "num_frames": 9} | {
     name: torch.ones(1, 7, dtype=torch.int64) for name in ("prompt_attention_mask", "negative_prompt_attention_mask")
 }
+QWEN = {**SIZE, **text(24), "true_cfg_scale": 3.0} | {
+    name: torch.ones(1, 7, dtype=torch.int64) for name in ("prompt_embeds_mask", "negative_prompt_embeds_mask")
+}
 FROM_IMAGE = {"image": PICTURE, "strength": 0.6}
 
 SHIFTED = functools.partial(FLOW, use_dynamic_shifting=True)
@@ -150,6 +159,16 @@ VARIANTS = {
         family="wan",
         pipeline=lambda m: diffusers.WanVideoToVideoPipeline(None, None, m, wan_vae(), unipc()),
         call=WAN | {"video": FRAMES, "strength": 0.6},
+    ),
+    "qwen": Variant(
+        family="qwenimage",
+        pipeline=lambda m: diffusers.QwenImagePipeline(SHIFTED(), None, None, None, m),
+        call=QWEN,
+    ),
+    "qwen image to image": Variant(
+        family="qwenimage",
+        pipeline=lambda m: diffusers.QwenImageImg2ImgPipeline(SHIFTED(), qwen_vae(), None, None, m),
+        call=QWEN | FROM_IMAGE,
     ),
     "ltx": Variant(
         family="ltx", pipeline=lambda m: diffusers.LTXPipeline(SHIFTED(), None, None, None, m), call=LTX
@@ -192,6 +211,7 @@ def test_a_pipeline_draws_with_what_was_recorded_from_it(name):
         ("sd3", "sd3 image to image"),
         slow("flux", "flux image to image"),
         slow("flux", "flux inpainting"),
+        slow("qwen", "qwen image to image"),
         slow("wan", "wan video to video"),
     ],
 )
