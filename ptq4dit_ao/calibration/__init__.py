@@ -3,6 +3,7 @@
 from ptq4dit_ao.calibration.pipeline import collect_from_pipeline
 from ptq4dit_ao.calibration.samples import CalibrationSamples
 from ptq4dit_ao.calibration.sampling import SAMPLERS, Sampling, SamplingPipeline, as_denoiser, sample
+from ptq4dit_ao.calibration.schedule import check_timesteps
 from ptq4dit_ao.calibration.timesteps import NormalTimesteps, choose_timesteps
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Sampling",
     "SamplingPipeline",
     "as_denoiser",
+    "check_timesteps",
     "choose_timesteps",
     "collect_from_pipeline",
     "sample",

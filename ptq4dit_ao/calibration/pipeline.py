@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import math
+import numbers
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ptq4dit_ao.calibration.samples import CalibrationSamples, join_calls
-from ptq4dit_ao.calibration.timesteps import NormalTimesteps, StepSelection, choose_timesteps
+from ptq4dit_ao.calibration.schedule import FirstCalls, check_timesteps, known_times, rounding_of, steps_asked
+from ptq4dit_ao.calibration.timesteps import RELATIVE_TOLERANCE, NormalTimesteps, StepSelection, choose_timesteps
 from ptq4dit_ao.errors import ArgumentError, CalibrationError
 from ptq4dit_ao.graph.names import TIMESTEP_NAMES
 from ptq4dit_ao.graph.signature import CallSignature, flatten_call
+
+_log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -29,6 +35,7 @@ def collect_from_pipeline(
     batch_size: int = 16,
     component: str = "transformer",
     call: Mapping[str, object] | None = None,
+    skip: Callable[[Mapping[str, Any]], bool] | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> CalibrationSamples:
     """Generate one sample per prompt and keep the transformer's inputs at the chosen timesteps.
@@ -41,28 +48,37 @@ def collect_from_pipeline(
         pipeline: anything that calls a module of its own while denoising, as diffusers' pipelines do.
         prompts: classes or texts, given to the pipeline as ``class_labels`` or ``prompt``; None if ``call`` says
             everything, which is one call of the pipeline.
-        timesteps: how many, evenly spaced over ``steps``, or which, as the transformer receives them: for some flow
-            models that is in [0, 1]; or :class:`NormalTimesteps`, where each sample has steps of its own.
-        steps: sampling steps.
+        timesteps: how many, evenly spaced over the steps at which the component is called; or which, as the
+            transformer receives them: for some flow models that is in [0, 1]; or :class:`NormalTimesteps`, where each
+            sample has steps of its own.
+        steps: sampling steps. A component may be called at fewer, as both transformers of Wan 2.2 and those of
+            image-to-image pipelines are; that is seen where it receives its scheduler's times.
         guidance: classifier-free guidance scale; None leaves it to the pipeline.
         seed: of the initial noise and of drawn timesteps; equal seeds record equal samples.
         batch_size: prompts per pipeline call.
         component: the attribute of the pipeline that is recorded.
         call: more arguments for every call of the pipeline, passed as they are; they go before those above.
+        skip: tells, from the arguments of a call of the component by name, that it is not to be recorded. It runs all
+            the same. A graph computes one kind of call: this leaves out those of another, such as the one of
+            skip-layer guidance, ``lambda arguments: "skip_layers" in arguments``.
         on_step: called with (steps done, steps in all).
 
     Raises:
-        CalibrationError: the timesteps do not occur, the component does not exist or was not called, or its calls do
-            not fit together.
-        ArgumentError: the pipeline does not take such prompts, or the component takes what cannot be captured; or
-            timesteps are to be drawn for prompts that ``call`` holds.
+        CalibrationError: the timesteps do not occur, the component does not exist or was not called, its calls do not
+            fit together, or it received what is not finite.
+        ArgumentError: an argument makes no sense, the pipeline does not take such prompts, or the component takes what
+            cannot be captured; or timesteps are to be drawn for prompts that ``call`` holds.
     """
     module, call = _component(pipeline, component), dict(call or {})
+    _check_numbers(guidance, seed, batch_size)
+    check_timesteps(pipeline, timesteps, steps, component=component, call=call)
     parameters = inspect.signature(pipeline.__call__).parameters
-    selection = StepSelection(timesteps, steps)
     batches = _batches(pipeline, parameters, prompts, batch_size, call)
-    draws = _draws(timesteps, prompts, steps, seed)
-    length = _steps_per_run(pipeline, selection, whole_schedule="class_labels" in parameters and not call)
+    known = known_times(pipeline, component, steps, call)
+    asked = steps_asked(steps, call) if known is None else len(known)
+    selection = StepSelection(timesteps, asked, component, exact="num_inference_steps" in call)
+    draws = _draws(timesteps, prompts, selection.steps, seed, call)
+    length = _steps_per_run(selection, known)
     options: dict[str, object] = {
         "num_inference_steps": steps,
         "generator": torch.Generator().manual_seed(seed),
@@ -70,7 +86,10 @@ def collect_from_pipeline(
         **({} if guidance is None else {"guidance_scale": guidance}),
     }
     arguments = {name: value for name, value in options.items() if name in parameters} | call
-    with _Recorder(module, component, selection) as recorder:
+    _log_left_out(pipeline, [name for name in options if name not in arguments])
+    if seed and "generator" in call:
+        _log.warning("call has a generator of its own, so that seed=%d says nothing of the noise", seed)
+    with _Recorder(module, component, selection, FirstCalls(pipeline, component), skip) as recorder:
         for index, batch in enumerate(batches):
 
             def report(done: int, before: int = index * length) -> None:
@@ -89,13 +108,49 @@ def collect_from_pipeline(
 
 def _component(pipeline: object, name: str) -> nn.Module:
     module = getattr(pipeline, name, None)
-    if isinstance(module, nn.Module):
-        return module
-    others = [repr(key) for key, value in vars(pipeline).items() if isinstance(value, nn.Module)]
-    raise CalibrationError(
-        f"{type(pipeline).__name__} has no module {name!r} to record; give component= one of its modules: "
-        f"{', '.join(others) or 'it has none'}"
-    )
+    if not isinstance(module, nn.Module):
+        others = [repr(key) for key, value in vars(pipeline).items() if isinstance(value, nn.Module)]
+        raise CalibrationError(
+            f"{type(pipeline).__name__} has no module {name!r} to record; give component= one of its modules: "
+            f"{', '.join(others) or 'it has none'}"
+        )
+    hook = next(_hooks_that_change_results(module), None)
+    if hook is not None:
+        raise CalibrationError(
+            f"{type(pipeline).__name__}'s {name} has the hook {hook!r} of diffusers, a cache or the like: it would "
+            f"receive what no quantized model will; remove it before recording ({name}.disable_cache())"
+        )
+    return module
+
+
+_HARMLESS_HOOKS = (
+    "cp_", "group_offloading", "layer_execution_tracker", "layerwise_casting", "lazy_", "peft_autocast_disable",
+)  # fmt: skip
+"""How hooks of diffusers begin that move or cast parameters."""
+
+
+def _hooks_that_change_results(module: nn.Module) -> Iterator[str]:
+    """Names of the hooks of diffusers, in any part of a module, that let it compute something else."""
+    for part in module.modules():
+        registry = getattr(part, "_diffusers_hook", None)
+        yield from (name for name in getattr(registry, "hooks", {}) if not name.startswith(_HARMLESS_HOOKS))
+
+
+def _check_numbers(guidance: object, seed: object, batch_size: object) -> None:
+    """Raises ArgumentError for a value that no run can take."""
+    for name, value, least in (("seed", seed, 0), ("batch_size", batch_size, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ArgumentError(f"{name} is {value!r}; give a whole number of at least {least}")
+    if guidance is not None and not (isinstance(guidance, numbers.Real) and math.isfinite(guidance)):
+        raise ArgumentError(f"guidance is {guidance!r}; give a finite number, or None to leave it to the pipeline")
+
+
+def _log_left_out(pipeline: object, names: Sequence[str]) -> None:
+    """Say which options a pipeline does not take."""
+    meant = {"num_inference_steps": "steps", "generator": "seed", "guidance_scale": "guidance"}
+    left = [f"{meant[name]} ({name})" for name in names if name in meant]
+    if left:
+        _log.warning("%s does not take %s: nothing comes of it", type(pipeline).__name__, ", ".join(left))
 
 
 def _batches(
@@ -110,7 +165,12 @@ def _batches(
         return [{}]
     if isinstance(prompts, str):
         raise ArgumentError(f"prompts is the string {prompts!r}; give a list of them")
-    kinds = ("prompt", "class_labels") if prompts and isinstance(prompts[0], str) else ("class_labels", "prompt")
+    if len(prompts) == 0:
+        raise ArgumentError("the list of prompts is empty; give at least one, or prompts=None and all of them in call")
+    texts = [isinstance(prompt, str) for prompt in prompts]
+    if len(set(texts)) > 1:
+        raise ArgumentError(f"prompts holds texts and classes, {reprlib.repr(list(prompts))}; give one kind")
+    kinds = ("prompt", "class_labels") if texts[0] else ("class_labels", "prompt")
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     name = next((kind for kind in kinds if kind in parameters), kinds[0] if takes_all else None)
     if name is None:
@@ -118,13 +178,25 @@ def _batches(
             f"{type(pipeline).__name__} takes neither class_labels nor a prompt; it takes {', '.join(parameters)}: "
             "give prompts=None and these in call"
         )
-    if name in call:
-        raise ArgumentError(f"{name!r} is in call, and prompts are given, too; leave one of them out")
+    given = next((other for other in (name, f"{name}_embeds") if call.get(other) is not None), None)
+    if given is not None:
+        raise ArgumentError(f"{given!r} is in call, and prompts are given, too; leave one of them out")
+    if name == "class_labels" and not texts[0]:
+        _check_classes(pipeline, prompts)
     return [{name: list(prompts[i : i + size])} for i in range(0, len(prompts), size)]
 
 
+def _check_classes(pipeline: object, labels: Sequence[Any]) -> None:
+    """Raises ArgumentError for a class that the transformer does not know, where that is known."""
+    config: Any = getattr(getattr(pipeline, "transformer", None), "config", None)
+    last: int | None = getattr(config, "num_embeds_ada_norm", None)  # "no class", which is one, too
+    odd = [] if last is None else [label for label in labels if not 0 <= label <= last]
+    if odd:
+        raise ArgumentError(f"prompts holds class {odd[0]}, and the model knows 0 to {last}; give one of these")
+
+
 def _draws(
-    timesteps: object, prompts: Sequence[int] | Sequence[str] | None, steps: int, seed: int
+    timesteps: object, prompts: Sequence[int] | Sequence[str] | None, steps: int, seed: int, call: Mapping[str, object]
 ) -> list[list[int]] | None:
     """For each prompt the positions it is kept at, if each has its own."""
     if not isinstance(timesteps, NormalTimesteps):
@@ -133,25 +205,24 @@ def _draws(
         raise ArgumentError(
             "NormalTimesteps deals its draws out to prompts, but prompts is None; give the prompts there, not in call"
         )
+    several = next(
+        (name for name in ("num_images_per_prompt", "num_videos_per_prompt") if call.get(name, 1) != 1), None
+    )
+    if several is not None:
+        raise ArgumentError(
+            f"NormalTimesteps deals its draws out to prompts, and {several} is {call[several]!r}; give each prompt as "
+            "often as it is to be drawn"
+        )
     return timesteps.deal(len(prompts), steps, seed)
 
 
-def _steps_per_run(pipeline: Any, selection: StepSelection, *, whole_schedule: bool) -> int:
-    """How many steps a run takes until it is given up, as far as that is known.
-
-    A class-conditional pipeline passes on its scheduler's timesteps if they are integers, so that a wrong list is
-    refused here. Others scale them, or set the scheduler with arguments of their own.
-    """
+def _steps_per_run(selection: StepSelection, known: Sequence[float] | None) -> int:
+    """How many steps a run takes until it is given up, as far as that is known."""
     if selection.last is not None:
         return selection.last + 1
-    scheduler = getattr(pipeline, "scheduler", None)
-    if not whole_schedule or scheduler is None:
+    if known is None:
         return selection.steps
-    scheduler.set_timesteps(selection.steps)
-    if scheduler.timesteps.is_floating_point():
-        return selection.steps
-    available = list(dict.fromkeys(float(t) for t in scheduler.timesteps))
-    return 1 + available.index(choose_timesteps(available, selection.wanted)[-1])
+    return 1 + known.index(choose_timesteps(known, selection.wanted)[-1])
 
 
 class _Enough(Exception):  # noqa: N818  (a signal, not an error)
@@ -167,14 +238,25 @@ class _Call(NamedTuple):
 class _Recorder:
     """A forward pre-hook that keeps a module's arguments at the selected timesteps."""
 
-    def __init__(self, module: nn.Module, component: str, selection: StepSelection) -> None:
-        self.module, self.component, self.selection = module, component, selection
-        self.names = list(inspect.signature(module.forward).parameters)
+    def __init__(
+        self,
+        module: nn.Module,
+        component: str,
+        selection: StepSelection,
+        first_calls: FirstCalls,
+        skip: Callable[[Mapping[str, Any]], bool] | None,
+    ) -> None:
+        self.module, self.component, self.selection, self.first_calls = module, component, selection, first_calls
+        self.original = getattr(module, "_orig_mod", module)  # of torch.compile's module, whose forward takes anything
+        self.skip = skip or (lambda arguments: False)
+        self.skipped = 0
         self.calls: list[_Call] = []
         self.before = 0
         """Calls recorded in earlier runs."""
         self.report: Callable[[int], None] = lambda done: None
         self.draws: list[list[int]] | None = None
+        self.expected = False
+        """Are the steps of this run known?"""
 
     def __enter__(self) -> _Recorder:
         self._hook = self.module.register_forward_pre_hook(self._record, with_kwargs=True, prepend=True)
@@ -187,6 +269,8 @@ class _Recorder:
         """Begin a run; ``report`` is told the number of finished steps. Of ``draws`` each sample has its own."""
         self.report, self.before, self.draws = report, len(self.calls), draws
         self.selection.start()
+        self.first_calls.start()
+        self.expected = False
 
     def finish(self) -> None:
         """End a run, and drop what only seemed to be at a wanted timestep."""
@@ -198,34 +282,74 @@ class _Recorder:
     def samples(self) -> CalibrationSamples:
         if not self.calls:
             raise self._nothing()
-        return join_calls([(call.signature, call.tensors) for call in self.calls])
+        with torch.inference_mode(False):
+            return join_calls([(call.signature, call.tensors) for call in self.calls])
 
     def _nothing(self) -> CalibrationError:
+        if self.skipped:
+            return CalibrationError(
+                f"skip left out all {self.skipped} calls of the pipeline's {self.component}; nothing was recorded: "
+                "let it return False for those to record"
+            )
         return CalibrationError(f"the pipeline never called its {self.component}; nothing was recorded")
 
     def _record(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        given = _named(self.original, args, kwargs)
         given.pop("return_dict", None)
-        t = _timestep(module, given)
+        if self.skip(given):
+            self.skipped += 1
+            return
+        time = _timestep(self.original, given)
+        t = float(time.max() if isinstance(time, Tensor) else time)
+        if not self.expected and len(self.selection.visited) < 2 and t not in self.selection.visited:
+            self._look_ahead(time)
         if self.selection.is_over(t):
             raise _Enough
         finished = len(self.selection.visited)
         if finished and t not in self.selection.visited:
             self.report(finished)
         if self.selection.visit(t):
-            signature, tensors = flatten_call(module, given)
-            first = self.calls[0] if self.calls else None
-            if first is not None:
-                _check_structure(first.signature, signature)
-                _check_shapes(first.tensors, tensors)
-            else:
-                _check_batch(module, tensors, given)
-            if self.draws is not None:
-                tensors = _drawn_rows(tensors, self.draws, self.selection.visited[t])
-                if not tensors:
-                    return
-            known = {} if first is None else first.tensors
-            self.calls.append(_Call(t, signature, {name: _keep(x, known.get(name)) for name, x in tensors.items()}))
+            self._keep_call(given, t)
+
+    def _look_ahead(self, time: Tensor | float) -> None:
+        """As a run begins, ask whether its steps are those that are wanted; the first one always is, by position."""
+        times = self.first_calls.all_times(list(self.selection.visited), time)
+        listed = self.selection.positions is None
+        if times is not None and not (listed and rounding_of(time) > RELATIVE_TOLERANCE):
+            self.selection.expect(times)
+            self.expected = True
+
+    def _keep_call(self, given: dict[str, Any], t: float) -> None:
+        signature, tensors = flatten_call(self.original, given)
+        first = self.calls[0] if self.calls else None
+        if first is not None:
+            _check_structure(first.signature, signature)
+            _check_shapes(first.tensors, tensors)
+        else:
+            _check_batch(self.original, tensors, given)
+        _check_finite(self.component, tensors, t)
+        if self.draws is not None:
+            tensors = _drawn_rows(tensors, self.draws, self.selection.visited[t])
+            if not tensors:
+                return
+        known = {} if first is None else first.tensors
+        self.calls.append(_Call(t, signature, {name: _keep(x, known.get(name)) for name, x in tensors.items()}))
+
+
+def _named(module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, Any]:
+    """A call's arguments by name.
+
+    Raises:
+        CalibrationError: ``forward`` has no name for one.
+    """
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [name for name, p in inspect.signature(module.forward).parameters.items() if p.kind in kinds]
+    if len(args) > len(names):
+        raise CalibrationError(
+            f"forward of {type(module).__name__} names {len(names)} arguments, and was called with {len(args)} by "
+            "position; samples need names: call it with keywords, or give its forward a signature"
+        )
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _check_batch(module: nn.Module, tensors: Mapping[str, Tensor], given: Mapping[str, object]) -> None:
@@ -250,20 +374,34 @@ def _drawn_rows(tensors: dict[str, Tensor], draws: list[list[int]], position: in
     return {name: x[rows] if x.shape[:1] == (batch,) else x for name, x in tensors.items()} if rows else {}
 
 
+def _check_finite(component: str, tensors: Mapping[str, Tensor], t: float) -> None:
+    """Raises CalibrationError for a NaN or an infinity; a mask may hide with minus infinity."""
+    for name, x in tensors.items():
+        bad = x.isnan() | (x == torch.inf) if "mask" in name else ~x.isfinite()
+        if bad.any():
+            raise CalibrationError(
+                f"{component} received {x[bad][0].item()} in {name!r} at timestep {t:g}: the float pipeline goes wrong "
+                "there; draw with it once, and record in a dtype in which it works (float32)"
+            )
+
+
 def _keep(tensor: Tensor, known: Tensor | None) -> Tensor:
     """A copy on the CPU; position ids and the like, which are equal in all calls, are kept once."""
     tensor = tensor.detach().cpu()
-    return known if known is not None and torch.equal(tensor, known) else tensor.clone()
+    if known is not None and torch.equal(tensor, known):
+        return known
+    with torch.inference_mode(False):  # what learns needs ordinary tensors, wherever the pipeline ran
+        return tensor.clone()
 
 
-def _timestep(module: nn.Module, given: Mapping[str, object]) -> float:
-    """The time of a call. In a batch or per token (frames that are given have time 0), the latest one."""
+def _timestep(module: nn.Module, given: Mapping[str, Any]) -> Tensor | float:
+    """The time of a call. In a batch or per token (frames that are given have time 0), the latest one counts."""
     t = next((given[name] for name in TIMESTEP_NAMES if given.get(name) is not None), None)
     if t is None:
         raise CalibrationError(
             f"{type(module).__name__} received {', '.join(given)}, but no {', '.join(TIMESTEP_NAMES)} to tell steps by"
         )
-    return float(t.max() if isinstance(t, Tensor) else t)  # type: ignore[arg-type]
+    return t  # type: ignore[no-any-return]
 
 
 def _check_structure(first: CallSignature, other: CallSignature) -> None:
@@ -273,7 +411,7 @@ def _check_structure(first: CallSignature, other: CallSignature) -> None:
         if repr(first.arguments.get(name)) != repr(other.arguments.get(name)) or values.count("missing") == 1:
             raise CalibrationError(
                 f"argument {name!r} is {values[0]} in one call and {values[1]} in another; only tensors may differ: "
-                "record calls that agree in it"
+                "record calls that agree in it, and leave the others out (skip=, which is given their arguments)"
             )
 
 
@@ -284,6 +422,6 @@ def _check_shapes(first: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> N
         if kinds[0] != kinds[1]:
             shapes = [f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in (tensor, other[name])]
             raise CalibrationError(
-                f"input {name!r} is {shapes[0]} in one call and {shapes[1]} in another; rows need one shape: pad all "
-                "prompts to one length, and draw all samples at one size"
+                f"input {name!r} is {shapes[0]} in one call and {shapes[1]} in another; rows need one dtype and shape: "
+                "pad all prompts to one length, draw all samples at one size, or leave the others out (skip=)"
             )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ptq4dit_ao._atomic import replacing_file
 from ptq4dit_ao._tensor_file import read_tensors
-from ptq4dit_ao.errors import CalibrationError
+from ptq4dit_ao.errors import ArgumentError, CalibrationError
 from ptq4dit_ao.graph.names import TIMESTEP_NAMES
 from ptq4dit_ao.graph.signature import CallSignature
 
@@ -30,7 +30,7 @@ class CalibrationSamples:
         signature: how ``forward`` takes both; without it, by position.
 
     Raises:
-        CalibrationError: the numbers of rows differ, or the signature is of other tensors.
+        CalibrationError: the numbers of rows differ, a name is given twice, or the signature is of other tensors.
     """
 
     def __init__(
@@ -39,6 +39,13 @@ class CalibrationSamples:
         shared: Mapping[str, Tensor] | None = None,
         signature: CallSignature | None = None,
     ) -> None:
+        odd = [name for name, x in inputs.items() if not isinstance(x, Tensor) or x.ndim == 0]
+        odd += [name for name, x in (shared or {}).items() if not isinstance(x, Tensor) or name in inputs]
+        if odd:
+            raise CalibrationError(
+                f"the calibration input {odd[0]!r} is no tensor with rows, or it is shared, too; give each input once, "
+                "as a tensor (N, ...)"
+            )
         sizes = {name: len(tensor) for name, tensor in inputs.items()}
         if not sizes or len(set(sizes.values())) != 1 or 0 in sizes.values():
             raise CalibrationError(f"calibration inputs need one common, non-zero number of rows, got {sizes}")
@@ -51,7 +58,15 @@ class CalibrationSamples:
         return len(next(iter(self.inputs.values())))
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, ...]]:
-        """Tuples of inputs, ``size`` rows each; the last may be smaller. Shared tensors only with a signature."""
+        """Tuples of inputs, ``size`` rows each; the last may be smaller. Shared tensors only with a signature.
+
+        Raises:
+            ArgumentError: ``size`` is less than 1.
+        """
+        _check_rows("size", size)
+        return self._batches(size)
+
+    def _batches(self, size: int) -> Iterator[tuple[Tensor, ...]]:
         names = list(self.inputs) if self.signature is None else self.signature.names
         for start in range(0, len(self), size):
             rows = {name: tensor[start : start + size] for name, tensor in self.inputs.items()}
@@ -71,7 +86,12 @@ class CalibrationSamples:
             yield from rows.batches(len(rows))
 
     def spread(self, rows: int) -> CalibrationSamples:
-        """So many rows, as evenly over the timesteps as they were recorded; all if there are no more."""
+        """So many rows, as evenly over the timesteps as they were recorded; all if there are no more.
+
+        Raises:
+            ArgumentError: there are to be none.
+        """
+        _check_rows("rows", rows)
         order = self.timesteps.argsort(stable=True)
         rows = min(rows, len(self))
         return self._rows(order[[(2 * i + 1) * len(self) // (2 * rows) for i in range(rows)]])
@@ -81,6 +101,7 @@ class CalibrationSamples:
 
         Raises:
             CalibrationError: a shared tensor has a first axis of that size, which an export would take for the batch.
+            ArgumentError: ``size`` is less than 1.
         """
         batch = next(self.batches(size))
         if self.signature is None:
@@ -108,9 +129,11 @@ class CalibrationSamples:
         Raises:
             CalibrationError: it cannot be written.
         """
-        tensors = {name: tensor.contiguous() for name, tensor in {**self.inputs, **self.shared}.items()}
+        tensors = _apart({**self.inputs, **self.shared})
         metadata = {"format": _FORMAT, "inputs": ",".join(self.inputs)}
         try:
+            if any("," in name for name in self.inputs):
+                raise ValueError(f"a name of {list(self.inputs)} has a comma")
             if self.signature is not None:
                 metadata["signature"] = json.dumps(self.signature.to_json())
             with replacing_file(path) as temporary:
@@ -135,6 +158,24 @@ class CalibrationSamples:
                 f"the calibration samples in {path} are damaged ({error}); record them again"
             ) from error
         return cls(inputs, tensors, signature)
+
+
+def _check_rows(name: str, value: object) -> None:
+    """Raises ArgumentError for a number of rows that is none."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ArgumentError(f"{name} is {value!r}; give a whole number of rows, at least 1")
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As a file holds them: contiguous, and none in the memory of another."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return apart
 
 
 def join_calls(calls: Sequence[tuple[CallSignature, Mapping[str, Tensor]]]) -> CalibrationSamples:

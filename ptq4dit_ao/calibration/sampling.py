@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import math
+import numbers
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -19,6 +22,8 @@ Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 Sampler = Literal["ddim", "ddpm"]
 SAMPLERS: tuple[str, ...] = get_args(Sampler)
+BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
+BETA_SCHEDULES: tuple[str, ...] = get_args(BetaSchedule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,16 +39,34 @@ class Sampling:
     clip: bool
     """Does the model denoise pixels in [-1, 1] (clip every prediction) or latents?"""
     train_timesteps: int = 1000
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    beta_schedule: BetaSchedule = "linear"
     learned_variance: bool = False
     """Does the model predict how much noise DDPM adds, too, between its bounds?"""
     sampler: Sampler = "ddim"
     """DDIM as diffusers' pipelines have it, or DDPM as the DiT authors."""
 
+    def __post_init__(self) -> None:
+        """Raises ArgumentError for values that no model has."""
+        for name in ("channels", "size", "null_label", "train_timesteps"):
+            value = getattr(self, name)
+            if not _is_whole(value) or value < 1:
+                raise ArgumentError(f"{name} of a sampling is {value!r}; give a whole number of at least 1")
+        check_choice("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
+        check_choice("sampler", self.sampler, SAMPLERS)
+
     @classmethod
     def of(cls, transformer: nn.Module, *, clip: bool = False) -> Sampling:
-        """Read a diffusers ``DiTTransformer2DModel``'s config."""
-        config: Any = transformer.config
+        """Read a diffusers ``DiTTransformer2DModel``'s config.
+
+        Raises:
+            ArgumentError: it is not drawn by class.
+        """
+        config: Any = getattr(transformer, "config", None)
+        if getattr(config, "num_embeds_ada_norm", None) is None:
+            raise ArgumentError(
+                f"{type(transformer).__name__} is not drawn by class: its config has no num_embeds_ada_norm; draw with "
+                "its own pipeline"
+            )
         return cls(
             channels=config.in_channels,
             size=config.sample_size,
@@ -83,7 +106,7 @@ class Sampling:
 
     def check_steps(self, steps: int) -> None:
         """Raises ArgumentError unless a sampler can take so many steps."""
-        if not 1 <= steps <= self.train_timesteps:
+        if not _is_whole(steps) or not 1 <= steps <= self.train_timesteps:
             raise ArgumentError(
                 f"steps is {steps}; it must lie between 1 and the model's {self.train_timesteps} timesteps"
             )
@@ -140,7 +163,18 @@ def sample(
 ) -> Tensor:
     """Draw one image per label: (N,) -> (N, C, H, W); equal generators start from equal noise.
 
-    ``scheduler`` is one of diffusers', or one that wraps it; as ``sampling`` says, if not given.
+    Args:
+        denoiser: what predicts the noise.
+        sampling: what a sampler must know of it.
+        labels: classes, or ``sampling.null_label`` for none.
+        steps: of the sampler.
+        guidance: classifier-free guidance scale; 1 is none, and 0 leaves the label out.
+        generator: of the noise, on the CPU.
+        scheduler: one of diffusers' that is told the noise, or one that wraps it; as ``sampling`` says, if not given.
+        on_step: called with (steps done, steps in all).
+
+    Raises:
+        ArgumentError: no sampler takes so many steps, or an argument is not of this kind.
     """
     path = trajectory(
         denoiser, sampling, labels, steps=steps, guidance=guidance, generator=generator, scheduler=scheduler
@@ -164,6 +198,7 @@ def trajectory(
     scheduler: Any = None,
 ) -> Iterator[Step]:
     """The steps by which :func:`sample` gets to its images."""
+    _check_call(sampling, labels, guidance, generator, scheduler)
     scheduler = scheduler_for(sampling, steps, scheduler)
     x = torch.randn(len(labels), sampling.channels, sampling.size, sampling.size, generator=generator)
     learned = str(getattr(scheduler.config, "variance_type", "")).startswith("learned")
@@ -179,13 +214,52 @@ def scheduler_for(sampling: Sampling, steps: int, scheduler: Any) -> Any:
     """A scheduler of diffusers set to so many steps; the sampler's own if it is None.
 
     Raises:
-        ArgumentError: no sampler takes so many.
+        ArgumentError: no sampler takes so many, or the scheduler is not for a model of noise that sees its samples as
+            they are.
     """
     if scheduler is None:
         return sampling.scheduler(steps)
     sampling.check_steps(steps)
+    name, config = type(scheduler).__name__, cast(Any, getattr(scheduler, "config", None))
+    check_choice(f"prediction_type of {name}", getattr(config, "prediction_type", None), ("epsilon",))
+    if config.num_train_timesteps != sampling.train_timesteps:
+        raise ArgumentError(
+            f"{name} counts {config.num_train_timesteps} timesteps, and the model {sampling.train_timesteps}; make it "
+            f"with num_train_timesteps={sampling.train_timesteps}"
+        )
     scheduler.set_timesteps(steps)
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    if float(scheduler.init_noise_sigma) != 1 or not takes_generator:
+        raise ArgumentError(
+            f"{name} starts from scaled noise, or evaluates a step twice; use one that does not, as DDIMScheduler, "
+            "DDPMScheduler or DPMSolverMultistepScheduler"
+        )
     return scheduler
+
+
+def _check_call(sampling: Sampling, labels: Tensor, guidance: float, generator: object, scheduler: object) -> None:
+    """Raises ArgumentError for labels, a guidance scale or a generator that cannot be sampled with."""
+    whole = isinstance(labels, Tensor) and labels.dtype in (torch.int64, torch.int32)
+    if not whole or labels.ndim != 1 or len(labels) == 0:
+        shown = f"{tuple(labels.shape)} {labels.dtype}" if isinstance(labels, Tensor) else repr(labels)
+        raise ArgumentError(f"labels is {shown}; give a tensor (N,) of whole numbers, one for each image")
+    odd = labels[(labels < 0) | (labels > sampling.null_label)]
+    if len(odd):
+        raise ArgumentError(f"labels holds {odd[0].item()}; the model knows 0 to {sampling.null_label}")
+    if not isinstance(guidance, numbers.Real) or not math.isfinite(guidance):
+        raise ArgumentError(f"guidance is {guidance!r}; give a finite number")
+    fitted = getattr(scheduler, "fitted_guidance", guidance)
+    if fitted != guidance:
+        raise ArgumentError(
+            f"guidance is {guidance:g}, and the correction of the scheduler was fitted at {fitted:g}; draw with that, "
+            "or fit one for this"
+        )
+    if generator is not None and not (isinstance(generator, torch.Generator) and generator.device.type == "cpu"):
+        raise ArgumentError(f"generator is {generator!r}; give a torch.Generator on the CPU, where noise is drawn")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @torch.no_grad()

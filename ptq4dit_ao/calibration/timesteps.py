@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -35,7 +36,8 @@ class NormalTimesteps:
     """Draws in all."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std >= 0 and self.count >= 1):
+        numbers = all(isinstance(x, (int, float)) and math.isfinite(x) for x in (self.mean, self.std))
+        if not (numbers and self.std >= 0 and isinstance(self.count, int) and self.count >= 1):
             raise ArgumentError(f"{self} needs a finite mean, a finite std of at least 0, and a count of at least 1")
 
     def deal(self, samples: int, steps: int, seed: int) -> list[list[int]]:
@@ -52,42 +54,70 @@ class NormalTimesteps:
         return [positions[i::samples] for i in range(samples)]
 
 
-def choose_timesteps(available: Sequence[float], wanted: int | Sequence[float]) -> list[float]:
+def choose_timesteps(
+    available: Sequence[float], wanted: int | Sequence[float], what: str = "calibration"
+) -> list[float]:
     """A count takes evenly spaced ones from first to last; a list is checked, and takes the nearest.
+
+    ``what`` they are for, calibration or evaluation, is said in messages.
 
     Raises:
         CalibrationError: more are wanted than there are, or one does not occur.
     """
     if isinstance(wanted, int):
-        return [available[i] for i in spaced_positions(wanted, len(available))]
-    found = {nearest_timestep(available, t) for t in _not_empty(wanted)}
+        return [available[i] for i in spaced_positions(wanted, len(available), what)]
+    found = {nearest_timestep(available, t, what) for t in _not_empty(wanted, what)}
     return [t for t in available if t in found]
 
 
-def spaced_positions(count: int, steps: int) -> list[int]:
+def spaced_positions(count: int, steps: int, what: str = "calibration", taken_by: str = "the sampler has") -> list[int]:
     """``count`` of ``range(steps)``, evenly spaced from first to last.
+
+    ``what`` they are for and ``taken_by`` whom the steps are taken is said in messages.
 
     Raises:
         CalibrationError: there are not as many.
     """
     if not 1 <= count <= steps:
         raise CalibrationError(
-            f"{count} calibration timesteps asked for, the sampler has {steps} steps; ask for fewer "
-            "(calibration.timesteps, evaluation.timesteps), or for more steps (calibration.steps)"
+            f"{count} {what} timesteps asked for, {taken_by} {steps} steps; ask for fewer "
+            f"({what}.timesteps), or for more steps (calibration.steps)"
         )
     return [int(i) for i in np.linspace(0, steps - 1, count).round()]
 
 
-def nearest_timestep(available: Iterable[float], t: float) -> float:
+def nearest_timestep(available: Iterable[float], t: float, what: str = "calibration") -> float:
     """The one of ``available`` that is ``t``, up to rounding.
 
     Raises:
         CalibrationError: none is.
     """
     nearest = min(available, key=lambda a: abs(a - t))
-    if not _is_close(nearest, t):
-        raise CalibrationError(f"the sampler never visits timestep {t:g}; the nearest it visits is {nearest:g}")
+    if not is_close(nearest, t):
+        section = "" if what == "calibration" else f" ({what}.timesteps)"
+        raise CalibrationError(
+            f"the sampler never visits timestep {t:g}{section}; the nearest it visits is {nearest:g}"
+        )
     return nearest
+
+
+def check_wanted(wanted: object, steps: object, what: str = "calibration") -> None:
+    """Ask whether timesteps and steps make sense at all.
+
+    Raises:
+        ArgumentError: they are no numbers that a sampler could have.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ArgumentError(f"steps is {steps!r}; give a whole number of at least 1")
+    if isinstance(wanted, (int, NormalTimesteps)) and not isinstance(wanted, bool):
+        return
+    if isinstance(wanted, (str, bytes)) or not isinstance(wanted, Sequence):
+        raise ArgumentError(
+            f"{what} timesteps is {wanted!r}; give how many, a list of them, or NormalTimesteps(...) to draw them"
+        )
+    odd = [t for t in wanted if isinstance(t, bool) or not isinstance(t, numbers.Real) or not math.isfinite(t)]
+    if odd:
+        raise ArgumentError(f"{what} timesteps holds {odd[0]!r}; give finite numbers")
 
 
 class StepSelection:
@@ -98,12 +128,23 @@ class StepSelection:
     Args:
         wanted: how many, evenly spaced over ``steps``; or which timesteps; of a draw, all steps.
         steps: how many the sampler is asked to take.
+        component: what is called, for messages.
+        exact: the module is called at no more steps, whatever the schedule says.
 
     Raises:
         CalibrationError: more are wanted than there are, or none.
     """
 
-    def __init__(self, wanted: int | Sequence[float] | NormalTimesteps, steps: int) -> None:
+    def __init__(
+        self,
+        wanted: int | Sequence[float] | NormalTimesteps,
+        steps: int,
+        component: str = "transformer",
+        *,
+        exact: bool = False,
+    ) -> None:
+        self.component, self.exact = component, exact
+        self.count = wanted if isinstance(wanted, int) else None
         self.steps = steps
         self.positions: list[int] | None = None
         self.wanted: list[float] = []
@@ -112,7 +153,7 @@ class StepSelection:
         elif isinstance(wanted, int):
             self.positions = spaced_positions(wanted, steps)
         else:
-            self.wanted = _not_empty(wanted)
+            self.wanted = _not_empty(wanted, "calibration")
         self.visited: dict[float, int] = {}
         """Position of every timestep of this run."""
 
@@ -125,21 +166,36 @@ class StepSelection:
         """Begin a run."""
         self.visited = {}
 
+    def expect(self, times: Sequence[float]) -> None:
+        """As a run begins: these steps are all that it takes, at the times that the module receives.
+
+        Raises:
+            CalibrationError: what is wanted is not among them, or they are too few.
+        """
+        taken = min(self.steps, len(times)) if self.exact else len(times)
+        if self.positions is None:
+            for t in self.wanted:
+                nearest_timestep(times, t)
+        elif taken != self.steps and (self.count is None or self.count > taken):
+            raise self._other_number(taken)
+        elif self.count is not None:
+            self.positions = spaced_positions(self.count, taken)
+
     def is_over(self, t: float) -> bool:
         """Has this run passed all wanted steps when it arrives at ``t``?"""
         if t in self.visited:
             return False
         if self.positions is not None:
             return len(self.visited) > self.positions[-1]
-        seen = all(any(_is_close(v, w) for v in self.visited) for w in self.wanted)
-        return seen and not any(_is_close(t, w) for w in self.wanted)
+        seen = all(any(is_close(v, w) for v in self.visited) for w in self.wanted)
+        return seen and not any(is_close(t, w) for w in self.wanted)
 
     def visit(self, t: float) -> bool:
         """Is a call at ``t`` to be recorded? Of a list, whatever is close is; :meth:`chosen` says what to keep."""
         position = self.visited.setdefault(t, len(self.visited))
         if self.positions is not None:
             return position in self.positions
-        return any(_is_close(t, w) for w in self.wanted)
+        return any(is_close(t, w) for w in self.wanted)
 
     def chosen(self) -> set[float]:
         """The wanted ones among the timesteps of a run that has ended.
@@ -149,22 +205,29 @@ class StepSelection:
         """
         if self.positions is None:
             return {nearest_timestep(self.visited, t) for t in self.wanted}
-        taken = len(self.visited)
-        if taken <= self.positions[-1]:
-            missing = next(p for p in self.positions if p >= taken)
-            raise CalibrationError(
-                f"{len(self.positions)} calibration timesteps spread over {self.steps} steps include step "
-                f"{missing + 1}, but the sampler took {taken}; give steps={taken} (and, if the pipeline is to be asked "
-                f"for {self.steps}, call={{'num_inference_steps': {self.steps}}})"
-            )
+        if len(self.visited) <= self.positions[-1]:
+            raise self._other_number(len(self.visited))
         return {t for t, position in self.visited.items() if position in self.positions}
 
+    def _other_number(self, taken: int) -> CalibrationError:
+        drawn = self.count is None
+        wanted = (
+            "calibration timesteps are drawn from" if drawn else f"{self.count} calibration timesteps are spread over"
+        )
+        fewer = "" if drawn or self.count <= taken else f"timesteps={taken} and "  # type: ignore[operator]
+        return CalibrationError(
+            f"{wanted} {self.steps} steps, but the pipeline calls its {self.component} at {taken}; give "
+            f"{fewer}steps={taken} (and, if the pipeline is to be asked for {self.steps}, "
+            f"call={{'num_inference_steps': {self.steps}}})"
+        )
 
-def _not_empty(wanted: Sequence[float]) -> list[float]:
+
+def _not_empty(wanted: Sequence[float], what: str) -> list[float]:
     if not wanted:
-        raise CalibrationError("the list of calibration timesteps is empty; name at least one, or give a count")
+        raise CalibrationError(f"the list of {what} timesteps is empty; name at least one, or give a count")
     return list(wanted)
 
 
-def _is_close(t: float, wanted: float) -> bool:
+def is_close(t: float, wanted: float) -> bool:
+    """Are two times one, as far as float32 arithmetic and decimals go?"""
     return math.isclose(t, wanted, rel_tol=RELATIVE_TOLERANCE)

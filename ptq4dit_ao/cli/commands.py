@@ -14,7 +14,6 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from ptq4dit_ao.calibration import Sampling
-from ptq4dit_ao.calibration import sample as draw
 from ptq4dit_ao.cli.bench import bench as bench  # a command like those below
 from ptq4dit_ao.cli.evaluate import evaluate as evaluate
 from ptq4dit_ao.cli.progress import progress
@@ -27,6 +26,14 @@ from ptq4dit_ao.report import save_image_grid
 from ptq4dit_ao.workflow import QuantizedModel, balance_checkpoint, load_model, load_quantized
 from ptq4dit_ao.workflow import quantize as run_quantize
 from ptq4dit_ao.workflow.correction import corrected_scheduler
+from ptq4dit_ao.workflow.drawing import decoder
+from ptq4dit_ao.workflow.drawing import draw_images as draw
+from ptq4dit_ao.workflow.models import LoadedModel
+
+SHOWN_PIXELS = 64
+"""How wide small images are shown, at least."""
+DRAWN_CLASSES = 10
+"""Of models with more, if none are named."""
 
 
 def quantize(args: argparse.Namespace, console: Console) -> None:
@@ -69,16 +76,12 @@ def sample(args: argparse.Namespace, console: Console) -> None:
     """``ptq4dit-ao sample``."""
     model = load_quantized(args.directory)
     sampling = _sampling(model).by(args.sampler)
-    if sampling.channels not in (1, 3):
-        raise ArgumentError(
-            f"{args.directory} denoises {sampling.channels}-channel latents, which its VAE must decode; use it as the "
-            "transformer of a diffusers pipeline"
-        )
+    labels = _labels(args, sampling)
+    decode = None if sampling.channels in (1, 3) else decoder(_float_model(args, model), sampling)
     guidance = model.recipe.calibration.guidance if args.guidance is None else args.guidance
     scheduler = corrected_scheduler(args.directory, model, sampling, args.steps, guidance)
     lowered = model.lower(args.backend, float_dtype=_float_dtype(args))
     console.print(str(lowered.proof))
-    labels = torch.arange(sampling.null_label).repeat_interleave(args.per_class)
     with progress(console) as on_progress:
         images = draw(
             lowered,
@@ -86,11 +89,12 @@ def sample(args: argparse.Namespace, console: Console) -> None:
             labels,
             steps=args.steps,
             guidance=guidance,
-            generator=torch.Generator().manual_seed(args.seed),
+            seed=args.seed,
             scheduler=scheduler,
+            decode=decode,
             on_step=lambda done, total: on_progress("sample", done, total),
         )
-    save_image_grid(images, args.output, columns=args.per_class)
+    save_image_grid(images, args.output, columns=args.per_class, scale=max(1, SHOWN_PIXELS // images.shape[-1]))
     console.print(f"{len(images)} images in [bold]{args.output}[/]")
 
 
@@ -151,6 +155,25 @@ def _sampling(model: QuantizedModel) -> Sampling:
     if model.sampling is None:
         raise ArgumentError("this model was saved without the way to sample it; use it through its own pipeline")
     return model.sampling
+
+
+def _labels(args: argparse.Namespace, sampling: Sampling) -> torch.Tensor:
+    """The classes to draw, each as often as is asked for."""
+    classes = args.classes or range(min(DRAWN_CLASSES, sampling.null_label))
+    odd = [label for label in classes if not 0 <= label < sampling.null_label]
+    if odd:
+        raise ArgumentError(f"class {odd[0]} does not exist; the model has 0 to {sampling.null_label - 1} (--classes)")
+    return torch.tensor(list(classes)).repeat_interleave(args.per_class)
+
+
+def _float_model(args: argparse.Namespace, model: QuantizedModel) -> LoadedModel:
+    """The pipeline that a quantized model comes from, for its VAE."""
+    spec = args.model or model.recipe.model
+    if spec is None:
+        raise ArgumentError(
+            f"{args.directory} draws latents and does not know the pipeline whose VAE decodes them; say which (--model)"
+        )
+    return load_model(spec)
 
 
 def _float_dtype(args: argparse.Namespace) -> torch.dtype | None:

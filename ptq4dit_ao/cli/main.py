@@ -100,6 +100,11 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=_positive, default=50, help="sampling steps (default: %(default)s)")
     p.add_argument("--sampler", choices=SAMPLERS, help="default: what its recipe names, else ddim")
     p.add_argument("--guidance", type=float, help="guidance scale; default: the recipe's")
+    p.add_argument("--classes", type=_classes, metavar="N,...", help="what to draw, as 207,360; default: the first ten")
+    p.add_argument(
+        "--model", metavar="MODEL",
+        help="whose VAE decodes the images, if it draws latents: as for quantize; default: what the recipe names",
+    )  # fmt: skip
     p.add_argument("--per-class", type=_positive, default=10, metavar="N", help="images a class (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
 
@@ -262,6 +267,13 @@ def _words(text: str) -> tuple[str, ...]:
 
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(_positive(word) for word in _words(text))
+
+
+def _classes(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in _words(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of classes, such as 207,360") from None
 
 
 def _positive(text: str) -> int:

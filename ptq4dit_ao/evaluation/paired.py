@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ptq4dit_ao.core.metrics import energy_ratio_db
-from ptq4dit_ao.errors import ArgumentError
+from ptq4dit_ao.errors import ArgumentError, CalibrationError
 from ptq4dit_ao.evaluation.bootstrap import Estimate, bootstrap
 
 Denoiser = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -101,14 +101,28 @@ def paired_error(
 
     Raises:
         ArgumentError: the outputs have different shapes.
+        CalibrationError: an output is not finite.
     """
     parts = []
     for inputs in batches:
         expected, actual = rows_of(reference(*inputs)), rows_of(quantized(*inputs))
         if expected.shape != actual.shape:
             raise ArgumentError(f"shapes differ: reference {tuple(expected.shape)}, got {tuple(actual.shape)}")
-        parts.append(energies(timesteps_of(inputs, timestep_index), expected, actual))
+        timesteps = timesteps_of(inputs, timestep_index)
+        for name, output in (("float", expected), ("quantized", actual)):
+            _check_finite(name, output, timesteps)
+        parts.append(energies(timesteps, expected, actual))
     return PairedError.of(parts)
+
+
+def _check_finite(name: str, output: Tensor, timesteps: Tensor) -> None:
+    """Raises CalibrationError for a model that overflows: no figure of it means anything."""
+    bad = ~output.flatten(1).isfinite().all(1)
+    if bad.any():
+        raise CalibrationError(
+            f"the {name} model predicts NaN or infinity for {int(bad.sum())} of {len(bad)} rows, first at timestep "
+            f"{timesteps[bad][0].item():g}; run it there by itself, in float32"
+        )
 
 
 def energies(timesteps: Tensor, expected: Tensor, actual: Tensor) -> Tensor:

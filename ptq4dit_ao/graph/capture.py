@@ -367,6 +367,28 @@ def _video(model: Any, x: Tensor, latents: Tensor) -> Tensor:
     return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
+def _cogvideox_patch_embed(embed: Any) -> Attributes:
+    """CogVideoX: at another size than its own, it writes positions into an empty table, which cannot be traced.
+
+    Here the table is joined: zeros for the text, then the positions of the patches.
+    """
+    module = sys.modules[type(embed).__module__]
+
+    def positions(height: int, width: int, frames: int, device: torch.device | None = None) -> Tensor:
+        table = module.get_3d_sincos_pos_embed(
+            embed.embed_dim,
+            (width // embed.patch_size, height // embed.patch_size),
+            (frames - 1) // embed.temporal_compression_ratio + 1,
+            embed.spatial_interpolation_scale,
+            embed.temporal_interpolation_scale,
+            device=device,
+            output_type="pt",
+        ).flatten(0, 1)
+        return torch.cat([table.new_zeros(embed.max_text_seq_length, embed.embed_dim), table])[None]
+
+    return {"_get_positional_embeddings": positions}
+
+
 def _wan_animate(model: Any) -> Attributes:
     """Wan-Animate: encodes the faces in chunks to save memory; their number depends on the batch.
 
@@ -384,6 +406,7 @@ def _wan_animate(model: Any) -> Attributes:
 
 PATCHES: dict[str, Callable[[Any], Attributes]] = {
     "ChromaCombinedTimestepTextProjEmbeddings": _chroma_time_embed,
+    "CogVideoXPatchEmbed": _cogvideox_patch_embed,
     "CosmosLearnablePositionalEmbed": _cosmos_pos_embed,
     "HiDreamImageTransformer2DModel": _hidream,
     "HunyuanVideo15Transformer3DModel": _hunyuan_video15,

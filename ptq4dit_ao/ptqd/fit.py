@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ptq4dit_ao.calibration.sampling import Denoiser, Sampling, guided_noise, scheduler_for, trajectory
-from ptq4dit_ao.errors import CalibrationError
+from ptq4dit_ao.errors import ArgumentError, CalibrationError
 from ptq4dit_ao.ptqd.table import NoiseCorrection
 
 
@@ -43,9 +43,12 @@ def fit_noise_correction(
 
     Raises:
         CalibrationError: there are no labels, or a model predicts what is not finite.
+        ArgumentError: see :func:`~ptq4dit_ao.calibration.sample`.
     """
     if len(labels) == 0:
         raise CalibrationError("there are no labels to sample; give some, best of every class")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ArgumentError(f"batch_size is {batch_size!r}; give a whole number of at least 1")
     batches = labels.split(batch_size)
     timesteps: list[int] = []
     scheduler = scheduler_for(sampling, steps, scheduler)

@@ -55,8 +55,15 @@ class PTQDScheduler:
         self._is_ddim = isinstance(scheduler, diffusers.DDIMScheduler)
         if not self._is_ddim:
             check_choice("the scheduler's variance_type", scheduler.config.variance_type, tuple(_AS_VARIANCE))
+        if not isinstance(table, NoiseCorrection):
+            raise ArgumentError(f"the table is a {type(table).__name__}; give a NoiseCorrection (fit_noise_correction)")
         self._scheduler = scheduler
         self.table = table
+
+    @property
+    def fitted_guidance(self) -> float:
+        """The guidance scale that the table is of, for samplers to compare."""
+        return self.table.guidance
 
     def __getattr__(self, name: str) -> Any:
         if name == "_scheduler":  # not there yet while copy or pickle make one
@@ -66,7 +73,7 @@ class PTQDScheduler:
     def step(
         self,
         model_output: Tensor,
-        timestep: int | Tensor,
+        timestep: float | Tensor,
         sample: Tensor,
         *,
         eta: float = 0.0,
@@ -91,6 +98,7 @@ class PTQDScheduler:
         channels = sample.shape[1]
         eps = self.table.correct(model_output[:, :channels], timestep)
         corrected = torch.cat([eps, model_output[:, channels:]], dim=1)
+        timestep = int(timestep) if isinstance(timestep, float) else timestep  # the table has it, so it is whole
         if self._is_ddim:
             out = self._ddim_step(corrected, timestep, sample, eta, use_clipped_model_output, generator)
         else:

@@ -79,7 +79,7 @@ class NoiseCorrection:
         """Is it of this guidance scale, and of all these timesteps?"""
         return guidance == self.guidance and set(timesteps) <= self._rows.keys()
 
-    def correct(self, eps: Tensor, timestep: int | Tensor) -> Tensor:
+    def correct(self, eps: Tensor, timestep: float | Tensor) -> Tensor:
         """``(eps - mu_t) / (1 + k_t)``: the quantized model's guided noise (N, C, ...) made like the float model's.
 
         Raises:
@@ -92,7 +92,7 @@ class NoiseCorrection:
         mu = self.mu[row].to(eps).view(channels, *[1] * (eps.ndim - 2))
         return (eps - mu) / (1 + self.k[row].item())
 
-    def remaining_variance(self, timestep: int | Tensor) -> float:
+    def remaining_variance(self, timestep: float | Tensor) -> float:
         """``sigma_q^2 / (1 + k_t)^2``: what quantization adds to every element of the corrected noise.
 
         Raises:
@@ -133,13 +133,15 @@ class NoiseCorrection:
     def _rows(self) -> dict[int, int]:
         return {t: row for row, t in enumerate(self.timesteps.tolist())}
 
-    def _row(self, timestep: int | Tensor) -> int:
-        row = self._rows.get(int(timestep))
+    def _row(self, timestep: float | Tensor) -> int:
+        if torch.as_tensor(timestep).numel() != 1:
+            raise ArgumentError(f"the timestep of a noise correction is {timestep}; give one for the whole batch")
+        row = self._rows.get(float(timestep))  # type: ignore[call-overload]  # equal to an int, if it is one
         if row is None:
             known = [str(t) for t in self._rows]
             shown = known if self.steps <= 8 else [*known[:3], "...", known[-1]]
             raise ArgumentError(
-                f"the noise correction has no timestep {int(timestep)}; it was fitted for {self.steps} steps at "
+                f"the noise correction has no timestep {float(timestep):g}; it was fitted for {self.steps} steps at "
                 f"{', '.join(shown)}: sample with these, or fit one for this schedule"
             )
         return row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from ptq4dit_ao.calibration.sampling import Denoiser
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.ptqd import NoiseCorrection, PTQDScheduler
 from ptq4dit_ao.workflow.models import LoadedModel
+
+_log = logging.getLogger(__name__)
 
 OnCount = Callable[[int, int], None]
 """``(done, in all)``."""
@@ -49,32 +52,67 @@ class Drawing:
         self, denoiser: Denoiser, on_step: OnCount = lambda *_: None, correction: NoiseCorrection | None = None
     ) -> Tensor:
         """(samples, C, H, W) of all classes in turn."""
-        generator = torch.Generator().manual_seed(self.seed)
-        labels = (torch.arange(self.samples) % self.sampling.null_label).split(BATCH)
         scheduler = self.sampling.scheduler(self.steps)
-        done, images = 0, []
+        return draw_images(
+            denoiser,
+            self.sampling,
+            torch.arange(self.samples) % self.sampling.null_label,
+            steps=self.steps,
+            guidance=self.guidance,
+            seed=self.seed,
+            scheduler=scheduler if correction is None else PTQDScheduler(scheduler, correction),
+            decode=self.decode,
+            on_step=on_step,
+        )
 
-        def advance(*_: int) -> None:
-            nonlocal done
-            done += 1
-            on_step(done, self.units)
 
-        for batch in labels:
-            drawn = sample(
-                denoiser,
-                self.sampling,
-                batch,
-                steps=self.steps,
-                guidance=self.guidance,
-                generator=generator,
-                scheduler=scheduler if correction is None else PTQDScheduler(scheduler, correction),
-                on_step=advance,
-            )
-            if self.decode is not None:
-                drawn = torch.cat([self.decode(part) for part in drawn.split(DECODED)])
-                advance()
-            images.append(drawn)
-        return torch.cat(images)
+@torch.no_grad()
+def draw_images(
+    denoiser: Denoiser,
+    sampling: Sampling,
+    labels: Tensor,
+    *,
+    steps: int,
+    guidance: float,
+    seed: int,
+    scheduler: Any = None,
+    decode: Callable[[Tensor], Tensor] | None = None,
+    on_step: OnCount = lambda *_: None,
+) -> Tensor:
+    """One image for each label, some at a time: (N,) -> (N, C, H, W) in [-1, 1], through ``decode`` if it is given."""
+    generator, parts = torch.Generator().manual_seed(seed), labels.split(BATCH)
+    done, units = 0, len(parts) * (steps + (decode is not None))
+    drawn: list[Tensor] = []
+
+    def advance(*_: int) -> None:
+        nonlocal done
+        done += 1
+        on_step(done, units)
+
+    for part in parts:
+        result = sample(
+            denoiser,
+            sampling,
+            part,
+            steps=steps,
+            guidance=guidance,
+            generator=generator,
+            scheduler=scheduler,
+            on_step=advance,
+        )
+        if decode is not None:
+            result = torch.cat([decode(latents) for latents in result.split(DECODED)])
+            advance()
+        drawn.append(result)
+    images = torch.cat(drawn)
+    broken = int((~images.flatten(1).isfinite().all(1)).sum())
+    if broken:
+        _log.warning(
+            "%d of %d images hold NaN or infinity: the model overflows; try another float dtype, or more bits",
+            broken,
+            len(images),
+        )
+    return images
 
 
 def decoder(model: LoadedModel, sampling: Sampling) -> Callable[[Tensor], Tensor] | None:
@@ -85,11 +123,22 @@ def decoder(model: LoadedModel, sampling: Sampling) -> Callable[[Tensor], Tensor
     """
     if sampling.channels in (1, 3):
         return None
-    vae: Any = getattr(model.pipeline, "vae", None)
+    vae = vae_of(model)
     if vae is None:
         raise ArgumentError(
             f"{model.name} denoises {sampling.channels}-channel latents and has no VAE to decode them; give the folder "
             "of its whole pipeline (--model)"
         )
+    if vae.config.latent_channels != sampling.channels:
+        raise ArgumentError(
+            f"the VAE of {model.name} decodes {vae.config.latent_channels}-channel latents, and these have "
+            f"{sampling.channels}; give the pipeline that the quantized model comes from (--model)"
+        )
     vae.eval().requires_grad_(False)
-    return lambda latents: vae.decode(latents / vae.config.scaling_factor).sample.clamp(-1, 1)
+    scale = vae.config.scaling_factor
+    return lambda latents: vae.decode(latents.to(vae.device, vae.dtype) / scale).sample.clamp(-1, 1).to(latents)
+
+
+def vae_of(model: LoadedModel) -> Any:
+    """What its pipeline decodes latents with; None if there is none."""
+    return getattr(model.pipeline, "vae", None)

@@ -22,7 +22,7 @@ from ptq4dit_ao.workflow.environment import environment
 from ptq4dit_ao.workflow.evaluation_result import EvaluationResult
 from ptq4dit_ao.workflow.models import LoadedModel, load_model
 from ptq4dit_ao.workflow.quantized_model import QuantizedModel, load_quantized
-from ptq4dit_ao.workflow.samples import OnProgress, recorded_samples
+from ptq4dit_ao.workflow.samples import OnProgress, check_recording, recorded_samples
 from ptq4dit_ao.workflow.standard import given_yardstick, network_for, standard_of
 
 CORRECTED = "images are drawn with the noise corrected in the scheduler (PTQD); eps SQNR is the model's own"
@@ -73,6 +73,7 @@ def evaluate(
     recipe = quantized.recipe
     loaded, sampling = _float_model(directory, quantized, model, sampler)
     sampling.check_steps(steps)
+    check_recording(loaded, recipe, ["evaluation"])
     drawing = Drawing(
         sampling=sampling,
         samples=samples,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from ptq4dit_ao.calibration import Sampling, SamplingPipeline
 from ptq4dit_ao.errors import ArgumentError, MissingDependencyError
 from ptq4dit_ao.reference import DIGITS, FASHION, Reference, load_reference_dit
 from ptq4dit_ao.workflow.by_name import call_by_name
+
+_log = logging.getLogger(__name__)
 
 SHIPPED = {"reference": DIGITS, "fashion": FASHION}
 """What a recipe calls the models that come with the package."""
@@ -131,6 +134,12 @@ def _wrap(name: str, model: Any, sampling: Sampling | None = None) -> LoadedMode
     if sampling is None and type(transformer).__name__ == "DiTTransformer2DModel":
         sampling = Sampling.of(transformer)
     pipeline = None if model is transformer else model
+    if isinstance(getattr(pipeline, "transformer_2", None), nn.Module):
+        _log.warning(
+            "%s has two transformers, of which this takes the first; record the second with collect_from_pipeline(..., "
+            'component="transformer_2") and quantize it by itself',
+            name,
+        )
     if pipeline is None and sampling is not None:
         pipeline = SamplingPipeline(transformer, sampling)
     return LoadedModel(name=name, transformer=transformer, pipeline=pipeline, sampling=sampling)

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from ptq4dit_ao._atomic import replace_text
 from ptq4dit_ao.artifact import check_target
-from ptq4dit_ao.calibration import CalibrationSamples, as_denoiser, sample
+from ptq4dit_ao.calibration import CalibrationSamples, as_denoiser
 from ptq4dit_ao.calibration.sampling import Denoiser
 from ptq4dit_ao.evaluation import paired_error
 from ptq4dit_ao.graph import export_transformer
@@ -25,11 +25,14 @@ from ptq4dit_ao.workflow.apply import EXAMPLE_ROWS, Stopwatch, apply_recipe, on_
 from ptq4dit_ao.workflow.correction import FILE as CORRECTION
 from ptq4dit_ao.workflow.correction import check_correction, fit_correction
 from ptq4dit_ao.workflow.diagnostics import diagnose, timestep_position
+from ptq4dit_ao.workflow.drawing import decoder, draw_images, vae_of
 from ptq4dit_ao.workflow.models import LoadedModel
 from ptq4dit_ao.workflow.quantized_model import QuantizedModel
-from ptq4dit_ao.workflow.samples import OnProgress, recorded_samples
+from ptq4dit_ao.workflow.samples import OnProgress, check_recording, recorded_samples
 
 GRID_CLASSES = GRID_PER_CLASS = 10
+LATENT_GRID_CLASSES = 8
+"""Images of models that need a VAE are large, and few are enough."""
 
 
 def quantize(
@@ -60,6 +63,8 @@ def quantize(
     check_target(output)
     model = model.drawn_by(recipe.calibration.sampler)
     check_correction(model, recipe)
+    if samples is None:
+        check_recording(model, recipe)
     resume = Path(f"{output}.rounding") if recipe.rounding.sequential else None
     clock = Stopwatch()
     recorded = evaluated = recorded_samples(model, recipe, samples, on_progress=on_progress)
@@ -138,23 +143,26 @@ def _evaluate(
 def _grids(
     model: LoadedModel, quantized: QuantizedModel, correction: NoiseCorrection | None, on_progress: OnProgress
 ) -> tuple[Tensor, Tensor] | None:
-    """Samples of the float and the quantized model from equal noise, if the model draws images."""
+    """Samples of the float and the quantized model from equal noise, if the model draws images or has a VAE."""
     sampling = model.sampling
-    if sampling is None or sampling.channels not in (1, 3):
+    if sampling is None or (sampling.channels not in (1, 3) and vae_of(model) is None):
         return None
-    labels = torch.arange(GRID_CLASSES).repeat_interleave(GRID_PER_CLASS)
+    decode = decoder(model, sampling)
+    classes, per_class = (GRID_CLASSES, GRID_PER_CLASS) if decode is None else (LATENT_GRID_CLASSES, 1)
+    labels = torch.arange(min(classes, sampling.null_label)).repeat_interleave(per_class)
     steps = quantized.recipe.calibration.steps
     corrected = None if correction is None else PTQDScheduler(sampling.scheduler(steps), correction)
 
     def draw(stage: str, denoiser: Denoiser, scheduler: PTQDScheduler | None = None) -> Tensor:
-        return sample(
+        return draw_images(
             denoiser,
             sampling,
             labels,
             steps=steps,
             guidance=quantized.recipe.calibration.guidance,
-            generator=torch.Generator().manual_seed(quantized.recipe.evaluation.seed),
+            seed=quantized.recipe.evaluation.seed,
             scheduler=scheduler,
+            decode=decode,
             on_step=lambda done, total: on_progress(stage, done, total),
         )
 

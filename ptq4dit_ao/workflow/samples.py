@@ -5,11 +5,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ptq4dit_ao.calibration import CalibrationSamples, NormalTimesteps, SamplingPipeline, collect_from_pipeline
-from ptq4dit_ao.errors import CalibrationError
+from ptq4dit_ao.calibration import (
+    CalibrationSamples,
+    NormalTimesteps,
+    SamplingPipeline,
+    check_timesteps,
+    collect_from_pipeline,
+)
+from ptq4dit_ao.errors import CalibrationError, PTQ4DiTError
 from ptq4dit_ao.recipe import NormalDraw, Recipe
 from ptq4dit_ao.workflow.models import LoadedModel
 
@@ -40,28 +47,72 @@ def recorded_samples(
     """
     if file is not None:
         return CalibrationSamples.load(file)
-    sampling, pipeline = model.drawn_by(recipe.calibration.sampler).sampling, model.pipeline
+    pipeline, settings = _pipeline(model, recipe), recipe.evaluation if evaluate else recipe.calibration
+    prompts = _prompts(model, recipe, settings.samples, settings.seed)
+    _check_section(pipeline, recipe, "evaluation" if evaluate else "calibration")
+    stage = "evaluation samples" if evaluate else "calibration samples"
+    try:
+        return collect_from_pipeline(
+            pipeline,
+            prompts,
+            timesteps=wanted_timesteps(settings.timesteps),
+            steps=recipe.calibration.steps,
+            guidance=recipe.calibration.guidance,
+            seed=settings.seed,
+            batch_size=recipe.calibration.batch_size,
+            call=_size(recipe),
+            on_step=lambda done, total: on_progress(stage, done, total),
+        )
+    except PTQ4DiTError:
+        raise
+    except Exception as error:  # whatever somebody's pipeline makes of its arguments
+        raise CalibrationError(
+            f"{type(pipeline).__name__} of {model.name} failed while it drew {stage}: {type(error).__name__}: {error}; "
+            "run it by hand with the recipe's steps, guidance and sizes, or record samples (--samples FILE)"
+        ) from error
+
+
+def check_recording(
+    model: LoadedModel, recipe: Recipe, sections: Sequence[str] = ("calibration", "evaluation")
+) -> None:
+    """Ask before any sampling whether the samples of a recipe's sections can be drawn.
+
+    Raises:
+        CalibrationError: see :func:`recorded_samples`; or there are fewer steps than timesteps, or fewer draws than
+            samples.
+        ArgumentError: the recipe names a sampler, and the model is not drawn by class.
+    """
+    pipeline = _pipeline(model, recipe)
+    _prompts(model, recipe, 1, recipe.calibration.seed)
+    for section in sections:
+        _check_section(pipeline, recipe, section)
+
+
+def _check_section(pipeline: Any, recipe: Recipe, section: str) -> None:
+    settings, steps = getattr(recipe, section), recipe.calibration.steps
+    timesteps = wanted_timesteps(settings.timesteps)
+    check_timesteps(pipeline, timesteps, steps, call=_size(recipe), what=section)
+    if isinstance(timesteps, NormalTimesteps):
+        timesteps.deal(settings.samples, steps, settings.seed)
+
+
+def _pipeline(model: LoadedModel, recipe: Recipe) -> Any:
+    """What draws the samples: the model's own pipeline, or the sampler that the recipe names."""
+    sampling = model.drawn_by(recipe.calibration.sampler).sampling
     if recipe.calibration.sampler is not None and sampling is not None:
-        pipeline = SamplingPipeline(model.transformer, sampling)
-    if pipeline is None:
+        sampling.check_steps(recipe.calibration.steps)
+        return SamplingPipeline(model.transformer, sampling)
+    if model.pipeline is None:
         raise CalibrationError(
             f"{model.name} is a transformer without a pipeline that could draw calibration samples; give the folder of "
             "the pipeline, or samples recorded with collect_from_pipeline (--samples FILE)"
         )
-    settings = recipe.evaluation if evaluate else recipe.calibration
-    stage = "evaluation samples" if evaluate else "calibration samples"
-    size = {name: value for name in ("height", "width", "num_frames") if (value := getattr(recipe.calibration, name))}
-    return collect_from_pipeline(
-        pipeline,
-        _prompts(model, recipe, settings.samples, settings.seed),
-        timesteps=wanted_timesteps(settings.timesteps),
-        steps=recipe.calibration.steps,
-        guidance=recipe.calibration.guidance,
-        seed=settings.seed,
-        batch_size=recipe.calibration.batch_size,
-        call=size,
-        on_step=lambda done, total: on_progress(stage, done, total),
-    )
+    return model.pipeline
+
+
+def _size(recipe: Recipe) -> dict[str, int]:
+    """What a pipeline is told of the size of its images."""
+    return {name: value for name in ("height", "width", "num_frames") if (value := getattr(recipe.calibration, name))}
 
 
 def wanted_timesteps(timesteps: int | Sequence[float] | NormalDraw) -> int | Sequence[float] | NormalTimesteps:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
@@ -18,6 +19,7 @@ from ptq4dit_ao.calibration import (
     Sampling,
     SamplingPipeline,
     as_denoiser,
+    check_timesteps,
     choose_timesteps,
     collect_from_pipeline,
     sample,
@@ -85,7 +87,9 @@ def test_draws_are_dealt_out_in_turn():
         one.deal(9, 50, seed=0)
 
 
-@pytest.mark.parametrize("wrong", [{"mean": torch.nan}, {"std": -0.1}, {"std": torch.inf}, {"count": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"mean": torch.nan}, {"mean": "0.4"}, {"std": -0.1}, {"std": torch.inf}, {"count": 0}, {"count": 2.5}]
+)
 def test_draws_that_make_no_sense(wrong):
     with pytest.raises(ArgumentError, match=r"NormalTimesteps\(.*\) needs a finite mean"):
         NormalTimesteps(**wrong)
@@ -134,11 +138,40 @@ def test_shuffling_moves_whole_rows(samples):
         ({}, r"one common, non-zero number of rows, got \{\}"),
         ({"x": torch.zeros(3, 2), "t": torch.zeros(2)}, r"got \{'x': 3, 't': 2\}"),
         ({"x": torch.zeros(0, 2), "t": torch.zeros(0)}, r"got \{'x': 0, 't': 0\}"),
+        ({"x": torch.zeros(2), "t": torch.tensor(1.0)}, "the calibration input 't' is no tensor with rows"),
+        ({"x": [1.0, 2.0]}, r"input 'x' is no tensor with rows, .* give each input once, as a tensor \(N, ...\)"),
     ],
 )
 def test_samples_need_rows(inputs, message):
     with pytest.raises(CalibrationError, match=message):
         CalibrationSamples(inputs)
+
+
+def test_a_name_is_either_of_rows_or_shared():
+    with pytest.raises(CalibrationError, match="'x' is no tensor with rows, or it is shared, too"):
+        CalibrationSamples({"x": torch.zeros(2)}, {"x": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("rows", [0, -1, 2.0, True])
+def test_batches_of_no_rows(samples, rows):
+    for take in (samples.batches, samples.spread, samples.example):
+        with pytest.raises(ArgumentError, match=rf"is {rows}; give a whole number of rows, at least 1"):
+            take(rows)
+
+
+def test_tensors_of_one_memory_are_written_apart(tmp_path):
+    table = torch.randn(4, 6)
+    samples = CalibrationSamples({"x": table, "y": table}, {"ids": table[:3], "same": table})
+    samples.save(tmp_path / "samples.safetensors")
+    loaded = CalibrationSamples.load(tmp_path / "samples.safetensors")
+    assert_equal(loaded, samples)
+    assert torch.equal(loaded.shared["ids"], table[:3]) and torch.equal(loaded.shared["same"], table)
+
+
+def test_a_name_that_a_file_cannot_hold(tmp_path):
+    with pytest.raises(CalibrationError, match=r"cannot write .*: a name of \['x,y'\] has a comma"):
+        CalibrationSamples({"x,y": torch.zeros(2)}).save(tmp_path / "samples.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_files_that_hold_no_samples(tmp_path):
@@ -322,10 +355,9 @@ def test_hooks_go_even_if_the_pipeline_fails():
     assert not pipeline.transformer._forward_hooks and not pipeline.transformer._forward_pre_hooks
 
 
-@pytest.mark.parametrize("labels", [LABELS, []])
-def test_a_pipeline_that_does_not_call_its_transformer(labels):
+def test_a_pipeline_that_does_not_call_its_transformer():
     with pytest.raises(CalibrationError, match="never called its transformer; nothing was recorded"):
-        collect_from_pipeline(Broken("idle"), labels, timesteps=1, steps=STEPS)
+        collect_from_pipeline(Broken("idle"), LABELS, timesteps=1, steps=STEPS)
 
 
 def test_unknown_timesteps_are_refused_before_anything_runs(pipeline, calls):
@@ -333,6 +365,46 @@ def test_unknown_timesteps_are_refused_before_anything_runs(pipeline, calls):
         collect_from_pipeline(pipeline, LABELS, timesteps=[5], steps=STEPS)
     with pytest.raises(CalibrationError, match="11 calibration timesteps asked for, the sampler has 10 steps"):
         collect_from_pipeline(pipeline, LABELS, timesteps=11, steps=STEPS)
+    assert calls.inputs == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": []}, "the list of prompts is empty; give at least one"),
+        ({"prompts": [3, "cat"]}, r"prompts holds texts and classes, \[3, 'cat'\]; give one kind"),
+        ({"prompts": [3, 11]}, "prompts holds class 11, and the model knows 0 to 10; give one of these"),
+        ({"prompts": [-1]}, "prompts holds class -1, and the model knows 0 to 10"),
+        ({"steps": 0}, "steps is 0; give a whole number of at least 1"),
+        ({"steps": 2.5}, "steps is 2.5; give a whole number"),
+        ({"batch_size": 0}, "batch_size is 0; give a whole number of at least 1"),
+        ({"seed": -1}, "seed is -1; give a whole number of at least 0"),
+        ({"guidance": float("nan")}, "guidance is nan; give a finite number, or None to leave it to the pipeline"),
+        ({"timesteps": True}, "calibration timesteps is True; give how many, a list of them, or NormalTimesteps"),
+        ({"timesteps": "all"}, "calibration timesteps is 'all'; give how many"),
+        ({"timesteps": [900, float("inf")]}, "calibration timesteps holds inf; give finite numbers"),
+    ],
+)
+def test_arguments_that_no_run_can_take(arguments, message):
+    with pytest.raises(ArgumentError, match=message):
+        collect_from_pipeline(bare_pipeline(), **{"prompts": LABELS, "timesteps": 2, "steps": STEPS, **arguments})
+
+
+def test_timesteps_are_checked_without_a_run(pipeline, calls):
+    check_timesteps(pipeline, 10, STEPS)
+    check_timesteps(pipeline, _visited(pipeline, [701, 901]), STEPS, what="evaluation")
+    check_timesteps(pipeline, NormalTimesteps(count=3), STEPS)
+    check_timesteps(pipeline, [*np.asarray(_visited(pipeline, [701, 901]), dtype=np.int64)], STEPS)
+    message = (
+        r"20 evaluation timesteps asked for, the sampler has 10 steps; ask for fewer \(evaluation\.timesteps\), or for "
+        r"more steps \(calibration\.steps\)"
+    )
+    with pytest.raises(CalibrationError, match=message):
+        check_timesteps(pipeline, 20, STEPS, what="evaluation")
+    with pytest.raises(CalibrationError, match="never visits timestep 5; the nearest"):
+        check_timesteps(pipeline, [5], STEPS)
+    with pytest.raises(CalibrationError, match=r"DDIMScheduler cannot take 1001 steps: .*; give other steps"):
+        check_timesteps(pipeline, 3, 1001)
     assert calls.inputs == []
 
 

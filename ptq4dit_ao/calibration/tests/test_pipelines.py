@@ -237,6 +237,227 @@ def test_a_timestep_of_the_scheduler_that_the_transformer_does_not_receive():
         collect(quiet(flux.pipeline(FAMILIES["flux"].model())), flux, [1000.0])
 
 
+# -- components that are called at some of the steps only ------------------------------------------------------------
+
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+
+
+def wan_experts(ratio: float | None = 0.5) -> Any:
+    """Wan 2.2 A14B: one transformer for much noise, one for little."""
+    return quiet(
+        diffusers.WanPipeline(
+            None,
+            None,
+            vae=None,
+            scheduler=diffusers.UniPCMultistepScheduler(**FLOW),
+            transformer=FAMILIES["wan"].model(),
+            transformer_2=FAMILIES["wan"].model(seed=1),
+            boundary_ratio=ratio,
+        )
+    )
+
+
+def count_calls(pipeline: Any, *components: str) -> list[str]:
+    """The components that run, one entry for each call."""
+    seen: list[str] = []
+    for name in components:
+        getattr(pipeline, name).register_forward_hook(lambda *_, name=name: seen.append(name))
+    return seen
+
+
+@pytest.mark.parametrize(("component", "own"), [("transformer", slice(0, 4)), ("transformer_2", slice(4, 6))])
+def test_each_of_two_experts_is_recorded_at_its_own_steps(component, own):
+    pipeline = wan_experts()
+    pipeline.scheduler.set_timesteps(6)
+    available = pipeline.scheduler.timesteps.tolist()[own]
+    for count in range(1, len(available) + 1):
+        samples = collect_from_pipeline(pipeline, None, component=component, timesteps=count, steps=6, call=WAN)
+        assert list(Counter(samples.inputs["timestep"].tolist())) == choose_timesteps(available, count)
+    named = collect_from_pipeline(pipeline, None, component=component, timesteps=available[1:2], steps=6, call=WAN)
+    assert set(named.inputs["timestep"].tolist()) == {available[1]} and len(named) == 2 * PROMPTS
+    drawn = NormalTimesteps(count=4)
+    embeds = {name: value for name, value in WAN.items() if "embeds" not in name}
+    pipeline.encode_prompt = lambda prompt, **_: (WAN["prompt_embeds"][: len(prompt)],) * 2
+    samples = collect_from_pipeline(pipeline, ["a", "b"], component=component, timesteps=drawn, steps=6, call=embeds)
+    assert len(samples) == 2 * 4 and set(samples.inputs["timestep"].tolist()) <= set(available)
+
+
+@pytest.mark.parametrize(
+    ("options", "ratio", "message"),
+    [
+        ({"timesteps": 3}, 0.5, "3 calibration timesteps asked for, the pipeline calls its transformer_2 at 2 steps;"),
+        ({"timesteps": [999]}, 0.5, "never visits timestep 999; the nearest it visits is"),
+        (
+            {"timesteps": 1},
+            None,
+            "WanPipeline never calls its transformer_2 in these 6 steps: its bound.* is None",
+        ),
+        (
+            {"timesteps": 1},
+            0.1,
+            r"never calls its transformer_2 .* is 0\.1; record the other one, or take more",
+        ),
+        ({"timesteps": 1, "component": "transformer_3"}, 0.5, "has no module 'transformer_3' to record"),
+    ],
+)
+def test_what_an_expert_does_not_do_is_refused_before_anything_runs(options, ratio, message):
+    pipeline = wan_experts(ratio)
+    seen = count_calls(pipeline, "transformer", "transformer_2")
+    with pytest.raises(CalibrationError, match=message):
+        collect_from_pipeline(pipeline, None, **{"component": "transformer_2", "steps": 6, "call": WAN, **options})
+    assert seen == []
+
+
+def sd3_img2img(transformer: nn.Module) -> Any:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    vae = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8,) * 4,
+        latent_channels=4,
+        norm_num_groups=4,
+        shift_factor=0.1,
+    )
+    return quiet(diffusers.StableDiffusion3Img2ImgPipeline(transformer, scheduler, vae, *[None] * 6))
+
+
+IMG2IMG = {**SIZE, **TEXT, **POOLED, **NEGATIVE_POOLED, "image": noise(PROMPTS, 3, 64, 64).clamp(0, 1)}
+
+
+def test_an_image_to_image_pipeline_is_recorded_over_the_steps_that_it_takes():
+    pipeline = sd3_img2img(FAMILIES["sd3"].model())
+    samples = collect_from_pipeline(pipeline, None, timesteps=2, steps=10, call={**IMG2IMG, "strength": 0.3})
+    assert list(Counter(times(samples))) == pytest.approx(pipeline.scheduler.timesteps[[7, 9]].tolist())
+    seen = count_calls(pipeline, "transformer")
+    with pytest.raises(CalibrationError, match="calls its transformer at 3; give timesteps=3 and steps=3"):
+        collect_from_pipeline(pipeline, None, timesteps=4, steps=10, call={**IMG2IMG, "strength": 0.3})
+    with pytest.raises(CalibrationError, match=r"never visits timestep 1000; the nearest it visits is 46"):
+        collect_from_pipeline(pipeline, None, timesteps=[1000.0], steps=10, call={**IMG2IMG, "strength": 0.3})
+    assert len(seen) == 2  # each of them was told after one step
+
+
+def test_a_schedule_in_the_call_is_what_timesteps_are_spread_over():
+    case, pipeline = CASES["flux"], quiet(CASES["flux"].pipeline(FAMILIES["flux"].model()))
+    call = {**case.call, "sigmas": [1.0, 0.8, 0.6, 0.4, 0.3, 0.2, 0.1]}
+    samples = collect_from_pipeline(pipeline, None, timesteps=4, steps=5, call=call)  # more of them than steps
+    assert list(Counter(times(samples))) == pytest.approx((pipeline.scheduler.timesteps[::2] / 1000).tolist())
+    call = {**case.call, "sigmas": [1.0, 0.5]}
+    with pytest.raises(CalibrationError, match="3 calibration timesteps asked for, the sampler has 2 steps"):
+        collect_from_pipeline(pipeline, None, timesteps=3, call=call)
+
+
+def test_steps_that_a_solver_adds_are_steps():
+    """DPM2 evaluates between the steps, too: at 9 times in 5 steps, the last of which must not be left out."""
+    case = CASES["dit"]
+    pipeline = quiet(dit(FAMILIES["dit"].model()))
+    pipeline.scheduler = diffusers.KDPM2DiscreteScheduler()
+    samples = collect(pipeline, case, 3)
+    evaluated = list(dict.fromkeys(pipeline.scheduler.timesteps.tolist()))
+    assert len(evaluated) == 9 and list(Counter(times(samples))) == evaluated[::4]
+    drawn = NormalTimesteps(count=9)
+    with pytest.raises(CalibrationError, match=r"drawn from 5 steps, .* at 9; give steps=9 .*'num_inference_steps': 5"):
+        collect_from_pipeline(pipeline, case.prompts, timesteps=drawn, steps=5)
+    call = {"num_inference_steps": 5}
+    samples = collect_from_pipeline(pipeline, case.prompts, timesteps=drawn, steps=9, call=call)
+    assert len(samples) == 2 * 9 and set(times(samples)) <= set(evaluated)
+    first = collect_from_pipeline(pipeline, case.prompts, timesteps=2, steps=3, call=call)
+    assert list(Counter(times(first))) == evaluated[0:3:2]  # called at no more than 3, somebody says
+
+
+@dataclass(eq=False)
+class Loop:
+    """The loop that pipelines of diffusers have: from some step on, with the time in some form."""
+
+    scheduler: Any
+    form: Callable[[Tensor], Tensor]
+    start: int
+
+    def __post_init__(self) -> None:
+        self.transformer = Denoiser()
+
+    def __call__(self, prompt: list[str], num_inference_steps: int, generator: torch.Generator) -> None:
+        self.scheduler.set_timesteps(num_inference_steps)
+        x = torch.randn(len(prompt), 4, 8, 8, generator=generator)
+        for t in self.received():
+            self.transformer(x, timestep=t.expand(len(x)))
+
+    def received(self) -> list[Tensor]:
+        return [self.form(t) for t in self.scheduler.timesteps[self.start :]]
+
+
+SCHEDULERS = [
+    diffusers.CogVideoXDDIMScheduler,
+    diffusers.DDIMScheduler,
+    diffusers.DDPMScheduler,
+    diffusers.DPMSolverMultistepScheduler,
+    diffusers.EulerAncestralDiscreteScheduler,
+    diffusers.EulerDiscreteScheduler,
+    diffusers.FlowMatchEulerDiscreteScheduler,
+    diffusers.FlowMatchHeunDiscreteScheduler,
+    diffusers.HeunDiscreteScheduler,
+    diffusers.KDPM2DiscreteScheduler,
+    diffusers.LCMScheduler,
+    diffusers.PNDMScheduler,
+    diffusers.UniPCMultistepScheduler,
+]
+FORMS = {
+    "as it is": lambda t: t,
+    "of 1": lambda t: t / 1000,
+    "from 0 to 1": lambda t: 1 - t / 1000,
+    "counted backwards": lambda t: (1000 - t) / 1000,
+    "in bfloat16": lambda t: t.bfloat16() / 1000,
+    "of its own": lambda t: (t + 1).log(),
+}
+
+
+@pytest.mark.parametrize("start", [0, 4])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_timesteps_are_spread_over_the_steps_that_a_pipeline_takes(scheduler, form, start):
+    """Of ten, from the first or from the fifth; where the form says nothing, ``steps`` must be right."""
+    pipeline = Loop(scheduler(), FORMS[form], start)
+    pipeline.scheduler.set_timesteps(10)
+    expected = list(dict.fromkeys(float(t) for t in pipeline.received()))
+    steps = len(expected) if form == "of its own" else 10
+    samples = collect_from_pipeline(
+        pipeline,
+        ["a"],
+        timesteps=3,
+        steps=steps,
+        guidance=None,
+        call={"num_inference_steps": 10} if steps != 10 else None,
+    )
+    assert list(dict.fromkeys(times(samples))) == choose_timesteps(expected, 3)
+    named = [float(f"{t:.6g}") for t in expected[1:3]]
+    call = {"num_inference_steps": 10}
+    assert len(collect_from_pipeline(pipeline, ["a"], timesteps=named, guidance=None, call=call)) >= 2
+
+
+# -- calls of another kind -------------------------------------------------------------------------------------------
+
+SKIP_LAYERS = {**CASES["sd3"].call, "skip_guidance_layers": [0], "skip_layer_guidance_stop": 0.9}
+
+
+def test_the_calls_of_skip_layer_guidance_are_left_out():
+    case, pipeline = CASES["sd3"], quiet(sd3(FAMILIES["sd3"].model()))
+    plain = collect(pipeline, case, 3)
+    seen = count_calls(pipeline, "transformer")
+    with pytest.raises(
+        CalibrationError,
+        match=r"'skip_layers' is missing in one call and \[0\] in another; .* leave the others out \(skip=,",
+    ):
+        collect_from_pipeline(pipeline, None, timesteps=3, steps=STEPS, call=SKIP_LAYERS)
+    seen.clear()
+    samples = collect_from_pipeline(
+        pipeline, None, timesteps=3, steps=STEPS, call=SKIP_LAYERS, skip=lambda arguments: "skip_layers" in arguments
+    )
+    assert len(seen) == STEPS + 4  # the third calls, at all steps but the first and the last one, ran
+    assert len(samples) == len(plain) and times(samples) == times(plain)
+    assert list(samples.signature.arguments) == list(plain.signature.arguments)
+    with pytest.raises(CalibrationError, match=r"skip left out all \d+ calls of the pipeline's transformer"):
+        collect_from_pipeline(pipeline, None, timesteps=3, steps=STEPS, call=SKIP_LAYERS, skip=lambda _: True)
+
+
 # -- a sampler of our own --------------------------------------------------------------------------------------------
 
 Draw = Callable[["Stub", Tensor, Tensor], object]
@@ -360,13 +581,15 @@ def test_a_list_that_is_not_visited_is_refused_after_one_run():
 def test_a_sampler_that_takes_fewer_steps():
     pipeline = Stub(once, times=[9.0, 7.0, 5.0])
     message = (
-        r"3 calibration timesteps spread over 5 steps include step 5, but the sampler took 3; give steps=3 \(and, if "
-        r"the pipeline is to be asked for 5, call=\{'num_inference_steps': 5\}\)"
+        r"^3 calibration timesteps are spread over 5 steps, but the pipeline calls its transformer at 3; give "
+        r"steps=3 \(and, if the pipeline is to be asked for 5, call=\{'num_inference_steps': 5\}\)$"
     )
     with pytest.raises(CalibrationError, match=message):
         record(once, pipeline=pipeline, timesteps=3)
     with pytest.raises(CalibrationError, match="6 calibration timesteps asked for, the sampler has 5 steps"):
         record(once, timesteps=6)
+    with pytest.raises(CalibrationError, match=r"^4 .* at 3; give timesteps=3 and steps=3 \(and"):
+        record(once, pipeline=pipeline, timesteps=4)
     assert len(record(once, pipeline=pipeline, timesteps=3, steps=3)) == 9
 
 
@@ -381,7 +604,9 @@ def test_drawn_steps_hold_in_both_calls_of_guidance():
 def test_draws_need_prompts_and_all_steps():
     with pytest.raises(ArgumentError, match="deals its draws out to prompts, but prompts is None"):
         record(once, prompts=None, timesteps=NormalTimesteps(), call={"prompt": ["a"]})
-    with pytest.raises(CalibrationError, match=r"but the sampler took 3; give steps=3"):
+    with pytest.raises(ArgumentError, match="and num_images_per_prompt is 2; give each prompt as often as it is to be"):
+        record(once, timesteps=NormalTimesteps(), call={"num_images_per_prompt": 2})
+    with pytest.raises(CalibrationError, match=r"^calibration timesteps are drawn from 5 .* at 3; give steps"):
         record(once, pipeline=Stub(once, times=[9.0, 7.0, 5.0]), timesteps=NormalTimesteps())
 
 
@@ -539,6 +764,117 @@ def test_prompts_that_the_pipeline_does_not_take():
         record(once, "a cat")
     with pytest.raises(ArgumentError, match="'prompt' is in call, and prompts are given, too"):
         record(once, call={"prompt": ["a"]})
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_refused_at_its_step(bad):
+    def draw(stub: Stub, x: Tensor, t: Tensor) -> None:
+        stub.transformer(x, timestep=t, text=torch.full((len(x), 2), 1.0 if t > 5 else bad))
+
+    message = rf"transformer received {bad} in 'text' at timestep 5: the float pipeline goes wrong there; draw with it"
+    with pytest.raises(CalibrationError, match=message):
+        record(draw, timesteps=5)
+
+
+class Masked(nn.Module):
+    def forward(self, x: Tensor, timestep: Tensor, attention_mask: Tensor) -> Tensor:
+        return x
+
+
+def test_a_mask_may_hide_with_minus_infinity():
+    def draw(stub: Stub, x: Tensor, t: Tensor) -> None:
+        stub.transformer(x, timestep=t, attention_mask=torch.tensor([[0.0, value]]).expand(len(x), 2))
+
+    for value in (-math.inf, math.nan):
+        stub = Stub(draw)
+        stub.transformer = Masked()
+        if value == -math.inf:
+            assert record(draw, pipeline=stub).inputs["attention_mask"][0].tolist() == [0, value]
+        else:
+            with pytest.raises(CalibrationError, match="transformer received nan in 'attention_mask'"):
+                record(draw, pipeline=stub)
+
+
+def test_a_mask_of_another_dtype_is_refused():
+    def draw(stub: Stub, x: Tensor, t: Tensor) -> None:
+        mask = torch.ones(len(x), 4, dtype=torch.bool)
+        stub.transformer(x, timestep=t, text=mask if t > 5 else mask.float())
+
+    with pytest.raises(CalibrationError, match=r"\(3, 4\) bool .* \(3, 4\) float32 in another; rows need one dtype"):
+        record(draw)
+
+
+def test_samples_of_inference_mode_can_be_learned_on():
+    def draw(stub: Stub, x: Tensor, t: Tensor) -> None:
+        with torch.inference_mode():
+            stub.transformer(x * 1, timestep=t * 1, ids=torch.arange(5))
+
+    with torch.inference_mode():
+        outside = record(once)
+    for samples in (record(draw), outside):
+        assert not any(tensor.is_inference() for tensor in (*samples.inputs.values(), *samples.shared.values()))
+
+
+def test_a_compiled_transformer_is_recorded_as_the_one_it_was():
+    def draw(stub: Stub, x: Tensor, t: Tensor) -> None:
+        stub.transformer(x, t, torch.zeros(len(x), 2))
+
+    stubs = Stub(draw), Stub(draw)
+    stubs[0].transformer, stubs[1].transformer = torch.compile(Denoiser(), backend="eager"), Denoiser()
+    compiled, plain = (record(draw, pipeline=stub) for stub in stubs)
+    assert compiled.signature == plain.signature and list(compiled.inputs) == ["x", "timestep", "text"]
+    assert all(torch.equal(compiled.inputs[name], plain.inputs[name]) for name in plain.inputs)
+
+
+class Anything(nn.Module):
+    def forward(self, *args: Tensor, **options: Tensor) -> Tensor:
+        return args[0]
+
+
+def test_arguments_without_a_name_are_refused():
+    stub = Stub(lambda stub, x, t: stub.transformer(x, t))
+    stub.transformer = Anything()
+    with pytest.raises(CalibrationError, match="forward of Anything names 0 arguments, .* called with 2 by position"):
+        record(once, pipeline=stub)
+
+
+def test_a_cache_is_refused_and_what_moves_or_casts_is_not():
+    case, pipeline = CASES["flux"], quiet(CASES["flux"].pipeline(FAMILIES["flux"].model()))
+    pipeline.transformer.enable_layerwise_casting(storage_dtype=torch.float32, compute_dtype=torch.float32)
+    collect(pipeline, case, 1)
+    diffusers.hooks.apply_first_block_cache(pipeline.transformer, diffusers.FirstBlockCacheConfig(threshold=0.5))
+    with pytest.raises(CalibrationError, match=r"FluxPipeline's transformer has the hook 'fbc_leader_block_hook' of"):
+        collect(pipeline, case, 1)
+
+
+def test_prompts_beside_their_embeddings():
+    pipeline = quiet(CASES["sd3"].pipeline(FAMILIES["sd3"].model()))
+    with pytest.raises(ArgumentError, match="'prompt_embeds' is in call, and prompts are given, too"):
+        collect_from_pipeline(pipeline, ["a"], timesteps=1, call=CASES["sd3"].call)
+
+
+def test_options_that_a_pipeline_does_not_take_are_said(caplog):
+    record(once)
+    assert caplog.messages == [
+        "Stub does not take steps (num_inference_steps), guidance (guidance_scale): nothing comes of it"
+    ]
+    caplog.clear()
+    record(once, seed=3, call={"generator": torch.Generator()})
+    assert "call has a generator of its own, so that seed=3 says nothing of the noise" in caplog.messages
+
+
+def test_times_in_low_precision_that_become_one_are_one_step():
+    """Of 200 steps of Flux, several have one time in bfloat16; all of them together are told after the first."""
+    case = CASES["flux"]
+    pipeline = quiet(case.pipeline(FAMILIES["flux"].model().bfloat16()))
+    call = {name: value.bfloat16() if isinstance(value, Tensor) else value for name, value in case.call.items()}
+    seen = count_calls(pipeline, "transformer")
+    with pytest.raises(CalibrationError, match=r"calls its transformer at 1\d\d; give timesteps=1"):
+        collect_from_pipeline(pipeline, None, timesteps=200, steps=200, call=call)
+    assert len(seen) == 1
+    named = [float(torch.tensor(t / 1000, dtype=torch.bfloat16)) for t in pipeline.scheduler.timesteps[[3]]]
+    samples = collect_from_pipeline(pipeline, None, timesteps=named, steps=200, call=call)
+    assert set(times(samples)) == set(named)
 
 
 # -- samples with a signature ----------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor
@@ -54,6 +55,91 @@ def test_ddpm_is_the_textbooks(learned):
     drawn = sample(denoiser, sampling, labels, steps=STEPS, guidance=GUIDANCE, generator=generator)
     expected = textbook(labels, torch.Generator().manual_seed(5), learned=learned)
     torch.testing.assert_close(drawn, expected.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 1001}, "steps is 1001; it must lie between 1 and the model's 1000 timesteps"),
+        ({"steps": 2.0}, "steps is 2.0; it must lie"),
+        ({"steps": True}, "steps is True; it must lie"),
+        ({"guidance": math.nan}, "guidance is nan; give a finite number"),
+        ({"guidance": None}, "guidance is None; give a finite number"),
+        ({"labels": torch.tensor([4])}, "labels holds 4; the model knows 0 to 3"),
+        ({"labels": torch.tensor([0, -1])}, "labels holds -1; the model knows 0 to 3"),
+        (
+            {"labels": torch.tensor([], dtype=torch.int64)},
+            r"labels is \(0,\) torch.int64; give a tensor \(N,\) of whole",
+        ),
+        ({"labels": torch.tensor([0.5])}, r"labels is \(1,\) torch.float32; give"),
+        ({"labels": torch.tensor(1)}, r"labels is \(\) torch.int64; give"),
+        ({"labels": [0, 1]}, r"labels is \[0, 1\]; give a tensor"),
+        ({"generator": 3}, "generator is 3; give a torch.Generator on the CPU"),
+        ({"scheduler": "ddim"}, "prediction_type of str is None; choose one of epsilon"),
+        (
+            {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler()},
+            "prediction_type of FlowMatch.* is None; choose one",
+        ),
+        (
+            {"scheduler": diffusers.DDIMScheduler(prediction_type="v_prediction")},
+            "DDIMScheduler is 'v_prediction'; choose",
+        ),
+        (
+            {"scheduler": diffusers.DDIMScheduler(500)},
+            "DDIMScheduler counts 500 timesteps, and the model 1000; make it",
+        ),
+        ({"scheduler": diffusers.EulerDiscreteScheduler()}, "EulerDiscreteScheduler starts from scaled noise, or"),
+        ({"scheduler": diffusers.HeunDiscreteScheduler()}, "HeunDiscreteScheduler starts from scaled noise, or"),
+    ],
+)
+def test_arguments_that_cannot_be_sampled_with(arguments, message):
+    with pytest.raises(ArgumentError, match=message):
+        sample(denoiser, LATENTS, **{"labels": torch.tensor([1]), "steps": 3, **arguments})
+
+
+@pytest.mark.parametrize("guidance", [0, 1, 1.0])
+def test_guidance_of_nothing_and_of_the_label_alone(guidance):
+    """0 draws without a label, 1 with it and nothing else; one image is drawn as well as many."""
+    sampling, labels = dataclasses.replace(LATENTS, sampler="ddim"), torch.tensor([2])
+    drawn = sample(denoiser, sampling, labels, steps=3, guidance=guidance, generator=torch.Generator().manual_seed(1))
+    x, scheduler = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(1)), sampling.scheduler(3)
+    for t in scheduler.timesteps:
+        eps = denoiser(x, t[None], labels if guidance else torch.tensor([3]))[:, :4]
+        x = scheduler.step(eps, t, x).prev_sample
+    torch.testing.assert_close(drawn, x)
+
+
+def test_another_scheduler_that_is_told_the_noise():
+    scheduler = diffusers.DPMSolverMultistepScheduler()
+    assert sample(denoiser, LATENTS, torch.tensor([1]), steps=3, scheduler=scheduler).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"channels": 0}, "channels of a sampling is 0; give a whole number of at least 1"),
+        ({"size": 2.5}, "size of a sampling is 2.5; give a whole number"),
+        ({"null_label": -1}, "null_label of a sampling is -1"),
+        ({"train_timesteps": True}, "train_timesteps of a sampling is True"),
+        ({"sampler": "euler"}, "sampler is 'euler'; choose one of ddim, ddpm"),
+        (
+            {"beta_schedule": "cosine"},
+            "beta_schedule is 'cosine'; choose one of linear, scaled_linear, squaredcos_cap_v2",
+        ),
+    ],
+)
+def test_a_sampling_of_no_model(value, message):
+    with pytest.raises(ArgumentError, match=message):
+        dataclasses.replace(LATENTS, **value)
+    with pytest.raises(ArtifactError, match="the way to sample is .* quantize again"):
+        Sampling.from_dict({**LATENTS.to_dict(), **value})
+
+
+def test_a_transformer_that_is_not_drawn_by_class():
+    with pytest.raises(
+        ArgumentError, match="Linear is not drawn by class: its config has no num_embeds_ada_norm; draw"
+    ):
+        Sampling.of(torch.nn.Linear(2, 2))
 
 
 def test_ddim_takes_no_notice_of_a_learned_variance():

@@ -6,12 +6,14 @@ import dataclasses
 import importlib
 import json
 import logging
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
 import ptq4dit_ao
 from ptq4dit_ao.cli import commands
@@ -19,6 +21,7 @@ from ptq4dit_ao.cli.main import main
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.lowering import KernelProof, LoweredModel
 from ptq4dit_ao.recipe import shipped_recipe_path, shipped_recipes
+from ptq4dit_ao.testing.facebook_dit import randomize_
 from ptq4dit_ao.workflow import QuantizedModel, load_quantized
 
 COMMANDS = ["quantize", "sample", "inspect", "evaluate", "export", "bench", "backends", "recipes"]
@@ -197,11 +200,16 @@ def test_a_model_saved_without_its_way_of_sampling(run, quantized, tmp_path):
     assert_fails(run("sample", tmp_path / "bare"), "saved without the way to sample it")
 
 
-def test_latents_are_not_drawn(run, quantized, tmp_path):
+def test_latents_need_a_vae(run, quantized, tmp_path):
     model = load_quantized(quantized)
     sampling = dataclasses.replace(model.sampling, channels=4)
     dataclasses.replace(model, sampling=sampling).save(tmp_path / "latent")
-    assert_fails(run("sample", tmp_path / "latent"), "denoises 4-channel latents, which its VAE must decode")
+    assert_fails(
+        run("sample", tmp_path / "latent"), "denoises 4-channel latents and has no VAE to decode them; give the"
+    )
+    object.__setattr__(model, "recipe", model.recipe.model_copy(update={"model": None}))
+    dataclasses.replace(model, sampling=sampling).save(tmp_path / "orphan")
+    assert_fails(run("sample", tmp_path / "orphan"), "draws latents and does not know the pipeline whose VAE decodes")
 
 
 def test_a_model_that_does_not_know_its_float_form(run, quantized, tmp_path):
@@ -295,6 +303,52 @@ def test_sample_draws_a_grid(run, quantized, tmp_path):
         pictures.append(path.read_bytes())
     assert pictures[0].startswith(PNG)
     assert pictures[0] == pictures[1] and len(set(pictures)) == 3
+
+
+@pytest.fixture(scope="module")
+def latent(tmp_path_factory):
+    """``pipeline``, whose VAE decodes 4 x 8 x 8 latents into 3 x 16 x 16, and ``model``, its quantized form."""
+    folder = tmp_path_factory.mktemp("latent")
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=1000,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, scaling_factor=0.5,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    DiTPipeline(randomize_(transformer, seed=0), vae, DDIMScheduler()).save_pretrained(folder / "pipeline")
+    (folder / "recipe.yaml").write_text(RECIPE.replace("model: models_for_the_command_line:pixels\n", ""))
+    arguments = ["quantize", folder / "recipe.yaml", "--model", folder / "pipeline", "--output", folder / "model"]
+    assert main([str(argument) for argument in arguments]) == 0
+    return folder
+
+
+@pytest.mark.parametrize(("options", "count"), [(("--classes", "207,360"), 2), ((), 10)])
+def test_sample_draws_latents_with_the_vae_of_their_pipeline(run, latent, tmp_path, options, count):
+    pictures = []
+    for model in ((), ("--model", latent / "pipeline")):  # what the recipe remembers, and what is said
+        path = tmp_path / "samples.png"
+        code, out, err = run(
+            "sample", latent / "model", "--backend", "reference", "--steps", 2, "--per-class", 1, "--output", path,
+            *options, *model,
+        )  # fmt: skip
+        assert code == 0 and f"{count} images in" in out, err
+        pictures.append(path.read_bytes())
+    assert pictures[0].startswith(PNG) and pictures[0] == pictures[1]
+    width, height = struct.unpack(">II", pictures[0][16:24])
+    assert (width, height) == (16 * 4, (17 * count - 1) * 4)
+
+
+def test_classes_that_do_not_exist(run, latent):
+    assert_fails(
+        run("sample", latent / "model", "--classes", "1,1000"), "class 1000 does not exist; the model has 0 to 999"
+    )
+    assert_fails(
+        run("sample", latent / "model", "--model", latent / "pipeline" / "transformer"), "has no VAE to decode"
+    )
+    code, _, err = run("sample", latent / "model", "--classes", "cat")
+    assert code == 2 and "'cat' is no list of classes, such as 207,360" in err
 
 
 def test_sample_takes_the_sampler_that_the_model_remembers(run, quantized, tmp_path, monkeypatch):

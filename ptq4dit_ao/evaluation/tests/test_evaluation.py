@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptq4dit_ao.errors import ArgumentError
+from ptq4dit_ao.errors import ArgumentError, CalibrationError
 from ptq4dit_ao.evaluation import PairedError, measure_latency, paired_error
 
 
@@ -41,6 +41,18 @@ def test_error_is_pooled_over_batches_and_split_by_timestep():
 def test_equal_models_have_no_error():
     error = paired_error(noisy(0.1), noisy(0.1), batches())
     assert error.sqnr_db == math.inf and set(error.per_timestep.values()) == {math.inf}
+
+
+def test_a_model_that_is_not_finite_has_no_figure():
+    def broken(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return torch.where((t == 3).view(-1, 1), torch.nan, x)
+
+    with pytest.raises(
+        CalibrationError, match=r"quantized model predicts NaN or infinity for 1 of 4 rows, .* timestep 3;"
+    ):
+        paired_error(noisy(0), broken, batches())
+    with pytest.raises(CalibrationError, match="the float model predicts NaN or infinity for 1 of 4 rows"):
+        paired_error(broken, noisy(0), batches())
 
 
 def test_the_timestep_may_be_another_input():

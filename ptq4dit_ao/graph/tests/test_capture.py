@@ -80,6 +80,21 @@ def test_every_family_that_needs_help_is_here():
 # The same function
 
 
+def test_cogvideox_at_another_size_than_its_own(monkeypatch):
+    """Fewer frames than in its configuration: the positions are made anew."""
+    model, inputs = model_of("cogvideox"), FAMILIES["cogvideox"].inputs(2)
+    inputs["hidden_states"] = inputs["hidden_states"][:, :2]
+    table = model.patch_embed._get_positional_embeddings(8, 8, 5)
+    with exportable(model):
+        assert torch.equal(model.patch_embed._get_positional_embeddings(8, 8, 5), table)
+    graph = export_transformer(model, inputs)
+    output = graph(*flatten_call(model, inputs)[1].values())
+    assert difference(output[0] if isinstance(output, tuple) else output, eager("cogvideox", inputs)) < TOLERANCE
+    monkeypatch.setattr("ptq4dit_ao.graph.export.exportable", lambda _: contextlib.nullcontext())
+    with pytest.raises(ExportError, match="CogVideoXTransformer3DModel cannot be exported: "):
+        export_transformer(model, inputs)
+
+
 @pytest.mark.parametrize("name", families(ALL))
 def test_the_graph_computes_what_the_unpatched_model_does(name):
     eager(name, FAMILIES[name].inputs(2))  # builds what is built in the first call

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ptq4dit_ao.calibration import Sampling, sample
 from ptq4dit_ao.calibration.sampling import trajectory
-from ptq4dit_ao.errors import CalibrationError
+from ptq4dit_ao.errors import ArgumentError, CalibrationError
 from ptq4dit_ao.ptqd import NoiseCorrection, PTQDScheduler, fit_noise_correction
 from ptq4dit_ao.ptqd.fit import solve, sums_of_moments
 
@@ -138,3 +139,19 @@ def test_what_cannot_be_fitted():
         fit(lambda x, t, y: float_model(x, t, y) * torch.nan)
     with pytest.raises(CalibrationError, match="there are no labels to sample"):
         fit_noise_correction(float_model, float_model, SAMPLING, LABELS[:0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0; give a whole number of at least 1"),
+        ({"labels": torch.tensor([6])}, "labels holds 6; the model knows 0 to 5"),
+        (
+            {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler()},
+            "prediction_type of FlowMatchEulerDiscreteScheduler",
+        ),
+    ],
+)
+def test_arguments_that_no_correction_can_be_fitted_with(arguments, message):
+    with pytest.raises(ArgumentError, match=message):
+        fit_noise_correction(float_model, float_model, SAMPLING, **{"labels": LABELS, "steps": 2, **arguments})

@@ -17,6 +17,7 @@ from diffusers import (
 )
 from torch import Tensor
 
+from ptq4dit_ao.calibration import Sampling, sample
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.ptqd import NoiseCorrection, PTQDScheduler
 from ptq4dit_ao.testing.facebook_dit import randomize_
@@ -212,3 +213,31 @@ def test_a_pipeline_hands_over_guided_noise():
     plain = run()
     pipe.scheduler = PTQDScheduler(pipe.scheduler, noise)
     torch.testing.assert_close(run()[0], noise.correct(plain[0], 900))
+
+
+def test_a_table_of_another_guidance_is_refused_where_the_guidance_is_known():
+    sampling = Sampling(channels=2, size=3, null_label=5, clip=False)
+    scheduler = PTQDScheduler(sampling.scheduler(STEPS), table(0.1))
+
+    def run(guidance: float) -> Tensor:
+        return sample(
+            lambda x, t, y: x, sampling, torch.tensor([1]), steps=STEPS, guidance=guidance, scheduler=scheduler
+        )
+
+    assert run(1.5).isfinite().all()
+    with pytest.raises(
+        ArgumentError, match=r"guidance is 4, and the correction of the scheduler was fitted at 1\.5; draw"
+    ):
+        run(4.0)
+
+
+def test_what_is_no_table_and_no_timestep():
+    with pytest.raises(ArgumentError, match="the table is a NoneType; give a NoiseCorrection"):
+        PTQDScheduler(DDIMScheduler(), None)
+    scheduler, x = wrapped(DDIMScheduler, 0.1), draw()
+    whole = scheduler.step(x, 500.0, x).prev_sample
+    assert torch.equal(whole, scheduler.step(x, torch.tensor(500), x).prev_sample)
+    with pytest.raises(ArgumentError, match=r"has no timestep 500\.4; it was fitted for 10 steps"):
+        scheduler.step(x, 500.4, x)
+    with pytest.raises(ArgumentError, match=r"the timestep of a noise correction is tensor\(\[500, 400\]\); give one"):
+        scheduler.step(x, torch.tensor([500, 400]), x)

@@ -235,8 +235,11 @@ CALIBRATION = {
 }  # fmt: skip
 
 
+EVALUATION = {"samples": 3, "seed": 8, "timesteps": 6}
+
+
 def test_prompts_repeat_and_the_recipe_says_the_rest(drawn):
-    recipe = Recipe.from_dict({"version": 1, "calibration": CALIBRATION, "evaluation": {"samples": 3, "seed": 8}})
+    recipe = Recipe.from_dict({"version": 1, "calibration": CALIBRATION, "evaluation": EVALUATION})
     model, progress = with_pipeline(), []
     recorded_samples(model, recipe, on_progress=lambda *stage: progress.append(stage))
     recorded_samples(model, recipe, evaluate=True, on_progress=lambda *stage: progress.append(stage))
@@ -245,18 +248,19 @@ def test_prompts_repeat_and_the_recipe_says_the_rest(drawn):
     assert options.pop("on_step")(2, 7) is None and others.pop("on_step")(3, 7) is None
     assert progress == [("calibration samples", 2, 7), ("evaluation samples", 3, 7)]
     assert options == {"timesteps": 3, "steps": 7, "guidance": 2.5, "seed": 4, "batch_size": 16, "call": {"height": 16}}
-    assert others == {**options, "timesteps": 20, "seed": 8}
+    assert others == {**options, "timesteps": 6, "seed": 8}
 
 
 DRAW = {"draw": "normal", "mean": 0.3, "std": 0.2, "count": 6}
 
 
 def test_timesteps_are_drawn_as_the_recipe_says(drawn):
-    recipe = Recipe.from_dict({"version": 1, "calibration": {**CALIBRATION, "timesteps": DRAW}})
+    calibration = {**CALIBRATION, "timesteps": DRAW}
+    recipe = Recipe.from_dict({"version": 1, "calibration": calibration, "evaluation": EVALUATION})
     recorded_samples(with_pipeline(), recipe)
     recorded_samples(with_pipeline(), recipe, evaluate=True)
     assert drawn[0][1]["timesteps"] == NormalTimesteps(mean=0.3, std=0.2, count=6)
-    assert drawn[1][1]["timesteps"] == 20
+    assert drawn[1][1]["timesteps"] == 6
 
 
 def test_each_row_of_a_draw_has_a_timestep_of_its_own():

@@ -252,6 +252,44 @@ def test_latents_are_decoded_before_images_are_compared(latent, monkeypatch):
     assert [n[1:] for n in told if n[0] == "sample reference"] == [(1, 3), (2, 3), (3, 3)]
 
 
+def test_latents_are_drawn_as_the_pipeline_draws_them(latent):
+    model = load_model(str(latent / "float"))
+    sampling, pipeline = model.sampling, model.pipeline
+    pipeline.scheduler = sampling.scheduler(2)
+    pipeline.set_progress_bar_config(disable=True)
+    images = drawing.draw_images(
+        as_denoiser(model.transformer),
+        sampling,
+        torch.tensor([7, 1]),
+        steps=2,
+        guidance=3.0,
+        seed=5,
+        decode=drawing.decoder(model, sampling),
+    )
+    generator = torch.Generator().manual_seed(5)
+    own = pipeline([7, 1], guidance_scale=3.0, generator=generator, num_inference_steps=2, output_type="pt").images
+    torch.testing.assert_close(images / 2 + 0.5, own, rtol=1e-4, atol=1e-4)
+
+
+def test_the_report_of_a_model_with_a_vae_has_images(latent):
+    assert (latent / "model" / "report.html").read_text().count("Samples of the quantized model") == 1
+
+
+def test_a_vae_of_other_latents_is_refused(latent):
+    model = load_model(str(latent / "float"))
+    with pytest.raises(ArgumentError, match=r"VAE of float decodes 4-channel latents, and these have 16; give"):
+        drawing.decoder(model, dataclasses.replace(model.sampling, channels=16))
+
+
+def test_images_that_are_not_finite_are_said(caplog):
+    def broken(x, t, y):
+        return torch.where((y == 1).view(-1, 1, 1, 1), torch.nan, x)
+
+    with caplog.at_level("WARNING"):
+        drawing.draw_images(broken, SAMPLING, torch.tensor([0, 1, 2]), steps=2, guidance=1.5, seed=0)
+    assert "1 of 3 images hold NaN or infinity" in caplog.text
+
+
 def test_latents_without_a_vae_are_refused(latent):
     with pytest.raises(ArgumentError, match="transformer denoises 4-channel latents and has no VAE .* whole pipeline"):
         evaluate(latent / "model", str(latent / "float" / "transformer"))

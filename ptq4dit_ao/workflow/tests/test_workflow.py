@@ -36,6 +36,7 @@ from ptq4dit_ao.recipe import (
     Calibration,
     Distillation,
     Evaluation,
+    NormalDraw,
     Override,
     Recipe,
     Rounding,
@@ -50,7 +51,8 @@ from ptq4dit_ao.workflow import QuantizedModel, apply_recipe, load_model, load_q
 from ptq4dit_ao.workflow.quantized_model import InputSpec
 from ptq4dit_ao.workflow.samples import recorded_samples
 
-size_of = importlib.import_module("ptq4dit_ao.workflow.quantize").size_of  # the name is also that of a function
+_module = importlib.import_module("ptq4dit_ao.workflow.quantize")  # the name is also that of a function
+quantize, size_of = _module.quantize, _module.size_of
 
 BITS = {"W8A8": 8, "W4A8": 4}
 
@@ -376,6 +378,22 @@ def test_a_pipeline_in_a_folder(tmp_path):
     assert isinstance(loaded.pipeline, DiTPipeline) and loaded.sampling.null_label == 10
 
 
+def test_a_pipeline_with_two_transformers_says_which_one_is_taken(tmp_path, monkeypatch, caplog):
+    (tmp_path / "models_with_experts.py").write_text(
+        textwrap.dedent("""
+            from types import SimpleNamespace
+            from ptq4dit_ao.testing.zoo import FAMILIES
+
+            def experts():
+                first, second = (FAMILIES["wan"].model(seed=seed) for seed in (0, 1))
+                return SimpleNamespace(transformer=first, transformer_2=second)
+        """)
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    load_model("models_with_experts:experts")
+    assert "experts has two transformers, of which this takes the first; record the second with" in caplog.text
+
+
 def test_another_sampler():
     loaded = load_model("reference")
     assert loaded.drawn_by(None) is loaded
@@ -400,6 +418,63 @@ def test_the_recipes_sampler_draws_what_the_model_is_observed_on(evaluate):
     assert seen["ddpm"]["timestep"].unique().tolist() == [0, 500, 999]
     assert torch.equal(seen[None]["hidden_states"], seen["ddim"]["hidden_states"])
     assert seen["ddim"]["timestep"].unique().tolist() == [0, 333, 666]
+
+
+class CountedCalls(SamplingPipeline):
+    """The shipped model's pipeline, and how often it was called."""
+
+    calls = 0
+
+    def __call__(self, class_labels: list[int], **options: object) -> torch.Tensor:
+        self.calls += 1
+        return super().__call__(class_labels, **options)
+
+
+@pytest.mark.parametrize("sampler", [None, "ddpm"])
+@pytest.mark.parametrize(
+    ("calibration", "evaluation", "message"),
+    [
+        (
+            {"timesteps": 6},
+            {"timesteps": 2},
+            r"^6 .* has 5 steps; ask for fewer \(calibration\.timesteps\)",
+        ),
+        (
+            {"timesteps": 3},
+            {},
+            r"^20 evaluation .* 5 steps; ask for fewer \(evaluation\.timesteps\), or",
+        ),
+        ({"timesteps": 3}, {"timesteps": (1,)}, r"never visits timestep 1 \(evaluation\.timesteps\); the nearest"),
+        ({"timesteps": NormalDraw(draw="normal", count=8)}, {}, "8 timesteps are drawn for 16 samples; give count=16"),
+        ({"steps": 1001}, {}, "1001 steps|steps is 1001"),
+    ],
+)
+def test_timesteps_of_both_sections_are_checked_before_anything_is_drawn(
+    sampler, calibration, evaluation, message, tmp_path
+):
+    model = load_model("reference")
+    pipeline = CountedCalls(model.transformer, SAMPLING)
+    model = dataclasses.replace(model, pipeline=pipeline)
+    recipe = Recipe(
+        calibration=Calibration(**{"steps": 5, "sampler": sampler, **calibration}), evaluation=Evaluation(**evaluation)
+    )
+    with pytest.raises((CalibrationError, ArgumentError), match=message):
+        quantize(model, recipe, tmp_path / "out")
+    assert pipeline.calls == 0 and list(tmp_path.iterdir()) == []
+
+
+def test_what_somebodys_pipeline_raises_says_whose_it_is():
+    class Broken(SamplingPipeline):
+        def __call__(self, *args: object, **kwargs: object) -> torch.Tensor:
+            raise ValueError("`height` must be divisible by 8")
+
+    model = load_model("reference")
+    model = dataclasses.replace(model, pipeline=Broken(model.transformer, SAMPLING))
+    message = (
+        r"Broken of reference failed while it drew calibration samples: ValueError: `height` must .*; run it by hand"
+    )
+    with pytest.raises(CalibrationError, match=message):
+        recorded_samples(model, Recipe())
 
 
 def test_a_sampler_for_a_model_that_is_not_drawn_by_class():
