@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from threading import Lock, get_ident
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from ptq4dit_ao.lowering.backend import Backend, Capabilities, Request, Runnable
 from ptq4dit_ao.lowering.cuda.ops import has_triton, int4_linear, int8_linear, pack_halves
 from ptq4dit_ao.lowering.match import QuantizedLinear
 from ptq4dit_ao.lowering.mixed import compute_in
+
+logger = logging.getLogger(__name__)
 
 OLDEST = (8, 0)
 """Compute capability: Ampere, the first that Triton's integer kernels are made for."""
@@ -85,19 +89,41 @@ def build(request: Request) -> Runnable:
     """Compile for the current GPU; inputs are moved there, the outputs stay there.
 
     Launching some 500 kernels takes longer than running them at small batches, so they are replayed as a CUDA graph:
-    the first call of a shape compiles and tunes, the second records. Without a GPU the graph runs eagerly on the
-    operators' CPU reference.
+    the first call of a shape compiles and tunes, the second records. A CUDA graph belongs to the thread that recorded
+    it, so that other threads launch the kernels. Without a GPU the graph runs eagerly on the operators' CPU reference.
     """
     if not torch.cuda.is_available():
         return replace_linears(request, torch.device("cpu"))
     device = torch.device("cuda", torch.cuda.current_device())
     graph = replace_linears(request, device)
-    call = torch.compile(graph, mode="reduce-overhead") if has_triton() else graph
+    call: Runnable = graph
+    if has_triton():
+        call = by_thread(torch.compile(graph, mode="reduce-overhead"), torch.compile(graph))
 
     def run(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         with torch.no_grad():
             outputs = call(*(x.to(device) for x in inputs))
         return tree_map_only(Tensor, torch.clone, outputs)  # the next replay writes into the same memory
+
+    return run
+
+
+def by_thread(first: Runnable, others: Runnable) -> Runnable:
+    """A function that runs ``first`` in the thread that calls it first, and ``others`` in every other."""
+    owner: list[int] = []
+    lock = Lock()
+
+    def run(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        me = get_ident()
+        with lock:
+            if not owner:
+                owner.append(me)
+        if owner == [me]:
+            return first(*inputs)
+        logger.info(
+            "a CUDA graph is replayed by the thread that recorded it only; this one launches kernels one by one"
+        )
+        return others(*inputs)
 
     return run
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from ptq4dit_ao.errors import LoweringError
 from ptq4dit_ao.graph import export_transformer
 from ptq4dit_ao.lowering import Request, lower, quantized_linears
 from ptq4dit_ao.lowering.cuda import replace_linears
+from ptq4dit_ao.lowering.cuda.build import by_thread
 from ptq4dit_ao.lowering.tests.batches import batch_of
 from ptq4dit_ao.quantizer import PTQ4DiTQuantizer
 
@@ -159,6 +161,14 @@ def test_a_machine_that_cannot_run_it_says_why(quantized, monkeypatch, built_for
 
 
 @pytest.mark.cuda
+def test_the_first_thread_alone_replays():
+    run = by_thread(lambda x: (x, "replayed"), lambda x: (x, "launched"))
+    assert run(1) == (1, "replayed")
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run, 2).result() == (2, "launched")
+    assert run(3) == (3, "replayed")
+
+
 @needs_gpu
 @pytest.mark.parametrize("float_dtype", [None, torch.bfloat16])
 def test_a_gpu_computes_what_the_graph_says(converted, float_dtype):
