@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ptq4dit_ao._atomic import replacing_file
-from ptq4dit_ao._tensor_file import read_tensors
+from ptq4dit_ao._tensor_file import read_tensors, write_tensors
 from ptq4dit_ao.errors import CalibrationError
 from ptq4dit_ao.graph.names import TIMESTEP_NAMES
 from ptq4dit_ao.graph.signature import CallSignature
@@ -108,15 +105,14 @@ class CalibrationSamples:
         Raises:
             CalibrationError: it cannot be written.
         """
-        tensors = {name: tensor.contiguous() for name, tensor in {**self.inputs, **self.shared}.items()}
-        metadata = {"format": _FORMAT, "inputs": ",".join(self.inputs)}
+        about = {"inputs": ",".join(self.inputs)}
         try:
             if self.signature is not None:
-                metadata["signature"] = json.dumps(self.signature.to_json())
-            with replacing_file(path) as temporary:
-                save_file(tensors, temporary, metadata=metadata)
-        except (OSError, SafetensorError, ValueError) as error:
+                about["signature"] = json.dumps(self.signature.to_json())
+        except ValueError as error:
             raise CalibrationError(f"cannot write calibration samples to {path}: {error}") from error
+        tensors = {**self.inputs, **self.shared}
+        write_tensors(path, tensors, form=_FORMAT, what="calibration samples", error=CalibrationError, about=about)
 
     @classmethod
     def load(cls, path: str | Path) -> CalibrationSamples:
@@ -125,7 +121,9 @@ class CalibrationSamples:
         Raises:
             CalibrationError: the file is missing, is something else, or is damaged.
         """
-        metadata, tensors = read_tensors(path, form=_FORMAT, what="calibration samples", error=CalibrationError)
+        metadata, tensors = read_tensors(
+            path, form=_FORMAT, what="calibration samples", error=CalibrationError, way_out="record them again"
+        )
         try:
             inputs = {name: tensors.pop(name) for name in metadata["inputs"].split(",")}
             text = metadata.get("signature")
