@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from ptq4dit_ao._paths import as_path, check_file, check_room
 from ptq4dit_ao.errors import LoweringError
 from ptq4dit_ao.graph.interface import CapturedModule, InputSpec
 from ptq4dit_ao.graph.names import placeholders
@@ -107,15 +108,18 @@ def export_to(
         The file.
 
     Raises:
+        ArgumentError: the file cannot be written.
         LoweringError: the backend writes no file, or as for :func:`lower`.
     """
     chosen = choose_backend(backend, quantized_linears(converted))
     if chosen.write is None:
         able = ", ".join(repr(name) for name, other in BACKENDS.items() if other.write is not None)
         raise LoweringError(f"backend {chosen.name!r} runs in this process and writes no file; these do: {able}")
-    path = Path(path)
+    path = as_path(path)
     if path.suffix != chosen.suffix:
         path = path.with_name(path.name + chosen.suffix)
+    check_file(path)
+    check_room(path, sum(linear.weight.numel() for linear in quantized_linears(converted)) // 2)  # if all are of 4 bits
     request, _, _ = _request(_copy(converted), chosen, example_inputs, float_dtype, allow_float_fallback)
     path.parent.mkdir(parents=True, exist_ok=True)
     chosen.write(request, path)

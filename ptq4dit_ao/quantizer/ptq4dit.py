@@ -15,6 +15,7 @@ from torchao.quantization.pt2e import ObserverOrFakeQuantize
 from torchao.quantization.pt2e.quantizer import EdgeOrNode, QuantizationSpec, Quantizer
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
+from ptq4dit_ao._paths import as_path
 from ptq4dit_ao.core.salience import Aggregation
 from ptq4dit_ao.errors import ArgumentError, BalanceError, CalibrationError
 from ptq4dit_ao.graph import Site, SitePolicy, find_sites, first_refusals, refuse_sites
@@ -378,7 +379,9 @@ def round_sequentially(
         CalibrationError: the model was not prepared with :class:`PTQ4DiTQuantizer`, or was not run; there are no
             batches; the folder holds something else, or cannot be written.
     """
-    _plan_of(prepared).round_sequentially(prepared, batches, on_group, None if resume is None else Path(resume))
+    _plan_of(prepared).round_sequentially(
+        prepared, batches, on_group, None if resume is None else as_path(resume, "resume")
+    )
 
 
 @torch.no_grad()
@@ -411,4 +414,6 @@ def distill(
             another run, or cannot be written.
     """
     settings = DistillationSettings(steps=steps, minutes=minutes)
-    _plan_of(prepared).distill(prepared, list(batches), settings, on_step, None if resume is None else Path(resume))
+    _plan_of(prepared).distill(
+        prepared, list(batches), settings, on_step, None if resume is None else as_path(resume, "resume")
+    )

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import torch
 
+from ptq4dit_ao._paths import as_path, check_file
 from ptq4dit_ao.calibration import Sampling
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.lowering.backend import choose_backend
+from ptq4dit_ao.workflow.checks import check_sampling
 from ptq4dit_ao.workflow.correction import correction_for
 from ptq4dit_ao.workflow.drawing import NOISE_SEED, Drawing, decoder
 from ptq4dit_ao.workflow.environment import environment
@@ -69,10 +71,15 @@ def evaluate(
             raise ArgumentError(f"{name} is {value}; it must be at least {least}")
     for name in backends:
         choose_backend(name)  # before the long part, which a wrong name must not waste
+    if not backends:
+        raise ArgumentError("there are no backends; give at least one, such as 'reference'")
+    if cache is not None and not (cache := as_path(cache, "cache")).exists():
+        check_file(cache)
     quantized = load_quantized(directory)
     recipe = quantized.recipe
     loaded, sampling = _float_model(directory, quantized, model, sampler)
     sampling.check_steps(steps)
+    check_sampling(loaded, recipe, ("evaluation",))
     drawing = Drawing(
         sampling=sampling,
         samples=samples,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -64,6 +65,13 @@ def save_quantized(model: QuantizedModel, directory: str | Path) -> ArtifactSize
     Raises:
         ArtifactError: the folder holds something else, or cannot be written.
     """
+    return write_model(model, directory)
+
+
+def write_model(
+    model: QuantizedModel, directory: str | Path, beside: Callable[[Path, ArtifactSize], None] | None = None
+) -> ArtifactSize:
+    """As :func:`save_quantized`; ``beside`` writes what lies beside the model, which appears with it."""
     metadata = {
         "recipe": model.recipe.to_dict(),
         "report": summary(model.report),
@@ -71,7 +79,7 @@ def save_quantized(model: QuantizedModel, directory: str | Path) -> ArtifactSize
         "captured": None if model.captured is None else model.captured.to_dict(),
     }
     signature = [spec.to_dict() for spec in model.inputs]
-    return write_artifact(directory, model.graph, metadata, signature)
+    return write_artifact(directory, model.graph, metadata, signature, beside)
 
 
 @overload

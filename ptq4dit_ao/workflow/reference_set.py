@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ptq4dit_ao._optional import require
+from ptq4dit_ao._paths import as_path
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.evaluation import Distances, FeatureNetwork, Gaussian, ReferenceStatistics, extract
 
@@ -53,7 +54,7 @@ def read_reference(path: str | Path) -> ReferenceSet | ReferenceStatistics:
         ArgumentError: it is none of these, or the images are not of one size.
         MissingDependencyError: it is a folder, and Pillow is not installed.
     """
-    path = Path(path)
+    path = as_path(path, "reference")
     if path.is_dir():
         return ReferenceSet(name=path.name, images=_in_unit_range(path, _folder_levels(path)))
     if path.suffix == ".npz":
@@ -74,7 +75,8 @@ def yardstick(
     Raises:
         ArgumentError: the file is of other images or another network.
     """
-    if cache is not None and Path(cache).exists():
+    cache = None if cache is None else as_path(cache, "cache")
+    if cache is not None and cache.exists():
         statistics = ReferenceStatistics.load(cache).check(str(cache), network.name, reference.images)
         return Yardstick(name=reference.name, network=network, statistics=statistics)
     features = extract(network, reference.images, on_batch=on_batch)

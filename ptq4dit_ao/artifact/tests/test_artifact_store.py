@@ -191,7 +191,7 @@ def test_an_empty_folder_a_newer_version_and_a_link_are_replaced(saved: Path, sm
     [
         (errno.ENOSPC, r"no room to save the model as .*model \(No space left.*: it takes \d+ bytes, and \d+ are free"),
         (errno.EDQUOT, r"no room to save the model as .*make room, or save to another disk. Nothing was changed"),
-        (errno.EACCES, r"cannot write .*model \(.*Permission denied.*\); choose a folder that you may write to"),
+        (errno.EACCES, r"cannot write .*model: Permission denied.*; choose a folder that you may write to"),
     ],
 )
 @pytest.mark.parametrize("nth", [1, 2])
@@ -250,7 +250,9 @@ def test_a_place_that_cannot_be_looked_at_is_an_artifact_error(
     saved: Path, small: GraphModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Path, "iterdir", _raise(PermissionError(errno.EACCES, "Permission denied")))
-    with pytest.raises(ArtifactError, match=r"cannot write .*Permission denied.*; choose a folder that you may write"):
+    with pytest.raises(
+        ArtifactError, match=r"cannot write .*: Permission denied.*; choose a folder that you may write"
+    ):
         write_artifact(saved, small, {}, [])
 
 

@@ -187,7 +187,7 @@ def test_the_output_folder_is_looked_at_before_the_work(run, workshop):
 
 def test_a_picture_that_cannot_be_written(run, quantized, tmp_path):
     result = run("sample", quantized, "--steps", 1, "--per-class", 1, "--backend", "reference", "--output", tmp_path)
-    assert_fails(result, "Is a directory")
+    assert_fails(result, "it is a folder; give the name of a file in it")
 
 
 def test_a_model_saved_without_its_way_of_sampling(run, quantized, tmp_path):

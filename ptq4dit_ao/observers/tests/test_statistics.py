@@ -204,7 +204,9 @@ def test_a_corrupt_or_missing_file_is_refused(tmp_path, content):
         path.write_bytes(path.read_bytes()[:-10])
     elif content is not None:
         path.write_bytes(content)
-    with pytest.raises(CalibrationError, match=r"cannot read salience statistics from .*salience\.safetensors: .*run calib"):
+    with pytest.raises(
+        CalibrationError, match=r"cannot read salience statistics from .*salience\.safetensors: .*run calib"
+    ):
         SalienceStatistics.load(path)
 
 
