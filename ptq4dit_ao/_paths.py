@@ -30,7 +30,7 @@ def as_path(path: str | os.PathLike[str], what: str = "path") -> Path:
 
 
 def check_writable(path: Path, error: type[PTQ4DiTError] = ArgumentError) -> None:
-    """Ask whether a file or folder can be made at ``path``, or replaced there, by making a folder beside it for a moment.
+    """Ask whether something can be made or replaced at ``path``, by making a folder beside it for a moment.
 
     Raises:
         error: it cannot.

@@ -66,7 +66,7 @@ def read_manifest(path: Path) -> Manifest:
     """The manifest at ``path``.
 
     Raises:
-        ArtifactError: it is damaged, altered, of something else, or of a format version that this library does not read.
+        ArtifactError: it is damaged, altered, of something else, or of a format version that is not read here.
     """
     doc = load_json(path)
     _check_format(path, doc)
@@ -121,9 +121,10 @@ def _check_format(path: Path, doc: dict[str, Any]) -> None:
         raise ArtifactError(f"{path} is of format {doc.get('format')!r}, not {FORMAT!r}; point to a model saved by it")
     version = doc.get("format_version")
     if version not in READ_VERSIONS or type(version) is not int:
+        known = " and ".join(map(str, READ_VERSIONS))
         raise ArtifactError(
-            f"{path} has format_version {version!r}, this version reads {' and '.join(map(str, READ_VERSIONS))}; install the {FORMAT} that "
-            f"saved it, or save the model again with this one"
+            f"{path} has format_version {version!r}, this version reads {known}; install the {FORMAT} that saved it, "
+            "or save the model again with this one"
         )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from ptq4dit_ao.calibration.samples import CalibrationSamples, join_calls
 from ptq4dit_ao.calibration.timesteps import NormalTimesteps, StepSelection, choose_timesteps
-from ptq4dit_ao.errors import ArgumentError, CalibrationError
+from ptq4dit_ao.errors import ArgumentError, CalibrationError, check_type
 from ptq4dit_ao.graph.names import TIMESTEP_NAMES
 from ptq4dit_ao.graph.signature import CallSignature, flatten_call
 
@@ -57,6 +59,7 @@ def collect_from_pipeline(
         ArgumentError: the pipeline does not take such prompts, or the component takes what cannot be captured; or
             timesteps are to be drawn for prompts that ``call`` holds.
     """
+    _check_arguments(steps, batch_size, seed, guidance, call)
     module, call = _component(pipeline, component), dict(call or {})
     parameters = inspect.signature(pipeline.__call__).parameters
     selection = StepSelection(timesteps, steps)
@@ -87,7 +90,22 @@ def collect_from_pipeline(
     return recorder.samples()
 
 
+def _check_arguments(
+    steps: int, batch_size: int, seed: int, guidance: float | None, call: Mapping[str, object] | None
+) -> None:
+    for name, value, least in (("steps", steps, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+        check_type(name, value, Integral, "a whole number")
+        if not least <= value < 2**63:
+            raise ArgumentError(f"{name} is {value}; it must be at least {least}, and below 2^63")
+    check_type("guidance", guidance, (Real, type(None)), "a number, or None for the pipeline's own")
+    if guidance is not None and not math.isfinite(guidance):
+        raise ArgumentError(f"guidance is {guidance}; it must be finite")
+    check_type("call", call, (Mapping, type(None)), "a dict of arguments of the pipeline")
+
+
 def _component(pipeline: object, name: str) -> nn.Module:
+    check_type("component", name, str, "the name of the pipeline's module, such as 'transformer'")
+    check_type("pipeline", pipeline, Callable, "a pipeline of diffusers, or what is called like one")
     module = getattr(pipeline, name, None)
     if isinstance(module, nn.Module):
         return module
@@ -117,6 +135,15 @@ def _batches(
         raise ArgumentError(
             f"{type(pipeline).__name__} takes neither class_labels nor a prompt; it takes {', '.join(parameters)}: "
             "give prompts=None and these in call"
+        )
+    if name == "class_labels" and prompts and isinstance(prompts[0], str):
+        raise ArgumentError(
+            f"prompts begin with the text {prompts[0]!r}, and {type(pipeline).__name__} is drawn by class; give "
+            "numbers of classes"
+        )
+    if unknown := [] if takes_all else [key for key in call if key not in parameters]:
+        raise ArgumentError(
+            f"call has {unknown[0]!r}, which {type(pipeline).__name__} does not take; it takes {', '.join(parameters)}"
         )
     if name in call:
         raise ArgumentError(f"{name!r} is in call, and prompts are given, too; leave one of them out")

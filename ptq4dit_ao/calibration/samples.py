@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ptq4dit_ao._tensor_file import read_tensors, write_tensors
-from ptq4dit_ao.errors import CalibrationError
+from ptq4dit_ao.errors import ArgumentError, CalibrationError, check_type
 from ptq4dit_ao.graph.names import TIMESTEP_NAMES
 from ptq4dit_ao.graph.signature import CallSignature
 
@@ -36,7 +36,10 @@ class CalibrationSamples:
         shared: Mapping[str, Tensor] | None = None,
         signature: CallSignature | None = None,
     ) -> None:
-        sizes = {name: len(tensor) for name, tensor in inputs.items()}
+        check_type("inputs", inputs, Mapping, "a dict of tensors by input name")
+        for name, tensor in inputs.items():
+            check_type(f"input {name!r}", tensor, Tensor, "a tensor whose first axis is the batch")
+        sizes = {name: len(tensor) if tensor.ndim else 0 for name, tensor in inputs.items()}
         if not sizes or len(set(sizes.values())) != 1 or 0 in sizes.values():
             raise CalibrationError(f"calibration inputs need one common, non-zero number of rows, got {sizes}")
         self.inputs, self.shared, self.signature = dict(inputs), dict(shared or {}), signature
@@ -49,6 +52,8 @@ class CalibrationSamples:
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, ...]]:
         """Tuples of inputs, ``size`` rows each; the last may be smaller. Shared tensors only with a signature."""
+        if size < 1:
+            raise ArgumentError(f"the size of a batch is {size}; it must be at least 1")
         names = list(self.inputs) if self.signature is None else self.signature.names
         for start in range(0, len(self), size):
             rows = {name: tensor[start : start + size] for name, tensor in self.inputs.items()}

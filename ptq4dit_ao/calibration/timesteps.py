@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 
-from ptq4dit_ao.errors import ArgumentError, CalibrationError
+from ptq4dit_ao.errors import ArgumentError, CalibrationError, check_type
 
 RELATIVE_TOLERANCE = 1e-4
 """How near a visited timestep must be to one asked for: float32 arithmetic, and decimals as people write them."""
@@ -109,7 +110,7 @@ class StepSelection:
         self.wanted: list[float] = []
         if isinstance(wanted, NormalTimesteps):
             self.positions = list(range(steps))
-        elif isinstance(wanted, int):
+        elif isinstance(wanted, int) and not isinstance(wanted, bool):
             self.positions = spaced_positions(wanted, steps)
         else:
             self.wanted = _not_empty(wanted)
@@ -161,9 +162,14 @@ class StepSelection:
 
 
 def _not_empty(wanted: Sequence[float]) -> list[float]:
+    if isinstance(wanted, (str, bool)) or not isinstance(wanted, Iterable):
+        raise ArgumentError(f"timesteps is {wanted!r}; give how many, a list of numbers, or NormalTimesteps")
+    wanted = list(wanted)
+    for t in wanted:
+        check_type("a timestep", t, Real, "a number")
     if not wanted:
         raise CalibrationError("the list of calibration timesteps is empty; name at least one, or give a count")
-    return list(wanted)
+    return wanted
 
 
 def _is_close(t: float, wanted: float) -> bool:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ptq4dit_ao._paths import as_path, check_file, check_room
-from ptq4dit_ao.errors import LoweringError
-from ptq4dit_ao.graph.interface import CapturedModule, InputSpec
+from ptq4dit_ao.errors import LoweringError, check_type
+from ptq4dit_ao.graph.interface import CapturedModule, InputSpec, check_batch
 from ptq4dit_ao.graph.names import placeholders
 from ptq4dit_ao.graph.shapes import example_shape, tensor_of
 from ptq4dit_ao.graph.ties import merge_equal_computations
@@ -66,6 +66,7 @@ def lower(
         LoweringError: the backend is unknown, cannot run here or not in ``float_dtype``; or fewer linears than promised
             run on integer kernels.
     """
+    check_type("converted", converted, GraphModule, "a graph that convert_pt2e returned, or QuantizedModel.graph")
     graph = converted if consume else _copy(converted)
     chosen = choose_backend(backend, quantized_linears(graph))
     request, refused, promised = _request(graph, chosen, example_inputs, float_dtype, allow_float_fallback)
@@ -154,7 +155,10 @@ def _request(
             f"backend {backend.name!r} cannot carry {len(refused)} of {promised} quantized linears ({name}: {why}); "
             "pass allow_float_fallback=True to run those in float, or use another backend"
         )
-    inputs = _example_inputs(graph) if example_inputs is None else tuple(example_inputs)
+    if example_inputs is None:
+        inputs = _example_inputs(graph)
+    else:
+        inputs = check_batch(graph, example_inputs, "example_inputs", LoweringError)
     carried = [linear for linear in linears if reasons[linear.name] is None]
     request = Request(
         graph=graph,

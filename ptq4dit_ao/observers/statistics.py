@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ptq4dit_ao._tensor_file import read_tensors, write_tensors
-from ptq4dit_ao.errors import CalibrationError
+from ptq4dit_ao.errors import CalibrationError, check_type
 
 _FORMAT = "ptq4dit-ao salience statistics"
 
@@ -89,6 +89,7 @@ class SalienceStatistics(Mapping[str, ChannelStatistics]):
     def __init__(
         self, tables: Mapping[str, ChannelStatistics] | None = None, example: tuple[Tensor, ...] | None = None
     ) -> None:
+        check_type("tables", tables, (Mapping, type(None)), "a dict of ChannelStatistics by site")
         self._tables = dict(tables or {})
         self.example = example
         """Inputs of the model, from the first calibration batch; not saved."""
@@ -108,6 +109,7 @@ class SalienceStatistics(Mapping[str, ChannelStatistics]):
         Raises:
             CalibrationError: the sites differ.
         """
+        check_type("other", other, SalienceStatistics, "SalienceStatistics")
         if set(other) != set(self):
             odd = sorted(set(other) ^ set(self))[0]
             raise CalibrationError(f"cannot merge statistics of different models: {odd!r} is in one of them only")

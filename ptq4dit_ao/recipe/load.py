@@ -73,8 +73,11 @@ def _extends(text: YamlText) -> str | None:
 def _find(path: Path, name: str | None = None) -> Path | None:
     """``path`` if it is a file, else the shipped recipe called ``name``."""
     name = str(path) if name is None else name
-    if path.is_file():
-        return path
+    try:
+        if path.is_file():
+            return path
+    except OSError as error:  # a name that is too long
+        raise RecipeError(f"{path}: cannot be read: {because(error)}") from None
     return shipped_recipe_path(name) if name.removesuffix(".yaml") in shipped_recipes() else None
 
 

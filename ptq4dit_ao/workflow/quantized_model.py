@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from ptq4dit_ao.artifact import ArtifactSize, read_artifact, write_artifact
 from ptq4dit_ao.calibration import Sampling
-from ptq4dit_ao.errors import ArtifactError
+from ptq4dit_ao.errors import ArtifactError, check_type
 from ptq4dit_ao.graph.interface import CapturedModule, InputSpec
 from ptq4dit_ao.lowering import LoweredModel, lower
 from ptq4dit_ao.recipe import Recipe
@@ -65,6 +65,7 @@ def save_quantized(model: QuantizedModel, directory: str | Path) -> ArtifactSize
     Raises:
         ArtifactError: the folder holds something else, or cannot be written.
     """
+    check_type("model", model, QuantizedModel, "what apply_recipe returned")
     return write_model(model, directory)
 
 
