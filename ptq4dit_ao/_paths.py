@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ptq4dit_ao._atomic import temporary_folder
-from ptq4dit_ao.errors import ArgumentError, PTQ4DiTError
+from ptq4dit_ao.errors import ArgumentError, PTQ4DiTError, check_type
 
 
 def as_path(path: str | os.PathLike[str], what: str = "path") -> Path:
@@ -18,8 +18,7 @@ def as_path(path: str | os.PathLike[str], what: str = "path") -> Path:
     Raises:
         ArgumentError: it is no path, or an empty one, which would mean the current folder.
     """
-    if not isinstance(path, (str, os.PathLike)):
-        raise ArgumentError(f"{what} is {path!r}, a {type(path).__name__}; give a path as text")
+    check_type(what, path, (str, os.PathLike), "a path as text")
     text = os.fspath(path)
     if not isinstance(text, str) or not text or "\0" in text:
         raise ArgumentError(f"{what} is {text!r}, which is no path; give a name ('.' is the current folder)")

@@ -34,7 +34,9 @@ def write_tensors(
         error: it cannot be written.
     """
     path = as_path(path)
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    if path.is_dir():
+        raise error(f"cannot write {what} to {path}: it is a folder; give the name of a file in it")
+    stored = _apart(tensors)
     metadata = {**(about or {}), "format": f"{form}{_CHECKED}"}
     metadata[_DIGEST] = tensors_digest(stored, metadata)
     try:
@@ -54,6 +56,8 @@ def read_tensors(
         error: the file is missing, is damaged or altered, or holds something else than ``what``.
     """
     path = as_path(path)
+    if path.is_dir():
+        raise error(f"cannot read {what} from {path}: it is a folder; give the name of a file in it")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -68,6 +72,16 @@ def read_tensors(
         if digest != tensors_digest(tensors, metadata):
             raise error(f"{path} was altered: its sha256 is not that of {what} in it; copy it again, or {way_out}")
     return metadata, tensors
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors on the CPU; those that share memory with another, which safetensors refuses, are copied."""
+    stored: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        taken = {other.untyped_storage().data_ptr() for other in stored.values()}
+        stored[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in taken else tensor
+    return stored
 
 
 def _because(problem: OSError | SafetensorError) -> str:

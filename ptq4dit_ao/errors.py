@@ -47,8 +47,9 @@ def check_type(name: str, value: object, kind: type | tuple[type, ...], wanted: 
     """Raises ArgumentError unless ``value`` is of a type; ``wanted`` says in words what to give."""
     if isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool):
         return
-    shown = f"{value!r}, " if isinstance(value, (str, int, float)) else ""
-    raise ArgumentError(f"{name} is {shown}a {type(value).__name__}; give {wanted}")
+    kind_given = type(value).__name__
+    shown = f"{value!r} ({kind_given})" if isinstance(value, (str, int, float)) else f"of type {kind_given}"
+    raise ArgumentError(f"{name} is {shown}; give {wanted}")
 
 
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

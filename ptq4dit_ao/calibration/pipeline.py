@@ -128,6 +128,8 @@ def _batches(
         return [{}]
     if isinstance(prompts, str):
         raise ArgumentError(f"prompts is the string {prompts!r}; give a list of them")
+    if not len(prompts):
+        raise ArgumentError("prompts is empty; give at least one, or None if call says everything")
     kinds = ("prompt", "class_labels") if prompts and isinstance(prompts[0], str) else ("class_labels", "prompt")
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     name = next((kind for kind in kinds if kind in parameters), kinds[0] if takes_all else None)

@@ -74,6 +74,8 @@ class CalibrationSamples:
 
     def spread(self, rows: int) -> CalibrationSamples:
         """So many rows, as evenly over the timesteps as they were recorded; all if there are no more."""
+        if rows < 1:
+            raise ArgumentError(f"rows is {rows}; it must be at least 1")
         order = self.timesteps.argsort(stable=True)
         rows = min(rows, len(self))
         return self._rows(order[[(2 * i + 1) * len(self) // (2 * rows) for i in range(rows)]])

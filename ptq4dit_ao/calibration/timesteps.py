@@ -71,7 +71,9 @@ def spaced_positions(count: int, steps: int) -> list[int]:
     Raises:
         CalibrationError: there are not as many.
     """
-    if not 1 <= count <= steps:
+    if count < 1:
+        raise CalibrationError(f"{count} calibration timesteps asked for; ask for at least 1")
+    if count > steps:
         raise CalibrationError(
             f"{count} calibration timesteps asked for, the sampler has {steps} steps; ask for fewer "
             "(calibration.timesteps, evaluation.timesteps), or for more steps (calibration.steps)"

@@ -70,6 +70,11 @@ def lower(
     graph = converted if consume else _copy(converted)
     chosen = choose_backend(backend, quantized_linears(graph))
     request, refused, promised = _request(graph, chosen, example_inputs, float_dtype, allow_float_fallback)
+    if chosen.integer and not promised and not request.attention:
+        raise LoweringError(
+            f"the graph has no quantized layer that backend {chosen.name!r} could run on integers; quantize it first "
+            "(apply_recipe), or use 'reference'"
+        )
     run = chosen.build(request)
     proof = KernelProof(
         backend=chosen.name,

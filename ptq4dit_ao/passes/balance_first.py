@@ -133,6 +133,7 @@ class _SalienceRecorder(Interpreter):
 
     def __init__(self, exported: GraphModule, sites: Sequence[Site], timestep_input: str | None) -> None:
         super().__init__(exported)
+        self.extra_traceback = False  # torch.fx would add to messages which node it was at
         self.clock = TimestepClock()
         self.timestep = timestep_placeholder(exported, timestep_input)
         self.tables: dict[str, ChannelStatistics] = {}

@@ -341,7 +341,9 @@ def _plan_of(prepared: GraphModule) -> BalancePlan:
         plan = getattr(module, "hook", None)
         if isinstance(plan, BalancePlan):
             return plan
-    raise CalibrationError("this model was not prepared with PTQ4DiTQuantizer")
+    raise CalibrationError(
+        "this model was not prepared with PTQ4DiTQuantizer; call prepare_pt2e(exported, PTQ4DiTQuantizer())"
+    )
 
 
 def _checked(prepared: GraphModule, batches: Iterable[Sequence[Tensor]]) -> list[tuple[Tensor, ...]]:

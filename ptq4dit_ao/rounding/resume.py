@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ptq4dit_ao._atomic import is_unfinished, replace_text
+from ptq4dit_ao._paths import because
 from ptq4dit_ao._tensor_file import read_tensors, write_tensors
 from ptq4dit_ao.errors import CalibrationError
 from ptq4dit_ao.observers import ActivationObserver, Rounded
@@ -54,7 +55,10 @@ class Progress:
             else:
                 replace_text(about, json.dumps(expected))
         except (OSError, ValueError) as error:
-            raise CalibrationError(f"cannot keep rounded layers in {folder}: {error}") from error
+            reason = because(error) if isinstance(error, OSError) else f"{about} is damaged ({error})"
+            raise CalibrationError(
+                f"cannot keep rounded layers in {folder}: {reason}; remove it to start anew, or give another folder"
+            ) from error
 
     def load(self, index: int, groups: Sequence[Group]) -> bool:
         """Give groups what was found for them; False if there is nothing."""

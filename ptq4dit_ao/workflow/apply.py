@@ -184,7 +184,12 @@ def apply_recipe(
     """
     check_type("model", model, nn.Module, "a module, such as pipeline.transformer, or a graph of export_transformer")
     check_type("recipe", recipe, Recipe, "what load_recipe returned")
-    check_type("samples", samples, Iterable, "what collect_from_pipeline recorded, or a list of tuples of tensors")
+    check_type(
+        "samples",
+        samples,
+        (CalibrationSamples, Iterable),
+        "what collect_from_pipeline recorded, or a list of tuples of tensors",
+    )
     recorded = samples if isinstance(samples, CalibrationSamples) else None
     if isinstance(samples, CalibrationSamples):
         samples = samples.shuffled(SHUFFLE_SEED).batches(recipe.calibration.rows)

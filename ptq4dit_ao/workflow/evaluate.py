@@ -16,6 +16,7 @@ import torch
 from ptq4dit_ao._paths import as_path, check_file
 from ptq4dit_ao.calibration import Sampling
 from ptq4dit_ao.errors import ArgumentError
+from ptq4dit_ao.evaluation import ReferenceStatistics
 from ptq4dit_ao.lowering.backend import choose_backend
 from ptq4dit_ao.workflow.checks import check_sampling
 from ptq4dit_ao.workflow.correction import correction_for
@@ -89,6 +90,8 @@ def evaluate(
         decode=decoder(loaded, sampling),
     )
     network = network_for(loaded, features, reference or cache, samples)
+    if cache is not None and cache.exists() and network is not None:
+        ReferenceStatistics.load(cache).check(str(cache), network.name)
     given = given_yardstick(loaded, network, reference, cache, functools.partial(on_progress, "reference set"))
     lowered = [quantized.lower(name) for name in dict.fromkeys(backends)]
     correction = correction_for(directory, loaded, quantized, steps, functools.partial(on_progress, "fit correction"))

@@ -124,6 +124,8 @@ def _read(directory: str | Path) -> QuantizedModel:
     metadata = stored.metadata
     if set(metadata) != {"recipe", "report", "sampling", "captured"}:
         raise ArtifactError(f"{directory} was not saved with save_quantized: its metadata holds {sorted(metadata)}")
+    if not isinstance(metadata["report"], dict):
+        raise ArtifactError(f"the report of {directory} is {metadata['report']!r}, not an object; quantize again")
     inputs = tuple(InputSpec.from_dict(entry) for entry in stored.input_signature)
     return QuantizedModel(
         graph=stored.graph_module,

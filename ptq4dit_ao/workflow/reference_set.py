@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ptq4dit_ao._optional import require
-from ptq4dit_ao._paths import as_path
+from ptq4dit_ao._paths import as_path, because
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.evaluation import Distances, FeatureNetwork, Gaussian, ReferenceStatistics, extract
 
@@ -85,6 +85,7 @@ def yardstick(
         pooled, spatial = reference.fits
         statistics = dataclasses.replace(statistics, pooled_fit=pooled, spatial_fit=spatial)
     if cache is not None:
+        cache.parent.mkdir(parents=True, exist_ok=True)
         statistics.save(cache)
     return Yardstick(name=reference.name, network=network, statistics=statistics)
 
@@ -94,7 +95,8 @@ def _from_npz(path: Path) -> ReferenceSet:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("arr_0", *_ADM_FITS) if name in file}
     except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
-        raise ArgumentError(f"cannot read reference images from {path}: {error}") from error
+        reason = because(error) if isinstance(error, OSError) else str(error)
+        raise ArgumentError(f"cannot read reference images from {path}: {reason}; check the path") from error
     if "arr_0" not in arrays:
         raise ArgumentError(f"{path} has no array 'arr_0' of images")
     images = _in_unit_range(path, arrays.pop("arr_0"))

@@ -92,7 +92,6 @@ class Work:
         self.network = network_for(self.model, settings.features, settings.reference, settings.samples)
         kept = None
         if settings.reference is None or settings.reference.suffix != ".safetensors":
-            folder.mkdir(parents=True, exist_ok=True)
             kept = folder / "reference.safetensors"
         on_batch = functools.partial(on_progress, "reference set")
         try:
