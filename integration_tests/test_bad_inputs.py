@@ -125,10 +125,7 @@ RECIPES: dict[str, tuple[str | bytes, str]] = {
     "bits text": ("version: 1\nweights: {bits: '8'}", r"weights.bits: '8' \(text\) is not allowed"),
     "bits true": ("version: 1\nactivations: {bits: true}", "activations.bits: true is not allowed"),
     "bits huge": ("version: 1\nweights: {bits: 1" + "0" * 400 + "}", "weights.bits: .* is not allowed"),
-    "digits": (
-        "version: 1\nweights: {bits: " + "1" * 5000 + "}",
-        "weights.bits: a number of 5000 digits is too long; write a shorter",
-    ),
+    "digits": ("version: 1\nweights: {bits: " + "1" * 5000 + "}", "a number of 5000 digits is too long; write a"),
     "nan": ("version: 1\nbalance: {alpha: .nan}", "balance.alpha: NaN is not allowed"),
     "infinite": ("version: 1\nbalance: {max_scale: .inf}", "balance.max_scale: Infinity is not allowed"),
     "overflow": ("version: 1\nbalance: {max_scale: 1e999}", "balance.max_scale: Infinity is not allowed"),
@@ -191,7 +188,7 @@ COMMANDS: dict[str, tuple[str, int, str]] = {
         "holds a quantized model; give the float",
     ),
     "evaluation": (
-        "quantize steps.yaml --output x",
+        "quantize default.yaml --output x",
         FAILED,
         "evaluation.timesteps is 20, and the sampler takes 3 steps",
     ),
@@ -253,7 +250,7 @@ COMMANDS: dict[str, tuple[str, int, str]] = {
     "sample correction": (
         "sample tiny --steps 3 --output x",
         FAILED,
-        "noise correction of tiny is for 2 steps of DDIM",
+        "noise correction of tiny is for 2 steps of",
     ),
     "sample float": (
         "sample float",

@@ -57,6 +57,12 @@ def replace_text(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a folder with all that is in it; a kill leaves it whole, or what the next write there removes."""
+    with temporary_folder(folder) as trash:
+        os.rename(folder, trash / folder.name)
+
+
 def is_unfinished(path: Path) -> bool:
     """Is it what a kill inside :func:`temporary_folder` leaves behind?"""
     return path.name.startswith(".") and ".tmp-" in path.name

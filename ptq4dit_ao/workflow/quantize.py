@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ptq4dit_ao._atomic import replace_text
+from ptq4dit_ao._atomic import remove_folder, replace_text
 from ptq4dit_ao._optional import require
-from ptq4dit_ao._paths import as_path
+from ptq4dit_ao._paths import as_path, check_writable
 from ptq4dit_ao.artifact import ArtifactSize, check_target
 from ptq4dit_ao.calibration import CalibrationSamples, as_denoiser, sample
 from ptq4dit_ao.calibration.sampling import Denoiser
@@ -121,15 +120,19 @@ def quantize(
     write_model(quantized, output, beside)
     on_progress("save", 1, 1)
     if resume is not None:
-        shutil.rmtree(resume)
+        remove_folder(resume)
     return quantized
 
 
 def _checked(model: LoadedModel, recipe: Recipe, output: Path, resume: Path | None, draws: bool) -> LoadedModel:
     """The model with the recipe's sampler, once all that is known before the work has been asked."""
     check_target(output)
-    if resume is not None and resume.exists() and not resume.is_dir():
-        raise ArtifactError(f"{resume} is a file, and rounded layers are kept in a folder of that name; move it away")
+    if resume is not None:
+        check_writable(resume, ArtifactError)
+        if resume.exists() and not resume.is_dir():
+            raise ArtifactError(
+                f"{resume} is a file, and rounded layers are kept in a folder of that name; move it away"
+            )
     check_room_for_model(model.transformer, recipe, output, ArtifactError)
     require("matplotlib", extra="report")
     model = model.drawn_by(recipe.calibration.sampler)
