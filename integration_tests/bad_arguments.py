@@ -392,7 +392,7 @@ BAD: dict[str, list[Bad]] = {
         ),
     ],
     "collect_from_pipeline": [
-        (lambda w: w.collect(pipeline="x"), ArgumentError, r"pipeline is 'x' \(str\); give a pipeline of diffusers"),
+        (lambda w: w.collect(pipeline="x"), ArgumentError, "pipeline is of type str; give a pipeline of diffusers"),
         (lambda w: w.collect("abc"), ArgumentError, "prompts is the string 'abc'; give a list of them"),
         (lambda w: w.collect([]), ArgumentError, "prompts is empty; give at least one"),
         (lambda w: w.collect(["cat"]), ArgumentError, "text 'cat', and SamplingPipeline is drawn by class; give num"),

@@ -22,10 +22,11 @@ import ptq4dit_ao
 from ptq4dit_ao import CalibrationSamples, SalienceStatistics, load_quantized, load_recipe, round_sequentially
 from ptq4dit_ao._digest import json_digest
 from ptq4dit_ao.cli.main import main
-from ptq4dit_ao.errors import PTQ4DiTError, RecipeError
+from ptq4dit_ao.errors import ArgumentError, PTQ4DiTError, RecipeError
 from ptq4dit_ao.evaluation import Features
 from ptq4dit_ao.evaluation.statistics import ReferenceStatistics
 from ptq4dit_ao.ptqd import NoiseCorrection
+from ptq4dit_ao.workflow.reference_set import read_reference
 from ptq4dit_ao.workflow.table.cells import read_cell, write_cell
 
 FLIPS = 200
@@ -371,6 +372,34 @@ def test_a_full_disk(bench_of: Path, command: str, monkeypatch, capsys, no_sampl
     error = capsys.readouterr().err
     assert re.search(r"no room for .*: it takes [\d.]+ MB at least, and 0.0 MB are free", error)
     assert listing(bench_of) == before and not no_sampling
+
+
+# -- paths -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_path_begins_at_home_wherever_one_is_taken(workshop, saved, expected, somewhere, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("HOME", str(somewhere))
+    workshop.quantized.save("~/model")
+    assert load_quantized("~/model").report == load_quantized(somewhere / "model").report
+    workshop.statistics.save("~/statistics")
+    assert set(SalienceStatistics.load("~/statistics")) == set(workshop.statistics)
+    CalibrationSamples({"x": torch.ones(2)}).save("~/samples")
+    assert len(CalibrationSamples.load("~/samples")) == 2
+    shutil.copy(workshop.folder / "tiny.yaml", somewhere)
+    (somewhere / "top.yaml").write_text("version: 1\nextends: ~/tiny.yaml\n")
+    assert load_recipe("~/top.yaml") == load_recipe("~/tiny.yaml")
+    assert read_reference_folder("~/model")
+    assert main(["inspect", "~/model", "--backend", "none"]) == 0
+    names = {"model", "statistics", "samples", "tiny.yaml", "top.yaml"}
+    assert {path.name for path in somewhere.iterdir()} == names
+
+
+def read_reference_folder(path: str) -> bool:
+    try:
+        read_reference(path)
+    except ArgumentError as error:
+        return "holds 0 PNG" in str(error)
+    return False
 
 
 # -- altered artifacts -----------------------------------------------------------------------------------------------

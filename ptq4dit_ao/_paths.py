@@ -19,8 +19,8 @@ def as_path(path: str | os.PathLike[str], what: str = "path") -> Path:
         ArgumentError: it is no path, or an empty one, which would mean the current folder.
     """
     check_type(what, path, (str, os.PathLike), "a path as text")
-    text = os.fspath(path)
-    if not isinstance(text, str) or not text or "\0" in text:
+    text = os.fsdecode(path)
+    if not text or "\0" in text:
         raise ArgumentError(f"{what} is {text!r}, which is no path; give a name ('.' is the current folder)")
     try:
         return Path(text).expanduser()

@@ -105,7 +105,8 @@ def _check_arguments(
 
 def _component(pipeline: object, name: str) -> nn.Module:
     check_type("component", name, str, "the name of the pipeline's module, such as 'transformer'")
-    check_type("pipeline", pipeline, Callable, "a pipeline of diffusers, or what is called like one")
+    if not callable(pipeline):
+        raise ArgumentError(f"pipeline is of type {type(pipeline).__name__}; give a pipeline of diffusers, or the like")
     module = getattr(pipeline, name, None)
     if isinstance(module, nn.Module):
         return module

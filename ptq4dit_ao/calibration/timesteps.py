@@ -163,15 +163,15 @@ class StepSelection:
         return {t for t, position in self.visited.items() if position in self.positions}
 
 
-def _not_empty(wanted: Sequence[float]) -> list[float]:
+def _not_empty(wanted: object) -> list[float]:
     if isinstance(wanted, (str, bool)) or not isinstance(wanted, Iterable):
         raise ArgumentError(f"timesteps is {wanted!r}; give how many, a list of numbers, or NormalTimesteps")
-    wanted = list(wanted)
-    for t in wanted:
+    timesteps = list(wanted)
+    for t in timesteps:
         check_type("a timestep", t, Real, "a number")
-    if not wanted:
+    if not timesteps:
         raise CalibrationError("the list of calibration timesteps is empty; name at least one, or give a count")
-    return wanted
+    return timesteps
 
 
 def _is_close(t: float, wanted: float) -> bool:

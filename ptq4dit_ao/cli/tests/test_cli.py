@@ -256,6 +256,9 @@ def test_inspect_shows_layers_sites_and_the_proof(run, quantized):
     for name in ("transformer_blocks.0.attn1.{to_q,to_k,to_v}", "transformer_blocks.0.ff.net.2", "proj_out_2"):
         assert name in out
     assert "linears: 7 integer, 6 float; sites: 3 folded, 2 not" in out
+    sites = json.loads((quantized / "report.json").read_text())["sites"]
+    spreads = [f"{min(site['b']):.3g} .. {max(site['b']):.3g}" for site in sites if site["status"] == "folded"]
+    assert len(spreads) == 3 and all(spread in out for spread in spreads)  # as "quantize" prints them
     assert "gelu does not commute with a scale per channel" in out
     assert "fbgemm: 7/7 quantized linears on integer GEMMs" in out and "ready in" in out
 
