@@ -34,6 +34,9 @@ def check_writable(path: Path, error: type[PTQ4DiTError] = ArgumentError) -> Non
     Raises:
         error: it cannot.
     """
+    path = path.resolve()
+    if not path.name:
+        raise error(f"cannot write {path}: it is the root of all folders; give the name of one in it")
     try:
         with _folder_for(path), temporary_folder(path):
             pass

@@ -167,7 +167,7 @@ def _check_present(folder: Path) -> None:
     if not folder.is_dir():
         hint = "".join(f"; an interrupted save left the former model as {p}, rename it back" for p in set_aside(folder))
         raise ArtifactError(f"there is no folder {folder}{hint or '; check the path, or save the model there'}")
-    if not (folder / MANIFEST).is_file() and is_diffusers(folder):
+    if not (folder / MANIFEST).is_file() and _is_diffusers(folder):
         raise ArtifactError(
             f"{folder} is a float diffusers model, not a quantized one; quantize it first: "
             f"{FORMAT} quantize RECIPE --model {folder} --output ANOTHER"
@@ -177,7 +177,7 @@ def _check_present(folder: Path) -> None:
             raise ArtifactError(f"{folder} has no {name}; the folder is not a complete {FORMAT} model, copy it again")
 
 
-def is_diffusers(folder: Path) -> bool:
+def _is_diffusers(folder: Path) -> bool:
     """Whether it is the folder of a diffusers pipeline or model."""
     return any((folder / name).is_file() for name in ("model_index.json", "config.json"))
 

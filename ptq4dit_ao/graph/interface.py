@@ -109,6 +109,8 @@ def _check_shape(node: Node, x: Tensor, what: str, error: type[PTQ4DiTError]) ->
 
 def cannot_run(what: str, error: Exception) -> CalibrationError:
     """What to raise when a graph fails on a batch that has the right shapes."""
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
     lines = str(error).strip().splitlines()
     return CalibrationError(
         f"the model cannot run on {what}: {type(error).__name__}: {lines[0] if lines else ''}; check the types and "

@@ -58,7 +58,17 @@ def test_where_nothing_can_be_written(tmp_path):
             check_writable(path, ArtifactError)
     with pytest.raises(ArgumentError, match="it is a folder; give the name of a file in it"):
         check_file(tmp_path)
+    with pytest.raises(ArgumentError, match="cannot write /: it is the root of all folders; give the name of one"):
+        check_writable(Path("/"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_the_current_folder_can_be_written(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    check_writable(Path())
+    check_writable(Path("../here"))
+    assert [path.name for path in tmp_path.rglob("*")] == ["here"]
 
 
 def test_room(tmp_path, monkeypatch):

@@ -6,16 +6,14 @@ import copy
 import difflib
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ptq4dit_ao._paths import check_room
 from ptq4dit_ao.calibration import SamplingPipeline
 from ptq4dit_ao.calibration.timesteps import nearest_timestep
-from ptq4dit_ao.errors import ArgumentError, CalibrationError, LoweringError, OverrideError, PTQ4DiTError
+from ptq4dit_ao.errors import ArgumentError, CalibrationError, LoweringError, OverrideError
 from ptq4dit_ao.lowering.backend import BACKENDS
 from ptq4dit_ao.recipe import NormalDraw, Recipe
 from ptq4dit_ao.workflow.models import LoadedModel
@@ -40,8 +38,8 @@ def check_sampling(model: LoadedModel, recipe: Recipe, sections: Iterable[str]) 
             _check_draw(wanted, recipe)
         elif isinstance(wanted, int):
             _check_count(section, wanted, steps)
-        else:
-            _check_list(section, wanted, _visited(model, recipe), steps)
+        elif (visited := _visited(model, recipe)) is not None:
+            _check_list(section, wanted, visited, steps)
 
 
 def check_overrides(transformer: nn.Module, recipe: Recipe) -> None:
@@ -82,16 +80,12 @@ def check_dtype(transformer: nn.Module, backend: str) -> None:
         )
 
 
-def check_room_for_model(transformer: nn.Module, recipe: Recipe, output: Path, error: type[PTQ4DiTError]) -> None:
-    """Ask whether the disk has room for a quantized model, and for the layers that a sequential rounding keeps.
-
-    Raises:
-        error: it has not.
-    """
+def least_bytes(transformer: nn.Module, recipe: Recipe) -> int:
+    """What a quantized model takes on disk at least: as if all its parameters were quantized."""
     parameters = sum(parameter.numel() for parameter in transformer.parameters())
     bits = min(recipe.weights.widths) if recipe.weights.bits == "auto" else recipe.weights.bits
     narrowest = min([bits, *(o.weight_bits for o in recipe.overrides if o.weight_bits is not None)])
-    check_room(output, parameters if narrowest > 4 else parameters // 2, error)
+    return parameters if narrowest > 4 else parameters // 2
 
 
 def _check_draw(draw: NormalDraw, recipe: Recipe) -> None:
@@ -111,10 +105,10 @@ def _check_count(section: str, count: int, steps: int) -> None:
         )
 
 
-def _check_list(section: str, wanted: Sequence[float], visited: Sequence[float] | None, steps: int) -> None:
-    for t in wanted if visited is not None else ():
+def _check_list(section: str, wanted: Sequence[float], visited: Sequence[float], steps: int) -> None:
+    for t in wanted:
         try:
-            nearest_timestep(visited or (), t)
+            nearest_timestep(visited, t)
         except CalibrationError as error:
             raise CalibrationError(
                 f"{section}.timesteps: {error}, in {steps} steps (calibration.steps); name those it visits, or how many"

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from ptq4dit_ao._atomic import remove_folder, replace_text
 from ptq4dit_ao._optional import require
-from ptq4dit_ao._paths import as_path, check_writable
+from ptq4dit_ao._paths import as_path, check_room, check_writable
 from ptq4dit_ao.artifact import ArtifactSize, check_target
 from ptq4dit_ao.calibration import CalibrationSamples, as_denoiser, sample
 from ptq4dit_ao.calibration.sampling import Denoiser
@@ -24,7 +24,7 @@ from ptq4dit_ao.ptqd import NoiseCorrection, PTQDScheduler
 from ptq4dit_ao.recipe import Recipe
 from ptq4dit_ao.report import build_report, write_html
 from ptq4dit_ao.workflow.apply import EXAMPLE_ROWS, Stopwatch, apply_recipe, on_device_of
-from ptq4dit_ao.workflow.checks import check_overrides, check_room_for_model, check_sampling
+from ptq4dit_ao.workflow.checks import check_overrides, check_sampling, least_bytes
 from ptq4dit_ao.workflow.correction import FILE as CORRECTION
 from ptq4dit_ao.workflow.correction import check_correction, fit_correction
 from ptq4dit_ao.workflow.diagnostics import diagnose, timestep_position
@@ -60,7 +60,7 @@ def quantize(
     Raises:
         PTQ4DiTError: see :func:`~ptq4dit_ao.apply_recipe` and :func:`~ptq4dit_ao.save_quantized`.
     """
-    output = as_path(output, "output")
+    output = as_path(output, "output").resolve()
     resume = output.with_name(f"{output.name}.rounding") if recipe.rounding.sequential else None
     model = _checked(model, recipe, output, resume, samples is None)
     clock = Stopwatch()
@@ -133,7 +133,7 @@ def _checked(model: LoadedModel, recipe: Recipe, output: Path, resume: Path | No
             raise ArtifactError(
                 f"{resume} is a file, and rounded layers are kept in a folder of that name; move it away"
             )
-    check_room_for_model(model.transformer, recipe, output, ArtifactError)
+    check_room(output, least_bytes(model.transformer, recipe), ArtifactError)
     require("matplotlib", extra="report")
     model = model.drawn_by(recipe.calibration.sampler)
     check_correction(model, recipe)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from ptq4dit_ao._tensor_file import read_tensors, write_tensors
 from ptq4dit_ao.calibration import Sampling
 from ptq4dit_ao.errors import ArgumentError, PTQ4DiTError
 from ptq4dit_ao.recipe import Recipe
-from ptq4dit_ao.workflow.checks import check_dtype, check_overrides, check_sampling
+from ptq4dit_ao.workflow.checks import check_dtype, check_overrides, check_sampling, least_bytes
 from ptq4dit_ao.workflow.correction import fit_correction
 from ptq4dit_ao.workflow.drawing import NOISE_SEED, Drawing, decoder
 from ptq4dit_ao.workflow.environment import environment, installed
@@ -106,13 +106,13 @@ class Work:
         self._failed: dict[str, PTQ4DiTError] = {}
         self._on_progress = on_progress
         self._before = 0
-        self._all = sum(self._drawing(cell.steps).units for cell in self.cells() if self.found(cell) is None)
+        missing = [cell for cell in self.cells() if self.found(cell) is None]
+        self._all = sum(self._drawing(cell.steps).units for cell in missing)
+        check_room(folder, self._least_bytes(missing))
 
     def _check_recipes(self) -> None:
-        """Ask before the long part what of it must fail, and whether there is room for it."""
+        """Ask before the long part what of it must fail."""
         check_dtype(self.model.transformer, self.settings.backend)
-        images = len(self.settings.steps) * self.settings.samples * self._sampling.channels * self._sampling.size**2
-        check_room(self.folder, 4 * images)
         for bits in self.settings.bits:
             for method, base in self._recipes.items():
                 recipe = self.settings.recipe(base, bits)
@@ -121,6 +121,13 @@ class Work:
                     check_overrides(self.model.transformer, recipe)
                 except PTQ4DiTError as error:
                     raise type(error)(f"method {method!r}: {error}") from error
+
+    def _least_bytes(self, missing: Sequence[Cell]) -> int:
+        """Of the quantized models and the float model's images of cells that are to be filled."""
+        models = {cell.model: cell.model_recipe for cell in missing if not self._saved(cell).exists()}
+        images = 4 * self.settings.samples * self._sampling.channels * self._sampling.size**2
+        quantized = (least_bytes(self.model.transformer, recipe) for recipe in models.values() if recipe is not None)
+        return sum(quantized) + images * sum(cell.recipe is None for cell in missing)
 
     @property
     def reference(self) -> str | None:
