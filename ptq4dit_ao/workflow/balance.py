@@ -60,10 +60,8 @@ def balance_checkpoint(
         ArgumentError: the folder holds something, or the recipe does not balance.
         PTQ4DiTError: see :func:`~ptq4dit_ao.collect_salience` and :func:`~ptq4dit_ao.balance_module`.
     """
-    folder, settings = (
-        as_path(output, "output").resolve(),
-        replace(balance_settings(recipe), stored_dtype=model.stored_dtype),
-    )
+    folder = as_path(output, "output").resolve()
+    settings = replace(balance_settings(recipe), stored_dtype=model.stored_dtype)
     policy = replace(site_policy(recipe), vector_multiply=False)  # a checkpoint has no place for it
     check_empty(folder)
     check_room(folder, _bytes_of(model))
