@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,6 +89,9 @@ class Work:
             self._sampling.check_steps(steps)  # before the long part, which too many must not waste
         self._check_recipes()
         self._decode = decoder(self.model, self._sampling)
+        vae = getattr(self.model.pipeline, "vae", None)
+        self._digest = model_digest(self.model.transformer, None if self._decode is None else vae)
+        check_room(folder, self._least_bytes())
         self.network = network_for(self.model, settings.features, settings.reference, settings.samples)
         kept = None
         if settings.reference is None or settings.reference.suffix != ".safetensors":
@@ -100,15 +103,11 @@ class Work:
             if kept is None or not kept.exists():
                 raise
             raise ArgumentError(f"{error}: give the table another folder (--output)") from error
-        vae = getattr(self.model.pipeline, "vae", None)
-        self._digest = model_digest(self.model.transformer, None if self._decode is None else vae)
         self._standard: Standard | None = None
         self._failed: dict[str, PTQ4DiTError] = {}
         self._on_progress = on_progress
         self._before = 0
-        missing = [cell for cell in self.cells() if self.found(cell) is None]
-        self._all = sum(self._drawing(cell.steps).units for cell in missing)
-        check_room(folder, self._least_bytes(missing))
+        self._all = sum(self._drawing(cell.steps).units for cell in self.cells() if self.found(cell) is None)
 
     def _check_recipes(self) -> None:
         """Ask before the long part what of it must fail."""
@@ -122,8 +121,9 @@ class Work:
                 except PTQ4DiTError as error:
                     raise type(error)(f"method {method!r}: {error}") from error
 
-    def _least_bytes(self, missing: Sequence[Cell]) -> int:
+    def _least_bytes(self) -> int:
         """Of the quantized models and the float model's images of cells that are to be filled."""
+        missing = [cell for cell in self.cells() if not self._path(cell).exists()]
         models = {cell.model: cell.model_recipe for cell in missing if not self._saved(cell).exists()}
         images = 4 * self.settings.samples * self._sampling.channels * self._sampling.size**2
         quantized = (least_bytes(self.model.transformer, recipe) for recipe in models.values() if recipe is not None)
