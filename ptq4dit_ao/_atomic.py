@@ -2,31 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+@contextmanager
+def temporary_folder(target: Path) -> Iterator[Path]:
+    """An empty folder beside ``target``, removed with all that is in it when the block ends.
+
+    Its name starts with a dot and is nobody else's. What killed processes have left of such folders for the same
+    target is removed first; a folder in use is told by its lock, which ends with its process.
+    """
+    for left in _siblings(target):
+        _remove_unlocked(left)
+    temporary, lock = _locked_folder(target)
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
+
 
 @contextmanager
 def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A file beside ``path`` to write into: it takes that place when the block ends, and is removed when it fails.
+    """A file to write into that takes the place of ``path`` when the block ends, and is removed when it fails.
 
-    Its name starts with a dot and is nobody else's. It gets the mode that any new file has here, whatever writes it:
-    safetensors makes its files private.
+    It gets the mode that any new file has here, whatever writes it: safetensors makes its files private.
     """
     path = Path(path)
-    # A sibling, for a rename is atomic within one file system only.
-    temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
-    try:
+    # In a folder of its own, for safetensors writes to a file of a random name first, which a kill would leave behind.
+    # That is a sibling, for a rename is atomic within one file system only.
+    with temporary_folder(path) as folder:
+        temporary = folder / path.name
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
         temporary.chmod(mode)
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def replace_text(path: str | os.PathLike[str], text: str) -> None:
@@ -35,6 +57,49 @@ def replace_text(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a folder with all that is in it; a kill leaves it whole, or what the next write there removes."""
+    with temporary_folder(folder) as trash:
+        os.rename(folder, trash / folder.name)
+
+
 def is_unfinished(path: Path) -> bool:
-    """Is it what a kill inside :func:`replacing_file` leaves behind?"""
+    """Is it what a kill inside :func:`temporary_folder` leaves behind?"""
     return path.name.startswith(".") and ".tmp-" in path.name
+
+
+def _siblings(target: Path) -> list[Path]:
+    return [path for path in target.parent.iterdir() if path.name.startswith(f".{target.name}.tmp-")]
+
+
+def _locked_folder(target: Path) -> tuple[Path, int]:
+    """A new folder and the descriptor that holds its lock."""
+    while True:
+        folder = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
+        folder.mkdir()
+        descriptor = os.open(folder, os.O_RDONLY)
+        _lock(descriptor)
+        if folder.exists():  # another process may have taken it for a remainder before it was locked
+            return folder, descriptor
+        os.close(descriptor)
+
+
+def _remove_unlocked(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # it has just gone
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            if _lock(descriptor):
+                shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Take the lock unless another process has it; False also where there are no locks."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -47,6 +47,15 @@ class MissingDependencyError(PTQ4DiTError, ImportError):
     """An optional package is not installed."""
 
 
+def check_type(name: str, value: object, kind: type | tuple[type, ...], wanted: str) -> None:
+    """Raises ArgumentError unless ``value`` is of a type; ``wanted`` says in words what to give."""
+    if isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool):
+        return
+    kind_given = type(value).__name__
+    shown = f"{value!r} ({kind_given})" if isinstance(value, (str, int, float)) else f"of type {kind_given}"
+    raise ArgumentError(f"{name} is {shown}; give {wanted}")
+
+
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raises ArgumentError unless ``value`` is one of ``allowed``."""
     if value not in allowed:

@@ -9,26 +9,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ptq4dit_ao._atomic import temporary_folder
+
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """An empty folder beside ``target`` that takes its place when the block ends, and is removed when it fails.
 
     A process killed inside the block leaves ``.NAME.tmp-XXXX`` behind, and ``target`` as it was. One killed in the
-    instant between the two renames leaves the old folder as ``.NAME.old-XXXX``.
+    instant between the two renames leaves the old folder as ``.NAME.old-XXXX``. The next replacement removes both.
     """
-    # A sibling, for a rename is atomic within one file system only.
-    temporary = _sibling(target, "tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(target) as temporary:
         yield temporary
         for path in (*temporary.iterdir(), temporary):
             _sync(path)
         _swap(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        for former in set_aside(target):
+            shutil.rmtree(former, ignore_errors=True)
     _sync(target.parent)
 
 
@@ -40,7 +38,7 @@ def set_aside(target: Path) -> list[Path]:
 
 
 def _swap(new: Path, target: Path) -> None:
-    old = _sibling(target, "old")
+    old = target.with_name(f".{target.name}.old-{secrets.token_hex(4)}")
     try:
         if target.exists():
             os.rename(target, old)
@@ -49,11 +47,6 @@ def _swap(new: Path, target: Path) -> None:
         if old.exists() and not target.exists():
             os.rename(old, target)
         raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sibling(target: Path, kind: str) -> Path:
-    return target.with_name(f".{target.name}.{kind}-{secrets.token_hex(4)}")
 
 
 def _sync(path: Path) -> None:

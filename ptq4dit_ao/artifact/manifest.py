@@ -9,17 +9,21 @@ from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
 
+from ptq4dit_ao._digest import json_digest
 from ptq4dit_ao.artifact.strict import check_keys, load_json
 from ptq4dit_ao.artifact.weights import StoredTensor
 from ptq4dit_ao.errors import ArtifactError
 
 FORMAT = "ptq4dit-ao"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READ_VERSIONS = (1, 2)
+"""1 had no digest of the manifest itself."""
 MANIFEST, GRAPH, WEIGHTS = "manifest.json", "graph.json", "weights.safetensors"
 BESIDE = ("report.json", "report.html", "ptqd.safetensors")
 """Written beside a model; not part of it."""
 
 _KEYS = {"format", "format_version", "versions", "input_signature", "metadata", "tensors", "files"}
+_DIGEST = "sha256"
 _PACKAGES = ("ptq4dit-ao", "torch", "torchao")
 
 
@@ -46,7 +50,7 @@ class Manifest:
     files: Mapping[str, dict[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        doc = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "versions": {name: _version(name) for name in _PACKAGES},
@@ -55,17 +59,20 @@ class Manifest:
             "tensors": {name: entry.to_json() for name, entry in self.tensors.items()},
             "files": dict(self.files),
         }
+        return {**doc, _DIGEST: json_digest(doc)}
 
 
 def read_manifest(path: Path) -> Manifest:
     """The manifest at ``path``.
 
     Raises:
-        ArtifactError: it is damaged, of something else, or of a format version that this library does not read.
+        ArtifactError: it is damaged, altered, of something else, or of a format version that is not read here.
     """
     doc = load_json(path)
     _check_format(path, doc)
-    check_keys(doc, _KEYS, str(path))
+    check_keys(doc, _KEYS if doc["format_version"] == 1 else {*_KEYS, _DIGEST}, str(path))
+    if doc.pop(_DIGEST, None) != (None if doc["format_version"] == 1 else json_digest(doc)):
+        raise ArtifactError(f"{path} was altered: its sha256 is not its own; copy or save the model again")
     for key, kind in (("input_signature", list), ("metadata", dict), ("tensors", dict), ("versions", dict)):
         if not isinstance(doc[key], kind):
             raise ArtifactError(f"{path}: {key} is a {type(doc[key]).__name__}; copy or save the model again")
@@ -113,10 +120,11 @@ def _check_format(path: Path, doc: dict[str, Any]) -> None:
     if doc.get("format") != FORMAT:
         raise ArtifactError(f"{path} is of format {doc.get('format')!r}, not {FORMAT!r}; point to a model saved by it")
     version = doc.get("format_version")
-    if version != FORMAT_VERSION or type(version) is not int:
+    if version not in READ_VERSIONS or type(version) is not int:
+        known = " and ".join(map(str, READ_VERSIONS))
         raise ArtifactError(
-            f"{path} has format_version {version!r}, this version reads {FORMAT_VERSION}; install the {FORMAT} that "
-            f"saved it, or save the model again with this one"
+            f"{path} has format_version {version!r}, this version reads {known}; install the {FORMAT} that saved it, "
+            "or save the model again with this one"
         )
 
 

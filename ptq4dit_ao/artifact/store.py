@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ptq4dit_ao._atomic import is_unfinished
+from ptq4dit_ao._paths import as_path, because, check_writable
 from ptq4dit_ao.artifact.folder import replacing, set_aside
 from ptq4dit_ao.artifact.graph_json import graph_from_json, graph_to_json
 from ptq4dit_ao.artifact.manifest import (
@@ -52,6 +53,7 @@ def write_artifact(
     gm: GraphModule,
     metadata: Mapping[str, Any],
     input_signature: Sequence[Mapping[str, Any]],
+    beside: Callable[[Path, ArtifactSize], None] | None = None,
 ) -> ArtifactSize:
     """Save a quantized model as the folder ``directory``; a model saved there before is replaced at the very end.
 
@@ -60,6 +62,7 @@ def write_artifact(
         gm: of ``torch.export`` and ``convert_pt2e``.
         metadata: JSON-safe, kept as it is (tuples become lists).
         input_signature: JSON-safe, one entry for each input.
+        beside: writes :data:`BESIDE` into the new folder before it takes its place.
 
     Raises:
         ArtifactError: the folder holds something else, the model or metadata has no stored form, or the disk is full.
@@ -70,11 +73,14 @@ def write_artifact(
         check_json(value, name)
     graph = dump_json(graph_to_json(gm))
     table, payload = pack_tensors(gm)
-    target = Path(directory).resolve()
+    target = as_path(directory, "directory").resolve()
     try:
         _check_replaceable(target)
         with replacing(target) as folder:
-            return _write_files(folder, graph, table, payload, about)
+            sizes = _write_files(folder, graph, table, payload, about)
+            if beside is not None:
+                beside(folder, sizes)
+            return sizes
     except OSError as error:
         raise _cannot_write(target, error, len(graph) + sum(t.nbytes for t in payload.values())) from error
 
@@ -85,21 +91,23 @@ def read_artifact(directory: str | Path, device: str | torch.device = "cpu") -> 
     Raises:
         ArtifactError: a file is missing, altered, of another format version, or asks for what it may not do.
     """
-    folder = Path(directory)
-    _check_present(folder)
+    folder = as_path(directory, "directory")
     try:
+        _check_present(folder)
         return _read_files(folder, torch.device(device))
     except OSError as error:
-        raise ArtifactError(f"cannot read {folder} ({error}); check that you may read its files") from error
+        raise ArtifactError(f"cannot read {folder}: {because(error)}; check that you may read its files") from error
 
 
 def check_target(directory: str | Path) -> None:
     """Ask before a long computation whether its result may go to ``directory``.
 
     Raises:
-        ArtifactError: the folder holds something else than a saved model.
+        ArtifactError: the folder holds something else than a saved model, or cannot be written.
     """
-    _check_replaceable(Path(directory).resolve())
+    target = as_path(directory, "output").resolve()
+    check_writable(target, ArtifactError)
+    _check_replaceable(target)
 
 
 def _write_files(
@@ -159,14 +167,24 @@ def _check_present(folder: Path) -> None:
     if not folder.is_dir():
         hint = "".join(f"; an interrupted save left the former model as {p}, rename it back" for p in set_aside(folder))
         raise ArtifactError(f"there is no folder {folder}{hint or '; check the path, or save the model there'}")
+    if not (folder / MANIFEST).is_file() and _is_diffusers(folder):
+        raise ArtifactError(
+            f"{folder} is a float diffusers model, not a quantized one; quantize it first: "
+            f"{FORMAT} quantize RECIPE --model {folder} --output ANOTHER"
+        )
     for name in (MANIFEST, GRAPH, WEIGHTS):
         if not (folder / name).is_file():
             raise ArtifactError(f"{folder} has no {name}; the folder is not a complete {FORMAT} model, copy it again")
 
 
+def _is_diffusers(folder: Path) -> bool:
+    """Whether it is the folder of a diffusers pipeline or model."""
+    return any((folder / name).is_file() for name in ("model_index.json", "config.json"))
+
+
 def _cannot_write(target: Path, error: OSError, needed: int) -> ArtifactError:
     if error.errno not in _NO_ROOM:
-        return ArtifactError(f"cannot write {target} ({error}); choose a folder that you may write to")
+        return ArtifactError(f"cannot write {target}: {because(error)}; choose a folder that you may write to")
     existing = next(path for path in target.parents if path.exists())
     return ArtifactError(
         f"no room to save the model as {target} ({os.strerror(error.errno)}): it takes {needed} bytes, and "

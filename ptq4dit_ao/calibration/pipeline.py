@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-import numbers
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ptq4dit_ao.calibration.samples import CalibrationSamples, join_calls
 from ptq4dit_ao.calibration.schedule import FirstCalls, check_timesteps, known_times, rounding_of, steps_asked
 from ptq4dit_ao.calibration.timesteps import RELATIVE_TOLERANCE, NormalTimesteps, StepSelection, choose_timesteps
-from ptq4dit_ao.errors import ArgumentError, CalibrationError
+from ptq4dit_ao.errors import ArgumentError, CalibrationError, check_type
 from ptq4dit_ao.graph.names import TIMESTEP_NAMES
 from ptq4dit_ao.graph.signature import CallSignature, flatten_call
 
@@ -69,8 +69,8 @@ def collect_from_pipeline(
         ArgumentError: an argument makes no sense, the pipeline does not take such prompts, or the component takes what
             cannot be captured; or timesteps are to be drawn for prompts that ``call`` holds.
     """
+    _check_arguments(steps, batch_size, seed, guidance, call)
     module, call = _component(pipeline, component), dict(call or {})
-    _check_numbers(guidance, seed, batch_size)
     check_timesteps(pipeline, timesteps, steps, component=component, call=call)
     parameters = inspect.signature(pipeline.__call__).parameters
     batches = _batches(pipeline, parameters, prompts, batch_size, call)
@@ -106,7 +106,23 @@ def collect_from_pipeline(
     return recorder.samples()
 
 
+def _check_arguments(
+    steps: int, batch_size: int, seed: int, guidance: float | None, call: Mapping[str, object] | None
+) -> None:
+    for name, value, least in (("steps", steps, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+        check_type(name, value, Integral, "a whole number")
+        if not least <= value < 2**63:
+            raise ArgumentError(f"{name} is {value}; it must be at least {least}, and below 2^63")
+    check_type("guidance", guidance, (Real, type(None)), "a number, or None for the pipeline's own")
+    if guidance is not None and not math.isfinite(guidance):
+        raise ArgumentError(f"guidance is {guidance}; it must be finite")
+    check_type("call", call, (Mapping, type(None)), "a dict of arguments of the pipeline")
+
+
 def _component(pipeline: object, name: str) -> nn.Module:
+    check_type("component", name, str, "the name of the pipeline's module, such as 'transformer'")
+    if not callable(pipeline):
+        raise ArgumentError(f"pipeline is of type {type(pipeline).__name__}; give a pipeline of diffusers, or the like")
     module = getattr(pipeline, name, None)
     if not isinstance(module, nn.Module):
         others = [repr(key) for key, value in vars(pipeline).items() if isinstance(value, nn.Module)]
@@ -136,15 +152,6 @@ def _hooks_that_change_results(module: nn.Module) -> Iterator[str]:
         yield from (name for name in getattr(registry, "hooks", {}) if not name.startswith(_HARMLESS_HOOKS))
 
 
-def _check_numbers(guidance: object, seed: object, batch_size: object) -> None:
-    """Raises ArgumentError for a value that no run can take."""
-    for name, value, least in (("seed", seed, 0), ("batch_size", batch_size, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ArgumentError(f"{name} is {value!r}; give a whole number of at least {least}")
-    if guidance is not None and not (isinstance(guidance, numbers.Real) and math.isfinite(guidance)):
-        raise ArgumentError(f"guidance is {guidance!r}; give a finite number, or None to leave it to the pipeline")
-
-
 def _log_left_out(pipeline: object, names: Sequence[str]) -> None:
     """Say which options a pipeline does not take."""
     meant = {"num_inference_steps": "steps", "generator": "seed", "guidance_scale": "guidance"}
@@ -165,8 +172,8 @@ def _batches(
         return [{}]
     if isinstance(prompts, str):
         raise ArgumentError(f"prompts is the string {prompts!r}; give a list of them")
-    if len(prompts) == 0:
-        raise ArgumentError("the list of prompts is empty; give at least one, or prompts=None and all of them in call")
+    if not len(prompts):
+        raise ArgumentError("prompts is empty; give at least one, or None if call says everything")
     texts = [isinstance(prompt, str) for prompt in prompts]
     if len(set(texts)) > 1:
         raise ArgumentError(f"prompts holds texts and classes, {reprlib.repr(list(prompts))}; give one kind")
@@ -178,10 +185,19 @@ def _batches(
             f"{type(pipeline).__name__} takes neither class_labels nor a prompt; it takes {', '.join(parameters)}: "
             "give prompts=None and these in call"
         )
+    if name == "class_labels" and texts[0]:
+        raise ArgumentError(
+            f"prompts begin with the text {prompts[0]!r}, and {type(pipeline).__name__} is drawn by class; give "
+            "numbers of classes"
+        )
+    if unknown := [] if takes_all else [key for key in call if key not in parameters]:
+        raise ArgumentError(
+            f"call has {unknown[0]!r}, which {type(pipeline).__name__} does not take; it takes {', '.join(parameters)}"
+        )
     given = next((other for other in (name, f"{name}_embeds") if call.get(other) is not None), None)
     if given is not None:
         raise ArgumentError(f"{given!r} is in call, and prompts are given, too; leave one of them out")
-    if name == "class_labels" and not texts[0]:
+    if name == "class_labels":
         _check_classes(pipeline, prompts)
     return [{name: list(prompts[i : i + size])} for i in range(0, len(prompts), size)]
 

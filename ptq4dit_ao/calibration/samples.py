@@ -8,13 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ptq4dit_ao._atomic import replacing_file
-from ptq4dit_ao._tensor_file import read_tensors
-from ptq4dit_ao.errors import ArgumentError, CalibrationError
+from ptq4dit_ao._tensor_file import read_tensors, write_tensors
+from ptq4dit_ao.errors import ArgumentError, CalibrationError, check_type
 from ptq4dit_ao.graph.names import TIMESTEP_NAMES
 from ptq4dit_ao.graph.signature import CallSignature
 
@@ -39,14 +36,16 @@ class CalibrationSamples:
         shared: Mapping[str, Tensor] | None = None,
         signature: CallSignature | None = None,
     ) -> None:
-        odd = [name for name, x in inputs.items() if not isinstance(x, Tensor) or x.ndim == 0]
-        odd += [name for name, x in (shared or {}).items() if not isinstance(x, Tensor) or name in inputs]
-        if odd:
+        check_type("inputs", inputs, Mapping, "a dict of tensors by input name")
+        for name, tensor in inputs.items():
+            check_type(f"input {name!r}", tensor, Tensor, "a tensor whose first axis is the batch")
+        twice = [name for name, x in (shared or {}).items() if not isinstance(x, Tensor) or name in inputs]
+        if twice:
             raise CalibrationError(
-                f"the calibration input {odd[0]!r} is no tensor with rows, or it is shared, too; give each input once, "
-                "as a tensor (N, ...)"
+                f"the calibration input {twice[0]!r} is shared, and has rows, too, or is no tensor; give each input "
+                "once, as a tensor"
             )
-        sizes = {name: len(tensor) for name, tensor in inputs.items()}
+        sizes = {name: len(tensor) if tensor.ndim else 0 for name, tensor in inputs.items()}
         if not sizes or len(set(sizes.values())) != 1 or 0 in sizes.values():
             raise CalibrationError(f"calibration inputs need one common, non-zero number of rows, got {sizes}")
         self.inputs, self.shared, self.signature = dict(inputs), dict(shared or {}), signature
@@ -129,17 +128,16 @@ class CalibrationSamples:
         Raises:
             CalibrationError: it cannot be written.
         """
-        tensors = _apart({**self.inputs, **self.shared})
-        metadata = {"format": _FORMAT, "inputs": ",".join(self.inputs)}
+        about = {"inputs": ",".join(self.inputs)}
         try:
             if any("," in name for name in self.inputs):
                 raise ValueError(f"a name of {list(self.inputs)} has a comma")
             if self.signature is not None:
-                metadata["signature"] = json.dumps(self.signature.to_json())
-            with replacing_file(path) as temporary:
-                save_file(tensors, temporary, metadata=metadata)
-        except (OSError, SafetensorError, ValueError) as error:
+                about["signature"] = json.dumps(self.signature.to_json())
+        except ValueError as error:
             raise CalibrationError(f"cannot write calibration samples to {path}: {error}") from error
+        tensors = _apart({**self.inputs, **self.shared})
+        write_tensors(path, tensors, form=_FORMAT, what="calibration samples", error=CalibrationError, about=about)
 
     @classmethod
     def load(cls, path: str | Path) -> CalibrationSamples:
@@ -148,7 +146,9 @@ class CalibrationSamples:
         Raises:
             CalibrationError: the file is missing, is something else, or is damaged.
         """
-        metadata, tensors = read_tensors(path, form=_FORMAT, what="calibration samples", error=CalibrationError)
+        metadata, tensors = read_tensors(
+            path, form=_FORMAT, what="calibration samples", error=CalibrationError, way_out="record them again"
+        )
         try:
             inputs = {name: tensors.pop(name) for name in metadata["inputs"].split(",")}
             text = metadata.get("signature")

@@ -305,6 +305,9 @@ class SamplingPipeline:
         generator: torch.Generator | None = None,
         num_inference_steps: int = 50,
     ) -> Tensor:
+        classes = self.sampling.null_label
+        if odd := [label for label in class_labels if not 0 <= label <= classes]:
+            raise ArgumentError(f"class {odd[0]} is asked for; the model has classes 0 to {classes - 1}")
         device, dtype = _place(self.transformer)
         denoise = as_denoiser(self.transformer)
 

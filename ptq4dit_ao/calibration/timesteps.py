@@ -6,10 +6,11 @@ import math
 import numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 
-from ptq4dit_ao.errors import ArgumentError, CalibrationError
+from ptq4dit_ao.errors import ArgumentError, CalibrationError, check_type
 
 RELATIVE_TOLERANCE = 1e-4
 """How near a visited timestep must be to one asked for: float32 arithmetic, and decimals as people write them."""
@@ -78,7 +79,9 @@ def spaced_positions(count: int, steps: int, what: str = "calibration", taken_by
     Raises:
         CalibrationError: there are not as many.
     """
-    if not 1 <= count <= steps:
+    if count < 1:
+        raise CalibrationError(f"{count} calibration timesteps asked for; ask for at least 1")
+    if count > steps:
         raise CalibrationError(
             f"{count} {what} timesteps asked for, {taken_by} {steps} steps; ask for fewer "
             f"({what}.timesteps), or for more steps (calibration.steps)"
@@ -150,7 +153,7 @@ class StepSelection:
         self.wanted: list[float] = []
         if isinstance(wanted, NormalTimesteps):
             self.positions = list(range(steps))
-        elif isinstance(wanted, int):
+        elif isinstance(wanted, int) and not isinstance(wanted, bool):
             self.positions = spaced_positions(wanted, steps)
         else:
             self.wanted = _not_empty(wanted, "calibration")
@@ -222,10 +225,15 @@ class StepSelection:
         )
 
 
-def _not_empty(wanted: Sequence[float], what: str) -> list[float]:
-    if not wanted:
+def _not_empty(wanted: object, what: str) -> list[float]:
+    if isinstance(wanted, (str, bool)) or not isinstance(wanted, Iterable):
+        raise ArgumentError(f"timesteps is {wanted!r}; give how many, a list of numbers, or NormalTimesteps")
+    timesteps = list(wanted)
+    for t in timesteps:
+        check_type("a timestep", t, Real, "a number")
+    if not timesteps:
         raise CalibrationError(f"the list of {what} timesteps is empty; name at least one, or give a count")
-    return list(wanted)
+    return timesteps
 
 
 def is_close(t: float, wanted: float) -> bool:

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from ptq4dit_ao._paths import check_file, check_writable
+from ptq4dit_ao.artifact import check_target
 from ptq4dit_ao.calibration import Sampling
 from ptq4dit_ao.cli.bench import bench as bench  # a command like those below
 from ptq4dit_ao.cli.evaluate import evaluate as evaluate
@@ -25,6 +27,7 @@ from ptq4dit_ao.recipe import load_recipe, recipe_json_schema, shipped_recipe_pa
 from ptq4dit_ao.report import save_image_grid
 from ptq4dit_ao.workflow import QuantizedModel, balance_checkpoint, load_model, load_quantized
 from ptq4dit_ao.workflow import quantize as run_quantize
+from ptq4dit_ao.workflow.balance import check_empty
 from ptq4dit_ao.workflow.correction import corrected_scheduler
 from ptq4dit_ao.workflow.drawing import decoder
 from ptq4dit_ao.workflow.drawing import draw_images as draw
@@ -45,7 +48,8 @@ def quantize(args: argparse.Namespace, console: Console) -> None:
     if not args.leave_one_out:
         recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"leave_one_out": False})})
     recipe = recipe.model_copy(update={"model": spec})  # what "evaluate" will load
-    model = load_model(spec)
+    check_target(args.output)
+    model = _loaded(spec, console)
     with progress(console) as on_progress:
         quantized = run_quantize(model, recipe, args.output, samples=args.samples, on_progress=on_progress)
     _print_report(quantized.report, console)
@@ -54,7 +58,9 @@ def quantize(args: argparse.Namespace, console: Console) -> None:
 
 def balance(args: argparse.Namespace, console: Console) -> None:
     """``ptq4dit-ao balance``."""
-    recipe, model = load_recipe(args.recipe), load_model(args.model)
+    recipe = load_recipe(args.recipe)
+    check_empty(args.output)
+    model = _loaded(args.model, console)
     with progress(console) as on_progress:
         result = balance_checkpoint(model, recipe, args.output, samples=args.samples, on_progress=on_progress)
     table = Table("balanced site", "channels", "b", "clipped")
@@ -74,9 +80,11 @@ def balance(args: argparse.Namespace, console: Console) -> None:
 
 def sample(args: argparse.Namespace, console: Console) -> None:
     """``ptq4dit-ao sample``."""
+    check_file(args.output)
     model = load_quantized(args.directory)
     sampling = _sampling(model).by(args.sampler)
     labels = _labels(args, sampling)
+    sampling.check_steps(args.steps)
     decode = None if sampling.channels in (1, 3) else decoder(_float_model(args, model), sampling)
     guidance = model.recipe.calibration.guidance if args.guidance is None else args.guidance
     scheduler = corrected_scheduler(args.directory, model, sampling, args.steps, guidance)
@@ -110,6 +118,7 @@ def inspect(args: argparse.Namespace, console: Console) -> None:
 
 def export(args: argparse.Namespace, console: Console) -> None:
     """``ptq4dit-ao export``."""
+    check_writable(args.output)
     model = load_quantized(args.directory)
     path = export_to(model.graph, args.backend, args.output, inputs=model.inputs, float_dtype=_float_dtype(args))
     console.print(f"saved to [bold]{path}[/], {path.stat().st_size / 1e6:.2f} MB")
@@ -151,6 +160,11 @@ def recipes(args: argparse.Namespace, console: Console) -> None:
         console.print(table)
 
 
+def _loaded(spec: str, console: Console) -> LoadedModel:
+    with console.status(f"loading {escape(spec)}"):
+        return load_model(spec)
+
+
 def _sampling(model: QuantizedModel) -> Sampling:
     if model.sampling is None:
         raise ArgumentError("this model was saved without the way to sample it; use it through its own pipeline")
@@ -187,7 +201,8 @@ def _print_report(report: dict[str, Any], console: Console, *, layers: bool = Fa
         table = Table("balanced site", "channels", "salience, alpha", "b", "folded into")
         for site in folded:
             where = ", ".join(dict.fromkeys(path.rpartition(".")[0] for path in site["folded_into"]))
-            spread = f"{min(site['b']):.3g} .. {max(site['b']):.3g}" if "b" in site else "-"
+            # Models that were saved by earlier versions do not have it.
+            spread = "{:.3g} .. {:.3g}".format(*site["b_range"]) if "b_range" in site else "-"
             chosen = site["aggregation"] if site["alpha"] is None else f"{site['aggregation']} {site['alpha']:g}"
             table.add_row(site["name"], f"{site['variables']}/{site['channels']}", chosen, spread, where)
         console.print(table)

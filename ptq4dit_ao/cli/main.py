@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import sys
 import warnings
@@ -18,7 +19,8 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from ptq4dit_ao import __version__
-from ptq4dit_ao.errors import PTQ4DiTError
+from ptq4dit_ao._paths import as_path, because
+from ptq4dit_ao.errors import ArgumentError, PTQ4DiTError
 
 EXAMPLES = """\
 examples:
@@ -68,14 +70,14 @@ def build_parser() -> argparse.ArgumentParser:
         description="Quantize a model as a recipe says. Writes the quantized model, report.json and report.html.",
     )  # fmt: skip
     p.add_argument("recipe", help="a recipe file, or the name of a shipped one (digits_w8a8, dit_w4a8, ...)")
-    p.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
+    p.add_argument("--output", required=True, type=_path, metavar="DIR", help="folder to write")
     p.add_argument(
         "--model", metavar="MODEL",
         help="'reference' or 'fashion' (the shipped DiTs), a diffusers folder, or package.module:function; "
         "default: what the recipe names",
     )  # fmt: skip
 
-    p.add_argument("--samples", type=Path, metavar="FILE", help="calibrate on recorded samples (safetensors)")
+    p.add_argument("--samples", type=_path, metavar="FILE", help="calibrate on recorded samples (safetensors)")
     p.add_argument(
         "--no-leave-one-out", dest="leave_one_out", action="store_false",
         help="do not measure what each layer costs (a quarter of the time that evaluation takes, at most)",
@@ -87,32 +89,32 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("recipe", nargs="?", default="dit_w8a8", help="how to balance (default: %(default)s)")
     p.add_argument("--model", required=True, metavar="MODEL", help="as for quantize")
-    p.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
-    p.add_argument("--samples", type=Path, metavar="FILE", help="calibrate on recorded samples (safetensors)")
+    p.add_argument("--output", required=True, type=_path, metavar="DIR", help="folder to write")
+    p.add_argument("--samples", type=_path, metavar="FILE", help="calibrate on recorded samples (safetensors)")
 
     p = commands.add_parser(
         "sample", parents=[common, float_dtype], help="draw a grid of images",
         description="Sample a quantized model on a backend and write a PNG, one row a class.",
     )  # fmt: skip
-    p.add_argument("directory", type=Path, metavar="DIR", help="a quantized model")
+    p.add_argument("directory", type=_path, metavar="DIR", help="a quantized model")
     p.add_argument("--backend", default="auto", help=BACKEND_HELP)
-    p.add_argument("--output", type=Path, default=Path("samples.png"), metavar="PNG", help="default: %(default)s")
+    p.add_argument("--output", type=_path, default=Path("samples.png"), metavar="PNG", help="default: %(default)s")
     p.add_argument("--steps", type=_positive, default=50, help="sampling steps (default: %(default)s)")
     p.add_argument("--sampler", choices=SAMPLERS, help="default: what its recipe names, else ddim")
-    p.add_argument("--guidance", type=float, help="guidance scale; default: the recipe's")
+    p.add_argument("--guidance", type=_scale, help="guidance scale; default: the recipe's")
     p.add_argument("--classes", type=_classes, metavar="N,...", help="what to draw, as 207,360; default: the first ten")
     p.add_argument(
         "--model", metavar="MODEL",
         help="whose VAE decodes the images, if it draws latents: as for quantize; default: what the recipe names",
     )  # fmt: skip
     p.add_argument("--per-class", type=_positive, default=10, metavar="N", help="images a class (default: %(default)s)")
-    p.add_argument("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
+    p.add_argument("--seed", type=_seed, default=0, help="seed of the noise (default: %(default)s)")
 
     p = commands.add_parser(
         "inspect", parents=[common, float_dtype], help="show layers, bits, sites and kernel proof",
         description="Show what is in a quantized model, and prove which kernels run it.",
     )  # fmt: skip
-    p.add_argument("directory", type=Path, metavar="DIR", help="a quantized model")
+    p.add_argument("directory", type=_path, metavar="DIR", help="a quantized model")
     p.add_argument("--backend", default="auto", help=f"{BACKEND_HELP}; 'none' for no proof")
 
     p = commands.add_parser(
@@ -120,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Compare a quantized model with its float model at equal inputs and equal noise, and what both "
         "draw with a reference set.",
     )  # fmt: skip
-    p.add_argument("directory", type=Path, metavar="DIR", help="a quantized model")
+    p.add_argument("directory", type=_path, metavar="DIR", help="a quantized model")
     p.add_argument("--model", metavar="MODEL", help="the float model, as for quantize; default: what the recipe names")
     p.add_argument(
         "--backend", nargs="+", default=["reference"], metavar="NAME",
@@ -129,19 +131,19 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--samples", type=_positive, default=200, metavar="N", help="images to draw (default: %(default)s)")
     p.add_argument("--steps", type=_positive, default=50, help="sampling steps (default: %(default)s)")
     p.add_argument("--sampler", choices=SAMPLERS, help="default: what its recipe names, else ddim")
-    p.add_argument("--seed", type=int, default=3000, help="seed of noise and intervals (default: %(default)s)")
+    p.add_argument("--seed", type=_seed, default=3000, help="seed of noise and intervals (default: %(default)s)")
     p.add_argument(
         "--features", metavar="NETWORK",
         help="what distances are measured in: 'digits' or 'fashion' (of the shipped DiTs, and their default), or "
         "package.module:function",
     )  # fmt: skip
     p.add_argument(
-        "--reference", type=Path, metavar="REAL",
+        "--reference", type=_path, metavar="REAL",
         help="real images: a folder of PNG, an .npz like ADM's, or what --cache kept (.safetensors)",
     )  # fmt: skip
-    p.add_argument("--cache", type=Path, metavar="FILE", help="keep the reference's statistics here (safetensors)")
-    p.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
-    p.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables as Markdown")
+    p.add_argument("--cache", type=_path, metavar="FILE", help="keep the reference's statistics here (safetensors)")
+    p.add_argument("--json", type=_path, metavar="FILE", help="also write the figures as JSON")
+    p.add_argument("--markdown", type=_path, metavar="FILE", help="also write the tables as Markdown")
 
     p = commands.add_parser(
         "table", parents=[common], help="compare methods at several widths and step counts",
@@ -171,8 +173,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--adaround-steps", type=_positive, metavar="N",
         help="of learning in each block, for methods that learn (default: the recipe's, 20000 as in the papers)",
     )  # fmt: skip
-    p.add_argument("--seed", type=int, default=0, help="of all draws (default: %(default)s)")
-    p.add_argument("--guidance", type=float, default=1.5, help="guidance scale (default: %(default)s)")
+    p.add_argument("--seed", type=_seed, default=0, help="of all draws (default: %(default)s)")
+    p.add_argument("--guidance", type=_scale, default=1.5, help="guidance scale (default: %(default)s)")
     p.add_argument(
         "--layers", choices=("paper", "safe"), default="paper", help="what all methods quantize (default: %(default)s)"
     )
@@ -181,32 +183,32 @@ def build_parser() -> argparse.ArgumentParser:
         help="what executes the quantized models; an integer one is faster, and proved (default: %(default)s)",
     )  # fmt: skip
     p.add_argument("--features", metavar="NETWORK", help="as for evaluate")
-    p.add_argument("--reference", type=Path, metavar="REAL", help="as for evaluate")
+    p.add_argument("--reference", type=_path, metavar="REAL", help="as for evaluate")
     p.add_argument("--ablation", action="store_true", help="also the paper's parts: base, +CSB, +SSC, +ours")
-    p.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the table and its cells")
+    p.add_argument("--output", required=True, type=_path, metavar="DIR", help="folder of the table and its cells")
 
     p = commands.add_parser(
         "export", parents=[common, float_dtype], help="write what another program runs",
         description="Write a quantized model as the file of a backend: an OpenVINO IR, an AOTInductor package, ONNX.",
     )  # fmt: skip
-    p.add_argument("directory", type=Path, metavar="DIR", help="a quantized model")
+    p.add_argument("directory", type=_path, metavar="DIR", help="a quantized model")
     p.add_argument("--backend", required=True, help="one that writes a file; see 'ptq4dit-ao backends'")
-    p.add_argument("--output", required=True, type=Path, metavar="FILE", help="file to write; gets the usual suffix")
+    p.add_argument("--output", required=True, type=_path, metavar="FILE", help="file to write; gets the usual suffix")
 
     p = commands.add_parser(
         "bench", parents=[common], help="measure speed, error, start-up and memory, interleaved",
         description="Time a quantized model on each backend beside the float model, in interleaved rounds.",
     )  # fmt: skip
     subject = p.add_mutually_exclusive_group(required=True)
-    subject.add_argument("directory", nargs="?", type=Path, metavar="DIR", help="a quantized model")
+    subject.add_argument("directory", nargs="?", type=_path, metavar="DIR", help="a quantized model")
     subject.add_argument("--width", help="a DiT with random weights instead: dit-s, dit-b, dit-l or dit-xl")
     p.add_argument("--blocks", type=_positive, metavar="N", help="depth of the random DiT; default: as published")
     p.add_argument("--recipe", help="how to quantize the random DiT; default: dit_w8a8")
     p.add_argument("--model", metavar="MODEL", help="the float model, as for quantize; default: what the recipe names")
-    p.add_argument("--samples", type=Path, metavar="FILE", help="time recorded samples (safetensors)")
+    p.add_argument("--samples", type=_path, metavar="FILE", help="time recorded samples (safetensors)")
     p.add_argument("--batch", type=_positive, default=2, help="default: %(default)s")
     p.add_argument("--rounds", type=_positive, default=20, help="timed rounds (default: %(default)s)")
-    p.add_argument("--seed", type=int, default=0, help="seed of the inputs (default: %(default)s)")
+    p.add_argument("--seed", type=_seed, default=0, help="seed of the inputs (default: %(default)s)")
     p.add_argument("--backends", nargs="+", metavar="NAME", help="default: all with integer kernels that can run here")
     p.add_argument("--peers", action="store_true", help="also other quantizers of the float model that are installed")
     p.add_argument(
@@ -217,8 +219,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--float-dtype", choices=FLOAT_DTYPES,
         help="also backends with attention and other float matrix products in this, where they can",
     )  # fmt: skip
-    p.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
-    p.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table as Markdown")
+    p.add_argument("--json", type=_path, metavar="FILE", help="also write the figures as JSON")
+    p.add_argument("--markdown", type=_path, metavar="FILE", help="also write the table as Markdown")
 
     commands.add_parser(
         "backends", parents=[common], help="show what this machine can run, and why not the rest",
@@ -241,11 +243,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.verbose:
         quiet_imports()
     try:
-        from ptq4dit_ao.cli import commands  # heavy: not for --help
+        with errors.status("starting: torch and torchao take some seconds to load"):  # on a terminal only
+            from ptq4dit_ao.cli import commands  # heavy: not for --help
 
         getattr(commands, args.command)(args, console)
     except (PTQ4DiTError, OSError) as error:  # a path that cannot be read or written is the user's to mend
-        errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        text = because(error) if isinstance(error, OSError) and not isinstance(error, PTQ4DiTError) else str(error)
+        errors.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True, highlight=False)
         return 1
     except KeyboardInterrupt:
         errors.print("interrupted; nothing half-written was left behind")
@@ -259,6 +263,13 @@ def quiet_imports() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # it sets its logger's level when it is imported
     for name in ("torch", "torchao", "torch.utils._pytree", "diffusers"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _path(text: str) -> Path:
+    try:
+        return as_path(text)
+    except ArgumentError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -283,6 +294,26 @@ def _positive(text: str) -> int:
         value = 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return value
+
+
+def _seed(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^32 - 1")
+    return value
+
+
+def _scale(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
     return value
 
 

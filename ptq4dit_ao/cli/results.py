@@ -13,6 +13,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from ptq4dit_ao._atomic import replace_text
+from ptq4dit_ao._paths import check_file
 from ptq4dit_ao.errors import ArgumentError
 
 WIDEST = 1000
@@ -44,6 +45,7 @@ def check_results(args: argparse.Namespace) -> None:
     for path in filter(None, (args.json, args.markdown)):
         if not path.parent.is_dir():
             raise ArgumentError(f"there is no folder {path.parent} to write {path.name} to; make it, or choose another")
+        check_file(path)
 
 
 def write_results(args: argparse.Namespace, data: Mapping[str, object], markdown: str) -> None:

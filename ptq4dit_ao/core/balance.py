@@ -6,10 +6,12 @@ the same salience per channel, their geometric mean.
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
-from ptq4dit_ao.errors import ArgumentError
+from ptq4dit_ao.errors import ArgumentError, check_type
 
 
 def balance_vector(salience_x: Tensor, salience_w: Tensor, alpha: float = 0.5) -> Tensor:
@@ -20,6 +22,7 @@ def balance_vector(salience_x: Tensor, salience_w: Tensor, alpha: float = 0.5) -
     Raises:
         ArgumentError: ``alpha`` is outside [0, 1].
     """
+    check_type("alpha", alpha, Real, "a number from 0 to 1")
     if not 0.0 <= alpha <= 1.0:
         raise ArgumentError(f"alpha is {alpha}; it must lie in [0, 1] (0.5 is the paper's geometric mean)")
     sx, sw = salience_x.to(torch.float64), salience_w.to(torch.float64)
@@ -37,6 +40,7 @@ def clip_balance(b: Tensor, max_scale: float) -> tuple[Tensor, Tensor]:
     Raises:
         ArgumentError: ``max_scale`` is below 1.
     """
+    check_type("max_scale", max_scale, Real, "a number of at least 1")
     if not max_scale >= 1.0:
         raise ArgumentError(f"max_scale is {max_scale}; it must be at least 1 (1 switches balancing off)")
     clipped = b.clamp(1.0 / max_scale, max_scale)

@@ -6,12 +6,9 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ptq4dit_ao._atomic import replacing_file
-from ptq4dit_ao._tensor_file import read_tensors
+from ptq4dit_ao._tensor_file import read_tensors, write_tensors
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.evaluation.distribution import Gaussian, frechet_distance, inception_score, precision_recall
 from ptq4dit_ao.evaluation.features import Features, to_levels
@@ -85,14 +82,10 @@ class ReferenceStatistics:
         Raises:
             ArgumentError: it cannot be written.
         """
-        about = {"format": _FORMAT, "network": self.network, "images": str(len(self.pooled)), "checksum": self.checksum}
+        about = {"network": self.network, "images": str(len(self.pooled)), "checksum": self.checksum}
         tensors = {"pooled": self.pooled, **_fit_tensors("pooled", self.pooled_fit)}
         tensors |= _fit_tensors("spatial", self.spatial_fit)
-        try:
-            with replacing_file(path) as temporary:
-                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=about)
-        except (OSError, SafetensorError) as error:
-            raise ArgumentError(f"cannot write reference statistics to {path}: {error}") from error
+        write_tensors(path, tensors, form=_FORMAT, what="reference statistics", error=ArgumentError, about=about)
 
     @classmethod
     def load(cls, path: str | Path) -> ReferenceStatistics:
@@ -107,6 +100,7 @@ class ReferenceStatistics:
             what="reference statistics",
             error=ArgumentError,
             hint="; 'ptq4dit-ao evaluate --cache' writes one",
+            way_out="remove the file, and they are measured again",
         )
         try:
             fits = {

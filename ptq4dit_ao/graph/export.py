@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
-from ptq4dit_ao.errors import ExportError
+from ptq4dit_ao.errors import ExportError, check_type
 from ptq4dit_ao.graph.capture import exportable
 from ptq4dit_ao.graph.constants import fold_constant_weights
 from ptq4dit_ao.graph.interface import CapturedModule
@@ -59,6 +59,7 @@ def export_transformer(
         ExportError: the inputs do not share a batch axis, the model cannot be captured, or the graph computes something
             else than the model.
     """
+    check_type("model", model, nn.Module, "a module, such as pipeline.transformer")
     if model.training:
         raise ExportError(f"{type(model).__name__} is in training mode; call .eval() before exporting it")
     call, tensors = _how_to_call(model, example_inputs, dynamic_batch)
@@ -144,6 +145,11 @@ def _how_to_call(
     if isinstance(example_inputs, Mapping):
         signature, tensors = flatten_call(model, example_inputs)
         return Call(model, signature), tensors
+    if not isinstance(example_inputs, Sequence) or not all(isinstance(x, Tensor) for x in example_inputs):
+        raise ExportError(
+            f"the example inputs are a {type(example_inputs).__name__}; give a tuple of tensors in the order of "
+            "forward, or its keyword arguments"
+        )
     _check_batch(example_inputs, dynamic_batch)
     parameters = inspect.signature(model.forward).parameters.values()
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ptq4dit_ao.errors import ArgumentError, ArtifactError
+from ptq4dit_ao.errors import ArgumentError, ArtifactError, CalibrationError, PTQ4DiTError
 from ptq4dit_ao.graph.names import placeholders
 from ptq4dit_ao.graph.shapes import example_shape, symbolic_axes, tensor_of
 from ptq4dit_ao.graph.signature import CallSignature
@@ -98,6 +98,50 @@ class CapturedModule:
                 except (ValueError, RecursionError) as error:
                     raise ArtifactError(f"the transformer's call is damaged ({error}); quantize again") from error
         raise ArtifactError(f"the transformer is {data!r}, not a configuration and a call; quantize again")
+
+
+def check_batch(
+    graph_module: GraphModule, batch: object, what: str, error: type[PTQ4DiTError] = CalibrationError
+) -> tuple[Tensor, ...]:
+    """A batch as a tuple, if it has a tensor of the right shape for each input of an exported graph.
+
+    Raises:
+        error: it has not. ``what`` is what the message calls it.
+    """
+    nodes = placeholders(graph_module)
+    names = ", ".join(node.name for node in nodes)
+    if not isinstance(batch, Sequence) or not all(isinstance(x, Tensor) for x in batch):
+        raise error(f"{what} is a {type(batch).__name__}; give a tuple of tensors, one for each input ({names})")
+    if len(batch) != len(nodes):
+        raise error(f"{what} has {len(batch)} tensors, and the graph takes {len(nodes)} ({names}); give one for each")
+    for node, x in zip(nodes, batch, strict=True):
+        _check_shape(node, x, what, error)
+    return tuple(batch)
+
+
+def _check_shape(node: Node, x: Tensor, what: str, error: type[PTQ4DiTError]) -> None:
+    if x.numel() == 0:
+        raise error(f"{node.name} of {what} has shape {tuple(x.shape)}, which is empty; leave that batch out")
+    if tensor_of(node) is None:  # a graph that was saved and loaded
+        return
+    shape, free = example_shape(node), symbolic_axes(node)
+    if x.ndim != len(shape) or any(x.shape[i] != size for i, size in enumerate(shape) if i not in free):
+        wanted = tuple("N" if i in free else size for i, size in enumerate(shape))
+        raise error(
+            f"{node.name} of {what} has shape {tuple(x.shape)}, and the graph was captured for "
+            f"({', '.join(map(str, wanted))}); give batches of that shape, or export again"
+        )
+
+
+def cannot_run(what: str, error: Exception) -> CalibrationError:
+    """What to raise when a graph fails on a batch that has the right shapes."""
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
+    lines = str(error).strip().splitlines()
+    return CalibrationError(
+        f"the model cannot run on {what}: {type(error).__name__}: {lines[0] if lines else ''}; check the types and "
+        "values of its inputs"
+    )
 
 
 def fit_inputs(specs: Sequence[InputSpec], tensors: Sequence[Tensor], *, binned: bool = False) -> list[Tensor]:

@@ -43,7 +43,9 @@ def _region(graph_module: GraphModule, node: Node) -> tuple[GraphModule, tuple[A
         _, _, _, _, body, *inputs = arguments
     else:
         return None
-    return graph_module.get_submodule(str(body.target)), tuple(inputs)
+    graph = graph_module.get_submodule(str(body.target))
+    assert isinstance(graph, GraphModule)
+    return graph, tuple(inputs)
 
 
 def _write_out(graph_module: GraphModule, node: Node, body: GraphModule, inputs: tuple[Any, ...]) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from torch.fx import GraphModule, Node
 
-from ptq4dit_ao.errors import ArgumentError
+from ptq4dit_ao.errors import ArgumentError, check_type
 from ptq4dit_ao.graph.names import data_input, joint_name, layer_name, linears, weight_path
 from ptq4dit_ao.graph.propagation import Columns, Cut, GraphIndex, NewWeight, Propagation, Scalar
 from ptq4dit_ao.graph.rules import IGNORED, RULES
@@ -38,6 +38,9 @@ class SitePolicy:
     min_variables: int = 4
 
     def __post_init__(self) -> None:
+        check_type("couple_blocks", self.couple_blocks, bool, "True or False")
+        check_type("vector_multiply", self.vector_multiply, bool, "True or False")
+        check_type("min_variables", self.min_variables, int, "a whole number")
         if self.min_variables < 1:
             raise ArgumentError(f"min_variables is {self.min_variables}; it must be at least 1")
 
@@ -157,7 +160,16 @@ def find_sites(
         graph_module: as ``torch.export.export(..., strict=False).module(check_guards=False)`` gives it.
         only: names of the linear nodes to start from; a site may draw in others that share its scale.
         policy: which folds to take; the default adds at most a multiply of a vector.
+
+    Raises:
+        ArgumentError: one of these is something else.
     """
+    check_type("graph_module", graph_module, GraphModule, "a graph of export_transformer")
+    check_type("policy", policy, (SitePolicy, type(None)), "a SitePolicy")
+    if unknown := set(only or ()) - {node.name for node in linears(graph_module)}:
+        raise ArgumentError(
+            f"only has {sorted(unknown)[0]!r}, which is no linear node of the graph; give names of those"
+        )
     search = _Search(GraphIndex(graph_module), policy or SitePolicy())
     sites: list[Site] = []
     covered: set[str] = set()

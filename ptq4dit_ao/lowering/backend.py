@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ptq4dit_ao.errors import LoweringError
+from ptq4dit_ao.errors import LoweringError, check_type
 from ptq4dit_ao.lowering.match import QuantizedLinear
 from ptq4dit_ao.lowering.proof import count_integer_gemms
 
@@ -127,6 +127,7 @@ def choose_backend(name: str, linears: Sequence[QuantizedLinear] = ()) -> Backen
     Raises:
         LoweringError: the name is unknown, or this machine cannot run it.
     """
+    check_type("backend", name, str, "its name, or 'auto'")
     if name == "auto":
         return _best(linears)
     chosen = BACKENDS.get(name)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from ptq4dit_ao._atomic import temporary_folder
 
 
 @contextmanager
@@ -15,10 +16,9 @@ def complete(path: Path) -> Iterator[Path]:
 
     What was there before is replaced, ``path`` itself last. Subfolders are dropped, and everything if the block fails.
     """
-    # The folder is a sibling, for a rename is atomic within one file system only.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        unfinished = Path(folder) / path.name
+    with temporary_folder(path) as folder:
+        unfinished = folder / path.name
         yield unfinished
-        for file in sorted(Path(folder).iterdir(), key=lambda file: file == unfinished):
+        for file in sorted(folder.iterdir(), key=lambda file: file == unfinished):
             if file.is_file():
                 os.replace(file, path.with_name(file.name))

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ptq4dit_ao.errors import ArgumentError, LoweringError, PTQ4DiTError
-from ptq4dit_ao.graph.interface import CapturedModule, InputSpec, input_specs, random_inputs
+from ptq4dit_ao._paths import as_path, check_file, check_room
+from ptq4dit_ao.errors import ArgumentError, LoweringError, PTQ4DiTError, check_type
+from ptq4dit_ao.graph.interface import CapturedModule, InputSpec, check_batch, input_specs, random_inputs
 from ptq4dit_ao.graph.names import get_attribute, placeholders, set_tensor
 from ptq4dit_ao.graph.own_dtypes import own_dtypes
 from ptq4dit_ao.graph.shapes import tensor_of
@@ -23,7 +24,7 @@ from ptq4dit_ao.graph.ties import merge_equal_computations
 from ptq4dit_ao.lowering.backend import BACKENDS, Backend, Request, Runnable, choose_backend
 from ptq4dit_ao.lowering.files import complete
 from ptq4dit_ao.lowering.match import quantized_linears, quantized_products, unread_linears
-from ptq4dit_ao.lowering.parity import Parity
+from ptq4dit_ao.lowering.parity import Parity, Rebuild
 from ptq4dit_ao.lowering.proof import KernelProof, check_proof
 
 logger = logging.getLogger(__name__)
@@ -99,6 +100,7 @@ def lower(
         LoweringError: the backend is unknown, cannot run here or not in ``float_dtype``, or cannot build this graph;
             fewer linears than promised run on integer kernels; or what was built computes something else.
     """
+    check_type("converted", converted, GraphModule, "a graph that convert_pt2e returned, or QuantizedModel.graph")
     chosen = choose_backend(backend, quantized_linears(converted))
     specs = input_specs(converted) if inputs is None else tuple(inputs)
     batches = _batches(converted, specs, example_inputs)
@@ -107,6 +109,11 @@ def lower(
         parity = Parity(converted, batches, _computes_in(converted, float_dtype), consumed=consume)
     graph = converted if consume else _copy(converted)
     request, refused, promised = _request(graph, chosen, batches[0], float_dtype, allow_float_fallback)
+    if chosen.integer and not promised and not request.attention:
+        raise LoweringError(
+            f"the graph has no quantized layer that backend {chosen.name!r} could run on integers; quantize it first "
+            "(apply_recipe), or use 'reference'"
+        )
     run = _built(chosen, lambda: chosen.build(request))
     proof = _prove(chosen, run, request, refused, promised, allow_float_fallback)
     if parity is not None:
@@ -147,6 +154,7 @@ def export_to(
         The file.
 
     Raises:
+        ArgumentError: the file cannot be written.
         LoweringError: the backend writes no file, or as for :func:`lower`.
     """
     chosen = choose_backend(backend, quantized_linears(converted))
@@ -154,9 +162,11 @@ def export_to(
     if write is None:
         able = ", ".join(repr(name) for name, other in BACKENDS.items() if other.write is not None)
         raise LoweringError(f"backend {chosen.name!r} runs in this process and writes no file; these do: {able}")
-    path = Path(path)
+    path = as_path(path)
     if path.suffix != chosen.suffix:
         path = path.with_name(path.name + chosen.suffix)
+    check_file(path)
+    check_room(path, sum(linear.weight.numel() for linear in quantized_linears(converted)) // 2)  # if all are of 4 bits
     specs = input_specs(converted) if inputs is None else tuple(inputs)
     batches = _batches(converted, specs, example_inputs)
     request, refused, promised = _request(_copy(converted), chosen, batches[0], float_dtype, allow_float_fallback)
@@ -185,7 +195,7 @@ def _batches(
             raise LoweringError(f"the graph does not say what input {name!r} looks like; pass example_inputs=...")
         device = next((tensor.device for tensor in graph.buffers()), torch.device("cpu"))
         example_inputs = random_inputs(specs, device)
-    first = tuple(example_inputs)
+    first = check_batch(graph, example_inputs, "example_inputs", LoweringError)
     rows = first[0].shape[:1]
     # The rule of as_program, for a graph that was loaded does not say it itself.
     batched = [x.shape[:1] == rows for x in first] if specs is None else [spec.batched for spec in specs]
@@ -214,7 +224,7 @@ def _built(backend: Backend, make: Callable[[], Runnable]) -> Runnable:
         ) from error
 
 
-def _rebuild(backend: Backend, float_dtype: torch.dtype | None) -> Callable[[GraphModule], Runnable] | None:
+def _rebuild(backend: Backend, float_dtype: torch.dtype | None) -> Rebuild | None:
     """Builds a part of the graph."""
     if backend.compiles:
         return None

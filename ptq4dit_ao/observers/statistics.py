@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ptq4dit_ao._atomic import replacing_file
-from ptq4dit_ao.errors import CalibrationError
+from ptq4dit_ao._tensor_file import read_tensors, write_tensors
+from ptq4dit_ao.errors import CalibrationError, check_type
+
+_FORMAT = "ptq4dit-ao salience statistics"
 
 
 class ChannelStatistics:
@@ -89,6 +89,7 @@ class SalienceStatistics(Mapping[str, ChannelStatistics]):
     def __init__(
         self, tables: Mapping[str, ChannelStatistics] | None = None, example: tuple[Tensor, ...] | None = None
     ) -> None:
+        check_type("tables", tables, (Mapping, type(None)), "a dict of ChannelStatistics by site")
         self._tables = dict(tables or {})
         self.example = example
         """Inputs of the model, from the first calibration batch; not saved."""
@@ -108,6 +109,7 @@ class SalienceStatistics(Mapping[str, ChannelStatistics]):
         Raises:
             CalibrationError: the sites differ.
         """
+        check_type("other", other, SalienceStatistics, "SalienceStatistics")
         if set(other) != set(self):
             odd = sorted(set(other) ^ set(self))[0]
             raise CalibrationError(f"cannot merge statistics of different models: {odd!r} is in one of them only")
@@ -125,11 +127,7 @@ class SalienceStatistics(Mapping[str, ChannelStatistics]):
             tensors[f"{name}/timesteps"] = table.timesteps
             tensors[f"{name}/minimum"] = table.minimum.contiguous()
             tensors[f"{name}/maximum"] = table.maximum.contiguous()
-        try:
-            with replacing_file(path) as temporary:
-                save_file(tensors, temporary, metadata={"format": "ptq4dit-ao salience statistics", "version": "1"})
-        except (OSError, SafetensorError) as error:
-            raise CalibrationError(f"cannot write salience statistics to {path}: {error}") from error
+        write_tensors(path, tensors, form=_FORMAT, what="salience statistics", error=CalibrationError)
 
     @classmethod
     def load(cls, path: str | Path) -> SalienceStatistics:
@@ -138,8 +136,10 @@ class SalienceStatistics(Mapping[str, ChannelStatistics]):
         Raises:
             CalibrationError: the file is missing or is something else.
         """
+        _, tensors = read_tensors(
+            path, form=_FORMAT, what="salience statistics", error=CalibrationError, way_out="run calibration again"
+        )
         try:
-            tensors = load_file(path)
             names = dict.fromkeys(key.rpartition("/")[0] for key in tensors)
             tables = {}
             for name in names:
@@ -150,6 +150,6 @@ class SalienceStatistics(Mapping[str, ChannelStatistics]):
                     raise ValueError(f"the tables of {name!r} differ in shape")
                 tables[name] = ChannelStatistics(minimum.shape[1])
                 tables[name].update(timesteps, minimum, maximum)
-        except (OSError, SafetensorError, KeyError, IndexError, ValueError) as error:
+        except (KeyError, IndexError, ValueError) as error:
             raise CalibrationError(f"{path} holds no salience statistics ({error}); run calibration again") from error
         return cls(tables)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from ptq4dit_ao.errors import BalanceError
+from ptq4dit_ao.errors import ArgumentError, BalanceError, CalibrationError, check_type
 from ptq4dit_ao.graph import Site, SitePolicy, find_sites, first_refusals, refuse_sites
+from ptq4dit_ao.graph.interface import cannot_run, check_batch
 from ptq4dit_ao.graph.names import layer_name, linears, timestep_placeholder
 from ptq4dit_ao.graph.own_dtypes import own_dtypes
 from ptq4dit_ao.graph.shapes import batch_axis
@@ -43,13 +44,20 @@ def collect_salience(
 
     Raises:
         BalanceError: nothing can be balanced.
-        CalibrationError: a sample makes a site's input NaN or infinite.
+        CalibrationError: there are no samples, one does not fit the graph, or makes a site's input NaN or infinite.
     """
     recorder = _SalienceRecorder(exported, balance_sites_of(exported, exclude, policy), timestep_input)
     example = None
-    for inputs in samples:
-        example = tuple(inputs) if example is None else example
-        recorder.run(*inputs)
+    for number, batch in enumerate(samples, start=1):
+        what = f"calibration batch {number}"
+        inputs = check_batch(exported, batch, what)
+        example = inputs if example is None else example
+        try:
+            recorder.run(*inputs)
+        except (RuntimeError, IndexError) as error:
+            raise cannot_run(what, error) from error
+    if example is None:
+        raise CalibrationError("there are no calibration samples; pass at least one tuple of inputs")
     return SalienceStatistics(recorder.tables, example)
 
 
@@ -78,6 +86,8 @@ def balance(
         BalanceError: nothing can be balanced.
         CalibrationError: the statistics belong to another model, or have too few timesteps.
     """
+    check_type("statistics", statistics, SalienceStatistics, "what collect_salience returned")
+    check_type("settings", settings, (BalanceSettings, type(None)), "BalanceSettings")
     settings = settings or BalanceSettings()
     sites = balance_sites_of(exported, exclude, policy) if sites is None else sites
     model = GraphModule(exported, copy.deepcopy(exported.graph))
@@ -108,6 +118,9 @@ def balanced_as(exported: GraphModule, result: BalanceResult) -> GraphModule:
 
 def balance_sites_of(exported: GraphModule, exclude: Sequence[str], policy: SitePolicy | None) -> list[Site]:
     """The sites of a graph; those that touch excluded layers are refused. Raises BalanceError if none is left."""
+    check_type("exported", exported, GraphModule, "a graph of export_transformer")
+    if isinstance(exclude, str):
+        raise ArgumentError(f"exclude is the string {exclude!r}; give a list of patterns")
     nodes = {node.name: layer_name(node) for node in linears(exported)}
     excluded = {name for name, layer in nodes.items() if any(fnmatchcase(layer, pattern) for pattern in exclude)}
     sites = refuse_sites(find_sites(exported, nodes.keys() - excluded, policy), excluded, "it is excluded")
@@ -122,6 +135,7 @@ class _SalienceRecorder(Interpreter):
 
     def __init__(self, exported: GraphModule, sites: Sequence[Site], timestep_input: str | None) -> None:
         super().__init__(exported)
+        self.extra_traceback = False  # torch.fx would add to messages which node it was at
         self.clock = TimestepClock()
         self.timestep = timestep_placeholder(exported, timestep_input)
         self.tables: dict[str, ChannelStatistics] = {}

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from ptq4dit_ao.errors import ArgumentError, BalanceError
+from ptq4dit_ao.errors import ArgumentError, BalanceError, check_type
 from ptq4dit_ao.graph import Site, SitePolicy, first_refusals
 from ptq4dit_ao.graph.constants import folded_sources
 from ptq4dit_ao.graph.export import call_like
@@ -73,6 +73,10 @@ def balance_module(
         ExportError: the graph does not come from ``export_transformer``.
         CalibrationError: the statistics belong to another model, or have too few timesteps.
     """
+    check_type("model", model, nn.Module, "the module that was exported")
+    check_type("exported", exported, GraphModule, "a graph of export_transformer")
+    check_type("statistics", statistics, SalienceStatistics, "what collect_salience returned")
+    check_type("settings", settings, (BalanceSettings, type(None)), "BalanceSettings")
     settings = replace(settings or BalanceSettings(), fold_form="bias")
     policy = replace(policy or SitePolicy(), vector_multiply=False)
     parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch.fx import GraphModule
 
-from ptq4dit_ao.errors import BalanceError
+from ptq4dit_ao.errors import BalanceError, check_type
 from ptq4dit_ao.graph import Site
 from ptq4dit_ao.observers import SalienceStatistics
 from ptq4dit_ao.passes.balance import BalanceSettings, SiteOutcome
@@ -42,6 +42,7 @@ def balance_result(model: GraphModule) -> BalanceResult:
     Raises:
         BalanceError: the model was made some other way.
     """
+    check_type("model", model, GraphModule, "a graph that was converted or balanced")
     result = model.meta.get(_META)
     if not isinstance(result, BalanceResult):
         raise BalanceError("this graph was neither converted with PTQ4DiTQuantizer nor balanced with balance()")

@@ -12,12 +12,9 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ptq4dit_ao._atomic import replacing_file
-from ptq4dit_ao._tensor_file import read_tensors
+from ptq4dit_ao._tensor_file import read_tensors, write_tensors
 from ptq4dit_ao.errors import ArgumentError, CalibrationError
 
 _FORMAT = "ptq4dit-ao noise correction"
@@ -107,12 +104,8 @@ class NoiseCorrection:
         Raises:
             CalibrationError: it cannot be written.
         """
-        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
-        try:
-            with replacing_file(path) as temporary:
-                save_file(tensors, temporary, metadata={"format": _FORMAT, "guidance": repr(self.guidance)})
-        except (OSError, SafetensorError) as error:
-            raise CalibrationError(f"cannot write the noise correction to {path}: {error}") from error
+        tensors, about = {name: getattr(self, name) for name in _TENSORS}, {"guidance": repr(self.guidance)}
+        write_tensors(path, tensors, form=_FORMAT, what="the noise correction", error=CalibrationError, about=about)
 
     @classmethod
     def load(cls, path: str | Path) -> NoiseCorrection:
@@ -121,7 +114,9 @@ class NoiseCorrection:
         Raises:
             CalibrationError: the file is missing, is something else, or is damaged.
         """
-        metadata, tensors = read_tensors(path, form=_FORMAT, what="a noise correction", error=CalibrationError)
+        metadata, tensors = read_tensors(
+            path, form=_FORMAT, what="a noise correction", error=CalibrationError, way_out="fit it again"
+        )
         if tensors.keys() != _TENSORS.keys():
             raise CalibrationError(f"the noise correction in {path} holds {', '.join(sorted(tensors))}; fit it again")
         try:

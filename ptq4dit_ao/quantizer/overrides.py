@@ -35,6 +35,10 @@ class Override:
     """Refuse a model in which no layer matches."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str) or not self.pattern:
+            raise OverrideError(
+                f"the pattern of an override is {self.pattern!r}; give the name of a layer, or 'blocks.0.*'"
+            )
         fields = (self.skip, self.weight_bits, self.activation_bits, self.balance)
         if all(value is None for value in fields):
             raise OverrideError(f"override {self.pattern!r} changes nothing; set skip, bits or balance")

@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e import ObserverOrFakeQuantize
 from torchao.quantization.pt2e.quantizer import EdgeOrNode, QuantizationSpec, Quantizer
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
+from ptq4dit_ao._paths import as_path
 from ptq4dit_ao.core.salience import Aggregation
-from ptq4dit_ao.errors import ArgumentError, BalanceError, CalibrationError
+from ptq4dit_ao.errors import ArgumentError, BalanceError, CalibrationError, check_type
 from ptq4dit_ao.graph import Site, SitePolicy, find_sites, first_refusals, refuse_sites
 from ptq4dit_ao.graph.attention import Attention, decompose_attention, find_attention
 from ptq4dit_ao.graph.constants import constants
+from ptq4dit_ao.graph.interface import check_batch
 from ptq4dit_ao.graph.names import TIMESTEP_NAMES, layer_name, linears, placeholders, timestep_placeholder
 from ptq4dit_ao.graph.own_dtypes import own_dtypes
 from ptq4dit_ao.graph.shapes import batch_axis, shape_of
@@ -114,6 +116,12 @@ class PTQ4DiTQuantizer(Quantizer):
         verify: bool = True,
     ) -> None:
         super().__init__()
+        check_type("base", base, (Quantizer, type(None)), "a quantizer of torchao, or None for ours")
+        check_type("rounding", rounding, (str, RoundingSettings), "its name, or RoundingSettings")
+        check_type("policy", policy, (SitePolicy, type(None)), "a SitePolicy")
+        for name, given in (("layers", layers), ("overrides", overrides)):
+            for override in given:
+                check_type(f"an item of {name}", override, Override, "an Override")
         check_bits("weight_bits", weight_bits)
         check_bits("activation_bits", activation_bits)
         if attention_bits is not None:
@@ -329,11 +337,18 @@ def _activation_spec(node: Node) -> QuantizationSpec | None:
 
 
 def _plan_of(prepared: GraphModule) -> BalancePlan:
+    check_type("prepared", prepared, nn.Module, "what prepare_pt2e returned")
     for module in prepared.modules():
         plan = getattr(module, "hook", None)
         if isinstance(plan, BalancePlan):
             return plan
-    raise CalibrationError("this model was not prepared with PTQ4DiTQuantizer")
+    raise CalibrationError(
+        "this model was not prepared with PTQ4DiTQuantizer; call prepare_pt2e(exported, PTQ4DiTQuantizer())"
+    )
+
+
+def _checked(prepared: GraphModule, batches: Iterable[Sequence[Tensor]]) -> list[tuple[Tensor, ...]]:
+    return [check_batch(prepared, batch, f"batch {number}") for number, batch in enumerate(batches, start=1)]
 
 
 def salience_statistics(prepared: GraphModule) -> SalienceStatistics:
@@ -380,7 +395,8 @@ def round_sequentially(
         CalibrationError: the model was not prepared with :class:`PTQ4DiTQuantizer`, or was not run; there are no
             batches; the folder holds something else, or cannot be written.
     """
-    _plan_of(prepared).round_sequentially(prepared, batches, on_group, None if resume is None else Path(resume))
+    plan, batches = _plan_of(prepared), _checked(prepared, batches)
+    plan.round_sequentially(prepared, batches, on_group, None if resume is None else as_path(resume, "resume"))
 
 
 @own_dtypes()
@@ -414,4 +430,6 @@ def distill(
             another run, or cannot be written.
     """
     settings = DistillationSettings(steps=steps, minutes=minutes)
-    _plan_of(prepared).distill(prepared, list(batches), settings, on_step, None if resume is None else Path(resume))
+    _plan_of(prepared).distill(
+        prepared, list(batches), settings, on_step, None if resume is None else as_path(resume, "resume")
+    )

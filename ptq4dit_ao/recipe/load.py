@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from ptq4dit_ao._paths import as_path, because
 from ptq4dit_ao.errors import RecipeError
 from ptq4dit_ao.recipe.problems import Problem, describe, did_you_mean, version_problem
 from ptq4dit_ao.recipe.schema import Recipe, RecipeFile
@@ -24,7 +25,7 @@ def load_recipe(path_or_name: str | Path) -> Recipe:
     merged key by key; scalars and lists replace those of the base. A ``RecipeError`` lists every problem of every
     file, each with file, line, key path, value, and what is allowed.
     """
-    path = _find(Path(path_or_name))
+    path = _find(as_path(path_or_name, "recipe"))
     if path is None:
         raise RecipeError(f"recipe {str(path_or_name)!r}: {_not_found(str(path_or_name))}")
     texts, problems = _chain(path)
@@ -52,7 +53,7 @@ def _chain(path: Path) -> tuple[list[YamlText], list[str]]:
     paths, texts = [path], [_read(path)]
     while extends := _extends(texts[-1]):
         where = f"{texts[-1].where(('extends',))}: extends"
-        base = _find(paths[-1].parent / extends, name=extends)
+        base = _find(paths[-1].parent / as_path(extends, "extends"), name=extends)
         if base is None:
             return texts, [f"{where}: {extends!r}: {_not_found(extends)}"]
         paths.append(base)
@@ -72,8 +73,11 @@ def _extends(text: YamlText) -> str | None:
 def _find(path: Path, name: str | None = None) -> Path | None:
     """``path`` if it is a file, else the shipped recipe called ``name``."""
     name = str(path) if name is None else name
-    if path.is_file():
-        return path
+    try:
+        if path.is_file():
+            return path
+    except OSError as error:  # a name that is too long
+        raise RecipeError(f"{path}: cannot be read: {because(error)}") from None
     return shipped_recipe_path(name) if name.removesuffix(".yaml") in shipped_recipes() else None
 
 
@@ -86,7 +90,8 @@ def _read(path: Path) -> YamlText:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read: {error}; a recipe is a UTF-8 text file") from None
+        reason = because(error) if isinstance(error, OSError) else str(error)
+        raise RecipeError(f"{path}: cannot be read: {reason}; a recipe is a UTF-8 text file") from None
     return read_yaml(text, source=str(path))
 
 

@@ -38,6 +38,13 @@ class YamlText:
 
 def read_yaml(text: str, source: str) -> YamlText:
     """Read a mapping; every refusal is a ``RecipeError`` that begins with ``source``, and the line if there is one."""
+    try:
+        return _read(text, source)
+    except RecursionError:
+        raise RecipeError(f"{source}: it is nested too deeply; a recipe has sections of plain values") from None
+
+
+def _read(text: str, source: str) -> YamlText:
     root = _compose(text, source)
     if not isinstance(root, yaml.MappingNode):
         found = "empty" if root is None else f"a {root.id}"
@@ -118,7 +125,11 @@ class _Reader:
             return [self._item(item, (*path, index)) for index, item in enumerate(node.value)]
         if node.tag == NULL:
             raise self._error(node, path, "there is no value; write one or remove the key")
-        return SCALARS[node.tag](node.value)
+        try:
+            return SCALARS[node.tag](node.value)
+        except ValueError:  # Python reads no integers of thousands of digits
+            digits = len(node.value)
+            raise self._error(node, path, f"a number of {digits} digits is too long; write a shorter one") from None
 
     def _item(self, node: yaml.Node, path: KeyPath) -> object:
         self.lines[path] = _line(node)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ptq4dit_ao._optional import require
 from ptq4dit_ao.calibration import Sampling
+from ptq4dit_ao.errors import check_choice
 
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel
@@ -103,13 +104,20 @@ def load_reference_dit(name: str = "digits") -> DiTTransformer2DModel:
     schedule, ``y`` (N,) in [0, 10], where 10 is the null label; the result is the predicted noise, (N, 1, S, S).
 
     Raises:
+        ArgumentError: there is no such model.
         MissingDependencyError: diffusers is not installed.
     """
+    check_choice("name", name, tuple(REFERENCES))
     return _load(build_reference_dit(name), f"{name}_dit.safetensors")
 
 
 def load_reference_classifier(name: str = "digits") -> ImageClassifier:
-    """The classifier that judges samples, float32 eval mode."""
+    """The classifier that judges samples, float32 eval mode.
+
+    Raises:
+        ArgumentError: there is no such classifier.
+    """
+    check_choice("name", name, tuple(REFERENCES))
     return _load(ImageClassifier(REFERENCES[name]), f"{name}_classifier.safetensors")
 
 

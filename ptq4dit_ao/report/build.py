@@ -114,6 +114,7 @@ def _site(site: Site, outcome: SiteOutcome | None) -> dict[str, Any]:
         about["clipped"] = int(outcome.clipped.sum())
         about |= {"aggregation": outcome.aggregation, "alpha": outcome.alpha}
         about["scores"] = {name: _float(score) for name, score in outcome.scores.items()}
+        about["b_range"] = [_float(float(outcome.b.min())), _float(float(outcome.b.max()))]
         about |= {name: _floats(getattr(outcome, name)) for name in _VECTORS}
     return about
 

@@ -9,13 +9,13 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from pathlib import Path
 from string import Template
 from typing import Any
 
 from torch import Tensor
 
 from ptq4dit_ao._optional import require
+from ptq4dit_ao._paths import as_path
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.report import plots
 from ptq4dit_ao.report.plots import Entry
@@ -62,7 +62,7 @@ def write_html(
     page = _PAGE.substitute(
         title=escape(report["title"]), style=_STYLE, header=_header(report), main="\n".join(filter(None, sections))
     )
-    plots.replace_file(Path(path), page.encode("utf-8"))
+    plots.replace_file(as_path(path), page.encode("utf-8"))
 
 
 # Sections, top to bottom

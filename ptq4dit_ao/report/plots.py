@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ptq4dit_ao._atomic import replacing_file
 from ptq4dit_ao._optional import require
+from ptq4dit_ao._paths import as_path
 from ptq4dit_ao.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def image_grid(images: Tensor, columns: int, scale: int) -> bytes:
 
 def save_image_grid(images: Tensor, path: str | os.PathLike[str], columns: int = 10, scale: int = 8) -> None:
     """Write :func:`image_grid` to ``path``; an existing file is replaced whole or not at all."""
-    replace_file(Path(path), image_grid(images, columns, scale))
+    replace_file(as_path(path), image_grid(images, columns, scale))
 
 
 def replace_file(path: Path, data: bytes) -> None:

@@ -16,14 +16,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional
 
-from ptq4dit_ao._atomic import replacing_file
-from ptq4dit_ao._tensor_file import read_tensors
+from ptq4dit_ao._paths import cannot_write
+from ptq4dit_ao._tensor_file import read_tensors, write_tensors
 from ptq4dit_ao.errors import CalibrationError
 from ptq4dit_ao.graph.names import placeholders
 from ptq4dit_ao.observers import ActivationObserver, Rounded
@@ -249,7 +247,9 @@ class _Notes:
             self._read()
 
     def _read(self) -> None:
-        metadata, tensors = read_tensors(self._path, form=FORMAT, what="a distillation", error=CalibrationError)
+        metadata, tensors = read_tensors(
+            self._path, form=FORMAT, what="a distillation", error=CalibrationError, way_out="remove it to start anew"
+        )
         if metadata["fingerprint"] != self._fingerprint:
             raise CalibrationError(
                 f"{self._path} was learned by another model, recipe or calibration set; remove it to start anew, or "
@@ -278,13 +278,12 @@ class _Notes:
         tensors = {name: parameter.detach() for name, parameter in self._learning.named_parameters()}
         for index, state in self._optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{key}": value for key, value in state.items()}
-        metadata = {"format": FORMAT, "fingerprint": self._fingerprint}
-        metadata |= {"steps": str(self._clock.steps), "seconds": str(self._clock.seconds())}
+        about = {"fingerprint": self._fingerprint}
+        about |= {"steps": str(self._clock.steps), "seconds": str(self._clock.seconds())}
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing_file(self._path) as temporary:
-                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-        except (OSError, SafetensorError) as error:
-            raise CalibrationError(f"cannot write {self._path}: {error}") from error
+        except OSError as error:
+            raise CalibrationError(cannot_write(self._path, error)) from error
+        write_tensors(self._path, tensors, form=FORMAT, what="a distillation", error=CalibrationError, about=about)
         self._last = time.monotonic()
         self._pause = max(PAUSE, (self._last - start) / SHARE)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ptq4dit_ao._atomic import is_unfinished, replace_text, replacing_file
+from ptq4dit_ao._atomic import is_unfinished, replace_text
+from ptq4dit_ao._paths import because
+from ptq4dit_ao._tensor_file import read_tensors, write_tensors
 from ptq4dit_ao.errors import CalibrationError
 from ptq4dit_ao.observers import ActivationObserver, Rounded
 from ptq4dit_ao.rounding.layers import Group
@@ -22,6 +21,7 @@ from ptq4dit_ao.rounding.layers import Group
 PARTS = ("integers", "scale", "bias")
 """Of a :class:`~ptq4dit_ao.observers.Rounded`; there may be no bias."""
 FORMAT = "ptq4dit-ao rounded layers 1"
+_WHAT = "rounded layers"
 
 
 class Progress:
@@ -55,17 +55,20 @@ class Progress:
             else:
                 replace_text(about, json.dumps(expected))
         except (OSError, ValueError) as error:
-            raise CalibrationError(f"cannot keep rounded layers in {folder}: {error}") from error
+            reason = because(error) if isinstance(error, OSError) else f"{about} is damaged ({error})"
+            raise CalibrationError(
+                f"cannot keep rounded layers in {folder}: {reason}; remove it to start anew, or give another folder"
+            ) from error
 
     def load(self, index: int, groups: Sequence[Group]) -> bool:
         """Give groups what was found for them; False if there is nothing."""
         if self._folder is None or not (path := self._path(index)).exists():
             return False
-        try:
-            with safe_open(path, "pt", device=self._device) as file:
-                found = [_read(file, f"{number}.", group) for number, group in enumerate(groups)]
-        except (OSError, SafetensorError, ValueError) as error:
-            raise CalibrationError(f"{path} is damaged ({error}); remove it, and it is computed again") from error
+        _, tensors = read_tensors(
+            path, form=FORMAT, what=_WHAT, error=CalibrationError, way_out="remove it, and it is computed again"
+        )
+        tensors = {name: tensor.to(self._device) for name, tensor in tensors.items()}
+        found = [_read(tensors, f"{number}.", group) for number, group in enumerate(groups)]
         for group, (bounds, rounded) in zip(groups, found, strict=True):
             group.observer.clipped = bounds
             for layer, solution in zip(group.layers, rounded, strict=True):
@@ -83,11 +86,7 @@ class Progress:
         tensors: dict[str, Tensor] = {}
         for number, group in enumerate(groups):
             tensors |= _tensors(f"{number}.", group)
-        try:
-            with replacing_file(self._path(index)) as temporary:
-                save_file(tensors, temporary)
-        except (OSError, SafetensorError) as error:
-            raise CalibrationError(f"cannot write {self._path(index)}: {error}") from error
+        write_tensors(self._path(index), tensors, form=FORMAT, what=_WHAT, error=CalibrationError)
 
     def _path(self, index: int) -> Path:
         assert self._folder is not None
@@ -118,17 +117,17 @@ def _tensors(prefix: str, group: Group) -> dict[str, Tensor]:
         assert layer.observer.rounded is not None
         for part in PARTS:
             if (value := getattr(layer.observer.rounded, part)) is not None:
-                tensors[f"{prefix}{i}.{part}"] = value.contiguous()
+                tensors[f"{prefix}{i}.{part}"] = value
     return tensors
 
 
-def _read(file: Any, prefix: str, group: Group) -> tuple[tuple[float, float], list[Rounded]]:
-    low, high = file.get_tensor(f"{prefix}range").tolist()
-    names, rounded = set(file.keys()), []
+def _read(tensors: Mapping[str, Tensor], prefix: str, group: Group) -> tuple[tuple[float, float], list[Rounded]]:
+    low, high = tensors[f"{prefix}range"].tolist()
+    rounded = []
     for i in range(len(group.layers)):
-        found = {part: name for part in PARTS if (name := f"{prefix}{i}.{part}") in names or part != "bias"}
+        found = {part: name for part in PARTS if (name := f"{prefix}{i}.{part}") in tensors or part != "bias"}
         # Copies: what is not copied keeps the whole file in memory.
-        rounded.append(Rounded(**{part: file.get_tensor(name).clone() for part, name in found.items()}))
+        rounded.append(Rounded(**{part: tensors[name].clone() for part, name in found.items()}))
     return (low, high), rounded
 
 

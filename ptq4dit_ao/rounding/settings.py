@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal, get_args
 
-from ptq4dit_ao.errors import ArgumentError, check_choice
+from ptq4dit_ao.errors import ArgumentError, check_choice, check_type
 
 Rounding = Literal["nearest", "gptq", "adaround"]
 ROUNDINGS: tuple[str, ...] = get_args(Rounding)
@@ -77,6 +78,7 @@ class DistillationSettings:
 
 
 def _check_budget(steps: int, minutes: float | None, usual: str) -> None:
+    check_type("steps", steps, Integral, "a whole number")
     if steps < 1:
         raise ArgumentError(f"steps is {steps}; it must be at least 1 ({usual})")
     if minutes is not None and not minutes > 0:

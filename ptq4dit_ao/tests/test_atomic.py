@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,11 +18,36 @@ def test_a_file_takes_its_place_when_it_is_complete(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("old")
     with replacing_file(path) as first, replacing_file(path) as second:
-        assert first != second and is_unfinished(first) and first.parent == tmp_path
+        assert first != second and is_unfinished(first.parent) and first.parent.parent == tmp_path
         second.write_text("new")
         assert path.read_text() == "old"
     replace_text(path, "ä")
     assert path.read_bytes() == "ä".encode() and list(tmp_path.iterdir()) == [path] and not is_unfinished(path)
+
+
+def test_what_a_kill_has_left_is_removed_and_nothing_that_is_in_use(tmp_path):
+    path = tmp_path / "a.json"
+    (tmp_path / ".a.json.tmp-0123abcd").mkdir()
+    (tmp_path / ".a.json.tmp-0123abcd" / ".tmpXyz").write_text("half")
+    other = tmp_path / ".b.json.tmp-0123abcd"
+    other.mkdir()
+    with replacing_file(path) as first:
+        first.write_text("first")
+        replace_text(path, "second")
+    assert path.read_text() == "first" and sorted(tmp_path.iterdir()) == [other, path]
+
+
+def test_a_killed_write_leaves_what_the_next_removes(tmp_path):
+    """safetensors itself writes to a file of a random name first."""
+    code = (
+        "import os, signal, sys\nfrom ptq4dit_ao._atomic import replacing_file\n"
+        "with replacing_file(sys.argv[1]) as temporary:\n os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    path = tmp_path / "a.json"
+    assert subprocess.run([sys.executable, "-c", code, str(path)], check=False).returncode == -signal.SIGKILL
+    assert [is_unfinished(left) for left in tmp_path.iterdir()] == [True]
+    replace_text(path, "new")
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):

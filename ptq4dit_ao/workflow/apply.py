@@ -19,10 +19,10 @@ from torchao.quantization.pt2e.quantizer import Quantizer
 
 from ptq4dit_ao._memory import trim
 from ptq4dit_ao.calibration import CalibrationSamples
-from ptq4dit_ao.errors import ArgumentError, CalibrationError
+from ptq4dit_ao.errors import ArgumentError, CalibrationError, check_type
 from ptq4dit_ao.graph import SitePolicy, export_transformer
 from ptq4dit_ao.graph.export import captured_module
-from ptq4dit_ao.graph.interface import InputSpec
+from ptq4dit_ao.graph.interface import InputSpec, cannot_run, check_batch
 from ptq4dit_ao.graph.names import placeholders
 from ptq4dit_ao.graph.own_dtypes import own_dtypes
 from ptq4dit_ao.graph.ties import share_equal_tensors
@@ -184,6 +184,14 @@ def apply_recipe(
         CalibrationError: there are no samples, or they are not finite, or of too few timesteps.
         PTQ4DiTError: see :class:`~ptq4dit_ao.PTQ4DiTQuantizer`.
     """
+    check_type("model", model, nn.Module, "a module, such as pipeline.transformer, or a graph of export_transformer")
+    check_type("recipe", recipe, Recipe, "what load_recipe returned")
+    check_type(
+        "samples",
+        samples,
+        (CalibrationSamples, Iterable),
+        "what collect_from_pipeline recorded, or a list of tuples of tensors",
+    )
     recorded = samples if isinstance(samples, CalibrationSamples) else None
     if isinstance(samples, CalibrationSamples):
         samples = samples.shuffled(SHUFFLE_SEED).batches(recipe.calibration.rows)
@@ -211,9 +219,14 @@ def apply_recipe(
     clock.lap("prepare")
     kept = []
     for done, inputs in enumerate(itertools.chain([first], iterator), start=1):
-        prepared(*on_device_of(model, tuple(inputs)))
+        what = f"calibration batch {done}"
+        inputs = check_batch(prepared, inputs, what)
+        try:
+            prepared(*on_device_of(model, inputs))
+        except (RuntimeError, IndexError) as error:
+            raise cannot_run(what, error) from error
         if recipe.rounding.sequential:
-            kept.append(tuple(inputs))
+            kept.append(inputs)
         if on_sample is not None:
             on_sample(done)
     clock.lap("calibrate")

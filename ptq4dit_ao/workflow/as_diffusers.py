@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ptq4dit_ao._optional import require
-from ptq4dit_ao.errors import ArgumentError
+from ptq4dit_ao.errors import ArgumentError, check_type
 from ptq4dit_ao.lowering import LoweredModel
 from ptq4dit_ao.workflow.quantized_model import QuantizedModel
 
@@ -40,6 +40,7 @@ def as_diffusers_transformer(
         LoweringError: the backend cannot run it.
         MissingDependencyError: diffusers is not installed.
     """
+    check_type("quantized", quantized, (QuantizedModel, LoweredModel), "what apply_recipe or load_quantized returned")
     if quantized.captured is None:
         raise ArgumentError(
             "this quantized model does not know how its transformer was called: it was not captured from a diffusers "

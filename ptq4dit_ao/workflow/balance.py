@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.fx import GraphModule
 
+from ptq4dit_ao._atomic import is_unfinished
+from ptq4dit_ao._paths import as_path, because, check_room, check_writable
+from ptq4dit_ao.artifact.folder import replacing
 from ptq4dit_ao.errors import ArgumentError, ArtifactError
 from ptq4dit_ao.graph import export_transformer
 from ptq4dit_ao.graph.export import call_like
@@ -29,8 +31,9 @@ from ptq4dit_ao.workflow.apply import (
     overrides_of,
     site_policy,
 )
+from ptq4dit_ao.workflow.checks import check_overrides
 from ptq4dit_ao.workflow.models import LoadedModel
-from ptq4dit_ao.workflow.samples import OnProgress, recorded_samples
+from ptq4dit_ao.workflow.samples import OnProgress, check_recording, recorded_samples
 
 REPORT = "balance_report.json"
 
@@ -57,10 +60,14 @@ def balance_checkpoint(
         ArgumentError: the folder holds something, or the recipe does not balance.
         PTQ4DiTError: see :func:`~ptq4dit_ao.collect_salience` and :func:`~ptq4dit_ao.balance_module`.
     """
-    folder, settings = Path(output), replace(balance_settings(recipe), stored_dtype=model.stored_dtype)
+    folder = as_path(output, "output").resolve()
+    settings = replace(balance_settings(recipe), stored_dtype=model.stored_dtype)
     policy = replace(site_policy(recipe), vector_multiply=False)  # a checkpoint has no place for it
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ArgumentError(f"{folder} exists and is not an empty folder; choose another, nothing is overwritten")
+    check_empty(folder)
+    check_room(folder, _bytes_of(model))
+    if samples is None:
+        check_recording(model, recipe, ("calibration",))
+    check_overrides(model.transformer, recipe)
     recorded = recorded_samples(model, recipe, samples, on_progress=on_progress)
     exported = export_transformer(model.transformer, on_device_of(model.transformer, recorded.example(EXAMPLE_ROWS)))
     plans = plan_layers(exported, weight_bits=8, activation_bits=8, overrides=overrides_of(recipe))
@@ -86,6 +93,23 @@ def balance_checkpoint(
     return result
 
 
+def check_empty(folder: Path) -> None:
+    """Ask before the work whether a checkpoint can be written to a folder.
+
+    Raises:
+        ArgumentError: it holds something, or cannot be written.
+    """
+    check_writable(folder)
+    if folder.exists() and (not folder.is_dir() or any(not is_unfinished(path) for path in folder.iterdir())):
+        raise ArgumentError(f"{folder} exists and is not an empty folder; choose another, nothing is overwritten")
+
+
+def _bytes_of(model: LoadedModel) -> int:
+    """Of the transformer as it will be stored."""
+    parameters = list(model.transformer.parameters())
+    return sum(p.numel() * (model.stored_dtype or p.dtype).itemsize for p in parameters)
+
+
 @torch.no_grad()
 def _outputs(model: LoadedModel, exported: GraphModule, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     return floating_outputs(call_like(exported, model.transformer, inputs))
@@ -97,25 +121,20 @@ def _save(model: LoadedModel, recipe: Recipe, result: ModuleBalance, folder: Pat
     The transformer is stored in the dtype it had; the other parts of a pipeline are copied as they lie.
     """
     transformer: Any = model.transformer.to(model.stored_dtype) if model.stored_dtype else model.transformer
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        if model.folder is not None and (model.folder / "model_index.json").is_file():
-            others = shutil.ignore_patterns("transformer")
-            shutil.copytree(model.folder, partial, ignore=others, dirs_exist_ok=True)
-            transformer.save_pretrained(partial / "transformer", safe_serialization=True)
-        else:
-            transformer.save_pretrained(partial, safe_serialization=True)
-        (partial / REPORT).write_text(json.dumps(balance_report(result, recipe), indent=1, allow_nan=False) + "\n")
-        if folder.exists():
-            folder.rmdir()
-        partial.chmod(0o755)
-        partial.rename(folder)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, (SafetensorError, shutil.Error)):
-            raise ArtifactError(f"{folder} cannot be written: {error}; nothing was left behind") from error
-        raise
+        with replacing(folder) as partial:
+            if model.folder is not None and (model.folder / "model_index.json").is_file():
+                others = shutil.ignore_patterns("transformer")
+                shutil.copytree(model.folder, partial, ignore=others, dirs_exist_ok=True)
+                partial.chmod(0o755)
+                transformer.save_pretrained(partial / "transformer", safe_serialization=True)
+            else:
+                transformer.save_pretrained(partial, safe_serialization=True)
+            (partial / REPORT).write_text(json.dumps(balance_report(result, recipe), indent=1, allow_nan=False) + "\n")
+            check_empty(folder)
+    except (SafetensorError, OSError) as error:
+        reason = because(error) if isinstance(error, OSError) else str(error)
+        raise ArtifactError(f"{folder} cannot be written: {reason}; nothing was left behind") from error
 
 
 def balance_report(result: ModuleBalance, recipe: Recipe) -> dict[str, Any]:

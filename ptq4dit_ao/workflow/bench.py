@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 EAGER, COMPILED = "float32 eager", "float32 compiled"
 WARMUP = 2
+BUILD = "compile and build"
+"""The stage that takes longest: a compiled model takes a minute or more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,12 +127,12 @@ def bench(
     runs: dict[str, Runnable] = {}
     expected = subject.float_model.call(subject.float_model.module)(*inputs)
     for done, contender in enumerate(contenders):
-        on_progress("build", done, len(contenders))
+        on_progress(BUILD, done, len(contenders))
         row, run = _start(contender, subject.float_model, expected)
         rows.append(row)
         if run is not None:
             runs[row.name] = run
-    on_progress("build", len(contenders), len(contenders))
+    on_progress(BUILD, len(contenders), len(contenders))
     latency = measure_latency(
         runs, inputs, rounds=rounds, warmup=WARMUP, on_round=lambda done: on_progress("rounds", done, rounds + WARMUP)
     )

@@ -27,5 +27,5 @@ def call_by_name(what: str, spec: str, others: Iterable[str]) -> Any:
         )
     try:
         return getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError, TypeError, OSError) as error:
+    except Exception as error:  # whatever the user's function raises
         raise ArgumentError(f"{what} {spec!r} cannot be loaded: {error}") from error

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ptq4dit_ao._paths import as_path
 from ptq4dit_ao.calibration import Sampling, as_denoiser
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.ptqd import NoiseCorrection, PTQDScheduler, fit_noise_correction
@@ -96,7 +97,7 @@ def corrected_scheduler(
 
 
 def _kept(directory: str | Path, quantized: QuantizedModel) -> NoiseCorrection | None:
-    path = Path(directory) / FILE
+    path = as_path(directory, "directory") / FILE
     return NoiseCorrection.load(path) if quantized.recipe.noise_correction.images and path.exists() else None
 
 

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import torch
 
+from ptq4dit_ao._paths import as_path, check_file
 from ptq4dit_ao.calibration import Sampling
 from ptq4dit_ao.errors import ArgumentError
+from ptq4dit_ao.evaluation import ReferenceStatistics
 from ptq4dit_ao.lowering.backend import choose_backend
 from ptq4dit_ao.workflow.correction import correction_for
 from ptq4dit_ao.workflow.drawing import NOISE_SEED, Drawing, decoder
@@ -69,6 +71,11 @@ def evaluate(
             raise ArgumentError(f"{name} is {value}; it must be at least {least}")
     for name in backends:
         choose_backend(name)  # before the long part, which a wrong name must not waste
+    if not backends:
+        raise ArgumentError("there are no backends; give at least one, such as 'reference'")
+    kept = None if cache is None else as_path(cache, "cache")
+    if kept is not None and not kept.exists():
+        check_file(kept)
     quantized = load_quantized(directory)
     recipe = quantized.recipe
     loaded, sampling = _float_model(directory, quantized, model, sampler)
@@ -82,12 +89,14 @@ def evaluate(
         seed=seed,
         decode=decoder(loaded, sampling),
     )
-    network = network_for(loaded, features, reference or cache, samples)
-    given = given_yardstick(loaded, network, reference, cache, functools.partial(on_progress, "reference set"))
+    network = network_for(loaded, features, reference or kept, samples)
+    if kept is not None and kept.exists() and network is not None:
+        ReferenceStatistics.load(kept).check(str(kept), network.name)
+    given = given_yardstick(loaded, network, reference, kept, functools.partial(on_progress, "reference set"))
     lowered = [quantized.lower(name) for name in dict.fromkeys(backends)]
     correction = correction_for(directory, loaded, quantized, steps, functools.partial(on_progress, "fit correction"))
     recorded = recorded_samples(loaded, recipe, evaluate=True, on_progress=on_progress)
-    standard = standard_of(loaded, drawing, network, given, cache, on_progress=on_progress)
+    standard = standard_of(loaded, drawing, network, given, kept, on_progress=on_progress)
     rows = [standard.row(run, recipe, recorded, correction, on_progress) for run in lowered]
     measure = standard.yardstick
     return EvaluationResult(

@@ -14,6 +14,8 @@ from safetensors import safe_open
 from torch import nn
 
 from ptq4dit_ao._optional import require
+from ptq4dit_ao._paths import as_path
+from ptq4dit_ao.artifact.manifest import MANIFEST, is_manifest
 from ptq4dit_ao.calibration import Sampling, SamplingPipeline
 from ptq4dit_ao.errors import ArgumentError, MissingDependencyError
 from ptq4dit_ao.reference import DIGITS, FASHION, Reference, load_reference_dit
@@ -88,7 +90,7 @@ def load_model(spec: str) -> LoadedModel:
     if spec in SHIPPED:
         shipped = SHIPPED[spec]
         return replace(_wrap(spec, load_reference_dit(shipped.name), shipped.sampling), shipped=shipped)
-    path = Path(spec)
+    path = as_path(spec, "model")
     if path.is_dir():
         return replace(_wrap(path.name, _from_folder(path)), folder=path)
     return _wrap(spec, call_by_name("model", spec, [*map(repr, SHIPPED), "a folder"]))
@@ -102,6 +104,8 @@ def _from_folder(path: Path) -> Any:
     elif (path / "config.json").is_file():
         name, options = _class_name(path / "config.json"), {**options, "use_safetensors": True}
     else:
+        if is_manifest(path / MANIFEST):
+            raise ArgumentError(f"folder {path} holds a quantized model; give the float model that it was made of")
         raise ArgumentError(f"folder {path} has neither model_index.json nor config.json; it is no diffusers model")
     kind: Any = getattr(diffusers, name, None)
     if not hasattr(kind, "from_pretrained"):

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ptq4dit_ao._atomic import replace_text
-from ptq4dit_ao.artifact import check_target
+from ptq4dit_ao._atomic import remove_folder, replace_text
+from ptq4dit_ao._optional import require
+from ptq4dit_ao._paths import as_path, check_room, check_writable
+from ptq4dit_ao.artifact import ArtifactSize, check_target
 from ptq4dit_ao.calibration import CalibrationSamples, as_denoiser
 from ptq4dit_ao.calibration.sampling import Denoiser
+from ptq4dit_ao.errors import ArtifactError
 from ptq4dit_ao.evaluation import paired_error
 from ptq4dit_ao.graph import export_transformer
 from ptq4dit_ao.lowering import quantized_linears
@@ -22,12 +24,13 @@ from ptq4dit_ao.ptqd import NoiseCorrection, PTQDScheduler
 from ptq4dit_ao.recipe import Recipe
 from ptq4dit_ao.report import build_report, write_html
 from ptq4dit_ao.workflow.apply import EXAMPLE_ROWS, Stopwatch, apply_recipe, on_device_of
+from ptq4dit_ao.workflow.checks import check_overrides, least_bytes
 from ptq4dit_ao.workflow.correction import FILE as CORRECTION
 from ptq4dit_ao.workflow.correction import check_correction, fit_correction
 from ptq4dit_ao.workflow.diagnostics import diagnose, timestep_position
 from ptq4dit_ao.workflow.drawing import decoder, draw_images, vae_of
 from ptq4dit_ao.workflow.models import LoadedModel
-from ptq4dit_ao.workflow.quantized_model import QuantizedModel
+from ptq4dit_ao.workflow.quantized_model import QuantizedModel, write_model
 from ptq4dit_ao.workflow.samples import OnProgress, check_recording, recorded_samples
 
 GRID_CLASSES = GRID_PER_CLASS = 10
@@ -60,12 +63,9 @@ def quantize(
     Raises:
         PTQ4DiTError: see :func:`~ptq4dit_ao.apply_recipe` and :func:`~ptq4dit_ao.save_quantized`.
     """
-    check_target(output)
-    model = model.drawn_by(recipe.calibration.sampler)
-    check_correction(model, recipe)
-    if samples is None:
-        check_recording(model, recipe)
-    resume = Path(f"{output}.rounding") if recipe.rounding.sequential else None
+    output = as_path(output, "output").resolve()
+    resume = output.with_name(f"{output.name}.rounding") if recipe.rounding.sequential else None
+    model = _checked(model, recipe, output, resume, samples is None)
     clock = Stopwatch()
     recorded = evaluated = recorded_samples(model, recipe, samples, on_progress=on_progress)
     if samples is None:  # before the long part, which a wrong setting must not waste
@@ -113,15 +113,37 @@ def quantize(
     )
     on_progress("save", 0, 1)
     quantized = dataclasses.replace(quantized, report=report)
-    size = quantized.save(output)
-    if correction is not None:
-        correction.save(Path(output) / CORRECTION)
-    report["size"] = size_of(model.transformer, quantized, size.total_bytes)
-    write_report(report, Path(output), images)
+
+    def beside(folder: Path, size: ArtifactSize) -> None:
+        if correction is not None:
+            correction.save(folder / CORRECTION)
+        report["size"] = size_of(model.transformer, quantized, size.total_bytes)
+        write_report(report, folder, images)
+
+    write_model(quantized, output, beside)
     on_progress("save", 1, 1)
     if resume is not None:
-        shutil.rmtree(resume)
+        remove_folder(resume)
     return quantized
+
+
+def _checked(model: LoadedModel, recipe: Recipe, output: Path, resume: Path | None, draws: bool) -> LoadedModel:
+    """The model with the recipe's sampler, once all that is known before the work has been asked."""
+    check_target(output)
+    if resume is not None:
+        check_writable(resume, ArtifactError)
+        if resume.exists() and not resume.is_dir():
+            raise ArtifactError(
+                f"{resume} is a file, and rounded layers are kept in a folder of that name; move it away"
+            )
+    check_room(output, least_bytes(model.transformer, recipe), ArtifactError)
+    require("matplotlib", extra="report")
+    model = model.drawn_by(recipe.calibration.sampler)
+    check_correction(model, recipe)
+    if draws:
+        check_recording(model, recipe, ("calibration", "evaluation"))
+    check_overrides(model.transformer, recipe)
+    return model
 
 
 def _evaluate(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, overload
@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from ptq4dit_ao.artifact import ArtifactSize, read_artifact, write_artifact
 from ptq4dit_ao.calibration import Sampling
-from ptq4dit_ao.errors import ArgumentError, ArtifactError
+from ptq4dit_ao.errors import ArgumentError, ArtifactError, check_type
 from ptq4dit_ao.graph.interface import CapturedModule, InputSpec
 from ptq4dit_ao.lowering import LoweredModel, lower
 from ptq4dit_ao.recipe import Recipe
@@ -81,6 +81,14 @@ def save_quantized(model: QuantizedModel, directory: str | Path) -> ArtifactSize
     Raises:
         ArtifactError: the folder holds something else, or cannot be written.
     """
+    check_type("model", model, QuantizedModel, "what apply_recipe returned")
+    return write_model(model, directory)
+
+
+def write_model(
+    model: QuantizedModel, directory: str | Path, beside: Callable[[Path, ArtifactSize], None] | None = None
+) -> ArtifactSize:
+    """As :func:`save_quantized`; ``beside`` writes what lies beside the model, which appears with it."""
     metadata = {
         "recipe": model.recipe.to_dict(),
         "report": summary(model.report),
@@ -88,7 +96,7 @@ def save_quantized(model: QuantizedModel, directory: str | Path) -> ArtifactSize
         "captured": None if model.captured is None else model.captured.to_dict(),
     }
     signature = [spec.to_dict() for spec in model.inputs]
-    return write_artifact(directory, model.graph, metadata, signature)
+    return write_artifact(directory, model.graph, metadata, signature, beside)
 
 
 @overload
@@ -141,6 +149,8 @@ def _read(directory: str | Path) -> QuantizedModel:
     metadata = stored.metadata
     if set(metadata) != {"recipe", "report", "sampling", "captured"}:
         raise ArtifactError(f"{directory} was not saved with save_quantized: its metadata holds {sorted(metadata)}")
+    if not isinstance(metadata["report"], dict):
+        raise ArtifactError(f"the report of {directory} is {metadata['report']!r}, not an object; quantize again")
     inputs = tuple(InputSpec.from_dict(entry) for entry in stored.input_signature)
     return QuantizedModel(
         graph=stored.graph_module,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ptq4dit_ao._optional import require
+from ptq4dit_ao._paths import as_path, because
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.evaluation import Distances, FeatureNetwork, Gaussian, ReferenceStatistics, extract
 
@@ -53,7 +54,7 @@ def read_reference(path: str | Path) -> ReferenceSet | ReferenceStatistics:
         ArgumentError: it is none of these, or the images are not of one size.
         MissingDependencyError: it is a folder, and Pillow is not installed.
     """
-    path = Path(path)
+    path = as_path(path, "reference")
     if path.is_dir():
         return ReferenceSet(name=path.name, images=_in_unit_range(path, _folder_levels(path)))
     if path.suffix == ".npz":
@@ -74,7 +75,8 @@ def yardstick(
     Raises:
         ArgumentError: the file is of other images or another network.
     """
-    if cache is not None and Path(cache).exists():
+    cache = None if cache is None else as_path(cache, "cache")
+    if cache is not None and cache.exists():
         statistics = ReferenceStatistics.load(cache).check(str(cache), network.name, reference.images)
         return Yardstick(name=reference.name, network=network, statistics=statistics)
     features = extract(network, reference.images, on_batch=on_batch)
@@ -83,6 +85,7 @@ def yardstick(
         pooled, spatial = reference.fits
         statistics = dataclasses.replace(statistics, pooled_fit=pooled, spatial_fit=spatial)
     if cache is not None:
+        cache.parent.mkdir(parents=True, exist_ok=True)
         statistics.save(cache)
     return Yardstick(name=reference.name, network=network, statistics=statistics)
 
@@ -92,7 +95,8 @@ def _from_npz(path: Path) -> ReferenceSet:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("arr_0", *_ADM_FITS) if name in file}
     except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
-        raise ArgumentError(f"cannot read reference images from {path}: {error}") from error
+        reason = because(error) if isinstance(error, OSError) else str(error)
+        raise ArgumentError(f"cannot read reference images from {path}: {reason}; check the path") from error
     if "arr_0" not in arrays:
         raise ArgumentError(f"{path} has no array 'arr_0' of images")
     images = _in_unit_range(path, arrays.pop("arr_0"))

@@ -13,6 +13,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -20,8 +21,9 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from ptq4dit_ao.core import allocate
-from ptq4dit_ao.errors import ArgumentError, CalibrationError
+from ptq4dit_ao.errors import ArgumentError, CalibrationError, check_type
 from ptq4dit_ao.evaluation import weight_errors
+from ptq4dit_ao.graph.interface import check_batch
 from ptq4dit_ao.graph.names import get_attribute, joint_name, layer_name, linears, weight_path
 from ptq4dit_ao.graph.own_dtypes import own_dtypes
 from ptq4dit_ao.passes import balance_result, balanced_as
@@ -121,7 +123,8 @@ def choose_weight_bits(
     """
     widths = _checked(candidates, average_bits)
     quantizer = quantizer or PTQ4DiTQuantizer(rounding="gptq")
-    samples = [tuple(batch) for batch in batches]
+    check_type("exported", exported, GraphModule, "a graph of export_transformer")
+    samples = [check_batch(exported, batch, f"calibration batch {number}") for number, batch in enumerate(batches, 1)]
     if not samples:
         raise CalibrationError("there are no calibration samples; pass at least one tuple of inputs")
     held = max(1, len(samples) // HELD_OUT)
@@ -146,6 +149,7 @@ def _checked(candidates: Sequence[int], average_bits: float) -> tuple[int, ...]:
     widths = tuple(sorted(set(candidates)))
     if len(widths) < 2:
         raise ArgumentError(f"candidates are {list(candidates)}; give at least two different widths, such as [4, 8]")
+    check_type("average_bits", average_bits, Real, "a number of bits")
     if not widths[0] <= average_bits <= widths[-1]:
         raise ArgumentError(
             f"average_bits is {average_bits:g}, and the candidates go from {widths[0]} to {widths[-1]}; choose it "

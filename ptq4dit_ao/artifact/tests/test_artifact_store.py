@@ -12,6 +12,7 @@ import torch
 from torch.fx import GraphModule
 
 from ptq4dit_ao import artifact
+from ptq4dit_ao._digest import json_digest
 from ptq4dit_ao.artifact import ArtifactSize, read_artifact, store, write_artifact
 from ptq4dit_ao.artifact.manifest import check_digest
 from ptq4dit_ao.artifact.tests import models
@@ -33,8 +34,12 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a document, as an author would who also puts its digest right."""
     doc = json.loads(path.read_text())
+    signed = doc.pop("sha256", None) is not None
     change(doc)
+    if signed:
+        doc["sha256"] = json_digest(doc)
     path.write_text(json.dumps(doc))
 
 
@@ -70,7 +75,7 @@ def test_the_folder_holds_three_files_of_the_stated_sizes(saved: Path, small: Gr
 
 def test_the_manifest_names_format_and_versions(saved: Path) -> None:
     doc = json.loads((saved / "manifest.json").read_text())
-    assert (doc["format"], doc["format_version"]) == ("ptq4dit-ao", 1)
+    assert (doc["format"], doc["format_version"]) == ("ptq4dit-ao", 2)
     assert doc["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert doc["versions"].keys() == {"ptq4dit-ao", "torch", "torchao"}
 
@@ -170,7 +175,7 @@ def test_a_file_in_place_of_the_folder_is_refused(small: GraphModule, tmp_path: 
 def test_an_empty_folder_a_newer_version_and_a_link_are_replaced(saved: Path, small: GraphModule) -> None:
     (saved.parent / "empty").mkdir()
     write_artifact(saved.parent / "empty", small, {"a": 1}, [])
-    edit(saved / "manifest.json", lambda doc: doc.update(format_version=2))
+    edit(saved / "manifest.json", lambda doc: doc.update(format_version=3))
     (saved.parent / "link").symlink_to(saved)
     write_artifact(saved.parent / "link", small, {"a": 2}, [])
     assert (saved.parent / "link").is_symlink()
@@ -186,7 +191,7 @@ def test_an_empty_folder_a_newer_version_and_a_link_are_replaced(saved: Path, sm
     [
         (errno.ENOSPC, r"no room to save the model as .*model \(No space left.*: it takes \d+ bytes, and \d+ are free"),
         (errno.EDQUOT, r"no room to save the model as .*make room, or save to another disk. Nothing was changed"),
-        (errno.EACCES, r"cannot write .*model \(.*Permission denied.*\); choose a folder that you may write to"),
+        (errno.EACCES, r"cannot write .*model: Permission denied.*; choose a folder that you may write to"),
     ],
 )
 @pytest.mark.parametrize("nth", [1, 2])
@@ -245,13 +250,29 @@ def test_a_place_that_cannot_be_looked_at_is_an_artifact_error(
     saved: Path, small: GraphModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Path, "iterdir", _raise(PermissionError(errno.EACCES, "Permission denied")))
-    with pytest.raises(ArtifactError, match=r"cannot write .*Permission denied.*; choose a folder that you may write"):
+    with pytest.raises(
+        ArtifactError, match=r"cannot write .*: Permission denied.*; choose a folder that you may write"
+    ):
         write_artifact(saved, small, {}, [])
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"there is no folder .*nowhere; check the path, or save the model there"):
         read_artifact(tmp_path / "deep" / "nowhere")
+
+
+def test_a_changed_digit_in_the_manifest_is_found(saved: Path) -> None:
+    path = saved / "manifest.json"
+    path.write_text(path.read_text().replace('"alpha": 0.5', '"alpha": 0.4'))
+    with pytest.raises(ArtifactError, match=r"manifest.json was altered: its sha256 is not its own; copy or save"):
+        read_artifact(saved)
+
+
+def test_a_manifest_of_the_first_version_is_read(saved: Path) -> None:
+    doc = json.loads((saved / "manifest.json").read_text())
+    del doc["sha256"]
+    (saved / "manifest.json").write_text(json.dumps({**doc, "format_version": 1}))
+    assert read_artifact(saved).metadata == METADATA
 
 
 @pytest.mark.parametrize("name", ["graph.json", "weights.safetensors"])
@@ -274,9 +295,9 @@ def test_a_short_file_is_found(saved: Path, name: str) -> None:
 
 
 MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "version": (lambda d: d.update(format_version=2), r"has format_version 2, this version reads 1; install the ptq4"),
-    "true": (lambda d: d.update(format_version=True), r"has format_version True, this version reads 1"),
-    "no version": (lambda d: d.pop("format_version"), r"has format_version None, this version reads 1"),
+    "version": (lambda d: d.update(format_version=3), r"has format_version 3, this version reads 1 and 2; install"),
+    "true": (lambda d: d.update(format_version=True), r"has format_version True, this version reads 1 and 2"),
+    "no version": (lambda d: d.pop("format_version"), r"has format_version None, this version reads 1 and 2"),
     "format": (lambda d: d.update(format="onnx"), r"is of format 'onnx', not 'ptq4dit-ao'; point to a model saved"),
     "unknown": (lambda d: d.update(hook="x"), r"manifest.json has the unknown 'hook'; it is damaged or of a newer"),
     "lacking": (lambda d: d.pop("tensors"), r"manifest.json lacks 'tensors'"),

@@ -55,7 +55,7 @@ def test_timesteps_are_chosen_in_the_order_of_the_sampler(wanted, chosen):
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        (0, "0 calibration timesteps asked for, the sampler has 5 steps"),
+        (0, "0 calibration timesteps asked for; ask for at least 1"),
         (6, "6 calibration timesteps asked for, the sampler has 5 steps"),
         (-1, "-1 calibration timesteps asked for"),
         ([900, 320], "never visits timestep 320; the nearest it visits is 300"),
@@ -138,8 +138,7 @@ def test_shuffling_moves_whole_rows(samples):
         ({}, r"one common, non-zero number of rows, got \{\}"),
         ({"x": torch.zeros(3, 2), "t": torch.zeros(2)}, r"got \{'x': 3, 't': 2\}"),
         ({"x": torch.zeros(0, 2), "t": torch.zeros(0)}, r"got \{'x': 0, 't': 0\}"),
-        ({"x": torch.zeros(2), "t": torch.tensor(1.0)}, "the calibration input 't' is no tensor with rows"),
-        ({"x": [1.0, 2.0]}, r"input 'x' is no tensor with rows, .* give each input once, as a tensor \(N, ...\)"),
+        ({"x": torch.zeros(2), "t": torch.tensor(1.0)}, r"number of rows, got \{'x': 2, 't': 0\}"),
     ],
 )
 def test_samples_need_rows(inputs, message):
@@ -147,8 +146,13 @@ def test_samples_need_rows(inputs, message):
         CalibrationSamples(inputs)
 
 
+def test_samples_are_tensors():
+    with pytest.raises(ArgumentError, match="input 'x' is of type list; give a tensor whose first axis is the batch"):
+        CalibrationSamples({"x": [1.0, 2.0]})
+
+
 def test_a_name_is_either_of_rows_or_shared():
-    with pytest.raises(CalibrationError, match="'x' is no tensor with rows, or it is shared, too"):
+    with pytest.raises(CalibrationError, match="the calibration input 'x' is shared, and has rows, too"):
         CalibrationSamples({"x": torch.zeros(2)}, {"x": torch.zeros(3)})
 
 
@@ -371,15 +375,15 @@ def test_unknown_timesteps_are_refused_before_anything_runs(pipeline, calls):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prompts": []}, "the list of prompts is empty; give at least one"),
+        ({"prompts": []}, "prompts is empty; give at least one"),
         ({"prompts": [3, "cat"]}, r"prompts holds texts and classes, \[3, 'cat'\]; give one kind"),
         ({"prompts": [3, 11]}, "prompts holds class 11, and the model knows 0 to 10; give one of these"),
         ({"prompts": [-1]}, "prompts holds class -1, and the model knows 0 to 10"),
-        ({"steps": 0}, "steps is 0; give a whole number of at least 1"),
-        ({"steps": 2.5}, "steps is 2.5; give a whole number"),
-        ({"batch_size": 0}, "batch_size is 0; give a whole number of at least 1"),
-        ({"seed": -1}, "seed is -1; give a whole number of at least 0"),
-        ({"guidance": float("nan")}, "guidance is nan; give a finite number, or None to leave it to the pipeline"),
+        ({"steps": 0}, "steps is 0; it must be at least 1"),
+        ({"steps": 2.5}, r"steps is 2.5 \(float\); give a whole number"),
+        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"seed": -1}, "seed is -1; it must be at least 0"),
+        ({"guidance": float("nan")}, "guidance is nan; it must be finite"),
         ({"timesteps": True}, "calibration timesteps is True; give how many, a list of them, or NormalTimesteps"),
         ({"timesteps": "all"}, "calibration timesteps is 'all'; give how many"),
         ({"timesteps": [900, float("inf")]}, "calibration timesteps holds inf; give finite numbers"),

@@ -190,7 +190,7 @@ def test_the_output_folder_is_looked_at_before_the_work(run, workshop):
 
 def test_a_picture_that_cannot_be_written(run, quantized, tmp_path):
     result = run("sample", quantized, "--steps", 1, "--per-class", 1, "--backend", "reference", "--output", tmp_path)
-    assert_fails(result, "Is a directory")
+    assert_fails(result, "it is a folder; give the name of a file in it")
 
 
 def test_a_model_saved_without_its_way_of_sampling(run, quantized, tmp_path):
@@ -264,6 +264,9 @@ def test_inspect_shows_layers_sites_and_the_proof(run, quantized):
     for name in ("transformer_blocks.0.attn1.{to_q,to_k,to_v}", "transformer_blocks.0.ff.net.2", "proj_out_2"):
         assert name in out
     assert "linears: 7 integer, 6 float; sites: 3 folded, 2 not" in out
+    sites = json.loads((quantized / "report.json").read_text())["sites"]
+    spreads = [f"{min(site['b']):.3g} .. {max(site['b']):.3g}" for site in sites if site["status"] == "folded"]
+    assert len(spreads) == 3 and all(spread in out for spread in spreads)  # as "quantize" prints them
     assert "gelu does not commute with a scale per channel" in out
     assert "fbgemm: 7/7 quantized linears on integer GEMMs" in out and "ready in" in out
 

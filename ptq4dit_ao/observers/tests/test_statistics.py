@@ -189,7 +189,7 @@ TABLE = {"x/timesteps": torch.zeros(2).double(), "x/minimum": torch.zeros(2, 4),
 )
 def test_a_file_of_something_else_is_refused(tmp_path, tensors):
     path = tmp_path / "other.safetensors"
-    save_file(tensors, path)
+    save_file(tensors, path, metadata={"format": "ptq4dit-ao salience statistics"})  # as before it had a digest
     with pytest.raises(
         CalibrationError, match=r"other\.safetensors holds no salience statistics .*run calibration again"
     ):
@@ -204,7 +204,9 @@ def test_a_corrupt_or_missing_file_is_refused(tmp_path, content):
         path.write_bytes(path.read_bytes()[:-10])
     elif content is not None:
         path.write_bytes(content)
-    with pytest.raises(CalibrationError, match=r"salience\.safetensors holds no salience statistics"):
+    with pytest.raises(
+        CalibrationError, match=r"cannot read salience statistics from .*salience\.safetensors: .*run calib"
+    ):
         SalienceStatistics.load(path)
 
 

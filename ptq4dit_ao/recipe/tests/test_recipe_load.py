@@ -176,7 +176,7 @@ def test_missing_base_comes_with_the_other_problems(refusal: Refusal) -> None:
 
 @pytest.mark.parametrize(
     ("name", "near"),
-    [("folder/papr_w8a8.yaml", "; did you mean 'paper_w8a8'?"), ("zzz", ""), ("", "")],
+    [("folder/papr_w8a8.yaml", "; did you mean 'paper_w8a8'?"), ("zzz", "")],
 )
 def test_missing_file(name: str, near: str) -> None:
     with pytest.raises(RecipeError) as caught:

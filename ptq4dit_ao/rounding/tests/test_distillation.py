@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import ptq4dit_ao.rounding.distillation as module
-from ptq4dit_ao import distill, export_transformer, lower
+from ptq4dit_ao import _tensor_file, distill, export_transformer, lower
 from ptq4dit_ao.errors import ArgumentError, CalibrationError
 from ptq4dit_ao.quantizer import PTQ4DiTQuantizer, round_sequentially
 from ptq4dit_ao.rounding import DistillationSettings
@@ -279,8 +279,12 @@ def test_damaged_notes_are_named(rounded, tiny_samples, notes):
 
 def test_notes_that_cannot_be_written_are_named(rounded, tiny_samples, tmp_path, monkeypatch):
     never_pause(monkeypatch)
-    monkeypatch.setattr(module, "save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(CalibrationError, match=r"cannot write .*distillation.safetensors: .*No space left on device"):
+    monkeypatch.setattr(
+        _tensor_file, "save_file", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    with pytest.raises(
+        CalibrationError, match=r"cannot write a distillation to .*distillation.safetensors: No space left on device"
+    ):
         distill(rounded(), tiny_samples, steps=2, resume=tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 from ptq4dit_ao._atomic import replace_text
+from ptq4dit_ao._digest import json_digest
 from ptq4dit_ao.errors import ArgumentError
 
-FORMAT = "ptq4dit-ao table cell 1"
+FORMAT, FORMER = "ptq4dit-ao table cell 2", "ptq4dit-ao table cell 1"
+"""The former had no digest."""
 MODELS = "models"
 """Folder of the quantized models of a table, and of notes on each."""
 Json = dict[str, Any]
@@ -34,8 +36,10 @@ def read_cell(path: Path, depends: Mapping[str, Any]) -> Json | None:
         found, was = cell["format"], cell["depends"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArgumentError(f"{path} is damaged ({error!r}); remove it, and it is computed again") from error
-    if found != FORMAT:
+    if found not in (FORMAT, FORMER):
         raise ArgumentError(f"{path} is of the format {found!r}, not {FORMAT!r}; give another folder (--output)")
+    if found == FORMAT and cell.pop("sha256", None) != json_digest(cell):
+        raise ArgumentError(f"{path} was altered: its sha256 is not its own; remove it, and it is computed again")
     if (difference := _difference(was, _plain(depends))) is not None:
         raise ArgumentError(
             f"{path} was made with {difference}; give another folder (--output), or remove the file to make it anew"
@@ -61,8 +65,9 @@ def write_cell(path: Path, depends: Mapping[str, Any], content: Mapping[str, Any
     """Note what was found, and return it as it will be read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     cell = {"format": FORMAT, "depends": dict(depends), **content}
-    replace_text(path, json.dumps(cell, indent=1, allow_nan=False) + "\n")
-    return _plain(cell)
+    cell = _plain(cell)
+    replace_text(path, json.dumps({**cell, "sha256": json_digest(cell)}, indent=1, allow_nan=False) + "\n")
+    return cell
 
 
 def model_digest(*modules: nn.Module | None) -> str:

@@ -6,7 +6,9 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from ptq4dit_ao.errors import PTQ4DiTError
+from ptq4dit_ao._optional import require
+from ptq4dit_ao._paths import as_path, check_writable
+from ptq4dit_ao.errors import ArgumentError, PTQ4DiTError
 from ptq4dit_ao.workflow.environment import environment
 from ptq4dit_ao.workflow.samples import OnProgress
 from ptq4dit_ao.workflow.table.cells import Json
@@ -40,7 +42,9 @@ def make_table(
         RecipeError: a method is no recipe.
         PTQ4DiTError: the float model cannot be drawn or measured. What fails for one method leaves the others alone.
     """
-    work = Work(settings, Path(output), on_progress)
+    output = as_path(output, "output")
+    _check_folder(output)
+    work = Work(settings, output, on_progress)
     paper = paper_figures(work.model, work.network, settings.reference is not None, settings)
     rows, failed = [], {}
     for cell in work.cells():
@@ -68,8 +72,15 @@ def make_table(
         paper=paper,
         environment=environment(),
     )
-    write_table(result, Path(output))
+    write_table(result, output)
     return result
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ArgumentError(f"{folder} is a file; give the table a folder of its own (--output)")
+    check_writable(folder / "table.md")
+    require("matplotlib", extra="report")
 
 
 def _row(cell: Cell, found: Json, paper: PaperFigures | None) -> Row:

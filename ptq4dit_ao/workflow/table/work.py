@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from ptq4dit_ao import __version__
-from ptq4dit_ao._atomic import replacing_file
+from ptq4dit_ao._paths import check_room
+from ptq4dit_ao._tensor_file import read_tensors, write_tensors
 from ptq4dit_ao.calibration import Sampling
 from ptq4dit_ao.errors import ArgumentError, PTQ4DiTError
 from ptq4dit_ao.recipe import Recipe
+from ptq4dit_ao.workflow.checks import check_dtype, check_overrides, least_bytes
 from ptq4dit_ao.workflow.correction import fit_correction
 from ptq4dit_ao.workflow.drawing import NOISE_SEED, Drawing, decoder
 from ptq4dit_ao.workflow.environment import environment, installed
@@ -26,7 +27,7 @@ from ptq4dit_ao.workflow.evaluation_result import EvaluationRow, finite
 from ptq4dit_ao.workflow.models import load_model
 from ptq4dit_ao.workflow.quantize import quantize
 from ptq4dit_ao.workflow.quantized_model import load_quantized
-from ptq4dit_ao.workflow.samples import OnProgress, recorded_samples
+from ptq4dit_ao.workflow.samples import OnProgress, check_recording, recorded_samples
 from ptq4dit_ao.workflow.standard import OWN, Standard, given_yardstick, network_for, standard_of
 from ptq4dit_ao.workflow.table.cells import MODELS, Json, as_key, model_digest, models_of, read_cell, write_cell
 from ptq4dit_ao.workflow.table.settings import FLOAT, TableSettings, method_recipes
@@ -34,6 +35,7 @@ from ptq4dit_ao.workflow.table.settings import FLOAT, TableSettings, method_reci
 ALL = "all cells"
 """The stage that counts over the whole table."""
 _PACKAGES = ("torch", "torchao", "diffusers")
+_IMAGES, _WHAT = "ptq4dit-ao images 1", "images of the float model"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +87,14 @@ class Work:
         self._sampling: Sampling = self.model.sampling
         for steps in settings.steps:
             self._sampling.check_steps(steps)  # before the long part, which too many must not waste
+        self._check_recipes()
         self._decode = decoder(self.model, self._sampling)
+        vae = getattr(self.model.pipeline, "vae", None)
+        self._digest = model_digest(self.model.transformer, None if self._decode is None else vae)
+        check_room(folder, self._least_bytes())
         self.network = network_for(self.model, settings.features, settings.reference, settings.samples)
         kept = None
         if settings.reference is None or settings.reference.suffix != ".safetensors":
-            folder.mkdir(parents=True, exist_ok=True)
             kept = folder / "reference.safetensors"
         on_batch = functools.partial(on_progress, "reference set")
         try:
@@ -98,13 +103,31 @@ class Work:
             if kept is None or not kept.exists():
                 raise
             raise ArgumentError(f"{error}: give the table another folder (--output)") from error
-        vae = getattr(self.model.pipeline, "vae", None)
-        self._digest = model_digest(self.model.transformer, None if self._decode is None else vae)
         self._standard: Standard | None = None
         self._failed: dict[str, PTQ4DiTError] = {}
         self._on_progress = on_progress
         self._before = 0
         self._all = sum(self._drawing(cell.steps).units for cell in self.cells() if self.found(cell) is None)
+
+    def _check_recipes(self) -> None:
+        """Ask before the long part what of it must fail."""
+        check_dtype(self.model.transformer, self.settings.backend)
+        for bits in self.settings.bits:
+            for method, base in self._recipes.items():
+                recipe = self.settings.recipe(base, bits)
+                try:
+                    check_recording(self.model, recipe, ("calibration", "evaluation"))
+                    check_overrides(self.model.transformer, recipe)
+                except PTQ4DiTError as error:
+                    raise type(error)(f"method {method!r}: {error}") from error
+
+    def _least_bytes(self) -> int:
+        """Of the quantized models and the float model's images of cells that are to be filled."""
+        missing = [cell for cell in self.cells() if not self._path(cell).exists()]
+        models = {cell.model: cell.model_recipe for cell in missing if not self._saved(cell).exists()}
+        images = 4 * self.settings.samples * self._sampling.channels * self._sampling.size**2
+        quantized = (least_bytes(self.model.transformer, recipe) for recipe in models.values() if recipe is not None)
+        return sum(quantized) + images * sum(cell.recipe is None for cell in missing)
 
     @property
     def reference(self) -> str | None:
@@ -203,10 +226,7 @@ class Work:
         path, own = (self.folder / "float32" / f"{name}-{steps}.safetensors" for name in ("images", "statistics"))
         images = None
         if self.found(Cell(steps=steps)) is not None and path.exists():
-            try:
-                images = load_file(path)["images"]
-            except (SafetensorError, KeyError) as error:
-                raise ArgumentError(f"{path} is damaged ({error}); remove it, and it is drawn again") from error
+            images = _read_images(path)
         else:  # statistics of images that are drawn anew
             own.unlink(missing_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -215,8 +235,7 @@ class Work:
             self.model, self._drawing(steps), self.network, self.given, cache, images, self._told
         )
         if images is None:
-            with replacing_file(path) as temporary:
-                save_file({"images": self._standard.images.contiguous()}, temporary)
+            write_tensors(path, {"images": self._standard.images}, form=_IMAGES, what=_WHAT, error=ArgumentError)
         return self._standard
 
     def _drawing(self, steps: int) -> Drawing:
@@ -252,3 +271,10 @@ class Work:
 
     def _about(self, cell: Cell) -> Path:
         return self.folder / MODELS / f"{cell.model}.json"
+
+
+def _read_images(path: Path) -> Tensor:
+    """Raises ArgumentError if the file is damaged."""
+    way_out = "remove it, and they are drawn again"
+    _, tensors = read_tensors(path, form=_IMAGES, what=_WHAT, error=ArgumentError, way_out=way_out)
+    return tensors["images"]

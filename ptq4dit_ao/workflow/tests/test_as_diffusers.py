@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ptq4dit_ao import apply_recipe, as_diffusers_transformer, collect_from_pipeline, export_transformer, load_quantized
+from ptq4dit_ao._digest import json_digest
 from ptq4dit_ao.calibration import CalibrationSamples
 from ptq4dit_ao.core import sqnr_db
 from ptq4dit_ao.errors import ArgumentError, ArtifactError
@@ -324,7 +325,8 @@ def test_a_saved_model_whose_call_was_altered(change, message, tmp_path):
     manifest = tmp_path / "model" / "manifest.json"
     document = json.loads(manifest.read_text())
     document["metadata"]["captured"] |= change
-    manifest.write_text(json.dumps(document))
+    del document["sha256"]
+    manifest.write_text(json.dumps({**document, "sha256": json_digest(document)}))
     with pytest.raises(ArtifactError, match=message):
         load_quantized(tmp_path / "model")
 

@@ -152,7 +152,7 @@ def test_another_float_part_is_a_row_of_its_own(run, monkeypatch):
 def test_progress_is_told_of_both_stages(run):
     steps = []
     run(on_progress=lambda *step: steps.append(step))
-    assert steps == [("build", i, 3) for i in range(4)] + [("rounds", i, 4) for i in range(1, 5)]
+    assert steps == [("compile and build", i, 3) for i in range(4)] + [("rounds", i, 4) for i in range(1, 5)]
 
 
 def test_start_up_counts_building_and_the_first_call(run, monkeypatch):

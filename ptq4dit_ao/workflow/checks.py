@@ -1,0 +1,59 @@
+"""What is known before any work, and asked then: hours of sampling and calibration are not spent on what must fail."""
+
+from __future__ import annotations
+
+import difflib
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from ptq4dit_ao.errors import LoweringError, OverrideError
+from ptq4dit_ao.lowering.backend import BACKENDS
+from ptq4dit_ao.recipe import Recipe
+
+
+def check_overrides(transformer: nn.Module, recipe: Recipe) -> None:
+    """Ask whether every override of a recipe can match a layer.
+
+    Whether it does match a linear layer of the graph is known when that has been captured.
+
+    Raises:
+        OverrideError: one matches nothing that has a matrix for a parameter.
+    """
+    names = [
+        name
+        for name, module in transformer.named_modules()
+        if any(parameter.ndim == 2 for parameter in module.parameters(recurse=False))
+    ]
+    for override in recipe.overrides:
+        if not any(fnmatchcase(name, override.pattern) for name in names):
+            near = difflib.get_close_matches(override.pattern, names, n=1, cutoff=0.3)
+            hint = f"; the nearest layer is {near[0]!r}" if near else ""
+            raise OverrideError(f"override {override.pattern!r} matches no layer of the model{hint}")
+
+
+def check_dtype(transformer: nn.Module, backend: str) -> None:
+    """Ask whether a backend runs models of this one's dtype.
+
+    Raises:
+        LoweringError: it does not.
+    """
+    carries = BACKENDS[backend].carries
+    dtype = next((p.dtype for p in transformer.parameters() if p.is_floating_point()), torch.float32)
+    if carries is not None and dtype not in carries.model_dtypes:
+        taken, found = (
+            " or ".join(str(d).removeprefix("torch.") for d in some) for some in (carries.model_dtypes, [dtype])
+        )
+        raise LoweringError(
+            f"backend {backend!r} runs models of {taken}, and this one is {found}; call .float() on it before "
+            "quantizing, or use another backend"
+        )
+
+
+def least_bytes(transformer: nn.Module, recipe: Recipe) -> int:
+    """What a quantized model takes on disk at least: as if all its parameters were quantized."""
+    parameters = sum(parameter.numel() for parameter in transformer.parameters())
+    bits = min(recipe.weights.widths) if recipe.weights.bits == "auto" else recipe.weights.bits
+    narrowest = min([bits, *(o.weight_bits for o in recipe.overrides if o.weight_bits is not None)])
+    return parameters if narrowest > 4 else parameters // 2
