@@ -45,7 +45,7 @@ def from_text() -> LoadedModel:
     [
         (
             {"calibration": {"timesteps": 3, "steps": 10}},
-            r"20 evaluation timesteps asked for, the sampler has 10 steps; ask for fewer \(evaluation.timesteps\), or for",
+            r"20 evaluation timesteps asked for, the sampler has 10 steps; ask for fewer \(evaluation.timesteps\)",
         ),
         (
             {"calibration": {"timesteps": 30, "steps": 25}},
