@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
+from torch.utils._pytree import tree_leaves
 
 from ptq4dit_ao.graph.names import writes_in_place
 from ptq4dit_ao.observers import ActivationObserver
@@ -83,5 +84,11 @@ class Run:
 
     def error(self, inputs: Values, targets: Values) -> Tensor:
         """Square error of what the part puts out, summed over the last axis and all outputs, mean over the rest."""
-        errors = [(x - targets[n]).float().square().sum(-1).mean() for n, x in self(inputs).items()]
+        outputs = self(inputs)
+        pairs = zip(*(tree_leaves([values[node] for node in outputs]) for values in (outputs, targets)), strict=True)
+        errors = [(x - y).float().square().sum(-1).mean() for x, y in pairs if _is_floating(y)]
         return torch.stack(errors).sum()
+
+
+def _is_floating(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()

@@ -66,13 +66,13 @@ def round_sequentially(
         for index, block in enumerate(blocks):
             streams.advance(block.start)
             trim()
-            if not progress.load(index + 1, block.groups):
+            if not progress.load(index + 1, block.parts(groups)):
                 if learns:
                     told = _told(budget.progress(index), index, len(blocks), on_group)
                     _learn(prepared, block, streams, settings, told)
                 else:
                     _round(prepared, block.groups[0], streams, settings)
-                progress.save(index + 1, block.groups)
+                progress.save(index + 1, block.parts(groups))
             on_group((index + 1) * parts, len(blocks) * parts)
     except BaseException:  # as it was, for another try
         for group in groups:
@@ -87,7 +87,8 @@ def _learn(
     prepared: GraphModule, block: Block, streams: Streams, settings: RoundingSettings, progress: Iterator[float]
 ) -> None:
     held = streams.held(block.nodes)
-    new = [group.observer for group in block.groups if group.observer.clipped is None]
+    here = set(block.layers)
+    new = [g.observer for g in block.groups if g.observer.clipped is None and not here.isdisjoint(g.layers)]
     for group in block.groups:
         streams.advance(group.node)
         _round(prepared, group, streams, settings)

@@ -152,8 +152,7 @@ def test_gradients_pass_quantized_attention(prepare, tiny_samples):
     (inputs,) = streams.held(block.nodes)
     streams.advance(block.end)
     (targets,) = streams.exact(block.outputs())
-    layers = [layer for group in block.groups for layer in group.layers]
-    learning = {layer.node: SoftLinear(prepared, layer, settings()) for layer in layers}
+    learning = {layer.node: SoftLinear(prepared, layer, settings()) for layer in block.layers}
     Run(prepared, block.nodes, block.outputs(), learning, {}).error(inputs, targets).backward()
     assert all(linear.v.grad.abs().max() > 0 for linear in learning.values())
 
