@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
+from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.errors import ExportError
 from ptq4dit_ao.graph.capture import exportable
 from ptq4dit_ao.graph.constants import fold_constant_weights
@@ -29,7 +30,7 @@ AGREEMENT = 0.5
 """Exponent of the dtype's resolution: how far, relative to its size, the graph's output may be from the model's."""
 
 
-@torch.no_grad()
+@own_modes()
 def export_transformer(
     model: nn.Module,
     example_inputs: Sequence[Tensor] | Mapping[str, Any],

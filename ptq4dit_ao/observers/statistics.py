@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ptq4dit_ao._atomic import replacing_file
+from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.errors import CalibrationError
 
 
@@ -55,6 +56,7 @@ class ChannelStatistics:
             low, high = low / scale, high / scale
         return low.amin(), high.amax()
 
+    @own_modes()
     def update(self, timesteps: Tensor, minimum: Tensor, maximum: Tensor) -> None:
         """Take in rows: timesteps (N,), minimum and maximum (N, C)."""
         keys = timesteps.to(torch.float64).tolist()

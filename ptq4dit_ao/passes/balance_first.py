@@ -6,10 +6,10 @@ import copy
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.errors import BalanceError
 from ptq4dit_ao.graph import Site, SitePolicy, find_sites, first_refusals, refuse_sites
 from ptq4dit_ao.graph.names import layer_name, linears, timestep_placeholder
@@ -21,7 +21,7 @@ from ptq4dit_ao.passes.result import BalanceResult, attach_result
 from ptq4dit_ao.passes.verify import SelfCheck
 
 
-@torch.no_grad()
+@own_modes()
 def collect_salience(
     exported: GraphModule,
     samples: Iterable[Sequence[Tensor]],
@@ -51,6 +51,7 @@ def collect_salience(
     return SalienceStatistics(recorder.tables, example)
 
 
+@own_modes()
 def balance(
     exported: GraphModule,
     statistics: SalienceStatistics,

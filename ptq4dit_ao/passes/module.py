@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.errors import ArgumentError, BalanceError
 from ptq4dit_ao.graph import Site, SitePolicy, first_refusals
 from ptq4dit_ao.graph.constants import folded_sources
@@ -40,7 +41,7 @@ class ModuleBalance:
     """``|y - y0| / |y0|`` of the module's output on two rows of the example, in its own dtype: rounding."""
 
 
-@torch.no_grad()
+@own_modes()
 def balance_module(
     model: nn.Module,
     exported: GraphModule,

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e import ObserverOrFakeQuantize
 from torchao.quantization.pt2e.quantizer import EdgeOrNode, QuantizationSpec, Quantizer
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
+from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.core.salience import Aggregation
 from ptq4dit_ao.errors import ArgumentError, BalanceError, CalibrationError
 from ptq4dit_ao.graph import Site, SitePolicy, find_sites, first_refusals, refuse_sites
@@ -179,6 +179,7 @@ class PTQ4DiTQuantizer(Quantizer):
         """Called by ``prepare_pt2e``."""
         self._base.validate(model)
 
+    @own_modes()
     def prepare_obs_or_fq_callback(
         self, model: GraphModule, edge_or_node_to_obs_or_fq: dict[EdgeOrNode, ObserverOrFakeQuantize]
     ) -> None:
@@ -354,6 +355,7 @@ def tokens_seen(prepared: GraphModule) -> int:
     return max(module.tokens for module in prepared.modules() if isinstance(module, ActivationObserver))
 
 
+@own_modes()
 def round_sequentially(
     prepared: GraphModule,
     batches: Iterable[Sequence[Tensor]],
@@ -381,7 +383,7 @@ def round_sequentially(
     _plan_of(prepared).round_sequentially(prepared, batches, on_group, None if resume is None else Path(resume))
 
 
-@torch.no_grad()
+@own_modes()
 def distill(
     prepared: GraphModule,
     batches: Iterable[Sequence[Tensor]],

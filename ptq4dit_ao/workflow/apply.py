@@ -18,6 +18,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import Quantizer
 
 from ptq4dit_ao._memory import trim
+from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.calibration import CalibrationSamples
 from ptq4dit_ao.errors import ArgumentError, CalibrationError
 from ptq4dit_ao.graph import SitePolicy, export_transformer
@@ -145,7 +146,7 @@ def balance_settings(recipe: Recipe) -> BalanceSettings:
     )
 
 
-@torch.no_grad()
+@own_modes()
 def apply_recipe(
     model: nn.Module,
     recipe: Recipe,

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.fx import GraphModule
 
+from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.errors import ArgumentError, ArtifactError
 from ptq4dit_ao.graph import export_transformer
 from ptq4dit_ao.graph.export import call_like
@@ -35,6 +36,7 @@ from ptq4dit_ao.workflow.samples import OnProgress, recorded_samples
 REPORT = "balance_report.json"
 
 
+@own_modes()
 def balance_checkpoint(
     model: LoadedModel,
     recipe: Recipe,

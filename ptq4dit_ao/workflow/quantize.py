@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ptq4dit_ao._atomic import replace_text
+from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.artifact import check_target
 from ptq4dit_ao.calibration import CalibrationSamples, as_denoiser, sample
 from ptq4dit_ao.calibration.sampling import Denoiser
@@ -32,6 +33,7 @@ from ptq4dit_ao.workflow.samples import OnProgress, recorded_samples
 GRID_CLASSES = GRID_PER_CLASS = 10
 
 
+@own_modes()
 def quantize(
     model: LoadedModel,
     recipe: Recipe,

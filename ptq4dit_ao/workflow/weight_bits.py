@@ -14,11 +14,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
+from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.core import allocate
 from ptq4dit_ao.errors import ArgumentError, CalibrationError
 from ptq4dit_ao.evaluation import weight_errors
@@ -89,7 +89,7 @@ class WeightBits:
         }
 
 
-@torch.no_grad()
+@own_modes()
 def choose_weight_bits(
     exported: GraphModule,
     batches: Iterable[Sequence[Tensor]],

@@ -1,0 +1,36 @@
+"""Modes of torch that the caller may be in, and that must not reach what is computed here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+AUTOCAST = ("cpu", "cuda", "xpu", "mps")
+"""Kinds of devices on which a graph may run."""
+
+
+def autocasts() -> bool:
+    """Is autocast on, for any kind of device?"""
+    return any(map(torch.is_autocast_enabled, AUTOCAST))
+
+
+@contextmanager
+def own_modes() -> Iterator[None]:
+    """Neither gradients, autocast nor inference mode; new tensors are float32, on the CPU.
+
+    A graph has its own dtypes, which autocast would change; and what inference mode makes can never learn.
+    """
+    dtype = torch.get_default_dtype()
+    with ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, dtype)
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for kind in AUTOCAST:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device() != torch.device("cpu"):
+            stack.enter_context(torch.device("cpu"))
+        torch.set_default_dtype(torch.float32)
+        yield
