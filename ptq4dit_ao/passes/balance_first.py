@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.errors import BalanceError
 from ptq4dit_ao.graph import Site, SitePolicy, find_sites, first_refusals, refuse_sites
+from ptq4dit_ao.graph.float_model import check_float_graph
 from ptq4dit_ao.graph.names import layer_name, linears, timestep_placeholder
 from ptq4dit_ao.graph.shapes import batch_axis
 from ptq4dit_ao.observers import ChannelStatistics, SalienceStatistics, TimestepClock
@@ -107,6 +108,7 @@ def balanced_as(exported: GraphModule, result: BalanceResult) -> GraphModule:
 
 def balance_sites_of(exported: GraphModule, exclude: Sequence[str], policy: SitePolicy | None) -> list[Site]:
     """The sites of a graph; those that touch excluded layers are refused. Raises BalanceError if none is left."""
+    check_float_graph(exported)
     nodes = {node.name: layer_name(node) for node in linears(exported)}
     excluded = {name for name, layer in nodes.items() if any(fnmatchcase(layer, pattern) for pattern in exclude)}
     sites = refuse_sites(find_sites(exported, nodes.keys() - excluded, policy), excluded, "it is excluded")

@@ -17,7 +17,8 @@ from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.errors import ArgumentError, BalanceError
 from ptq4dit_ao.graph import Site, SitePolicy, first_refusals
 from ptq4dit_ao.graph.constants import folded_sources
-from ptq4dit_ao.graph.export import call_like
+from ptq4dit_ao.graph.export import call_like, uncompiled
+from ptq4dit_ao.graph.float_model import check_float_module
 from ptq4dit_ao.graph.names import get_attribute
 from ptq4dit_ao.observers import SalienceStatistics
 from ptq4dit_ao.passes.balance import BalanceSettings, SiteOutcome, balance_sites
@@ -69,11 +70,13 @@ def balance_module(
         ArgumentError: the graph is not this module's.
         BalanceError: nothing can be folded into the parameters, or the module computed something else afterwards,
             and was put back.
-        ExportError: the graph does not come from ``export_transformer``.
+        ExportError: the graph does not come from ``export_transformer``, or the module is no float one any more.
         CalibrationError: the statistics belong to another model, or have too few timesteps.
     """
     settings = replace(settings or BalanceSettings(), fold_form="bias")
     policy = replace(policy or SitePolicy(), vector_multiply=False)
+    model = uncompiled(model)
+    check_float_module(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     graph = GraphModule(exported, copy.deepcopy(exported.graph))
     nodes = {node.name: node for node in graph.graph.nodes}

@@ -20,6 +20,7 @@ from ptq4dit_ao.errors import ArgumentError, BalanceError, CalibrationError
 from ptq4dit_ao.graph import Site, SitePolicy, find_sites, first_refusals, refuse_sites
 from ptq4dit_ao.graph.attention import Attention, decompose_attention, find_attention
 from ptq4dit_ao.graph.constants import constants
+from ptq4dit_ao.graph.float_model import check_float_graph
 from ptq4dit_ao.graph.names import TIMESTEP_NAMES, layer_name, linears, placeholders, timestep_placeholder
 from ptq4dit_ao.graph.shapes import batch_axis, shape_of
 from ptq4dit_ao.observers import (
@@ -89,6 +90,7 @@ class PTQ4DiTQuantizer(Quantizer):
     Raises:
         ArgumentError: an argument is out of range; or (from ``prepare_pt2e``) there is no attention to quantize.
         BalanceError: (from ``prepare_pt2e``) nothing in the model can be balanced.
+        ExportError: (from ``prepare_pt2e``) the graph is quantized or prepared already, or on the meta device.
         OverrideError: (from ``prepare_pt2e``) an override matches no layer.
         CalibrationError: (from the calibration loop or ``convert_pt2e``) samples are missing, too few or not finite.
     """
@@ -158,6 +160,7 @@ class PTQ4DiTQuantizer(Quantizer):
 
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
         """Called by ``prepare_pt2e``."""
+        check_float_graph(model)
         if self._attention_bits is not None:
             decompose_attention(model)
         return self._base.transform_for_annotation(model)

@@ -23,6 +23,7 @@ from ptq4dit_ao.calibration import CalibrationSamples
 from ptq4dit_ao.errors import ArgumentError, CalibrationError
 from ptq4dit_ao.graph import SitePolicy, export_transformer
 from ptq4dit_ao.graph.export import captured_module
+from ptq4dit_ao.graph.float_model import check_float_module, check_in_memory
 from ptq4dit_ao.graph.interface import InputSpec
 from ptq4dit_ao.graph.names import placeholders
 from ptq4dit_ao.graph.ties import share_equal_tensors
@@ -179,7 +180,7 @@ def apply_recipe(
             done again.
 
     Raises:
-        ExportError: the model cannot be captured.
+        ExportError: the model is no float model with its weights in memory, or cannot be captured.
         CalibrationError: there are no samples, or they are not finite, or of too few timesteps.
         PTQ4DiTError: see :class:`~ptq4dit_ao.PTQ4DiTQuantizer`.
     """
@@ -194,6 +195,8 @@ def apply_recipe(
     if isinstance(model, GraphModule):
         exported = model
     else:
+        check_float_module(model)
+        check_in_memory(model)
         example = first if recorded is None else recorded.example(EXAMPLE_ROWS)
         exported = export_transformer(model, on_device_of(model, example))
     captured = captured_module(exported)
