@@ -29,6 +29,8 @@ def check_float_module(model: object) -> None:
     if not isinstance(model, nn.Module):
         inside = " (its transformer is one)" if hasattr(model, "transformer") else ""
         raise ExportError(f"{kind} is not a torch module{inside}; pass the float transformer")
+    if type(model).__module__ in ("peft.peft_model", "peft.mixed_model"):
+        raise ExportError(f"{kind} renames all layers; pass its get_base_model(), which runs the adapters as well")
     for name, module in model.named_modules():
         why = _ours(module) or _hooked(name, module) or _foreign(name, module)
         if why is not None:

@@ -13,7 +13,7 @@ from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.errors import BalanceError
 from ptq4dit_ao.graph import Site, SitePolicy, find_sites, first_refusals, refuse_sites
 from ptq4dit_ao.graph.float_model import check_float_graph
-from ptq4dit_ao.graph.names import layer_name, linears, timestep_placeholder
+from ptq4dit_ao.graph.names import adapters, layer_name, linears, timestep_placeholder
 from ptq4dit_ao.graph.shapes import batch_axis
 from ptq4dit_ao.observers import ChannelStatistics, SalienceStatistics, TimestepClock
 from ptq4dit_ao.observers.hooks import record_range
@@ -111,7 +111,8 @@ def balance_sites_of(exported: GraphModule, exclude: Sequence[str], policy: Site
     check_float_graph(exported)
     nodes = {node.name: layer_name(node) for node in linears(exported)}
     excluded = {name for name, layer in nodes.items() if any(fnmatchcase(layer, pattern) for pattern in exclude)}
-    sites = refuse_sites(find_sites(exported, nodes.keys() - excluded, policy), excluded, "it is excluded")
+    seeds = nodes.keys() - excluded - {node.name for node in adapters(exported)}
+    sites = refuse_sites(find_sites(exported, seeds, policy), excluded, "it is excluded")
     if all(site.refusal is not None for site in sites):
         none = "all its linear layers are excluded" if nodes else "it has no linear layer"
         raise BalanceError(f"nothing in this graph can be balanced ({first_refusals(sites) or none})")
