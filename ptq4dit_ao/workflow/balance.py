@@ -138,4 +138,5 @@ def balance_report(result: ModuleBalance, recipe: Recipe) -> dict[str, Any]:
             for name, outcome in result.outcomes.items()
         ],
         "left": result.left,
+        "unread": list(result.unread),
     }
