@@ -27,6 +27,7 @@ from ptq4dit_ao.graph.float_model import check_float_module, check_in_memory
 from ptq4dit_ao.graph.interface import InputSpec
 from ptq4dit_ao.graph.names import placeholders
 from ptq4dit_ao.graph.ties import share_equal_tensors
+from ptq4dit_ao.lowering import BACKENDS, backends_for
 from ptq4dit_ao.passes import BalanceSettings
 from ptq4dit_ao.quantizer import (
     PAPER_LAYERS,
@@ -191,12 +192,14 @@ def apply_recipe(
     first = next(iterator, None)
     if first is None:
         raise CalibrationError("there are no calibration samples; pass at least one tuple of inputs")
+    if not isinstance(model, GraphModule):
+        check_float_module(model)
+        check_in_memory(model)
+    warn_of_dtype(model)
     clock = Stopwatch()
     if isinstance(model, GraphModule):
         exported = model
     else:
-        check_float_module(model)
-        check_in_memory(model)
         example = first if recorded is None else recorded.example(EXAMPLE_ROWS)
         exported = export_transformer(model, on_device_of(model, example))
     captured = captured_module(exported)
@@ -268,6 +271,21 @@ def _choose_bits(
         quantizer=quantizer_from_recipe(lowest, base, timestep_input=timestep_input),
         on_run=on_choice,
     )
+
+
+def warn_of_dtype(model: nn.Module) -> None:
+    """Log which backends can run a model of this dtype, if not all can: the others refuse it when all is done."""
+    for dtype in {p.dtype for p in model.parameters() if p.ndim > 1 and p.is_floating_point()}:
+        able = backends_for(dtype)
+        if unable := [name for name in BACKENDS if name not in able]:
+            logger.warning(
+                "%s has %s weights, which only the backends %s can run, and not %s; for those, call .float() on it "
+                "before quantizing",
+                type(model).__name__,
+                str(dtype).removeprefix("torch."),
+                " and ".join(map(repr, able)),
+                ", ".join(map(repr, unable)),
+            )
 
 
 def enough(batches: list[tuple[Tensor, ...]], tokens: int, seen: int) -> list[tuple[Tensor, ...]]:

@@ -18,11 +18,12 @@ from ptq4dit_ao.calibration import CalibrationSamples, as_denoiser, sample
 from ptq4dit_ao.calibration.sampling import Denoiser
 from ptq4dit_ao.evaluation import paired_error
 from ptq4dit_ao.graph import export_transformer
+from ptq4dit_ao.graph.float_model import check_float_module, check_in_memory
 from ptq4dit_ao.lowering import quantized_linears
 from ptq4dit_ao.ptqd import NoiseCorrection, PTQDScheduler
 from ptq4dit_ao.recipe import Recipe
 from ptq4dit_ao.report import build_report, write_html
-from ptq4dit_ao.workflow.apply import EXAMPLE_ROWS, Stopwatch, apply_recipe, on_device_of
+from ptq4dit_ao.workflow.apply import EXAMPLE_ROWS, Stopwatch, apply_recipe, on_device_of, warn_of_dtype
 from ptq4dit_ao.workflow.correction import FILE as CORRECTION
 from ptq4dit_ao.workflow.correction import check_correction, fit_correction
 from ptq4dit_ao.workflow.diagnostics import diagnose, timestep_position
@@ -62,6 +63,9 @@ def quantize(
     check_target(output)
     model = model.drawn_by(recipe.calibration.sampler)
     check_correction(model, recipe)
+    check_float_module(model.transformer)
+    check_in_memory(model.transformer)
+    warn_of_dtype(model.transformer)
     resume = Path(f"{output}.rounding") if recipe.rounding.sequential else None
     clock = Stopwatch()
     recorded = evaluated = recorded_samples(model, recipe, samples, on_progress=on_progress)
