@@ -16,10 +16,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao._optional import require
 from ptq4dit_ao.calibration import CalibrationSamples
 from ptq4dit_ao.errors import ArgumentError, CalibrationError, LoweringError
@@ -143,7 +143,7 @@ class BalancedForNNCF:
         return f"the recipe says {' and '.join(widths)}{rest}"
 
 
-@torch.no_grad()
+@own_modes()
 def balance_for_nncf(
     model: nn.Module, recipe: Recipe, samples: CalibrationSamples | Iterable[Sequence[Tensor]]
 ) -> BalancedForNNCF:

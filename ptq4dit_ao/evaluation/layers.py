@@ -7,11 +7,11 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn import functional
 
+from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.evaluation.paired import PairedError, energies, rows_of, timesteps_of
 from ptq4dit_ao.evaluation.walk import Instead, Walk
@@ -22,7 +22,7 @@ OnRun = Callable[[int, int], None]
 """``(runs done, in all)``."""
 
 
-@torch.no_grad()
+@own_modes()
 def layer_errors(
     balanced: GraphModule,
     quantized: GraphModule,
@@ -77,7 +77,7 @@ class LeaveOneOut:
         return {names: error.sqnr_db - self.quantized.sqnr_db for names, error in self.without.items()}
 
 
-@torch.no_grad()
+@own_modes()
 def leave_one_out(
     balanced: GraphModule,
     quantized: GraphModule,
@@ -109,7 +109,7 @@ def leave_one_out(
     return LeaveOneOut(quantized=everything, without=dict(zip(_names(quantized), without, strict=True)))
 
 
-@torch.no_grad()
+@own_modes()
 def weight_errors(
     balanced: GraphModule,
     quantized: GraphModule,

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.core.metrics import energy_ratio_db
 from ptq4dit_ao.errors import ArgumentError, CalibrationError
 from ptq4dit_ao.evaluation.bootstrap import Estimate, bootstrap
@@ -87,7 +88,7 @@ class PairedError:
         return float(energy_ratio_db(self.signal[rows].sum(), self.noise[rows].sum()))
 
 
-@torch.no_grad()
+@own_modes()
 def paired_error(
     reference: Denoiser, quantized: Denoiser, batches: Iterable[tuple[Tensor, ...]], *, timestep_index: int | None = 1
 ) -> PairedError:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
+from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.errors import ExportError, check_type
 from ptq4dit_ao.graph.capture import exportable
 from ptq4dit_ao.graph.constants import fold_constant_weights
+from ptq4dit_ao.graph.float_model import check_float_module
 from ptq4dit_ao.graph.interface import CapturedModule
-from ptq4dit_ao.graph.own_dtypes import own_dtypes
 from ptq4dit_ao.graph.regions import write_out_regions
 from ptq4dit_ao.graph.signature import CallSignature, TensorName, flatten_call
 
@@ -31,8 +32,7 @@ AGREEMENT = 0.5
 """Exponent of the dtype's resolution: how far, relative to its size, the graph's output may be from the model's."""
 
 
-@own_dtypes()
-@torch.no_grad()
+@own_modes()
 def export_transformer(
     model: nn.Module,
     example_inputs: Sequence[Tensor] | Mapping[str, Any],
@@ -56,12 +56,13 @@ def export_transformer(
             the first call must have been called before.
 
     Raises:
-        ExportError: the inputs do not share a batch axis, the model cannot be captured, or the graph computes something
-            else than the model.
+        ExportError: the inputs do not share a batch axis, the model is no float model or cannot be captured, or the
+            graph computes something else than the model.
     """
     check_type("model", model, nn.Module, "a module, such as pipeline.transformer")
-    if model.training:
-        raise ExportError(f"{type(model).__name__} is in training mode; call .eval() before exporting it")
+    model = uncompiled(model)
+    check_float_module(model)
+    _check_evaluates(model)
     call, tensors = _how_to_call(model, example_inputs, dynamic_batch)
     inputs = tuple(tensors.values())
     if not inputs:
@@ -95,6 +96,11 @@ def export_transformer(
     return graph_module
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` has wrapped, if it has: a graph is captured of that, with its names."""
+    return getattr(model, "_orig_mod", model)
+
+
 def captured_module(graph_module: GraphModule) -> CapturedModule | None:
     """The diffusers model that :func:`export_transformer` captured; None if it was something else."""
     return graph_module.meta.get(_MODULE)
@@ -117,7 +123,7 @@ def call_like(graph_module: GraphModule, model: nn.Module, inputs: Sequence[Tens
     """
     if _SIGNATURE not in graph_module.meta:
         raise ExportError("this graph does not know how its module is called; capture it with export_transformer")
-    return Call(model, graph_module.meta[_SIGNATURE])(inputs)
+    return Call(uncompiled(model), graph_module.meta[_SIGNATURE])(inputs)
 
 
 @dataclass(frozen=True)
@@ -184,6 +190,19 @@ def _shapes(inputs: Sequence[Tensor], dynamic_batch: bool) -> tuple[dict[int, ob
     return tuple({0: batch} if x.shape[:1] == size else {} for x in inputs)
 
 
+def _check_evaluates(model: nn.Module) -> None:
+    """Raises ExportError if the model, or a layer of it that works otherwise then, is in training mode."""
+    if model.training:
+        raise ExportError(f"{type(model).__name__} is in training mode; call .eval() before exporting it")
+    for name, module in model.named_modules():
+        drops = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+        if module.training and (drops or isinstance(module, nn.modules.batchnorm._NormBase)):
+            raise ExportError(
+                f"{name!r} of {type(model).__name__} ({type(module).__name__}) is in training mode; call .eval() "
+                "on the whole model before exporting it"
+            )
+
+
 def _view(model: nn.Module, call: Call, names: list[str]) -> nn.Module:
     """A shallow copy whose ``forward`` takes positional tensors and returns tensors; parameter names stay."""
     view = copy.copy(model)
@@ -219,6 +238,8 @@ def _explain(model: nn.Module, error: Exception) -> str:
 
 def _compare(model: nn.Module, expected: Any, got: Any) -> None:
     """Raises ExportError if the graph's outputs are not the model's."""
+    trains = next((name for name, module in model.named_modules() if module.training), None)
+    random = "its output is random" if trains is None else f"it is random, as {trains!r} is in training mode"
     for i, (one, other) in enumerate(zip(tree_leaves(expected), tree_leaves(got), strict=True)):
         if not one.is_floating_point():
             continue
@@ -234,5 +255,5 @@ def _compare(model: nn.Module, expected: Any, got: Any) -> None:
             raise ExportError(
                 f"the graph of {type(model).__name__} does not compute what the model does: output {i} differs by "
                 f"{error:.2g} of its size; a size or a value of the example inputs is not the one the model was "
-                "configured for, or its output is random"
+                f"configured for, or {random}"
             )

@@ -15,6 +15,9 @@ from ptq4dit_ao.errors import ArgumentError
 
 LINEAR = torch.ops.aten.linear.default
 
+WRAPPED = "base_layer"
+"""What PEFT calls a layer inside of the adapter that takes its place."""
+
 CONSTANT = "_constant"
 """Ends the name of a weight that was computed from parameters."""
 
@@ -60,13 +63,30 @@ def weight_path(node: Node) -> str:
 
 
 def layer_name(node: Node) -> str:
-    """The module name of a linear, such as ``transformer_blocks.0.attn1.to_q``."""
-    return weight_path(node).rstrip("_").removesuffix(CONSTANT).removesuffix(".weight")
+    """The module name of a linear, such as ``transformer_blocks.0.attn1.to_q``; also of one that an adapter wraps."""
+    return unwrapped(weight_path(node).rstrip("_").removesuffix(CONSTANT).removesuffix(".weight"))
+
+
+def unwrapped(path: str) -> str:
+    """The name that a layer has without the adapter around it."""
+    return ".".join(name for name in path.split(".") if name != WRAPPED)
+
+
+def adapters(graph_module: GraphModule) -> set[Node]:
+    """The linears of adapters that were not fused (LoRA): they stand beside the one that the adapter wraps."""
+    paths = {node: weight_path(node) for node in linears(graph_module)}
+    wraps = {path.partition(f".{WRAPPED}.")[0] for path in paths.values() if f".{WRAPPED}." in path}
+    return {
+        node
+        for node, path in paths.items()
+        if f".{WRAPPED}." not in path and any(path.startswith(f"{layer}.") for layer in wraps)
+    }
 
 
 def joint_name(layers: Iterable[str]) -> str:
-    """``blocks.0.attn.{to_q,to_k,to_v}``: the common module path and what differs."""
+    """``blocks.0.attn.{to_q,to_k,to_v}``: the common module path and what differs; without adapters' own linears."""
     layers = list(dict.fromkeys(layers))
+    layers = [layer for layer in layers if not any(layer.startswith(f"{other}.") for other in layers)]
     if len(layers) == 1:
         return layers[0]
     parts = [layer.split(".") for layer in layers]

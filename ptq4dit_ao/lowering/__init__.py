@@ -9,12 +9,22 @@ from ptq4dit_ao.lowering import (  # noqa: F401  (they register themselves)
     reference,
     x86_inductor,
 )
-from ptq4dit_ao.lowering.backend import Backend, Capabilities, Request, available_backends, missing_backends, register
+from ptq4dit_ao.lowering.backend import (
+    BACKENDS,
+    Backend,
+    Capabilities,
+    Request,
+    available_backends,
+    backends_for,
+    missing_backends,
+    register,
+)
 from ptq4dit_ao.lowering.lower import LoweredModel, export_to, lower
 from ptq4dit_ao.lowering.match import QuantizedLinear, float_linears, quantized_linears
 from ptq4dit_ao.lowering.proof import KernelProof
 
 __all__ = [
+    "BACKENDS",
     "Backend",
     "Capabilities",
     "KernelProof",
@@ -22,6 +32,7 @@ __all__ = [
     "QuantizedLinear",
     "Request",
     "available_backends",
+    "backends_for",
     "export_to",
     "float_linears",
     "lower",

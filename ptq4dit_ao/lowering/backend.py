@@ -41,7 +41,10 @@ class Capabilities:
     def refuse(self, linear: QuantizedLinear) -> str | None:
         """Why these capabilities cannot carry a linear."""
         if linear.dtype not in self.model_dtypes:
-            return f"needs a {_names(self.model_dtypes)} model, got {_names([linear.dtype])}"
+            return (
+                f"needs a {_names(self.model_dtypes)} model, got {_names([linear.dtype])}: call .float() on the model "
+                f"before quantizing, or lower for {' or '.join(map(repr, backends_for(linear.dtype)))}"
+            )
         if linear.x_dtype not in self.activation_dtypes or linear.weight.dtype not in self.weight_dtypes:
             return (
                 f"needs {_names(self.activation_dtypes)} activations and {_names(self.weight_dtypes)} weights, "
@@ -117,6 +120,11 @@ def missing_backends() -> dict[str, str]:
     """Name -> why this machine cannot run it, of the others."""
     reasons = {name: backend.unavailable() for name, backend in BACKENDS.items()}
     return {name: why for name, why in reasons.items() if why is not None}
+
+
+def backends_for(dtype: torch.dtype) -> list[str]:
+    """Names of the backends that carry linears of a model of a dtype."""
+    return [name for name, b in BACKENDS.items() if b.carries is None or dtype in b.carries.model_dtypes]
 
 
 def choose_backend(name: str, linears: Sequence[QuantizedLinear] = ()) -> Backend:

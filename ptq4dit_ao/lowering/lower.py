@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from ptq4dit_ao._modes import own_modes, without_autocast
 from ptq4dit_ao._paths import as_path, check_file, check_room
 from ptq4dit_ao.errors import ArgumentError, LoweringError, PTQ4DiTError, check_type
 from ptq4dit_ao.graph.interface import CapturedModule, InputSpec, check_batch, input_specs, random_inputs
 from ptq4dit_ao.graph.names import get_attribute, placeholders, set_tensor
-from ptq4dit_ao.graph.own_dtypes import own_dtypes
 from ptq4dit_ao.graph.shapes import tensor_of
 from ptq4dit_ao.graph.ties import merge_equal_computations
 from ptq4dit_ao.lowering.backend import BACKENDS, Backend, Request, Runnable, choose_backend
@@ -47,7 +47,7 @@ class LoweredModel(nn.Module):
 
     @torch.compiler.disable(reason="it is built already")  # compilers do not know the kernels in it
     @torch.no_grad()
-    @own_dtypes()
+    @without_autocast()
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         return self.run(*inputs)
 
@@ -67,7 +67,7 @@ class LoweredModel(nn.Module):
         )
 
 
-@own_dtypes()
+@own_modes()
 def lower(
     converted: GraphModule,
     backend: str = "reference",
@@ -124,7 +124,7 @@ def lower(
     return lowered
 
 
-@own_dtypes()
+@own_modes()
 def export_to(
     converted: GraphModule,
     backend: str,

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e import ObserverBase
 
+from ptq4dit_ao._modes import autocasts
 from ptq4dit_ao.errors import CalibrationError
 
 
@@ -56,6 +57,12 @@ class InputObserver(ObserverBase):
         """Position of the input that holds the timestep."""
 
     def forward(self, *inputs: Tensor) -> Tensor:
+        """Raises CalibrationError: autocast is on, with which the graph would compute in other dtypes than its own."""
+        if autocasts():
+            raise CalibrationError(
+                "the prepared model is called under torch.autocast, which changes what it computes; calibrate outside "
+                "of it, or inside torch.autocast(..., enabled=False)"
+            )
         if self.timestep is not None:
             self.clock.current = inputs[self.timestep]
         if self.clock.example is None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e import ObserverBase
 
+from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.core import fake_quantize
 from ptq4dit_ao.core.int4 import INT4_MAX, INT4_MIN, pack_int4, unpack_int4
 from ptq4dit_ao.errors import CalibrationError
@@ -37,6 +38,7 @@ class _HookedObserver(ObserverBase):
         self.spec = spec
         self.hook = hook
 
+    @own_modes()
     def convert(self, model: GraphModule, node: Node) -> None:
         """Called by ``convert_pt2e``."""
         self.hook.before_convert(model)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ptq4dit_ao._modes import own_modes
+
 TOKENS = 2048
 """Tokens that are kept."""
 
@@ -64,6 +66,7 @@ class Moments:
         """``E[x]``, (C,) float32."""
         return (self._sum / max(1, self.count)).to(torch.float32)
 
+    @own_modes()
     def update(self, x: Tensor) -> None:
         """Take in a tensor (..., C)."""
         rows = x.reshape(-1, x.shape[-1]).to(torch.float32)

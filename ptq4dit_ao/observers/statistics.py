@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao._tensor_file import read_tensors, write_tensors
 from ptq4dit_ao.errors import CalibrationError, check_type
 
@@ -55,6 +56,7 @@ class ChannelStatistics:
             low, high = low / scale, high / scale
         return low.amin(), high.amax()
 
+    @own_modes()
     def update(self, timesteps: Tensor, minimum: Tensor, maximum: Tensor) -> None:
         """Take in rows: timesteps (N,), minimum and maximum (N, C)."""
         keys = timesteps.to(torch.float64).tolist()

@@ -6,15 +6,15 @@ import copy
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.errors import ArgumentError, BalanceError, CalibrationError, check_type
 from ptq4dit_ao.graph import Site, SitePolicy, find_sites, first_refusals, refuse_sites
+from ptq4dit_ao.graph.float_model import check_float_graph
 from ptq4dit_ao.graph.interface import cannot_run, check_batch
-from ptq4dit_ao.graph.names import layer_name, linears, timestep_placeholder
-from ptq4dit_ao.graph.own_dtypes import own_dtypes
+from ptq4dit_ao.graph.names import adapters, layer_name, linears, timestep_placeholder
 from ptq4dit_ao.graph.shapes import batch_axis
 from ptq4dit_ao.observers import ChannelStatistics, SalienceStatistics, TimestepClock
 from ptq4dit_ao.observers.hooks import record_range
@@ -23,8 +23,7 @@ from ptq4dit_ao.passes.result import BalanceResult, attach_result
 from ptq4dit_ao.passes.verify import SelfCheck
 
 
-@own_dtypes()
-@torch.no_grad()
+@own_modes()
 def collect_salience(
     exported: GraphModule,
     samples: Iterable[Sequence[Tensor]],
@@ -61,6 +60,7 @@ def collect_salience(
     return SalienceStatistics(recorder.tables, example)
 
 
+@own_modes()
 def balance(
     exported: GraphModule,
     statistics: SalienceStatistics,
@@ -119,11 +119,13 @@ def balanced_as(exported: GraphModule, result: BalanceResult) -> GraphModule:
 def balance_sites_of(exported: GraphModule, exclude: Sequence[str], policy: SitePolicy | None) -> list[Site]:
     """The sites of a graph; those that touch excluded layers are refused. Raises BalanceError if none is left."""
     check_type("exported", exported, GraphModule, "a graph of export_transformer")
+    check_float_graph(exported)
     if isinstance(exclude, str):
         raise ArgumentError(f"exclude is the string {exclude!r}; give a list of patterns")
     nodes = {node.name: layer_name(node) for node in linears(exported)}
     excluded = {name for name, layer in nodes.items() if any(fnmatchcase(layer, pattern) for pattern in exclude)}
-    sites = refuse_sites(find_sites(exported, nodes.keys() - excluded, policy), excluded, "it is excluded")
+    seeds = nodes.keys() - excluded - {node.name for node in adapters(exported)}
+    sites = refuse_sites(find_sites(exported, seeds, policy), excluded, "it is excluded")
     if all(site.refusal is not None for site in sites):
         none = "all its linear layers are excluded" if nodes else "it has no linear layer"
         raise BalanceError(f"nothing in this graph can be balanced ({first_refusals(sites) or none})")

@@ -14,11 +14,11 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves, tree_map
 from torchao.quantization.pt2e import ObserverBase
 
+from ptq4dit_ao._modes import without_autocast
 from ptq4dit_ao.errors import BalanceError
 from ptq4dit_ao.graph import Site
 from ptq4dit_ao.graph.interface import input_specs, random_inputs
 from ptq4dit_ao.graph.names import placeholders
-from ptq4dit_ao.graph.own_dtypes import own_dtypes
 from ptq4dit_ao.graph.pending import pending, tensor_at
 from ptq4dit_ao.graph.shapes import symbolic_axes, tensor_of
 from ptq4dit_ao.passes.balance import SiteOutcome, apply_outcome
@@ -107,7 +107,7 @@ class SelfCheck:
 
     def _run(self, model: GraphModule) -> list[Tensor]:
         runner = _Float32(model) if self.dtype in NARROW else _PastObservers(model)
-        with torch.no_grad(), own_dtypes():
+        with torch.no_grad(), without_autocast():
             return floating_outputs(runner.run(*self.inputs))
 
 

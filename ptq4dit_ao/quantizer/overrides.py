@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -14,7 +15,9 @@ from torchao.quantization.pt2e.quantizer import QuantizationSpec
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from ptq4dit_ao.errors import ArgumentError, OverrideError
-from ptq4dit_ao.graph.names import layer_name, linears
+from ptq4dit_ao.graph.names import adapters, layer_name, linears
+
+logger = logging.getLogger(__name__)
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -63,23 +66,27 @@ class LayerPlan:
 def plan_layers(
     model: GraphModule, *, weight_bits: int, activation_bits: int, overrides: Sequence[Override]
 ) -> dict[str, LayerPlan]:
-    """Node name of each linear -> its plan.
+    """Node name of each linear -> its plan. The linears of adapters that were not fused stay float.
 
     Raises:
         OverrideError: an override matches no layer.
     """
     plans = {}
+    beside = adapters(model)
+    if beside:
+        names = sorted(map(layer_name, beside))
+        logger.info("%d linears of adapters stay float (%s, ...); fuse them to be rid of them", len(names), names[0])
     matched: set[str] = set()
     for node in linears(model):
         plan = LayerPlan(layer=layer_name(node), weight_bits=weight_bits, activation_bits=activation_bits)
-        for override in overrides:
+        for override in overrides if node not in beside else ():
             if fnmatchcase(plan.layer, override.pattern):
                 matched.add(override.pattern)
                 plan = _apply(plan, override)
-        plans[node.name] = plan
+        plans[node.name] = dataclasses.replace(plan, skip=True) if node in beside else plan
     for override in overrides:
         if override.must_match and override.pattern not in matched:
-            names = [plan.layer for plan in plans.values()]
+            names = [plans[node.name].layer for node in linears(model) if node not in beside]
             near = difflib.get_close_matches(override.pattern, names, n=1, cutoff=0.3)
             hint = f"; the nearest layer is {near[0]!r}" if near else ""
             raise OverrideError(

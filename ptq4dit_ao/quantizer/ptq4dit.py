@@ -8,22 +8,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e import ObserverOrFakeQuantize
 from torchao.quantization.pt2e.quantizer import EdgeOrNode, QuantizationSpec, Quantizer
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
+from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao._paths import as_path
 from ptq4dit_ao.core.salience import Aggregation
 from ptq4dit_ao.errors import ArgumentError, BalanceError, CalibrationError, check_type
 from ptq4dit_ao.graph import Site, SitePolicy, find_sites, first_refusals, refuse_sites
 from ptq4dit_ao.graph.attention import Attention, decompose_attention, find_attention
 from ptq4dit_ao.graph.constants import constants
+from ptq4dit_ao.graph.float_model import check_float_graph
 from ptq4dit_ao.graph.interface import check_batch
 from ptq4dit_ao.graph.names import TIMESTEP_NAMES, layer_name, linears, placeholders, timestep_placeholder
-from ptq4dit_ao.graph.own_dtypes import own_dtypes
 from ptq4dit_ao.graph.shapes import batch_axis, shape_of
 from ptq4dit_ao.observers import (
     ActivationObserver,
@@ -92,6 +92,7 @@ class PTQ4DiTQuantizer(Quantizer):
     Raises:
         ArgumentError: an argument is out of range; or (from ``prepare_pt2e``) there is no attention to quantize.
         BalanceError: (from ``prepare_pt2e``) nothing in the model can be balanced.
+        ExportError: (from ``prepare_pt2e``) the graph is quantized or prepared already, or on the meta device.
         OverrideError: (from ``prepare_pt2e``) an override matches no layer.
         CalibrationError: (from the calibration loop or ``convert_pt2e``) samples are missing, too few or not finite.
     """
@@ -167,6 +168,7 @@ class PTQ4DiTQuantizer(Quantizer):
 
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
         """Called by ``prepare_pt2e``."""
+        check_float_graph(model)
         if self._attention_bits is not None:
             decompose_attention(model)
         return self._base.transform_for_annotation(model)
@@ -188,6 +190,7 @@ class PTQ4DiTQuantizer(Quantizer):
         """Called by ``prepare_pt2e``."""
         self._base.validate(model)
 
+    @own_modes()
     def prepare_obs_or_fq_callback(
         self, model: GraphModule, edge_or_node_to_obs_or_fq: dict[EdgeOrNode, ObserverOrFakeQuantize]
     ) -> None:
@@ -370,7 +373,7 @@ def tokens_seen(prepared: GraphModule) -> int:
     return max(module.tokens for module in prepared.modules() if isinstance(module, ActivationObserver))
 
 
-@own_dtypes()
+@own_modes()
 def round_sequentially(
     prepared: GraphModule,
     batches: Iterable[Sequence[Tensor]],
@@ -399,8 +402,7 @@ def round_sequentially(
     plan.round_sequentially(prepared, batches, on_group, None if resume is None else as_path(resume, "resume"))
 
 
-@own_dtypes()
-@torch.no_grad()
+@own_modes()
 def distill(
     prepared: GraphModule,
     batches: Iterable[Sequence[Tensor]],

@@ -26,7 +26,7 @@ from ptq4dit_ao.errors import CalibrationError
 from ptq4dit_ao.graph.names import placeholders
 from ptq4dit_ao.observers import ActivationObserver, Rounded
 from ptq4dit_ao.rounding.layers import Layer, find_groups
-from ptq4dit_ao.rounding.learning import INSIDE, LearnedRange, Run
+from ptq4dit_ao.rounding.learning import INSIDE, LearnedRange, Run, learnable
 from ptq4dit_ao.rounding.resume import fingerprint, sums
 from ptq4dit_ao.rounding.settings import DistillationSettings
 from ptq4dit_ao.rounding.streams import Values, copied, float_network, run_node
@@ -134,6 +134,7 @@ def distill(
         )
     if not batches:
         raise CalibrationError("there are no samples to learn from; pass at least one tuple of inputs")
+    batches = learnable(prepared, batches)
     *nodes, end = (node for node in prepared.graph.nodes if node.op != "placeholder")
     outputs = [node for node in end.all_input_nodes if node.op != "placeholder"]
     inputs = [dict(zip(placeholders(prepared), batch, strict=True)) for batch in batches]

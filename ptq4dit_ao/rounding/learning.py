@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
+from torch.utils._pytree import tree_leaves
 
-from ptq4dit_ao.graph.names import writes_in_place
+from ptq4dit_ao.graph.names import get_attribute, set_tensor, writes_in_place
 from ptq4dit_ao.observers import ActivationObserver
 from ptq4dit_ao.rounding.layers import module_of
 from ptq4dit_ao.rounding.streams import Instead, Values, copied, quantized_network, run_node
@@ -83,5 +84,23 @@ class Run:
 
     def error(self, inputs: Values, targets: Values) -> Tensor:
         """Square error of what the part puts out, summed over the last axis and all outputs, mean over the rest."""
-        errors = [(x - targets[n]).float().square().sum(-1).mean() for n, x in self(inputs).items()]
+        outputs = self(inputs)
+        pairs = zip(*(tree_leaves([values[node] for node in outputs]) for values in (outputs, targets)), strict=True)
+        errors = [(x - y).float().square().sum(-1).mean() for x, y in pairs if _is_floating(y)]
         return torch.stack(errors).sum()
+
+
+def learnable(prepared: GraphModule, batches: Iterable[Sequence[Tensor]]) -> list[tuple[Tensor, ...]]:
+    """The batches, with copies in the place of what inference mode has made; so, too, in the graph.
+
+    Gradients pass no tensor that was made there.
+    """
+    for node in prepared.graph.find_nodes(op="get_attr"):
+        tensor = get_attribute(prepared, str(node.target))
+        if isinstance(tensor, Tensor) and tensor.is_inference():
+            set_tensor(prepared, str(node.target), tensor.clone())
+    return [tuple(x.clone() if x.is_inference() else x for x in batch) for batch in batches]
+
+
+def _is_floating(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()

@@ -116,8 +116,7 @@ def reconstruct(
         progress: parts of the time that are spent, one for each step.
         ranges: observers whose range may change.
     """
-    layers = [layer for group in block.groups for layer in group.layers]
-    linears = {layer.node: SoftLinear(prepared, layer, settings) for layer in layers}
+    linears = {layer.node: SoftLinear(prepared, layer, settings) for layer in block.layers}
     learned = {observer: LearnedRange(observer) for observer in ranges}
     run = Run(prepared, block.nodes, block.outputs(), {**linears}, learned)
     roundings, scales = [linear.v for linear in linears.values()], [q.log_scale for q in learned.values()]

@@ -20,7 +20,7 @@ from ptq4dit_ao.rounding.layers import Group
 
 PARTS = ("integers", "scale", "bias")
 """Of a :class:`~ptq4dit_ao.observers.Rounded`; there may be no bias."""
-FORMAT = "ptq4dit-ao rounded layers 1"
+FORMAT = "ptq4dit-ao rounded layers 2"
 _WHAT = "rounded layers"
 
 

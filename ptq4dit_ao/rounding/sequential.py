@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ptq4dit_ao._memory import trim
+from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.observers import ActivationObserver, TokenSample
 from ptq4dit_ao.rounding.blocks import Block, find_blocks
 from ptq4dit_ao.rounding.layers import Group, find_groups
+from ptq4dit_ao.rounding.learning import learnable
 from ptq4dit_ao.rounding.reconstruct import Budget, reconstruct
 from ptq4dit_ao.rounding.resume import Progress, fingerprint
 from ptq4dit_ao.rounding.settings import RoundingSettings
@@ -34,7 +36,7 @@ PARTS = 100
 """In so many parts the progress of a block that learns is told."""
 
 
-@torch.no_grad()
+@own_modes()
 def round_sequentially(
     prepared: GraphModule,
     batches: Iterable[Sequence[Tensor]],
@@ -52,7 +54,7 @@ def round_sequentially(
         on_group: called as layers are done.
         resume: a folder to note them in; what is found there is not done again.
     """
-    groups, batches = find_groups(prepared), list(batches)
+    groups, batches = find_groups(prepared), learnable(prepared, batches)
     learns = settings.learned
     parts = PARTS if learns else 1
     blocks = list(find_blocks(prepared, groups, together=learns))
@@ -66,13 +68,13 @@ def round_sequentially(
         for index, block in enumerate(blocks):
             streams.advance(block.start)
             trim()
-            if not progress.load(index + 1, block.groups):
+            if not progress.load(index + 1, block.parts(groups)):
                 if learns:
                     told = _told(budget.progress(index), index, len(blocks), on_group)
                     _learn(prepared, block, streams, settings, told)
                 else:
                     _round(prepared, block.groups[0], streams, settings)
-                progress.save(index + 1, block.groups)
+                progress.save(index + 1, block.parts(groups))
             on_group((index + 1) * parts, len(blocks) * parts)
     except BaseException:  # as it was, for another try
         for group in groups:
@@ -87,7 +89,8 @@ def _learn(
     prepared: GraphModule, block: Block, streams: Streams, settings: RoundingSettings, progress: Iterator[float]
 ) -> None:
     held = streams.held(block.nodes)
-    new = [group.observer for group in block.groups if group.observer.clipped is None]
+    here = set(block.layers)
+    new = [g.observer for g in block.groups if g.observer.clipped is None and not here.isdisjoint(g.layers)]
     for group in block.groups:
         streams.advance(group.node)
         _round(prepared, group, streams, settings)

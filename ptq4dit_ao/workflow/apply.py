@@ -18,14 +18,16 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import Quantizer
 
 from ptq4dit_ao._memory import trim
+from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.calibration import CalibrationSamples
 from ptq4dit_ao.errors import ArgumentError, CalibrationError, check_type
 from ptq4dit_ao.graph import SitePolicy, export_transformer
 from ptq4dit_ao.graph.export import captured_module
+from ptq4dit_ao.graph.float_model import check_float_module, check_in_memory
 from ptq4dit_ao.graph.interface import InputSpec, cannot_run, check_batch
 from ptq4dit_ao.graph.names import placeholders
-from ptq4dit_ao.graph.own_dtypes import own_dtypes
 from ptq4dit_ao.graph.ties import share_equal_tensors
+from ptq4dit_ao.lowering import BACKENDS, backends_for
 from ptq4dit_ao.passes import BalanceSettings
 from ptq4dit_ao.quantizer import (
     PAPER_LAYERS,
@@ -146,8 +148,7 @@ def balance_settings(recipe: Recipe) -> BalanceSettings:
     )
 
 
-@own_dtypes()
-@torch.no_grad()
+@own_modes()
 def apply_recipe(
     model: nn.Module,
     recipe: Recipe,
@@ -180,7 +181,7 @@ def apply_recipe(
             done again.
 
     Raises:
-        ExportError: the model cannot be captured.
+        ExportError: the model is no float model with its weights in memory, or cannot be captured.
         CalibrationError: there are no samples, or they are not finite, or of too few timesteps.
         PTQ4DiTError: see :class:`~ptq4dit_ao.PTQ4DiTQuantizer`.
     """
@@ -199,6 +200,10 @@ def apply_recipe(
     first = next(iterator, None)
     if first is None:
         raise CalibrationError("there are no calibration samples; pass at least one tuple of inputs")
+    if not isinstance(model, GraphModule):
+        check_float_module(model)
+        check_in_memory(model)
+    warn_of_dtype(model)
     clock = Stopwatch()
     if isinstance(model, GraphModule):
         exported = model
@@ -279,6 +284,21 @@ def _choose_bits(
         quantizer=quantizer_from_recipe(lowest, base, timestep_input=timestep_input),
         on_run=on_choice,
     )
+
+
+def warn_of_dtype(model: nn.Module) -> None:
+    """Log which backends can run a model of this dtype, if not all can: the others refuse it when all is done."""
+    for dtype in {p.dtype for p in model.parameters() if p.ndim > 1 and p.is_floating_point()}:
+        able = backends_for(dtype)
+        if unable := [name for name in BACKENDS if name not in able]:
+            logger.warning(
+                "%s has %s weights, which only the backends %s can run, and not %s; for those, call .float() on it "
+                "before quantizing",
+                type(model).__name__,
+                str(dtype).removeprefix("torch."),
+                " and ".join(map(repr, able)),
+                ", ".join(map(repr, unable)),
+            )
 
 
 def enough(batches: list[tuple[Tensor, ...]], tokens: int, seen: int) -> list[tuple[Tensor, ...]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ptq4dit_ao._atomic import is_unfinished
+from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao._paths import as_path, because, check_room, check_writable
 from ptq4dit_ao.artifact.folder import replacing
 from ptq4dit_ao.errors import ArgumentError, ArtifactError
@@ -38,6 +39,7 @@ from ptq4dit_ao.workflow.samples import OnProgress, check_recording, recorded_sa
 REPORT = "balance_report.json"
 
 
+@own_modes()
 def balance_checkpoint(
     model: LoadedModel,
     recipe: Recipe,
@@ -155,4 +157,5 @@ def balance_report(result: ModuleBalance, recipe: Recipe) -> dict[str, Any]:
             for name, outcome in result.outcomes.items()
         ],
         "left": result.left,
+        "unread": list(result.unread),
     }

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ptq4dit_ao.errors import LoweringError, OverrideError
+from ptq4dit_ao.graph.names import unwrapped
 from ptq4dit_ao.lowering.backend import BACKENDS
 from ptq4dit_ao.recipe import Recipe
 
@@ -22,7 +23,7 @@ def check_overrides(transformer: nn.Module, recipe: Recipe) -> None:
         OverrideError: one matches nothing that has a matrix for a parameter.
     """
     names = [
-        name
+        unwrapped(name)
         for name, module in transformer.named_modules()
         if any(parameter.ndim == 2 for parameter in module.parameters(recurse=False))
     ]

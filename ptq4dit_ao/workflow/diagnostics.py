@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule
 
+from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.calibration import CalibrationSamples
 from ptq4dit_ao.evaluation import LeaveOneOut, layer_errors, leave_one_out
 from ptq4dit_ao.evaluation.layers import quantized_inputs
@@ -86,7 +87,7 @@ def timestep_position(exported: GraphModule) -> int | None:
     return None if timestep is None else placeholders(exported).index(timestep)
 
 
-@torch.no_grad()
+@own_modes()
 def weight_clipping(balanced: GraphModule, quantized: GraphModule) -> dict[str, float]:
     """Node name of a quantized linear -> its weight's range as a part of the largest weight's; mean over channels."""
     twins = {node.name: node for node in balanced.graph.nodes}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ptq4dit_ao._atomic import remove_folder, replace_text
+from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao._optional import require
 from ptq4dit_ao._paths import as_path, check_room, check_writable
 from ptq4dit_ao.artifact import ArtifactSize, check_target
@@ -19,11 +20,12 @@ from ptq4dit_ao.calibration.sampling import Denoiser
 from ptq4dit_ao.errors import ArtifactError
 from ptq4dit_ao.evaluation import paired_error
 from ptq4dit_ao.graph import export_transformer
+from ptq4dit_ao.graph.float_model import check_float_module, check_in_memory
 from ptq4dit_ao.lowering import quantized_linears
 from ptq4dit_ao.ptqd import NoiseCorrection, PTQDScheduler
 from ptq4dit_ao.recipe import Recipe
 from ptq4dit_ao.report import build_report, write_html
-from ptq4dit_ao.workflow.apply import EXAMPLE_ROWS, Stopwatch, apply_recipe, on_device_of
+from ptq4dit_ao.workflow.apply import EXAMPLE_ROWS, Stopwatch, apply_recipe, on_device_of, warn_of_dtype
 from ptq4dit_ao.workflow.checks import check_overrides, least_bytes
 from ptq4dit_ao.workflow.correction import FILE as CORRECTION
 from ptq4dit_ao.workflow.correction import check_correction, fit_correction
@@ -38,6 +40,7 @@ LATENT_GRID_CLASSES = 8
 """Images of models that need a VAE are large, and few are enough."""
 
 
+@own_modes()
 def quantize(
     model: LoadedModel,
     recipe: Recipe,
@@ -129,6 +132,8 @@ def quantize(
 
 def _checked(model: LoadedModel, recipe: Recipe, output: Path, resume: Path | None, draws: bool) -> LoadedModel:
     """The model with the recipe's sampler, once all that is known before the work has been asked."""
+    check_float_module(model.transformer)
+    check_in_memory(model.transformer)
     check_target(output)
     if resume is not None:
         check_writable(resume, ArtifactError)
@@ -143,6 +148,7 @@ def _checked(model: LoadedModel, recipe: Recipe, output: Path, resume: Path | No
     if draws:
         check_recording(model, recipe, ("calibration", "evaluation"))
     check_overrides(model.transformer, recipe)
+    warn_of_dtype(model.transformer)
     return model
 
 

@@ -131,6 +131,42 @@ def test_training_mode_is_refused():
         export_transformer(Modulated().train(), sample(2))
 
 
+class Dropping(Modulated):
+    def __init__(self, layer):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(layer)])
+
+    def forward(self, x, t):
+        return self.blocks[0](super().forward(x, t))
+
+
+class Noise(nn.Module):
+    def forward(self, x):
+        return x + torch.rand_like(x) if self.training else x
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (nn.Dropout(0.1), r"'blocks\.0\.0' of Dropping \(Dropout\) is in training mode; call \.eval\(\) on the whole"),
+        (nn.BatchNorm1d(5), r"'blocks\.0\.0' of Dropping \(BatchNorm1d\) is in training mode"),
+        (Noise(), r"does not compute what the model does: .* or it is random, as 'blocks\.0' is in training mode"),
+    ],
+)
+def test_a_layer_left_in_training_mode_is_named(layer, message):
+    model = Dropping(layer).eval()
+    model.blocks[0].train()
+    with pytest.raises(ExportError, match=message):
+        export_transformer(model, sample(2))
+    export_transformer(model.eval(), sample(2))
+
+
+def test_a_training_mode_that_changes_nothing_is_no_matter():
+    model = Dropping(nn.Dropout(0.0)).eval()
+    model.blocks.train()
+    assert torch.equal(export_transformer(model, sample(2))(*sample(2)), model(*sample(2)))
+
+
 @pytest.mark.parametrize(
     "inputs",
     [

@@ -200,3 +200,90 @@ def test_nothing_to_fold_is_an_error():
         BalanceError, match="nothing can be folded into the parameters of Plain .*the norm has no weight"
     ):
         balance_module(model, exported, statistics, BalanceSettings())
+
+
+# -- parameters that the captured call does not read ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_what_was_fused_is_balanced_as_the_fused_weight_is(name, tmp_path):
+    family = FAMILIES[name]
+    model = family.model()
+    expected = output(model, family)
+    model.fuse_qkv_projections()
+    result = balance_module(model, *prepared(family, model))
+    assert any(layer.endswith("to_qkv") for site in result.outcomes.values() for layer in layers_of(site))
+    assert not result.unread
+    model.save_pretrained(tmp_path)
+    assert sqnr_db(expected, output(type(model).from_pretrained(tmp_path).eval(), family)) >= 100
+    model.unfuse_qkv_projections()
+    assert sqnr_db(expected, output(model, family)) >= 100
+
+
+def layers_of(outcome):
+    return [consumer.layer for consumer in outcome.site.consumers]
+
+
+def test_fused_weights_that_differ_by_now_are_no_twins():
+    family = FAMILIES["sd3"]
+    model = family.model()
+    model.fuse_qkv_projections()
+    with torch.no_grad():
+        model.transformer_blocks[0].attn.to_k.weight += 1
+    before = model.transformer_blocks[0].attn.to_k.weight.clone()
+    result = balance_module(model, *prepared(family, model))
+    unread = [f"transformer_blocks.0.attn.to_k.{leaf}" for leaf in ("weight", "bias")]
+    assert list(result.unread) == unread
+    refusals = [why for site, why in result.left.items() if "blocks.0.attn" in site]
+    assert refusals and all(f"{unread[0]} is not read by the captured call" in why for why in refusals)
+    assert not any("blocks.0.attn" in site for site in result.outcomes)
+    assert torch.equal(model.transformer_blocks[0].attn.to_k.weight, before)
+
+
+class TwoWays(nn.Module):
+    """A second branch that only some calls take, as image prompts have in Wan."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+        self.attn = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("to_v", "add_v", "to_out")})
+        self.norm2, self.down = nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x, timestep, image=None):
+        x = self.norm(self.up(x))
+        v = self.attn["to_v"](x)
+        if image is not None:
+            v = v + self.attn["add_v"](image)
+        return self.down(self.norm2(self.attn["to_out"](v) + timestep[:, None]))
+
+
+def test_a_branch_that_the_captured_call_does_not_take_is_still_right():
+    torch.manual_seed(0)
+    model = TwoWays().eval()
+    samples = [(torch.randn(4, 8), torch.arange(4.0) + 10 * i) for i in range(3)]
+    image = torch.randn(4, 8)
+    expected = model(*samples[0], image)
+    exported = export_transformer(model, samples[0])
+    result = balance_module(model, exported, collect_salience(exported, samples))
+    assert result.unread == ("attn.add_v.weight", "attn.add_v.bias")
+    assert "attn.add_v.weight is not read by the captured call, and one" in result.left["attn.to_out"]
+    assert sqnr_db(expected, model(*samples[0], image)) >= 100
+
+
+def test_sites_of_a_layer_with_an_adapter_that_is_switched_off_are_left():
+    peft = pytest.importorskip("peft")
+    family = FAMILIES["flux"]
+    model = family.model()
+    for name in ("one", "other"):
+        layers = ["transformer_blocks.0.attn.to_v"]
+        model.add_adapter(peft.LoraConfig(r=4, target_modules=layers, init_lora_weights=False), adapter_name=name)
+    model.set_adapter("other")
+    expected = output(model, family)
+    model.set_adapter("one")
+    result = balance_module(model, *prepared(family, model))
+    assert all(".one" not in path for path in result.unread) and len(result.unread) == 2
+    (why,) = (why for site, why in result.left.items() if "transformer_blocks.0.attn" in site and "to_out" in site)
+    assert "transformer_blocks.0.attn.to_v.lora_A.other.weight is not read by the captured call" in why
+    assert len(result.outcomes) >= 8
+    model.set_adapter("other")
+    assert sqnr_db(expected, output(model, family)) >= 100

@@ -8,12 +8,15 @@ import itertools
 
 import pytest
 import torch
+from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import ptq4dit_ao.rounding.reconstruct as reconstruct
 import ptq4dit_ao.rounding.sequential as sequential
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.graph import export_transformer
+from ptq4dit_ao.graph.names import layer_name
+from ptq4dit_ao.graph.signature import flatten_call
 from ptq4dit_ao.lowering import lower
 from ptq4dit_ao.quantizer import PTQ4DiTQuantizer, round_sequentially
 from ptq4dit_ao.rounding import RoundingSettings
@@ -22,6 +25,7 @@ from ptq4dit_ao.rounding.layers import find_groups
 from ptq4dit_ao.rounding.learning import LearnedRange, Run
 from ptq4dit_ao.rounding.reconstruct import Budget, SoftLinear
 from ptq4dit_ao.rounding.streams import Streams
+from ptq4dit_ao.testing.zoo import FAMILIES
 
 
 def settings(**options):
@@ -152,8 +156,7 @@ def test_gradients_pass_quantized_attention(prepare, tiny_samples):
     (inputs,) = streams.held(block.nodes)
     streams.advance(block.end)
     (targets,) = streams.exact(block.outputs())
-    layers = [layer for group in block.groups for layer in group.layers]
-    learning = {layer.node: SoftLinear(prepared, layer, settings()) for layer in layers}
+    learning = {layer.node: SoftLinear(prepared, layer, settings()) for layer in block.layers}
     Run(prepared, block.nodes, block.outputs(), learning, {}).error(inputs, targets).backward()
     assert all(linear.v.grad.abs().max() > 0 for linear in learning.values())
 
@@ -185,6 +188,75 @@ def test_a_killed_run_goes_on_at_its_block(prepare, tiny_samples, tmp_path, monk
     assert len(learned) == 1
     round_sequentially(whole, tiny_samples)
     assert torch.equal(convert_pt2e(resumed)(*tiny_samples[0]), convert_pt2e(whole)(*tiny_samples[0]))
+
+
+@pytest.fixture(scope="module")
+def prepare_pixart():
+    """PixArt: keys and values of all blocks read one caption, and that is observed before the next input is named."""
+    family = FAMILIES["pixart_sigma"]
+    model = family.model()
+    samples = [tuple(flatten_call(model, family.inputs(2, seed=i))[1].values()) for i in range(2)]
+    exported = export_transformer(model, family.inputs(2))
+
+    def run():
+        graph = GraphModule(exported, copy.deepcopy(exported.graph))
+        prepared = prepare_pt2e(graph, PTQ4DiTQuantizer(weight_bits=4, rounding=settings(steps=5), sequential=True))
+        for sample in samples:
+            prepared(*sample)
+        return prepared, samples
+
+    return run
+
+
+def test_every_layer_learns_in_the_block_that_it_lies_in(prepare_pixart):
+    prepared, _ = prepare_pixart()
+    groups = find_groups(prepared)
+    blocks = list(find_blocks(prepared, groups, together=True))
+    layers = [layer for block in blocks for layer in block.layers]
+    assert sorted(map(id, layers)) == sorted(id(layer) for group in groups for layer in group.layers)
+    assert [group for block in blocks for group in block.groups] == groups
+    for block in blocks:
+        assert {layer.node for layer in block.layers} <= set(block.nodes)
+        assert len({block_name(layer_name(layer.node)) for layer in block.layers}) == 1
+        assert block.outputs()
+        assert not any(node.op == "placeholder" for node in block.nodes)
+    later = {layer_name(layer.node) for block in blocks for layer in block.layers if layer not in own(block)}
+    assert later == {"caption_projection.linear_1", *(f"transformer_blocks.1.attn2.to_{x}" for x in "kv")}
+
+
+def own(block):
+    """Layers whose input is observed in the block."""
+    return [layer for group in block.groups for layer in group.layers]
+
+
+def test_layers_that_share_an_input_across_blocks_all_learn(prepare_pixart, monkeypatch):
+    prepared, samples = prepare_pixart()
+    moved, original = {}, SoftLinear.harden
+
+    def harden(soft):
+        first = soft.layer.observer.rounded.integers.clone()
+        original(soft)
+        moved[layer_name(soft.layer.node)] = bool((soft.layer.observer.rounded.integers != first).any())
+
+    monkeypatch.setattr(SoftLinear, "harden", harden)
+    round_sequentially(prepared, samples)
+    assert moved.keys() == {layer_name(layer.node) for group in find_groups(prepared) for layer in group.layers}
+    assert moved["transformer_blocks.0.attn2.to_k"] and moved["transformer_blocks.1.attn2.to_k"]
+    assert convert_pt2e(prepared)(*samples[0]).isfinite().all()
+
+
+def test_a_killed_run_knows_what_later_blocks_had_of_earlier_inputs(prepare_pixart, tmp_path):
+    def interrupt(done, total):
+        if done > 0.8 * total:
+            raise KeyboardInterrupt
+
+    (killed, samples), (resumed, _), (whole, _) = (prepare_pixart() for _ in range(3))
+    with pytest.raises(KeyboardInterrupt):
+        round_sequentially(killed, samples, on_group=interrupt, resume=tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 4  # of 5 blocks
+    round_sequentially(resumed, samples, resume=tmp_path)
+    round_sequentially(whole, samples)
+    assert torch.equal(convert_pt2e(resumed)(*samples[0]), convert_pt2e(whole)(*samples[0]))
 
 
 def test_the_float_model_and_the_rest_of_the_graph_do_not_learn(prepare, tiny_samples):

@@ -94,7 +94,7 @@ def test_nothing_else_is_left_behind(balanced):
 def test_the_report_says_what_was_done(balanced):
     folder, result, _ = balanced
     report = json.loads((folder / "balance_report.json").read_text())
-    assert list(report) == ["recipe", "output_change", "balanced", "left"]
+    assert list(report) == ["recipe", "output_change", "balanced", "left", "unread"]
     assert Recipe.from_dict(report["recipe"]) == RECIPE
     assert 0 <= report["output_change"] < 1e-5 and report["output_change"] == result.output_change
     sites = {site["site"]: site for site in report["balanced"]}

@@ -88,6 +88,12 @@ def test_only_the_sections_that_will_be_drawn_count(reference):
     check_recording(reference, recipe(calibration={"timesteps": 3, "steps": 10}), ("calibration",))
 
 
+def test_overrides_know_a_layer_inside_an_adapter():
+    model = Small()
+    model.to_q = nn.ModuleDict({"base_layer": model.to_q, "lora_A": nn.Linear(4, 2)})
+    check_overrides(model, recipe(overrides=[{"pattern": "to_q", "skip": True}]))
+
+
 def test_overrides():
     check_overrides(Small(), recipe(overrides=[{"pattern": "to_*", "skip": True}]))
     with pytest.raises(OverrideError, match="override 'to_k' matches no layer of the model; the nearest .*'to_q'"):

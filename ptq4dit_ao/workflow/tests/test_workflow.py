@@ -534,3 +534,30 @@ def test_folders_that_hold_no_model(files, message, tmp_path):
         (tmp_path / name).write_text(text)
     with pytest.raises(ArgumentError, match=message):
         load_model(str(tmp_path))
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_backends_that_cannot_run_a_dtype_are_named_before_calibration(dtype, tiny_dit, tiny_samples, caplog):
+    model = copy.deepcopy(tiny_dit).to(dtype)
+
+    def samples():
+        yield tuple(x.to(dtype) if x.is_floating_point() else x for x in tiny_samples[0])
+        raise StoppedError
+
+    with pytest.raises(StoppedError):
+        apply_recipe(model, Recipe(), samples())
+    name = str(dtype).removeprefix("torch.")
+    (warning,) = (record.message for record in caplog.records if "backends" in record.message)
+    assert warning.startswith(f"DiTTransformer2DModel has {name} weights, which only the backends ")
+    able, _, unable = warning.partition(", and not ")
+    assert "'cuda'" in able and "'reference'" in able
+    assert "'fbgemm'" in unable and "'x86_inductor'" in unable and "call .float() on it before" in unable
+
+
+def test_nothing_is_said_of_float32(tiny_dit, tiny_samples, caplog):
+    apply_recipe(tiny_dit, Recipe(balance=Balance(aggregation="none")), tiny_samples)
+    assert not any("backends" in record.message for record in caplog.records)
