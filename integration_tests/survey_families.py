@@ -184,7 +184,7 @@ def survey(family: Family, backend: str, others: Sequence[str] = ()) -> dict[str
     }
     inputs = inputs_of(model, family, batch, 6)
     aggregation = "ssc" if timestep_placeholder(graph) is not None else "max"
-    recipe = Recipe(balance=Balance(aggregation=aggregation))
+    recipe = Recipe(layers="paper", balance=Balance(aggregation=aggregation))
     quantized = apply_recipe(graph, recipe, [inputs_of(model, family, batch, seed) for seed in CALIBRATION])
     lowered = quantized.lower(backend, example_inputs=inputs)
     row |= {

@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
 from ptq4dit_ao._modes import own_modes
-from ptq4dit_ao.errors import ExportError, check_type
+from ptq4dit_ao.errors import ExportError
 from ptq4dit_ao.graph.capture import exportable
 from ptq4dit_ao.graph.constants import fold_constant_weights
 from ptq4dit_ao.graph.float_model import check_float_module
@@ -59,7 +59,6 @@ def export_transformer(
         ExportError: the inputs do not share a batch axis, the model is no float model or cannot be captured, or the
             graph computes something else than the model.
     """
-    check_type("model", model, nn.Module, "a module, such as pipeline.transformer")
     model = uncompiled(model)
     check_float_module(model)
     _check_evaluates(model)

@@ -104,9 +104,6 @@ def lower(
     chosen = choose_backend(backend, quantized_linears(converted))
     specs = input_specs(converted) if inputs is None else tuple(inputs)
     batches = _batches(converted, specs, example_inputs)
-    parity = None
-    if verify and chosen.integer:
-        parity = Parity(converted, batches, _computes_in(converted, float_dtype), consumed=consume)
     graph = converted if consume else _copy(converted)
     request, refused, promised = _request(graph, chosen, batches[0], float_dtype, allow_float_fallback)
     if chosen.integer and not promised and not request.attention:
@@ -114,6 +111,9 @@ def lower(
             f"the graph has no quantized layer that backend {chosen.name!r} could run on integers; quantize it first "
             "(apply_recipe), or use 'reference'"
         )
+    parity = None
+    if verify and chosen.integer:
+        parity = Parity(converted, batches, _computes_in(converted, float_dtype), consumed=consume)
     run = _built(chosen, lambda: chosen.build(request))
     proof = _prove(chosen, run, request, refused, promised, allow_float_fallback)
     if parity is not None:

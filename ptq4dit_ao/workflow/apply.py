@@ -185,7 +185,6 @@ def apply_recipe(
         CalibrationError: there are no samples, or they are not finite, or of too few timesteps.
         PTQ4DiTError: see :class:`~ptq4dit_ao.PTQ4DiTQuantizer`.
     """
-    check_type("model", model, nn.Module, "a module, such as pipeline.transformer, or a graph of export_transformer")
     check_type("recipe", recipe, Recipe, "what load_recipe returned")
     check_type(
         "samples",

@@ -10,7 +10,7 @@ from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
-from ptq4dit_ao.errors import ExportError
+from ptq4dit_ao.errors import ArgumentError, ExportError
 from ptq4dit_ao.graph import export_transformer
 from ptq4dit_ao.lowering import lower
 from ptq4dit_ao.passes import balance_module, collect_salience
@@ -125,7 +125,7 @@ def test_what_is_no_module_is_named(tiny_dit, tiny_samples):
 
     with pytest.raises(ExportError, match=r"Pipeline is not a torch module \(its transformer is one\); pass the float"):
         apply_recipe(Pipeline(), Recipe(), tiny_samples)
-    with pytest.raises(ExportError, match="DiTTransformer2DModel is not a graph; capture the model with export_tr"):
+    with pytest.raises(ArgumentError, match="exported is of type DiTTransformer2DModel; give a graph of export_transf"):
         collect_salience(tiny_dit, tiny_samples)
 
 
