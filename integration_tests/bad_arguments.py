@@ -265,7 +265,7 @@ BAD: dict[str, list[Bad]] = {
         (lambda w: SitePolicy(couple_blocks="no"), ArgumentError, r"couple_blocks is 'no' \(str\); give True or False"),
     ],
     "apply_recipe": [
-        (lambda w: apply_recipe(None, Recipe(), w.batches), ArgumentError, f"model {NOTHING} a module"),
+        (lambda w: apply_recipe(None, Recipe(), w.batches), ExportError, "NoneType is not a torch module; pass the float"),
         (
             lambda w: apply_recipe(w.graph, "auto", w.batches),
             ArgumentError,
@@ -444,9 +444,12 @@ BAD: dict[str, list[Bad]] = {
         (lambda w: distill(w.prepared(), w.batches, minutes=-1), ArgumentError, "minutes is -1; it must be above 0"),
     ],
     "export_transformer": [
-        (lambda w: export_transformer("x", w.batches[0]), ArgumentError, r"model is 'x' \(str\); give a module"),
+        (lambda w: export_transformer("x", w.batches[0]), ExportError, "str is not a torch module; pass the float tr"),
         (
             lambda w: export_transformer(WithComplex, w.batches[0]),
+            ExportError,
+            "type is not a torch module; pass the float transformer",
+        ),
             ArgumentError,
             "model is of type type; give a module",
         ),
