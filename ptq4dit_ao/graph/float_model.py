@@ -57,7 +57,7 @@ def check_in_memory(model: nn.Module) -> None:
 
 
 def _ours(module: nn.Module) -> str | None:
-    if type(module).__module__.startswith("ptq4dit_ao.lowering."):
+    if type(module).__module__.startswith(("ptq4dit_ao.lowering.", "ptq4dit_ao.workflow.")):
         return f"is already quantized, and lowered, by ptq4dit_ao; {START}"
     return _quantized(module) if isinstance(module, GraphModule) else None
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ptq4dit_ao import apply_recipe, as_diffusers_transformer, export_transformer
 from ptq4dit_ao.calibration import Sampling, SamplingPipeline
-from ptq4dit_ao.errors import AbsentError, ArgumentError
+from ptq4dit_ao.errors import AbsentError, ArgumentError, ExportError
 from ptq4dit_ao.graph.signature import flatten_call
 from ptq4dit_ao.recipe import Balance, Recipe
 from ptq4dit_ao.testing.zoo import FAMILIES, iter_families
@@ -603,3 +603,9 @@ def test_the_table_of_the_docs_is_right():
     }
     assert len(said["no"]) > 10 and said["no"] - {"save_pretrained"} <= set(NAMES) - set(WORKS)
     assert len(said["yes"]) > 8 and said["yes"] <= set(WORKS) and said["to where it is"] <= set(WORKS)
+
+
+def test_it_is_not_quantized_again():
+    model, inputs = transformer("dit"), FAMILIES["dit"].inputs(2)
+    with pytest.raises(ExportError, match="QuantizedTransformer is already quantized, and lowered, by ptq4dit_ao; start"):
+        apply_recipe(model, PLAIN, [tuple(inputs.values())])
