@@ -607,5 +607,7 @@ def test_the_table_of_the_docs_is_right():
 
 def test_it_is_not_quantized_again():
     model, inputs = transformer("dit"), FAMILIES["dit"].inputs(2)
-    with pytest.raises(ExportError, match="QuantizedTransformer is already quantized, and lowered, by ptq4dit_ao; start"):
+    with pytest.raises(
+        ExportError, match="QuantizedTransformer is already quantized, and lowered, by ptq4dit_ao; start"
+    ):
         apply_recipe(model, PLAIN, [tuple(inputs.values())])
