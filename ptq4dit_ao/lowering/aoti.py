@@ -15,12 +15,9 @@ from torch._inductor import config as inductor_config
 
 from ptq4dit_ao.lowering.backend import Backend, Request, Runnable, register
 from ptq4dit_ao.lowering.machine import saturates
-from ptq4dit_ao.lowering.match import make_unsigned, quantized_products, quantizers_of
-from ptq4dit_ao.lowering.mixed import compute_in
 from ptq4dit_ao.lowering.onednn_verbose import count_onednn_gemms
 from ptq4dit_ao.lowering.program import as_program, check_inputs, inputs_of
-from ptq4dit_ao.lowering.unshare import unshare_weights
-from ptq4dit_ao.lowering.x86_inductor import INT8, unavailable
+from ptq4dit_ao.lowering.x86_inductor import INT8, prepare, unavailable
 
 SUFFIX = ".pt2"
 SETTINGS = {"freezing": True}
@@ -35,10 +32,7 @@ def build(request: Request) -> Runnable:
 
 def write(request: Request, path: Path) -> Runnable:
     """Write the package, and load it."""
-    make_unsigned(quantizers_of(quantized_products(request.graph)))
-    unshare_weights(request.graph, request.linears)
-    if request.float_dtype is not None:
-        compute_in(request.graph, request.float_dtype, request.example_inputs)
+    prepare(request)
     program = as_program(request.graph, request.example_inputs)
     # Where Inductor leaves what it made on the way; else that is a copy of the weights in its cache.
     remains = str(path.with_name("inductor"))

@@ -16,6 +16,8 @@ from ptq4dit_ao.lowering.match import make_unsigned, quantized_products, quantiz
 from ptq4dit_ao.lowering.mixed import compute_in
 from ptq4dit_ao.lowering.unshare import unshare_weights
 
+aten = torch.ops.aten
+
 INT8 = Capabilities(activation_dtypes=(torch.uint8, torch.int8), float_dtypes=(torch.bfloat16,))
 
 
@@ -24,12 +26,22 @@ def unavailable() -> str | None:
     return no_x86() or no_onednn() or no_compiler()
 
 
-def build(request: Request) -> Runnable:
-    """Compile; the first call with a new batch size compiles once more, then any batch runs."""
+def prepare(request: Request) -> None:
+    """Bring a graph into the form that Inductor's int8 patterns match, in place."""
     make_unsigned(quantizers_of(quantized_products(request.graph)))
     unshare_weights(request.graph, request.linears)
+    # A linear that reads across memory is decomposed otherwise, into what a pattern fails on if the batch is free.
+    for quantize in dict.fromkeys(linear.quantize for linear in request.linears):
+        with quantize.graph.inserting_before(quantize):
+            quantize.update_arg(0, quantize.graph.call_function(aten.contiguous.default, (quantize.args[0],)))
+    request.graph.recompile()
     if request.float_dtype is not None:
         compute_in(request.graph, request.float_dtype, request.example_inputs)
+
+
+def build(request: Request) -> Runnable:
+    """Compile; the first call with a new batch size compiles once more, then any batch runs."""
+    prepare(request)
     compiled = torch.compile(request.graph)
 
     def run(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
