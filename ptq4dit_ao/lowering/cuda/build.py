@@ -20,6 +20,9 @@ from ptq4dit_ao.lowering.mixed import compute_in
 
 logger = logging.getLogger(__name__)
 
+RECORDED_BY_ALL = "2.13"
+"""The torch from which on threads but the first can record CUDA graphs."""
+
 OLDEST = (8, 0)
 """Compute capability: Ampere, the first that Triton's integer kernels are made for."""
 
@@ -89,8 +92,8 @@ def build(request: Request) -> Runnable:
     """Compile for the current GPU; inputs are moved there, the outputs stay there.
 
     Launching some 500 kernels takes longer than running them at small batches, so they are replayed as a CUDA graph:
-    the first call of a shape compiles and tunes, the second records. A CUDA graph belongs to the thread that recorded
-    it, so that other threads launch the kernels. Without a GPU the graph runs eagerly on the operators' CPU reference.
+    the first call of a shape compiles and tunes, the second records. Each thread records its own; with an older torch
+    only the first one can. Without a GPU the graph runs eagerly on the operators' CPU reference.
     """
     if not torch.cuda.is_available():
         return replace_linears(request, torch.device("cpu"))
@@ -98,7 +101,9 @@ def build(request: Request) -> Runnable:
     graph = replace_linears(request, device)
     call: Runnable = graph
     if has_triton():
-        call = by_thread(torch.compile(graph, mode="reduce-overhead"), torch.compile(graph))
+        call = torch.compile(graph, mode="reduce-overhead")
+        if torch.__version__ < RECORDED_BY_ALL:
+            call = by_thread(call, torch.compile(graph))
 
     def run(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         with torch.no_grad():
@@ -121,7 +126,8 @@ def by_thread(first: Runnable, others: Runnable) -> Runnable:
         if owner == [me]:
             return first(*inputs)
         logger.info(
-            "a CUDA graph is replayed by the thread that recorded it only; this one launches kernels one by one"
+            "with torch %s only the first thread replays CUDA graphs; this one launches kernels one by one",
+            torch.__version__,
         )
         return others(*inputs)
 
