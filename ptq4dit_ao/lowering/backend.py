@@ -94,6 +94,8 @@ class Backend:
     """Write the file that another program runs, into a folder of its own, and load it; None if it has no such form."""
     suffix: str = ""
     """Of that file."""
+    prunes: bool = False
+    """Does it leave out what no output depends on, be it cut off by a slice?"""
     compiles: bool = False
     """Does building take minutes, so that an error is not looked into by building parts?"""
 

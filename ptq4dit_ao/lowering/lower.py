@@ -24,7 +24,7 @@ from ptq4dit_ao.graph.ties import merge_equal_computations
 from ptq4dit_ao.lowering.backend import BACKENDS, Backend, Request, Runnable, choose_backend
 from ptq4dit_ao.lowering.files import complete
 from ptq4dit_ao.lowering.match import quantized_linears, quantized_products, unread_linears
-from ptq4dit_ao.lowering.parity import Parity, Rebuild
+from ptq4dit_ao.lowering.parity import Parity, Rebuild, idle_linears
 from ptq4dit_ao.lowering.proof import KernelProof, check_proof
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ def lower(
     if verify and chosen.integer:
         parity = Parity(converted, batches, _computes_in(converted, float_dtype), consumed=consume)
     run = _built(chosen, lambda: chosen.build(request))
-    proof = _prove(chosen, run, request, refused, promised, allow_float_fallback)
+    proof = _prove(chosen, run, request, refused, promised, allow_float_fallback, None if consume else converted)
     if parity is not None:
         proof = replace(proof, difference=parity.check(run, chosen.name, _rebuild(chosen, float_dtype)))
     logger.info("%s; %s", proof, proof.parity)
@@ -173,7 +173,7 @@ def export_to(
     path.parent.mkdir(parents=True, exist_ok=True)
     with complete(path) as unfinished:
         run = _built(chosen, lambda: write(request, unfinished))
-        _prove(chosen, run, request, refused, promised, allow_float_fallback)
+        _prove(chosen, run, request, refused, promised, allow_float_fallback, converted)
         if verify:
             parity = Parity(converted, batches, _computes_in(converted, float_dtype), consumed=False)
             parity.check(run, chosen.name, _rebuild(chosen, float_dtype))
@@ -243,8 +243,12 @@ def _prove(
     refused: Sequence[tuple[str, str]],
     promised: int,
     allow_float_fallback: bool,
+    converted: GraphModule | None,
 ) -> KernelProof:
-    """Which kernels ran, of what was built; raises LoweringError if these are fewer than promised."""
+    """Which kernels ran, of what was built; raises LoweringError if these are fewer than promised.
+
+    ``converted`` is the graph as it was, if it still is: linears that the backend may have left out are looked for.
+    """
     proof = KernelProof(
         backend=backend.name,
         promised=promised if backend.integer else 0,
@@ -253,6 +257,9 @@ def _prove(
         attention=request.attention,
         attention_kernels=backend.count_attention(run, request.example_inputs),
     )
+    if backend.prunes and converted is not None and proof.integer_gemms < proof.promised:
+        idle = idle_linears(converted, request.example_inputs)
+        proof = replace(proof, idle=idle, promised=promised - len(idle))
     check_proof(proof, allow_float_fallback=allow_float_fallback)
     return proof
 

@@ -18,6 +18,7 @@ from torch.fx.graph import CodeGen
 from torch.utils._pytree import tree_leaves
 
 from ptq4dit_ao.errors import LoweringError
+from ptq4dit_ao.graph.names import LINEAR
 from ptq4dit_ao.lowering.match import is_quantizer
 from ptq4dit_ao.passes.verify import relative_error
 
@@ -43,6 +44,9 @@ ROUNDING = 2
 
 TRIALS = 4
 """Of such changes; the largest response counts. Of a graph that will be used up only one, as it is measured ahead."""
+
+LAST = 24
+"""Linears at the end of a graph among which idle ones are looked for."""
 
 MAX_BYTES = 2**30
 """Of a graph's tensors, up to which parts of it are built to find the node that differs."""
@@ -157,6 +161,20 @@ def first_difference(graph: GraphModule, build: Rebuild, batch: Batch, tolerance
     return f"{nodes[wrong - 1].name} ({nodes[wrong - 1].target})"
 
 
+def idle_linears(graph: GraphModule, batch: Batch) -> tuple[str, ...]:
+    """Linears that no output depends on, such as those of a last block's text stream that is cut off.
+
+    Each of the last ones puts out NaN in a run of its own: if no output notices, nothing does. Those before them reach
+    the output through attention.
+    """
+    linears = [node for node in graph.graph.nodes if node.target is LINEAR]
+    return tuple(
+        node.name
+        for node in linears[-LAST:]
+        if all(y.isfinite().all() for y in _outputs(_Poisoned(graph, node).run(*batch)) if y.is_floating_point())
+    )
+
+
 def _read_later(nodes: Sequence[Node], count: int) -> list[Node]:
     """Those of the first nodes that others read, be it by way of nodes that are not listed."""
     first, listed = set(nodes[:count]), set(nodes)
@@ -194,6 +212,22 @@ class _Rounded(Interpreter):
             return value
         noise = torch.randn(value.shape, generator=self._generator).to(value)
         return value * (1 + self._error * noise)
+
+
+class _Poisoned(Interpreter):
+    """Runs a graph in which one node puts out NaN, which quantizers hand on as it is."""
+
+    def __init__(self, graph: GraphModule, node: Node) -> None:
+        super().__init__(graph)
+        self._node = node
+
+    def run_node(self, n: Node) -> Any:
+        if is_quantizer(n):
+            x = self.env[n.all_input_nodes[0]]
+            if x.is_floating_point() and x.isnan().any():
+                return x
+        value = super().run_node(n)
+        return torch.full_like(value, torch.nan) if n is self._node else value
 
 
 class _Recorder(Interpreter):

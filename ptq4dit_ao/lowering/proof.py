@@ -34,6 +34,8 @@ class KernelProof:
     """Integer kernel -> calls."""
     float_layers: tuple[tuple[str, str], ...] = ()
     """Linears that compute in float: (name, why)."""
+    idle: tuple[str, ...] = ()
+    """Linears that no output depends on, which the backend leaves out; not among those promised."""
     attention: int = 0
     """Quantized matrix products of attention in the graph; those that no integer kernel computes are simulated."""
     attention_kernels: dict[str, int] = field(default_factory=dict)
@@ -48,7 +50,8 @@ class KernelProof:
     def __str__(self) -> str:
         kernels = _listed(self.kernels) or "no integer kernels"
         linears = f"{self.integer_gemms}/{self.promised} quantized linears on integer GEMMs ({kernels})"
-        return f"{self.backend}: {linears}{self._attention()}"
+        idle = f"; {len(self.idle)} that no output depends on left out" if self.idle else ""
+        return f"{self.backend}: {linears}{idle}{self._attention()}"
 
     @property
     def parity(self) -> str:

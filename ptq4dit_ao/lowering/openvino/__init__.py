@@ -146,6 +146,7 @@ register(
         count=count,
         count_attention=count_attention,
         write=write,
+        prunes=True,
         suffix=SUFFIX,
     )
 )

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from ptq4dit_ao.errors import LoweringError
 from ptq4dit_ao.graph import export_transformer
-from ptq4dit_ao.lowering import lower, parity
+from ptq4dit_ao.lowering import export_to, lower, parity
 from ptq4dit_ao.lowering.backend import BACKENDS, Request, Runnable
 from ptq4dit_ao.lowering.tests.batches import batch_of
 from ptq4dit_ao.quantizer import PTQ4DiTQuantizer
@@ -153,3 +153,40 @@ def test_a_converters_error_names_backend_and_operator(converted, monkeypatch):
     register(monkeypatch, build)
     with pytest.raises(LoweringError, match=r"'other' cannot build this model: RuntimeError: Check .* \(aten\.frob\.T"):
         lower(converted, "other")
+
+
+class CutOff(nn.Module):
+    """Two streams, of which the last block's text is cut off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.text, self.image = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        tokens = nn.functional.gelu(self.both(x)) + t[:, None, None]
+        joined = torch.cat([self.text(tokens[:, :2]), self.image(tokens[:, 2:])], 1)
+        return joined.split([2, x.shape[1] - 2], 1)[1]
+
+
+def test_linears_that_no_output_depends_on_are_found(convert):
+    torch.manual_seed(0)
+    samples = [(torch.randn(4, 6, 8), torch.rand(4)) for _ in range(2)]
+    graph = convert(export_transformer(CutOff().eval(), samples[0]), PTQ4DiTQuantizer(aggregation="none"), samples)
+    _, text, _ = graph.graph.find_nodes(op="call_function", target=aten.linear.default)
+    assert parity.idle_linears(graph, samples[0]) == (text.name,)
+    assert lower(graph, "fbgemm").proof.promised == 3  # runs what is there
+
+
+@pytest.mark.parametrize(
+    "backend", [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("onnx", "openvino")]
+)
+def test_a_backend_may_leave_them_out(convert, backend, tmp_path):
+    if (why := BACKENDS[backend].unavailable()) is not None:
+        pytest.skip(why)
+    torch.manual_seed(0)
+    samples = [(torch.randn(4, 6, 8), torch.rand(4)) for _ in range(2)]
+    graph = convert(export_transformer(CutOff().eval(), samples[0]), PTQ4DiTQuantizer(aggregation="none"), samples)
+    proof = lower(graph, backend).proof
+    if proof.idle:  # else it did not see it, and ran all three
+        assert proof.promised == proof.integer_gemms == 2 and "; 1 that no output depends on left out" in str(proof)
+    assert proof.difference < 1e-3 and export_to(graph, backend, tmp_path / "model").exists()
