@@ -30,7 +30,7 @@ LINEARS = 14
 
 @pytest.fixture(scope="module", autouse=True)
 def quiet() -> None:
-    nncf.set_log_level(logging.ERROR)
+    logging.getLogger("nncf").setLevel(logging.ERROR)  # set_log_level would also set that of pytest's handlers
 
 
 @pytest.fixture(scope="module")

@@ -125,7 +125,7 @@ def nncf_int8(model: FloatModel, **options: Any) -> Started:
     """``nncf.quantize`` of the OpenVINO model, which computes the rest in what the processor does best."""
     import nncf
 
-    nncf.set_log_level(logging.ERROR)
+    logging.getLogger("nncf").setLevel(logging.ERROR)
     float_model, program = to_openvino(model.exported, model.batches[0])
     data = nncf.Dataset(model.batches, _numpy)
     with contextlib.redirect_stdout(io.StringIO()):  # progress bars
