@@ -106,11 +106,7 @@ def lower(
     batches = _batches(converted, specs, example_inputs)
     graph = converted if consume else _copy(converted)
     request, refused, promised = _request(graph, chosen, batches[0], float_dtype, allow_float_fallback)
-    if chosen.integer and not promised and not request.attention:
-        raise LoweringError(
-            f"the graph has no quantized layer that backend {chosen.name!r} could run on integers; quantize it first "
-            "(apply_recipe), or use 'reference'"
-        )
+    _check_quantized(chosen, request, promised)
     parity = None
     if verify and chosen.integer:
         parity = Parity(converted, batches, _computes_in(converted, float_dtype), consumed=consume)
@@ -170,6 +166,7 @@ def export_to(
     specs = input_specs(converted) if inputs is None else tuple(inputs)
     batches = _batches(converted, specs, example_inputs)
     request, refused, promised = _request(_copy(converted), chosen, batches[0], float_dtype, allow_float_fallback)
+    _check_quantized(chosen, request, promised)
     path.parent.mkdir(parents=True, exist_ok=True)
     with complete(path) as unfinished:
         run = _built(chosen, lambda: write(request, unfinished))
@@ -297,6 +294,14 @@ def _request(
         attention=len(quantized_products(graph)),
     )
     return request, refused, promised
+
+
+def _check_quantized(backend: Backend, request: Request, promised: int) -> None:
+    if backend.integer and not promised and not request.attention:
+        raise LoweringError(
+            f"the graph has no quantized layer that backend {backend.name!r} could run on integers; quantize it first "
+            "(apply_recipe), or use 'reference'"
+        )
 
 
 def _explain(error: Exception) -> str:

@@ -109,3 +109,12 @@ def test_without_its_packages_the_backend_says_what_to_install(quantized, monkey
         LoweringError, match=r"'onnxruntime_of_nobody' is not installed; .*pip install 'ptq4dit-ao\[onnx\]"
     ):
         lower(quantized(), "onnx")
+
+
+@needs_onnx
+def test_a_float_graph_is_not_written(tiny_exported, tmp_path):
+    with pytest.raises(
+        LoweringError, match="the graph has no quantized layer that backend 'onnx' could run on integers"
+    ):
+        export_to(tiny_exported, "onnx", tmp_path / "model")
+    assert not list(tmp_path.iterdir())
