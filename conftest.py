@@ -35,7 +35,7 @@ def tiny_dit() -> nn.Module:
     """Two adaLN-Zero blocks of width 32: (N, 4, 8, 8), (N,), (N,) -> (N, 4, 8, 8). Not to be changed."""
     from diffusers import DiTTransformer2DModel
 
-    from ptq4dit_ao.testing.facebook_dit import randomize_
+    from ptq4dit_ao.evaluation.bench.random_dit import randomize_
 
     return randomize_(DiTTransformer2DModel(**TINY_DIT), seed=0).eval().requires_grad_(False)
 
@@ -57,7 +57,7 @@ def tiny_samples() -> list[tuple[Tensor, Tensor, Tensor]]:
 @pytest.fixture(scope="session")
 def tiny_exported(tiny_dit, tiny_samples) -> GraphModule:
     """The float graph, exported at batch 4. Not to be changed: give ``prepare_pt2e`` a ``duplicate``."""
-    from ptq4dit_ao.graph import export_transformer
+    from ptq4dit_ao.capture import export_transformer
 
     return export_transformer(tiny_dit, tiny_samples[0])
 

@@ -21,10 +21,10 @@ from torch import Tensor
 from ptq4dit_ao import apply_recipe, collect_from_pipeline, load_recipe, load_reference_dit
 from ptq4dit_ao.calibration import SamplingPipeline
 from ptq4dit_ao.core import sqnr_db
+from ptq4dit_ao.evaluation.environment import environment, one_line
 from ptq4dit_ao.lowering.backend import BACKENDS, Backend
 from ptq4dit_ao.reference import SAMPLING
 from ptq4dit_ao.workflow import QuantizedModel
-from ptq4dit_ao.workflow.environment import environment, one_line
 
 RECIPES = {"W8A8": "digits_w8a8", "W4A8": "digits_w4a8"}
 PARITY_DB = 45

@@ -56,12 +56,12 @@ from ptq4dit_ao.errors import (
     PTQ4DiTError,
     RecipeError,
 )
-from ptq4dit_ao.testing.facebook_dit import randomize_
+from ptq4dit_ao.evaluation.bench.random_dit import randomize_
 
 MODELS = """
 from diffusers import DiTTransformer2DModel
 
-from ptq4dit_ao.testing.facebook_dit import randomize_
+from ptq4dit_ao.evaluation.bench.random_dit import randomize_
 
 
 def pixels():

@@ -1,7 +1,7 @@
 """Kills of ``quantize``, ``save`` and ``table`` at random moments: what they leave is absent, right or refused.
 
-Run as ``python integration_tests/kill_anywhere.py --kills 30``. Jobs are forked from this process, which has imported
-all that they need, so that every moment is one of the job's own.
+Run as ``python integration_tests/kill_anywhere.py --kills 30``. Jobs are forked from this process, which has
+imported all that they need, so that every moment is one of the job's own.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from ptq4dit_ao import load_quantized
 from ptq4dit_ao.cli import commands  # noqa: F401  (heavy, and to be imported before the forks)
 from ptq4dit_ao.cli.main import main as command
 from ptq4dit_ao.errors import PTQ4DiTError
+from ptq4dit_ao.evaluation.table.cells import read_cell
 from ptq4dit_ao.rounding import distillation
-from ptq4dit_ao.workflow.table.cells import read_cell
 
 FEW = """
 calibration: {timesteps: 2, samples: 2, batch_size: 2, steps: 2}

@@ -6,10 +6,10 @@ import functools
 
 import pytest
 import torch
-from measure_accuracy import BATCH, draw_samples, with_method
+from accuracy import BATCH, draw_samples, with_method
 
 from ptq4dit_ao import export_transformer, load_recipe, load_reference_dit
-from ptq4dit_ao.evaluation import PairedError, paired_error
+from ptq4dit_ao.metrics import PairedError, paired_error
 from ptq4dit_ao.workflow import apply_recipe
 
 pytestmark = pytest.mark.slow

@@ -18,11 +18,11 @@ from ptq4dit_ao import apply_recipe, collect_from_pipeline, export_transformer, 
 from ptq4dit_ao.calibration import SamplingPipeline
 from ptq4dit_ao.core import sqnr_db
 from ptq4dit_ao.errors import LoweringError
+from ptq4dit_ao.evaluation.environment import has_native_bfloat16
 from ptq4dit_ao.lowering import LoweredModel, export_to
 from ptq4dit_ao.lowering.backend import BACKENDS
 from ptq4dit_ao.recipe import Recipe, Weights
 from ptq4dit_ao.reference import SAMPLING
-from ptq4dit_ao.workflow.environment import has_native_bfloat16
 
 MARKS = {"reference": (), "x86_inductor": ("x86",), "aoti": ("x86", "aoti")}
 """Where the mark is not the backend's name; what compiles C++ is marked x86, too."""

@@ -23,11 +23,11 @@ from ptq4dit_ao import CalibrationSamples, SalienceStatistics, load_quantized, l
 from ptq4dit_ao._digest import json_digest
 from ptq4dit_ao.cli.main import main
 from ptq4dit_ao.errors import ArgumentError, PTQ4DiTError, RecipeError
-from ptq4dit_ao.evaluation import Features
-from ptq4dit_ao.evaluation.statistics import ReferenceStatistics
+from ptq4dit_ao.evaluation.reference_set import read_reference
+from ptq4dit_ao.evaluation.table.cells import read_cell, write_cell
+from ptq4dit_ao.metrics import Features
+from ptq4dit_ao.metrics.statistics import ReferenceStatistics
 from ptq4dit_ao.ptqd import NoiseCorrection
-from ptq4dit_ao.workflow.reference_set import read_reference
-from ptq4dit_ao.workflow.table.cells import read_cell, write_cell
 
 FLIPS = 200
 SEED = 0
@@ -354,7 +354,7 @@ def test_a_bad_command(bench_of: Path, somewhere: Path, kind: str, monkeypatch, 
 def no_sampling(monkeypatch) -> list[str]:
     """Calls of what takes long: there are to be none before a refusal."""
     called: list[str] = []
-    for where in ("workflow.samples.collect_from_pipeline", "workflow.drawing.sample", "cli.commands.draw"):
+    for where in ("workflow.samples.collect_from_pipeline", "workflow.image_sampling.sample", "cli.commands.draw"):
         monkeypatch.setattr(f"ptq4dit_ao.{where}", lambda *_, where=where, **__: called.append(where))
     return called
 

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ptq4dit_ao.cli.main import build_parser
-from ptq4dit_ao.evaluation import extract
-from ptq4dit_ao.workflow.features import load_features
+from ptq4dit_ao.evaluation.feature_networks import load_features
+from ptq4dit_ao.metrics import extract
 
 DOC = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
 NETWORK, SNIPPET = re.findall(r"```python\n(.*?)```", DOC, flags=re.DOTALL)

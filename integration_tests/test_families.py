@@ -15,11 +15,11 @@ from torch.fx import GraphModule, Interpreter, Node
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from ptq4dit_ao import Override, PTQ4DiTQuantizer, export_transformer
+from ptq4dit_ao.capture.signature import flatten_call
 from ptq4dit_ao.core import sqnr_db
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.graph import Site, find_sites
 from ptq4dit_ao.graph.names import is_linear, layer_name, placeholders
-from ptq4dit_ao.graph.signature import flatten_call
 from ptq4dit_ao.passes import fold_balance, insert_balance
 from ptq4dit_ao.testing.float64 import in_float64, wide
 from ptq4dit_ao.testing.outliers import inject_outliers

@@ -11,14 +11,14 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
 from ptq4dit_ao import apply_recipe, export_transformer, load_recipe
+from ptq4dit_ao.capture.signature import flatten_call
 from ptq4dit_ao.core import sqnr_db
 from ptq4dit_ao.errors import PTQ4DiTError
 from ptq4dit_ao.graph.constants import constants
 from ptq4dit_ao.graph.names import timestep_placeholder
-from ptq4dit_ao.graph.signature import flatten_call
 from ptq4dit_ao.recipe import Balance, Recipe
 from ptq4dit_ao.testing.zoo import FAMILIES
-from ptq4dit_ao.workflow.apply import quantizer_from_recipe
+from ptq4dit_ao.workflow.from_recipe import quantizer_from_recipe
 
 CALIBRATION = range(10, 13)
 """Seeds of the batches that are learned from, and measured on."""

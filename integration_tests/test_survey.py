@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from survey_families import OTHERS, survey, table
+from families import OTHERS, survey, table
 
 from ptq4dit_ao.lowering.backend import BACKENDS
 from ptq4dit_ao.testing.zoo import FAMILIES

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ptq4dit_ao.calibration import CalibrationSamples, collect_from_pipeline
+    from ptq4dit_ao.capture import export_transformer
     from ptq4dit_ao.errors import PTQ4DiTError
-    from ptq4dit_ao.graph import SitePolicy, export_transformer, find_sites
+    from ptq4dit_ao.graph import SitePolicy, find_sites
     from ptq4dit_ao.lowering import available_backends, lower
     from ptq4dit_ao.observers import SalienceStatistics
     from ptq4dit_ao.passes import BalanceSettings, balance, balance_module, balance_result, collect_salience
@@ -32,7 +33,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "calibration": ("CalibrationSamples", "collect_from_pipeline"),
     "errors": ("PTQ4DiTError",),
-    "graph": ("SitePolicy", "export_transformer", "find_sites"),
+    "capture": ("export_transformer",),
+    "graph": ("SitePolicy", "find_sites"),
     "lowering": ("available_backends", "lower"),
     "observers": ("SalienceStatistics",),
     "passes": ("BalanceSettings", "balance", "balance_module", "balance_result", "collect_salience"),

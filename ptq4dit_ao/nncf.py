@@ -22,16 +22,15 @@ from torch.fx import GraphModule
 from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao._optional import require
 from ptq4dit_ao.calibration import CalibrationSamples
+from ptq4dit_ao.capture import export_transformer
 from ptq4dit_ao.errors import ArgumentError, CalibrationError, LoweringError
-from ptq4dit_ao.graph import export_transformer
 from ptq4dit_ao.graph.names import LINEAR
 from ptq4dit_ao.lowering.openvino import to_openvino
 from ptq4dit_ao.passes import balance, collect_salience
 from ptq4dit_ao.quantizer.overrides import LayerPlan, plan_layers
 from ptq4dit_ao.recipe import Recipe
-from ptq4dit_ao.workflow.apply import (
-    EXAMPLE_ROWS,
-    SHUFFLE_SEED,
+from ptq4dit_ao.workflow.apply import EXAMPLE_ROWS, SHUFFLE_SEED
+from ptq4dit_ao.workflow.from_recipe import (
     balance_settings,
     overrides_of,
     quantizer_from_recipe,

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from ptq4dit_ao.calibration.samples import CalibrationSamples, join_calls
 from ptq4dit_ao.calibration.schedule import FirstCalls, check_timesteps, known_times, rounding_of, steps_asked
 from ptq4dit_ao.calibration.timesteps import RELATIVE_TOLERANCE, NormalTimesteps, StepSelection, choose_timesteps
+from ptq4dit_ao.capture.signature import CallSignature, flatten_call
 from ptq4dit_ao.errors import ArgumentError, CalibrationError, check_type
 from ptq4dit_ao.graph.names import TIMESTEP_NAMES
-from ptq4dit_ao.graph.signature import CallSignature, flatten_call
 
 _log = logging.getLogger(__name__)
 

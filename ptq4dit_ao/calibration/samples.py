@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ptq4dit_ao._tensor_file import read_tensors, write_tensors
+from ptq4dit_ao.capture.signature import CallSignature
 from ptq4dit_ao.errors import ArgumentError, CalibrationError, check_type
 from ptq4dit_ao.graph.names import TIMESTEP_NAMES
-from ptq4dit_ao.graph.signature import CallSignature
 
 _FORMAT = "ptq4dit-ao calibration samples"
 

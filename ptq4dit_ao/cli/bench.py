@@ -12,13 +12,13 @@ from rich.markup import escape
 from ptq4dit_ao.cli.progress import progress
 from ptq4dit_ao.cli.results import check_results, print_table, write_results
 from ptq4dit_ao.errors import ArgumentError
+from ptq4dit_ao.evaluation.bench.run import COMPILED, EAGER, BenchResult, Row
+from ptq4dit_ao.evaluation.bench.run import bench as measure
+from ptq4dit_ao.evaluation.bench.subjects import Subject, random_subject, saved_subject
+from ptq4dit_ao.evaluation.environment import one_line
 from ptq4dit_ao.lowering.backend import choose_backend
 from ptq4dit_ao.recipe import load_recipe
-from ptq4dit_ao.workflow.bench import COMPILED, EAGER, BenchResult, Row
-from ptq4dit_ao.workflow.bench import bench as measure
-from ptq4dit_ao.workflow.environment import one_line
 from ptq4dit_ao.workflow.samples import OnProgress
-from ptq4dit_ao.workflow.subjects import Subject, random_subject, saved_subject
 
 DEFAULT_RECIPE = "dit_w8a8"
 COLUMNS = (

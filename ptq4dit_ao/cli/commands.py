@@ -27,10 +27,10 @@ from ptq4dit_ao.recipe import load_recipe, recipe_json_schema, shipped_recipe_pa
 from ptq4dit_ao.report import save_image_grid
 from ptq4dit_ao.workflow import QuantizedModel, balance_checkpoint, load_model, load_quantized
 from ptq4dit_ao.workflow import quantize as run_quantize
-from ptq4dit_ao.workflow.balance import check_empty
+from ptq4dit_ao.workflow.checkpoint import check_empty
 from ptq4dit_ao.workflow.correction import corrected_scheduler
-from ptq4dit_ao.workflow.drawing import decoder
-from ptq4dit_ao.workflow.drawing import draw_images as draw
+from ptq4dit_ao.workflow.image_sampling import decoder
+from ptq4dit_ao.workflow.image_sampling import draw_images as draw
 from ptq4dit_ao.workflow.models import LoadedModel
 
 SHOWN_PIXELS = 64

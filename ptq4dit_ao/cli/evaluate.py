@@ -11,10 +11,10 @@ from rich.markup import escape
 
 from ptq4dit_ao.cli.progress import progress
 from ptq4dit_ao.cli.results import check_results, print_table, write_results
-from ptq4dit_ao.evaluation import Estimate
-from ptq4dit_ao.workflow.environment import one_line
-from ptq4dit_ao.workflow.evaluate import evaluate as measure
-from ptq4dit_ao.workflow.evaluation_result import EvaluationResult, EvaluationRow
+from ptq4dit_ao.evaluation.environment import one_line
+from ptq4dit_ao.evaluation.result import EvaluationResult, EvaluationRow
+from ptq4dit_ao.evaluation.run import evaluate as measure
+from ptq4dit_ao.metrics import Estimate
 
 
 @dataclass(frozen=True)

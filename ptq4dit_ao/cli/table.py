@@ -11,8 +11,8 @@ from rich.markup import escape
 from ptq4dit_ao.cli.progress import progress
 from ptq4dit_ao.cli.results import print_table
 from ptq4dit_ao.errors import PTQ4DiTError
-from ptq4dit_ao.workflow.table import TableSettings, make_table
-from ptq4dit_ao.workflow.table.write import columns, lines, remarks, title
+from ptq4dit_ao.evaluation.table import TableSettings, make_table
+from ptq4dit_ao.evaluation.table.write import columns, lines, remarks, title
 
 
 def table(args: argparse.Namespace, console: Console) -> None:

@@ -1,6 +1,5 @@
-"""Read exported graphs: capture, names, and the scale propagation that finds where a balancing vector folds."""
+"""What is in an exported graph: names, shapes, and the scale propagation that finds where a balancing vector folds."""
 
-from ptq4dit_ao.graph.export import export_transformer
 from ptq4dit_ao.graph.sites import (
     Consumer,
     CutEdit,
@@ -22,7 +21,6 @@ __all__ = [
     "ScalarEdit",
     "Site",
     "SitePolicy",
-    "export_transformer",
     "find_sites",
     "first_refusals",
     "refuse_sites",

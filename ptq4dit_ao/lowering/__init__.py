@@ -19,7 +19,7 @@ from ptq4dit_ao.lowering.backend import (
     missing_backends,
     register,
 )
-from ptq4dit_ao.lowering.lower import LoweredModel, export_to, lower
+from ptq4dit_ao.lowering.build import LoweredModel, export_to, lower
 from ptq4dit_ao.lowering.match import QuantizedLinear, float_linears, quantized_linears
 from ptq4dit_ao.lowering.proof import KernelProof
 

@@ -1,11 +1,12 @@
 """Graph passes: solve for the balancing vectors, insert them, fold them away."""
 
-from ptq4dit_ao.passes.balance import BalanceSettings, SiteOutcome, balance_sites
-from ptq4dit_ao.passes.balance_first import balance, balanced_as, collect_salience
 from ptq4dit_ao.passes.fold import fold_balance
+from ptq4dit_ao.passes.graph import balance, balanced_as, collect_salience
 from ptq4dit_ao.passes.insert import insert_balance
 from ptq4dit_ao.passes.module import ModuleBalance, balance_module
 from ptq4dit_ao.passes.result import BalanceResult, attach_result, balance_result
+from ptq4dit_ao.passes.settings import BalanceSettings
+from ptq4dit_ao.passes.vectors import SiteOutcome, balance_sites
 from ptq4dit_ao.passes.verify import SelfCheck, example_inputs
 
 __all__ = [

@@ -15,17 +15,18 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from ptq4dit_ao._modes import own_modes
+from ptq4dit_ao.capture.export import call_like, uncompiled
+from ptq4dit_ao.capture.float_model import check_float_module
 from ptq4dit_ao.errors import ArgumentError, BalanceError, check_type
 from ptq4dit_ao.graph import Site, SitePolicy, first_refusals
 from ptq4dit_ao.graph.constants import folded_sources
-from ptq4dit_ao.graph.export import call_like, uncompiled
-from ptq4dit_ao.graph.float_model import check_float_module
 from ptq4dit_ao.graph.names import WRAPPED, get_attribute
 from ptq4dit_ao.observers import SalienceStatistics
-from ptq4dit_ao.passes.balance import BalanceSettings, SiteOutcome, balance_sites
-from ptq4dit_ao.passes.balance_first import balance_sites_of
 from ptq4dit_ao.passes.bias_form import bias_shift
+from ptq4dit_ao.passes.graph import balance_sites_of
+from ptq4dit_ao.passes.settings import BalanceSettings
 from ptq4dit_ao.passes.twins import find_twins
+from ptq4dit_ao.passes.vectors import SiteOutcome, balance_sites
 from ptq4dit_ao.passes.verify import SelfCheck, floating_outputs, relative_error
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,8 @@ from torch.fx import GraphModule
 from ptq4dit_ao.errors import BalanceError, check_type
 from ptq4dit_ao.graph import Site
 from ptq4dit_ao.observers import SalienceStatistics
-from ptq4dit_ao.passes.balance import BalanceSettings, SiteOutcome
+from ptq4dit_ao.passes.settings import BalanceSettings
+from ptq4dit_ao.passes.vectors import SiteOutcome
 
 _META = "ptq4dit_balance_result"
 

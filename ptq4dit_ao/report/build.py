@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ptq4dit_ao.evaluation import LeaveOneOut, PairedError
 from ptq4dit_ao.graph import Site
 from ptq4dit_ao.graph.names import joint_name
 from ptq4dit_ao.lowering import float_linears, quantized_linears
 from ptq4dit_ao.lowering.match import quantized_products, quantizers_of
+from ptq4dit_ao.metrics import LeaveOneOut, PairedError
 from ptq4dit_ao.passes import BalanceResult, SiteOutcome, balance_result
 
 _VECTORS = ("b", "salience_x", "salience_w", "timesteps", "salience_t", "rho", "eta")

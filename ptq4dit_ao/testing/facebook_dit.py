@@ -12,13 +12,11 @@ import argparse
 import math
 from collections.abc import Mapping
 from os import PathLike
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-M = TypeVar("M", bound=nn.Module)
 
 NORM_EPS = 1e-6
 FREQUENCIES = 256
@@ -221,22 +219,6 @@ def load_facebook_state_dict(model: DiT, path_or_dict: str | PathLike[str] | Map
         with torch.serialization.safe_globals([argparse.Namespace]):  # training checkpoints hold their arguments
             checkpoint = torch.load(path_or_dict, map_location="cpu", weights_only=True)
     model.load_state_dict(checkpoint.get("ema", checkpoint), strict=True)
-    return model
-
-
-@torch.no_grad()
-def randomize_(model: M, seed: int, std: float = 0.2) -> M:
-    """Draw all trainable parameters anew, so that no gate, shift or scale is 0 and every fold shows.
-
-    Normal with ``std``, but at most ``1 / sqrt(fan_in)``: activations keep their size and softmax does not saturate,
-    however wide the model. The draw depends on the seed and the order of parameters, not on dtype or device.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
-            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.copy_(values * min(std, fan_in**-0.5))
     return model
 
 

@@ -1,10 +1,11 @@
 """Recipe in, artifact out: the method on one screen."""
 
-from ptq4dit_ao.workflow.apply import apply_recipe, quantizer_from_recipe
+from ptq4dit_ao.workflow.apply import apply_recipe
 from ptq4dit_ao.workflow.as_diffusers import as_diffusers_transformer
-from ptq4dit_ao.workflow.balance import balance_checkpoint
+from ptq4dit_ao.workflow.checkpoint import balance_checkpoint
+from ptq4dit_ao.workflow.from_recipe import quantizer_from_recipe
+from ptq4dit_ao.workflow.main_job import quantize
 from ptq4dit_ao.workflow.models import LoadedModel, load_model
-from ptq4dit_ao.workflow.quantize import quantize
 from ptq4dit_ao.workflow.quantized_model import QuantizedModel, load_quantized, save_quantized
 from ptq4dit_ao.workflow.weight_bits import WeightBits, choose_weight_bits
 

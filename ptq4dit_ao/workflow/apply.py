@@ -20,28 +20,23 @@ from torchao.quantization.pt2e.quantizer import Quantizer
 from ptq4dit_ao._memory import trim
 from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.calibration import CalibrationSamples
-from ptq4dit_ao.errors import ArgumentError, CalibrationError, check_type
-from ptq4dit_ao.graph import SitePolicy, export_transformer
-from ptq4dit_ao.graph.export import captured_module
-from ptq4dit_ao.graph.float_model import check_float_module, check_in_memory
-from ptq4dit_ao.graph.interface import InputSpec, cannot_run, check_batch
+from ptq4dit_ao.capture import export_transformer
+from ptq4dit_ao.capture.export import captured_module
+from ptq4dit_ao.capture.float_model import check_float_module, check_in_memory
+from ptq4dit_ao.capture.interface import InputSpec, cannot_run, check_batch
+from ptq4dit_ao.errors import CalibrationError, check_type
 from ptq4dit_ao.graph.names import placeholders
 from ptq4dit_ao.graph.ties import share_equal_tensors
 from ptq4dit_ao.lowering import BACKENDS, backends_for
-from ptq4dit_ao.passes import BalanceSettings
 from ptq4dit_ao.quantizer import (
-    PAPER_LAYERS,
-    SAFE_LAYERS,
-    Override,
-    PTQ4DiTQuantizer,
     distill,
     round_sequentially,
     tokens_seen,
 )
-from ptq4dit_ao.recipe import Override as RecipeOverride
 from ptq4dit_ao.recipe import Recipe, Weights
 from ptq4dit_ao.report import build_report
-from ptq4dit_ao.rounding import OnGroup, OnStep, RoundingSettings
+from ptq4dit_ao.rounding import OnGroup, OnStep
+from ptq4dit_ao.workflow.from_recipe import quantizer_from_recipe, with_chosen_bits
 from ptq4dit_ao.workflow.quantized_model import QuantizedModel
 from ptq4dit_ao.workflow.weight_bits import OnRun, WeightBits, choose_weight_bits
 
@@ -50,102 +45,6 @@ logger = logging.getLogger(__name__)
 EXAMPLE_ROWS = 2
 SHUFFLE_SEED = 0
 """Recorded samples are shuffled, so that a batch mixes timesteps."""
-
-LAYER_PRESETS = {"safe": SAFE_LAYERS, "paper": PAPER_LAYERS}
-
-
-def quantizer_from_recipe(
-    recipe: Recipe, base: Quantizer | None = None, *, timestep_input: str | None = None
-) -> PTQ4DiTQuantizer:
-    """The quantizer that a recipe describes, around any base.
-
-    Raises:
-        ArgumentError: the recipe leaves the weights' bits to be chosen.
-    """
-    return PTQ4DiTQuantizer(
-        base,
-        weight_bits=weight_bits_of(recipe),
-        activation_bits=recipe.activations.bits,
-        attention_bits=recipe.attention.bits if recipe.attention.quantize else None,
-        aggregation=recipe.balance.aggregation,
-        alpha=recipe.balance.alpha,
-        rounding=RoundingSettings(
-            rounding=recipe.rounding.method,
-            ranges=recipe.rounding.ranges,
-            damping=recipe.rounding.damping,
-            start=recipe.rounding.start,
-            steps=recipe.rounding.steps,
-            minutes=recipe.rounding.minutes,
-        ),
-        sequential=recipe.rounding.sequential,
-        max_scale=recipe.balance.max_scale,
-        fold_form=recipe.balance.fold_form,
-        layers=(),
-        overrides=overrides_of(recipe),
-        timestep_input=timestep_input,
-        policy=site_policy(recipe),
-        verify=recipe.balance.verify,
-    )
-
-
-def weight_bits_of(recipe: Recipe) -> int:
-    """Raises ArgumentError if the recipe leaves them to be chosen."""
-    if recipe.weights.bits == "auto":
-        raise ArgumentError(
-            "weights.bits is auto; apply_recipe and 'ptq4dit-ao quantize' choose them, elsewhere give a number"
-        )
-    return recipe.weights.bits
-
-
-def with_chosen_bits(recipe: Recipe, choice: WeightBits) -> Recipe:
-    """The recipe with a number, and an override for each layer with more, instead of ``bits: auto``."""
-    more = (RecipeOverride(pattern=o.pattern, weight_bits=o.weight_bits) for o in choice.overrides)
-    weights = Weights(bits=choice.candidates[0])
-    return recipe.model_copy(update={"weights": weights, "overrides": (*more, *recipe.overrides)})
-
-
-def overrides_of(recipe: Recipe) -> tuple[Override, ...]:
-    """The recipe's preset of layers and its own exceptions."""
-    own = [Override(**override.model_dump()) for override in recipe.overrides]
-    return (*LAYER_PRESETS[recipe.layers], *own)
-
-
-def site_policy(recipe: Recipe) -> SitePolicy:
-    """Which folds a recipe takes."""
-    return SitePolicy(
-        couple_blocks=recipe.balance.couple_blocks,
-        vector_multiply=recipe.balance.vector_multiply,
-        min_variables=recipe.balance.min_variables,
-    )
-
-
-def balance_settings(recipe: Recipe) -> BalanceSettings:
-    """How a recipe balances a float model, whatever quantizes it then.
-
-    Raises:
-        ArgumentError: it does not balance, or only along with its quantizer.
-    """
-    aggregation, alpha = recipe.balance.aggregation, recipe.balance.alpha
-    if aggregation == "repq":
-        raise ArgumentError(
-            "the recipe's aggregation is 'repq', which is part of a quantizer and leaves no better float model: "
-            "quantize with this recipe, or balance with another"
-        )
-    if "auto" in (aggregation, alpha):
-        aggregation = "ssc" if aggregation == "auto" else aggregation
-        alpha = 0.5 if isinstance(alpha, str) else alpha
-        logger.warning(
-            "the recipe chooses its balancing by the error after quantization, which is another tool's here: balancing "
-            "with aggregation %r and alpha %g",
-            aggregation,
-            alpha,
-        )
-    return BalanceSettings(
-        aggregation=aggregation,  # type: ignore[arg-type]  # 'none' is refused there
-        alpha=alpha,
-        max_scale=recipe.balance.max_scale,
-        fold_form=recipe.balance.fold_form,
-    )
 
 
 @own_modes()

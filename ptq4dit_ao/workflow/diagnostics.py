@@ -7,10 +7,10 @@ from torch.fx import GraphModule
 
 from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.calibration import CalibrationSamples
-from ptq4dit_ao.evaluation import LeaveOneOut, layer_errors, leave_one_out
-from ptq4dit_ao.evaluation.layers import quantized_inputs
 from ptq4dit_ao.graph.names import get_attribute, placeholders, timestep_placeholder, weight_path
 from ptq4dit_ao.lowering import quantized_linears
+from ptq4dit_ao.metrics import LeaveOneOut, layer_errors, leave_one_out
+from ptq4dit_ao.metrics.layers import quantized_inputs
 from ptq4dit_ao.passes import balance_result, balanced_as
 from ptq4dit_ao.report import Diagnostics
 from ptq4dit_ao.workflow.apply import on_device_of

@@ -19,9 +19,9 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ptq4dit_ao.capture.interface import fit_inputs
+from ptq4dit_ao.capture.signature import CallSignature, tensors_like
 from ptq4dit_ao.errors import AbsentError, ArgumentError
-from ptq4dit_ao.graph.interface import fit_inputs
-from ptq4dit_ao.graph.signature import CallSignature, tensors_like
 from ptq4dit_ao.lowering import LoweredModel
 from ptq4dit_ao.workflow.closed import (
     BUILT,

@@ -14,8 +14,8 @@ from torch.fx import GraphModule
 
 from ptq4dit_ao.artifact import ArtifactSize, read_artifact, write_artifact
 from ptq4dit_ao.calibration import Sampling
+from ptq4dit_ao.capture.interface import CapturedModule, InputSpec
 from ptq4dit_ao.errors import ArgumentError, ArtifactError, check_type
-from ptq4dit_ao.graph.interface import CapturedModule, InputSpec
 from ptq4dit_ao.lowering import LoweredModel, lower
 from ptq4dit_ao.recipe import Recipe
 from ptq4dit_ao.report import summary

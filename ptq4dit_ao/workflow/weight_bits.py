@@ -20,11 +20,11 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from ptq4dit_ao._modes import own_modes
+from ptq4dit_ao.capture.interface import check_batch
 from ptq4dit_ao.core import allocate
 from ptq4dit_ao.errors import ArgumentError, CalibrationError, check_type
-from ptq4dit_ao.evaluation import weight_errors
-from ptq4dit_ao.graph.interface import check_batch
 from ptq4dit_ao.graph.names import get_attribute, joint_name, layer_name, linears, weight_path
+from ptq4dit_ao.metrics import weight_errors
 from ptq4dit_ao.passes import balance_result, balanced_as
 from ptq4dit_ao.quantizer import Override, PTQ4DiTQuantizer
 from ptq4dit_ao.quantizer.overrides import check_bits

@@ -24,9 +24,9 @@ from ptq4dit_ao.calibration import (
     collect_from_pipeline,
     sample,
 )
+from ptq4dit_ao.capture import export_transformer
 from ptq4dit_ao.errors import ArgumentError, CalibrationError
-from ptq4dit_ao.graph import export_transformer
-from ptq4dit_ao.testing.facebook_dit import randomize_
+from ptq4dit_ao.evaluation.bench.random_dit import randomize_
 
 STEPS = 10
 LABELS = [3, 1, 4]

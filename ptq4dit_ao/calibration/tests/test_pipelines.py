@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ptq4dit_ao.calibration import CalibrationSamples, NormalTimesteps, choose_timesteps, collect_from_pipeline
+from ptq4dit_ao.capture import export_transformer
+from ptq4dit_ao.capture.signature import flatten_call
 from ptq4dit_ao.errors import ArgumentError, CalibrationError
-from ptq4dit_ao.graph import export_transformer
-from ptq4dit_ao.graph.signature import flatten_call
 from ptq4dit_ao.testing.zoo import FAMILIES
 
 STEPS, PROMPTS, TOKENS = 5, 3, 7

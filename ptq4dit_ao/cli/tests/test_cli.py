@@ -19,9 +19,9 @@ import ptq4dit_ao
 from ptq4dit_ao.cli import commands
 from ptq4dit_ao.cli.main import main
 from ptq4dit_ao.errors import ArgumentError
+from ptq4dit_ao.evaluation.bench.random_dit import randomize_
 from ptq4dit_ao.lowering import KernelProof, LoweredModel
 from ptq4dit_ao.recipe import shipped_recipe_path, shipped_recipes
-from ptq4dit_ao.testing.facebook_dit import randomize_
 from ptq4dit_ao.workflow import QuantizedModel, load_quantized
 
 COMMANDS = ["quantize", "sample", "inspect", "evaluate", "export", "bench", "backends", "recipes"]
@@ -30,7 +30,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 MODELS = """
 from diffusers import DiTTransformer2DModel
 
-from ptq4dit_ao.testing.facebook_dit import randomize_
+from ptq4dit_ao.evaluation.bench.random_dit import randomize_
 
 
 def pixels(channels=1):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4dit_ao.calibration import CalibrationSamples
-from ptq4dit_ao.graph.signature import flatten_call
+from ptq4dit_ao.capture.signature import flatten_call
 from ptq4dit_ao.testing.zoo import FAMILIES
 from ptq4dit_ao.workflow import load_model, load_quantized
 

@@ -11,12 +11,12 @@ import torch
 
 from ptq4dit_ao.cli import bench as cli_bench
 from ptq4dit_ao.errors import PTQ4DiTError
-from ptq4dit_ao.evaluation import LatencyResult
+from ptq4dit_ao.evaluation.bench.run import BenchResult, Row
 from ptq4dit_ao.lowering import Capabilities
 from ptq4dit_ao.lowering.backend import BACKENDS
+from ptq4dit_ao.metrics import LatencyResult
 from ptq4dit_ao.recipe import Recipe
 from ptq4dit_ao.workflow import apply_recipe
-from ptq4dit_ao.workflow.bench import BenchResult, Row
 
 ALL = ("float32 eager", "float32 compiled", "reference", "fbgemm")
 

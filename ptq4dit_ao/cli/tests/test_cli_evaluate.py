@@ -12,13 +12,13 @@ from diffusers import DiTTransformer2DModel
 from ptq4dit_ao.cli import evaluate as cli_evaluate
 from ptq4dit_ao.cli.main import build_parser
 from ptq4dit_ao.errors import PTQ4DiTError
-from ptq4dit_ao.evaluation import Distances, Estimate, ImageErrors
+from ptq4dit_ao.evaluation.bench.random_dit import randomize_
+from ptq4dit_ao.evaluation.result import EvaluationResult, EvaluationRow, SqnrEstimates
+from ptq4dit_ao.metrics import Distances, Estimate, ImageErrors
 from ptq4dit_ao.recipe import Calibration, Evaluation, Recipe
 from ptq4dit_ao.reference.models import DIT_CONFIG, SAMPLING
-from ptq4dit_ao.testing.facebook_dit import randomize_
 from ptq4dit_ao.workflow import apply_recipe, load_model
-from ptq4dit_ao.workflow.drawing import NOISE_SEED
-from ptq4dit_ao.workflow.evaluation_result import EvaluationResult, EvaluationRow, SqnrEstimates
+from ptq4dit_ao.workflow.image_sampling import NOISE_SEED
 from ptq4dit_ao.workflow.samples import recorded_samples
 
 FEW = {"timesteps": 2, "samples": 2}

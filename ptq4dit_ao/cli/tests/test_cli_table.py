@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ptq4dit_ao.cli import table as cli_table
-from ptq4dit_ao.workflow.table import TableResult, TableSettings
-from ptq4dit_ao.workflow.table.result import Row
+from ptq4dit_ao.evaluation.table import TableResult, TableSettings
+from ptq4dit_ao.evaluation.table.result import Row
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from ptq4dit_ao.capture import export_transformer
 from ptq4dit_ao.errors import ArgumentError
-from ptq4dit_ao.graph import export_transformer, find_sites
+from ptq4dit_ao.graph import find_sites
 from ptq4dit_ao.graph.attention import FUSED, decompose_attention, find_attention
 from ptq4dit_ao.graph.shapes import symbolic_axes
 from ptq4dit_ao.testing.zoo import FAMILIES

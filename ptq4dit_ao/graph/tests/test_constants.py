@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ptq4dit_ao.graph import export_transformer
+from ptq4dit_ao.capture import export_transformer
 from ptq4dit_ao.graph.constants import fold_constant_weights
 from ptq4dit_ao.graph.names import LINEAR, layer_name, linears
 

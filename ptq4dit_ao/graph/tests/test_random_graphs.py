@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx import GraphModule
 
+from ptq4dit_ao.capture import export_transformer
 from ptq4dit_ao.errors import BalanceError, ExportError
-from ptq4dit_ao.graph import Site, SitePolicy, export_transformer, find_sites
+from ptq4dit_ao.graph import Site, SitePolicy, find_sites
 from ptq4dit_ao.graph.tests.random_graphs import RandomNet, Step, inputs, programs
 from ptq4dit_ao.passes import fold_balance, insert_balance
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ptq4dit_ao.graph import Site, SitePolicy, export_transformer, find_sites
+from ptq4dit_ao.capture import export_transformer
+from ptq4dit_ao.graph import Site, SitePolicy, find_sites
 from ptq4dit_ao.graph.rules import IGNORED, RULES
 from ptq4dit_ao.passes import fold_balance, insert_balance
 

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ptq4dit_ao.graph.export import export_transformer
+from ptq4dit_ao.capture.export import export_transformer
 from ptq4dit_ao.graph.shapes import (
     PRIMES,
     align_groups,

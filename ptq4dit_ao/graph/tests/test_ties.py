@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ptq4dit_ao.graph import export_transformer
+from ptq4dit_ao.capture import export_transformer
 from ptq4dit_ao.graph.ties import merge_equal_computations, share_equal_tensors
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
+from ptq4dit_ao.capture import export_transformer
 from ptq4dit_ao.core.metrics import sqnr_db
 from ptq4dit_ao.errors import LoweringError
-from ptq4dit_ao.graph import export_transformer
 from ptq4dit_ao.graph.names import LINEAR
 from ptq4dit_ao.lowering import (
     KernelProof,

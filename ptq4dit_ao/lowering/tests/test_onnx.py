@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ptq4dit_ao.capture import export_transformer
 from ptq4dit_ao.core.metrics import sqnr_db
 from ptq4dit_ao.errors import LoweringError
-from ptq4dit_ao.graph import export_transformer
 from ptq4dit_ao.lowering import export_to, lower, onnx
 from ptq4dit_ao.lowering.tests.batches import batch_of
 from ptq4dit_ao.quantizer import PTQ4DiTQuantizer

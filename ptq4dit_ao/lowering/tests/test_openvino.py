@@ -16,9 +16,9 @@ from torchao.quantization.pt2e.observer import MinMaxObserver
 from torchao.quantization.pt2e.quantizer import QuantizationSpec
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
+from ptq4dit_ao.capture import export_transformer
 from ptq4dit_ao.core.metrics import sqnr_db
 from ptq4dit_ao.errors import ArgumentError, LoweringError
-from ptq4dit_ao.graph import export_transformer
 from ptq4dit_ao.lowering import available_backends, export_to, lower, missing_backends, quantized_linears
 from ptq4dit_ao.lowering.openvino import count_attention
 from ptq4dit_ao.lowering.tests.batches import batch_of

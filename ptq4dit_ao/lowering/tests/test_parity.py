@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from ptq4dit_ao.capture import export_transformer
 from ptq4dit_ao.errors import LoweringError
-from ptq4dit_ao.graph import export_transformer
 from ptq4dit_ao.lowering import export_to, lower, parity
 from ptq4dit_ao.lowering.backend import BACKENDS, Request, Runnable
 from ptq4dit_ao.lowering.tests.batches import batch_of

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from ptq4dit_ao.capture import export_transformer
 from ptq4dit_ao.errors import ArgumentError
-from ptq4dit_ao.graph import export_transformer
 from ptq4dit_ao.lowering.program import Input, as_program, check_inputs, inputs_of
 from ptq4dit_ao.quantizer import PTQ4DiTQuantizer
 

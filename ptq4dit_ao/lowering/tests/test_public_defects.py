@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ptq4dit_ao import SitePolicy
+from ptq4dit_ao.capture import export_transformer
 from ptq4dit_ao.core.metrics import sqnr_db
 from ptq4dit_ao.errors import LoweringError
-from ptq4dit_ao.graph import export_transformer
 from ptq4dit_ao.lowering import aoti, export_to, lower
 from ptq4dit_ao.lowering.x86_inductor import unavailable
 from ptq4dit_ao.passes import balance_result

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
+from ptq4dit_ao.capture import export_transformer
 from ptq4dit_ao.core import affine_qparams
 from ptq4dit_ao.errors import CalibrationError
-from ptq4dit_ao.graph import export_transformer
 from ptq4dit_ao.graph.names import layer_name, linears
 from ptq4dit_ao.observers import (
     ChannelStatistics,

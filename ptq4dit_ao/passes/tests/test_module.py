@@ -10,9 +10,9 @@ from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
 from ptq4dit_ao import balance_module, collect_salience, export_transformer
+from ptq4dit_ao.capture.signature import flatten_call
 from ptq4dit_ao.core import sqnr_db
 from ptq4dit_ao.errors import ArgumentError, BalanceError
-from ptq4dit_ao.graph.signature import flatten_call
 from ptq4dit_ao.passes import BalanceSettings
 from ptq4dit_ao.testing.outliers import inject_outliers
 from ptq4dit_ao.testing.zoo import FAMILIES, Family

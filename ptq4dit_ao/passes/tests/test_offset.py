@@ -12,11 +12,13 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from ptq4dit_ao.graph import Site, export_transformer, find_sites
-from ptq4dit_ao.graph.signature import flatten_call
+from ptq4dit_ao.capture import export_transformer
+from ptq4dit_ao.capture.signature import flatten_call
+from ptq4dit_ao.evaluation.bench.random_dit import randomize_
+from ptq4dit_ao.graph import Site, find_sites
 from ptq4dit_ao.passes import fold_balance, insert_balance
 from ptq4dit_ao.passes.offset import find_shifts, subtract_offset
-from ptq4dit_ao.testing.facebook_dit import DiT, randomize_
+from ptq4dit_ao.testing.facebook_dit import DiT
 from ptq4dit_ao.testing.float64 import in_float64, wide
 from ptq4dit_ao.testing.zoo import FAMILIES
 

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
+from ptq4dit_ao.capture import export_transformer
 from ptq4dit_ao.errors import BalanceError
-from ptq4dit_ao.graph import Site, export_transformer, find_sites
+from ptq4dit_ao.evaluation.bench.random_dit import randomize_
+from ptq4dit_ao.graph import Site, find_sites
 from ptq4dit_ao.passes import SelfCheck, balance, balance_result, collect_salience, example_inputs
 from ptq4dit_ao.quantizer import PTQ4DiTQuantizer, plan
-from ptq4dit_ao.testing.facebook_dit import randomize_
 
 BLOCKS, WIDTH = 5, 16
 

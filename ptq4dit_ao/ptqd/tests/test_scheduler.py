@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ptq4dit_ao.calibration import Sampling, sample
 from ptq4dit_ao.errors import ArgumentError
+from ptq4dit_ao.evaluation.bench.random_dit import randomize_
 from ptq4dit_ao.ptqd import NoiseCorrection, PTQDScheduler
-from ptq4dit_ao.testing.facebook_dit import randomize_
 
 STEPS = 10
 TIMESTEPS = [900, 800, 700, 600, 500, 400, 300, 200, 100, 0]

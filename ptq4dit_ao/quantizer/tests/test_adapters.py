@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from ptq4dit_ao import Override, apply_recipe, balance_module, choose_weight_bits, collect_salience, export_transformer
+from ptq4dit_ao.capture.signature import flatten_call
 from ptq4dit_ao.core import sqnr_db
 from ptq4dit_ao.errors import ExportError, OverrideError
 from ptq4dit_ao.graph import find_sites
 from ptq4dit_ao.graph.names import layer_name, linears
-from ptq4dit_ao.graph.signature import flatten_call
 from ptq4dit_ao.quantizer import PTQ4DiTQuantizer
 from ptq4dit_ao.recipe import Balance, Recipe
 from ptq4dit_ao.recipe import Override as RecipeOverride

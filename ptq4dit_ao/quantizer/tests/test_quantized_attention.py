@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
+from ptq4dit_ao.capture import export_transformer
 from ptq4dit_ao.core import sqnr_db
 from ptq4dit_ao.errors import ArgumentError, CalibrationError
-from ptq4dit_ao.graph import export_transformer
 from ptq4dit_ao.graph.attention import FUSED, Attention, decompose_attention, find_attention
 from ptq4dit_ao.lowering import lower
 from ptq4dit_ao.lowering.match import quantized_products

@@ -16,9 +16,9 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
     get_default_x86_inductor_quantization_config,
 )
 
+from ptq4dit_ao.capture import export_transformer
 from ptq4dit_ao.core.metrics import sqnr_db
 from ptq4dit_ao.errors import ArgumentError, BalanceError, CalibrationError, OverrideError, PTQ4DiTError
-from ptq4dit_ao.graph import export_transformer
 from ptq4dit_ao.lowering import QuantizedLinear, lower, quantized_linears
 from ptq4dit_ao.observers import SalienceStatistics
 from ptq4dit_ao.passes import balance_result, collect_salience

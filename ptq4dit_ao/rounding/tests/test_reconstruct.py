@@ -13,10 +13,10 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import ptq4dit_ao.rounding.reconstruct as reconstruct
 import ptq4dit_ao.rounding.sequential as sequential
+from ptq4dit_ao.capture import export_transformer
+from ptq4dit_ao.capture.signature import flatten_call
 from ptq4dit_ao.errors import ArgumentError
-from ptq4dit_ao.graph import export_transformer
 from ptq4dit_ao.graph.names import layer_name
-from ptq4dit_ao.graph.signature import flatten_call
 from ptq4dit_ao.lowering import lower
 from ptq4dit_ao.quantizer import PTQ4DiTQuantizer, round_sequentially
 from ptq4dit_ao.rounding import RoundingSettings

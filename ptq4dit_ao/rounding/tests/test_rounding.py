@@ -182,7 +182,7 @@ def test_moments_follow_shift_and_balance():
 def test_a_weight_without_a_bias_gets_one(tiny_dit, tiny_samples, duplicate):
     import copy
 
-    from ptq4dit_ao.graph import export_transformer
+    from ptq4dit_ao.capture import export_transformer
 
     model = copy.deepcopy(tiny_dit)
     model.transformer_blocks[0].attn1.to_q.bias = None

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ptq4dit_ao.core.tests import reference
-from ptq4dit_ao.testing.facebook_dit import DiT, load_facebook_state_dict, randomize_, sincos_position_embedding
+from ptq4dit_ao.evaluation.bench.random_dit import randomize_
+from ptq4dit_ao.testing.facebook_dit import DiT, load_facebook_state_dict, sincos_position_embedding
 
 SMALL = {
     "input_size": 8,

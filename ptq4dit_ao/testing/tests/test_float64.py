@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from ptq4dit_ao.graph import export_transformer
+from ptq4dit_ao.capture import export_transformer
 from ptq4dit_ao.testing.float64 import in_float64, wide
 
 WIDTH = 6

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ptq4dit_ao.graph.signature import flatten_call
+from ptq4dit_ao.capture.signature import flatten_call
 from ptq4dit_ao.testing.zoo import FAMILIES, Family, iter_families
 from ptq4dit_ao.testing.zoo.family import family
 

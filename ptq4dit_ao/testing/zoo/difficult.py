@@ -1,4 +1,4 @@
-"""Tiny transformers that ``torch.export`` captures only with the help of ``ptq4dit_ao.graph.capture``."""
+"""Tiny transformers that ``torch.export`` captures only with the help of ``ptq4dit_ao.capture.patches``."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ptq4dit_ao.testing.facebook_dit import randomize_
+from ptq4dit_ao.evaluation.bench.random_dit import randomize_
 
 Inputs = dict[str, Any]
 """Keyword arguments of ``forward``; tensors may sit in lists. Floating ones in float32."""

@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_leaves
 from ptq4dit_ao import apply_recipe, as_diffusers_transformer, collect_from_pipeline, export_transformer, load_quantized
 from ptq4dit_ao._digest import json_digest
 from ptq4dit_ao.calibration import CalibrationSamples
+from ptq4dit_ao.capture.signature import flatten_call
 from ptq4dit_ao.core import sqnr_db
 from ptq4dit_ao.errors import ArgumentError, ArtifactError
-from ptq4dit_ao.graph.signature import flatten_call
 from ptq4dit_ao.recipe import Balance, Recipe
 from ptq4dit_ao.testing.zoo import FAMILIES, iter_families
 from ptq4dit_ao.workflow import QuantizedModel

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from ptq4dit_ao import apply_recipe, as_diffusers_transformer, export_transformer
 from ptq4dit_ao.calibration import Sampling, SamplingPipeline
+from ptq4dit_ao.capture.signature import flatten_call
 from ptq4dit_ao.errors import AbsentError, ArgumentError, ExportError
-from ptq4dit_ao.graph.signature import flatten_call
 from ptq4dit_ao.recipe import Balance, Recipe
 from ptq4dit_ao.testing.zoo import FAMILIES, iter_families
 from ptq4dit_ao.workflow import QuantizedModel

@@ -10,14 +10,14 @@ from diffusers import DiTTransformer2DModel
 
 from ptq4dit_ao.calibration import sample
 from ptq4dit_ao.errors import ArgumentError
-from ptq4dit_ao.evaluation import image_errors
+from ptq4dit_ao.evaluation.bench.random_dit import randomize_
+from ptq4dit_ao.evaluation.run import CORRECTED, evaluate
+from ptq4dit_ao.metrics import image_errors
 from ptq4dit_ao.ptqd import NoiseCorrection, PTQDScheduler
 from ptq4dit_ao.recipe import Activations, Calibration, Evaluation, Recipe, Weights
 from ptq4dit_ao.recipe import NoiseCorrection as Asked
 from ptq4dit_ao.reference.models import DIT_CONFIG, SAMPLING
-from ptq4dit_ao.testing.facebook_dit import randomize_
 from ptq4dit_ao.workflow import correction, load_model, load_quantized, quantize
-from ptq4dit_ao.workflow.evaluate import CORRECTED, evaluate
 
 STEPS = 4
 

@@ -23,12 +23,13 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from ptq4dit_ao.artifact import write_artifact
 from ptq4dit_ao.calibration import SAMPLERS, Sampling, SamplingPipeline
+from ptq4dit_ao.capture import export_transformer
 from ptq4dit_ao.core import sqnr_db
 from ptq4dit_ao.errors import ArgumentError, ArtifactError, CalibrationError, OverrideError
-from ptq4dit_ao.evaluation import paired_error
-from ptq4dit_ao.graph import export_transformer
+from ptq4dit_ao.evaluation.bench.random_dit import randomize_
 from ptq4dit_ao.graph.names import layer_name, linears
 from ptq4dit_ao.lowering.tests.batches import batch_of
+from ptq4dit_ao.metrics import paired_error
 from ptq4dit_ao.quantizer import LinearQuantizer
 from ptq4dit_ao.recipe import (
     Activations,
@@ -46,12 +47,11 @@ from ptq4dit_ao.recipe import (
 from ptq4dit_ao.recipe import values as recipe_values
 from ptq4dit_ao.reference.models import DIT_CONFIG, SAMPLING
 from ptq4dit_ao.report import summary
-from ptq4dit_ao.testing.facebook_dit import randomize_
 from ptq4dit_ao.workflow import QuantizedModel, apply_recipe, load_model, load_quantized, save_quantized
 from ptq4dit_ao.workflow.quantized_model import InputSpec
 from ptq4dit_ao.workflow.samples import recorded_samples
 
-_module = importlib.import_module("ptq4dit_ao.workflow.quantize")  # the name is also that of a function
+_module = importlib.import_module("ptq4dit_ao.workflow.main_job")  # the name is also that of a function
 quantize, size_of = _module.quantize, _module.size_of
 
 BITS = {"W8A8": 8, "W4A8": 4}

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from ptq4dit_ao.capture import export_transformer
 from ptq4dit_ao.core.metrics import sqnr_db
 from ptq4dit_ao.errors import LoweringError
-from ptq4dit_ao.graph import export_transformer
 from ptq4dit_ao.lowering import Request, lower, quantized_linears
 from ptq4dit_ao.lowering.cuda import replace_linears
 from ptq4dit_ao.lowering.cuda.build import by_thread

@@ -1,0 +1,197 @@
+"""What quantized forms of a model are held against: its own predictions and images, and a reference set."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ptq4dit_ao.calibration import CalibrationSamples, as_denoiser
+from ptq4dit_ao.errors import ArgumentError, MissingDependencyError
+from ptq4dit_ao.evaluation.feature_networks import load_features
+from ptq4dit_ao.evaluation.reference_set import ReferenceFeatures, ReferenceSet, read_reference, reference_features
+from ptq4dit_ao.evaluation.result import EvaluationRow, SqnrEstimates
+from ptq4dit_ao.lowering import LoweredModel
+from ptq4dit_ao.lowering.backend import BACKENDS
+from ptq4dit_ao.metrics import Distances, FeatureNetwork, image_errors, paired_error
+from ptq4dit_ao.metrics.distribution import NEIGHBOURS
+from ptq4dit_ao.ptqd import NoiseCorrection
+from ptq4dit_ao.recipe import Recipe
+from ptq4dit_ao.reference import DIGITS
+from ptq4dit_ao.reference.train import load_digits
+from ptq4dit_ao.workflow.image_sampling import ImageSampling, OnCount
+from ptq4dit_ao.workflow.models import LoadedModel
+from ptq4dit_ao.workflow.samples import OnProgress
+
+OWN = "what the float model draws"
+"""The reference set, where there is no other."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Baseline:
+    """A float model, what it draws, and where both are measured."""
+
+    model: LoadedModel
+    image_sampling: ImageSampling
+    images: Tensor
+    """(samples, C, H, W) of the float model."""
+    distances: Distances | None
+    """Of these images; None if they are the reference themselves, or there is no network."""
+    reference_features: ReferenceFeatures | None
+    notes: tuple[str, ...]
+
+    @property
+    def float_row(self) -> EvaluationRow:
+        """The float model itself."""
+        return EvaluationRow(model="float32", execution="float", distances=self.distances)
+
+    @torch.no_grad()
+    def row(
+        self,
+        run: LoweredModel,
+        recipe: Recipe,
+        recorded: CalibrationSamples,
+        correction: NoiseCorrection | None,
+        on_progress: OnProgress,
+    ) -> EvaluationRow:
+        """Measure a quantized form of the model: on recorded inputs, and by what it draws."""
+        backend, integer = run.proof.backend, BACKENDS[run.proof.backend].integer
+
+        def told(stage: str) -> OnCount:
+            return functools.partial(on_progress, f"{stage} {backend}")
+
+        images = self.image_sampling.draw(run, told("sample"), correction)
+        batches = _counted(recorded, recipe.calibration.rows, told("eps"))
+        eps = paired_error(as_denoiser(self.model.transformer), run, batches)
+        seed = self.image_sampling.seed
+        return EvaluationRow(
+            model=recipe.widths,
+            execution="integer" if integer else "simulated",
+            backend=backend,
+            proof=str(run.proof) if integer else None,
+            eps=SqnrEstimates.of(eps, seed),
+            images=image_errors(self.images, images, seed=seed),
+            distances=None
+            if self.reference_features is None
+            else self.reference_features.distances(images, told("features")),
+        )
+
+
+def baseline_of(
+    model: LoadedModel,
+    image_sampling: ImageSampling,
+    network: FeatureNetwork | None,
+    given: ReferenceFeatures | None,
+    cache: str | Path | None = None,
+    images: Tensor | None = None,
+    on_progress: OnProgress = lambda *_: None,
+) -> Baseline:
+    """Let the float model draw, and measure what it drew.
+
+    Args:
+        model: the float model.
+        image_sampling: what it draws.
+        network: what distances are measured in, if they are.
+        given: the reference set; without it, what the float model draws is the reference.
+        cache: keeps the statistics of that.
+        images: what the float model drew before.
+        on_progress: called as stages advance.
+    """
+    if images is None:
+        images = image_sampling.draw(as_denoiser(model.transformer), functools.partial(on_progress, "sample float32"))
+    if given is not None:
+        distances = given.distances(images, functools.partial(on_progress, "features float32"))
+        return Baseline(
+            model=model,
+            image_sampling=image_sampling,
+            images=images,
+            distances=distances,
+            reference_features=given,
+            notes=(),
+        )
+    if network is None:
+        notes = ("no distances: there is no feature network; give one (--features)",)
+        return Baseline(
+            model=model,
+            image_sampling=image_sampling,
+            images=images,
+            distances=None,
+            reference_features=None,
+            notes=notes,
+        )
+    own = ReferenceSet(name=OWN, images=images)
+    measure = reference_features(own, network, cache, functools.partial(on_progress, "reference set"))
+    notes = (f"no reference set: distances are to {OWN}",)
+    return Baseline(
+        model=model,
+        image_sampling=image_sampling,
+        images=images,
+        distances=None,
+        reference_features=measure,
+        notes=notes,
+    )
+
+
+def network_for(
+    model: LoadedModel, spec: str | None, reference: str | Path | None, samples: int
+) -> FeatureNetwork | None:
+    """The feature network that was named, or is known of the model.
+
+    Raises:
+        ArgumentError: there is none for the reference set, it cannot be loaded, or the images are too few.
+    """
+    spec = spec or (None if model.shipped is None else model.shipped.name)
+    if spec is None and reference is not None:
+        raise ArgumentError(f"{reference}: a reference set is measured with a feature network; give one (--features)")
+    if spec is not None and samples <= NEIGHBOURS:
+        raise ArgumentError(f"{samples} images are too few for distances; draw at least {NEIGHBOURS + 1}")
+    return None if spec is None else load_features(spec)
+
+
+def given_reference_features(
+    model: LoadedModel,
+    network: FeatureNetwork | None,
+    path: str | Path | None,
+    cache: str | Path | None,
+    on_batch: OnCount = lambda *_: None,
+) -> ReferenceFeatures | None:
+    """The reference set that was named, or is known of the model, as the network sees it.
+
+    Raises:
+        ArgumentError: see :func:`read_reference` and :func:`reference_features`.
+    """
+    if network is None:
+        return None
+    if path is None:
+        known = _known(model)
+        return None if known is None else reference_features(known, network, cache, on_batch)
+    found = read_reference(path)
+    if isinstance(found, ReferenceSet):
+        if len(found.images) <= NEIGHBOURS:
+            raise ArgumentError(f"{path} has {len(found.images)} images; distances need at least {NEIGHBOURS + 1}")
+        return reference_features(found, network, cache, on_batch)
+    if cache is not None:
+        raise ArgumentError(f"cache {cache}: the reference {path} is statistics already; leave one of them out")
+    return ReferenceFeatures(name=Path(path).name, network=network, statistics=found.check(str(path), network.name))
+
+
+def _known(model: LoadedModel) -> ReferenceSet | None:
+    """What the shipped digits model was trained on, if it is that one and scikit-learn is installed."""
+    if model.shipped is not DIGITS:
+        return None
+    try:
+        return ReferenceSet(name=DIGITS.data, images=load_digits()[0])
+    except MissingDependencyError:
+        return None
+
+
+def _counted(samples: CalibrationSamples, rows: int, on_row: OnCount) -> Iterator[tuple[Tensor, ...]]:
+    done = 0
+    for batch in samples.batches(rows):
+        yield batch
+        done += len(batch[0])
+        on_row(done, len(samples))

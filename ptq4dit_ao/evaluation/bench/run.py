@@ -1,0 +1,216 @@
+"""Measure a quantized model on its backends, beside the float model and beside what others make of it.
+
+All models live in one process and are timed in interleaved rounds, so that noise hits all alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ptq4dit_ao.evaluation.bench.peers import (
+    PEERS,
+    Contender,
+    FloatModel,
+    Started,
+    bfloat16_compiled,
+    float_compiled,
+    float_eager,
+)
+from ptq4dit_ao.evaluation.bench.subjects import Subject
+from ptq4dit_ao.evaluation.environment import environment, has_native_bfloat16, installed, resident_mb
+from ptq4dit_ao.lowering import available_backends, lower, missing_backends
+from ptq4dit_ao.lowering.backend import BACKENDS, Runnable, choose_backend
+from ptq4dit_ao.metrics import LatencyResult, measure_latency, paired_error
+from ptq4dit_ao.workflow.quantized_model import QuantizedModel
+from ptq4dit_ao.workflow.samples import OnProgress
+
+logger = logging.getLogger(__name__)
+
+EAGER, COMPILED = "float32 eager", "float32 compiled"
+WARMUP = 2
+BUILD = "compile and build"
+"""The stage that takes longest: a compiled model takes a minute or more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What is known of one contender; None where it has nothing to show."""
+
+    name: str
+    problem: str | None = None
+    """Why it did not run."""
+    latency: LatencyResult | None = None
+    sqnr_db: float | None = None
+    """Of its output on the timed inputs, against the eager float32 model."""
+    integer_gemms: int | None = None
+    promised: int | None = None
+    ready_s: float | None = None
+    """From the float model, or for our backends from the quantized one, to the end of the first calls."""
+    rss_growth_mb: float | None = None
+    """Of the process, meanwhile."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchResult:
+    """Figures of one run."""
+
+    model: str
+    note: str
+    environment: dict[str, object]
+    batch: int
+    rounds: int
+    seed: int
+    rows: tuple[Row, ...]
+    missing: dict[str, str]
+    """Backends and peers that cannot run here -> why."""
+
+    def speed_up(self, row: Row, over: str) -> float | None:
+        """How many times as fast as another one, by medians."""
+        other = next((r.latency for r in self.rows if r.name == over), None)
+        return None if other is None or row.latency is None else other.median_ms / row.latency.median_ms
+
+    def to_dict(self) -> dict[str, object]:
+        """As JSON; decibels that are infinite are None."""
+        rows = [
+            {
+                **dataclasses.asdict(row),
+                "sqnr_db": row.sqnr_db if row.sqnr_db is not None and math.isfinite(row.sqnr_db) else None,
+                "vs_eager": self.speed_up(row, EAGER),
+                "vs_compiled": self.speed_up(row, COMPILED),
+            }
+            for row in self.rows
+        ]
+        return {**dataclasses.asdict(self), "rows": rows}
+
+
+@torch.no_grad()
+def bench(
+    subject: Subject,
+    *,
+    backends: Sequence[str] | None = None,
+    peers: bool = False,
+    bfloat16: bool | None = None,
+    float_dtype: torch.dtype | None = None,
+    rounds: int = 20,
+    on_progress: OnProgress = lambda *_: None,
+) -> BenchResult:
+    """Time everything in interleaved rounds.
+
+    A contender that fails has a row that says why. Nothing is hidden.
+
+    Args:
+        subject: what is measured.
+        backends: ours; all with integer kernels that this machine can run if not given.
+        peers: also what others make of the float model, as far as it is installed.
+        bfloat16: also the compiled float model in bfloat16; None for where the processor has it.
+        float_dtype: also the backends whose float part may compute in it, with that.
+        rounds: timed calls of each.
+        on_progress: called as contenders get ready, and after each round.
+
+    Raises:
+        LoweringError: a backend that was asked for is unknown, or cannot run here.
+    """
+    chosen = _integer_backends() if backends is None else [choose_backend(name).name for name in backends]
+    inputs = subject.float_model.batches[0]
+    contenders = _contenders(subject, list(dict.fromkeys(chosen)), peers, bfloat16, float_dtype)
+    rows: list[Row] = []
+    runs: dict[str, Runnable] = {}
+    expected = subject.float_model.call(subject.float_model.module)(*inputs)
+    for done, contender in enumerate(contenders):
+        on_progress(BUILD, done, len(contenders))
+        row, run = _start(contender, subject.float_model, expected)
+        rows.append(row)
+        if run is not None:
+            runs[row.name] = run
+    on_progress(BUILD, len(contenders), len(contenders))
+    latency = measure_latency(
+        runs, inputs, rounds=rounds, warmup=WARMUP, on_round=lambda done: on_progress("rounds", done, rounds + WARMUP)
+    )
+    recipe = subject.quantized.recipe
+    missing = missing_backends() if backends is None else {}
+    if peers:
+        missing |= {peer.name: _why_missing(peer) for peer in PEERS if not _is_installed(peer)}
+    return BenchResult(
+        model=f"{subject.name}, W{recipe.weights.bits}A{recipe.activations.bits}",
+        note=subject.note,
+        environment=environment(),
+        batch=len(inputs[0]),
+        rounds=rounds,
+        seed=subject.seed,
+        rows=tuple(dataclasses.replace(row, latency=latency.get(row.name)) for row in rows),
+        missing=missing,
+    )
+
+
+def _integer_backends() -> list[str]:
+    return [name for name in available_backends() if BACKENDS[name].integer]
+
+
+def _contenders(
+    subject: Subject, backends: Sequence[str], peers: bool, bfloat16: bool | None, float_dtype: torch.dtype | None
+) -> list[Contender]:
+    found = [Contender(name=EAGER, start=float_eager), Contender(name=COMPILED, start=float_compiled)]
+    if has_native_bfloat16() if bfloat16 is None else bfloat16:
+        found.append(Contender(name="bfloat16 compiled", start=bfloat16_compiled))
+    for name in backends:
+        found.append(Contender(name=name, start=functools.partial(_lowered, subject.quantized, name, None)))
+        carries = BACKENDS[name].carries
+        if float_dtype is not None and carries is not None and float_dtype in carries.float_dtypes:
+            title = f"{name}, {str(float_dtype).removeprefix('torch.')} rest"
+            found.append(Contender(name=title, start=functools.partial(_lowered, subject.quantized, name, float_dtype)))
+    return [*found, *(peer for peer in PEERS if peers and _is_installed(peer))]
+
+
+def _lowered(quantized: QuantizedModel, backend: str, float_dtype: torch.dtype | None, model: FloatModel) -> Started:
+    lowered = lower(quantized.graph, backend, example_inputs=model.batches[0], float_dtype=float_dtype)
+    if not BACKENDS[backend].integer:
+        return Started(run=lowered)
+    return Started(run=lowered, integer_gemms=lowered.proof.integer_gemms, promised=lowered.proof.promised)
+
+
+def _start(
+    contender: Contender, model: FloatModel, expected: Tensor | tuple[Tensor, ...]
+) -> tuple[Row, Runnable | None]:
+    gc.collect()
+    before, start = resident_mb(), time.perf_counter()
+    name = contender.name
+    if contender.packages:
+        name += f" ({', '.join(f'{package} {installed(package)}' for package in contender.packages)})"
+    try:
+        started = contender.start(model)
+        output = started.run(*model.batches[0])
+        ready_s, after = time.perf_counter() - start, resident_mb()
+        paired = paired_error(lambda *_: expected, lambda *_: output, [model.batches[0]], timestep_index=None)
+    except Exception as error:  # of any package, of any type: one of them failing must not end the others
+        logger.info("%s failed", name, exc_info=True)
+        lines = str(error).strip().splitlines()
+        return Row(name=name, problem=f"{type(error).__name__}: {lines[0] if lines else ''}"), None
+    growth = None if before is None or after is None else after - before
+    row = Row(
+        name=name,
+        sqnr_db=None if contender.name == EAGER else paired.sqnr_db,
+        integer_gemms=started.integer_gemms,
+        promised=started.promised,
+        ready_s=ready_s,
+        rss_growth_mb=growth,
+    )
+    return row, started.run
+
+
+def _is_installed(peer: Contender) -> bool:
+    return all(installed(package) is not None for package in peer.packages)
+
+
+def _why_missing(peer: Contender) -> str:
+    absent = [package for package in peer.packages if installed(package) is None]
+    return f"{' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed"

@@ -1,0 +1,139 @@
+"""Evaluate a quantized model: paired with its float model first, then as a source of images.
+
+Paired figures (equal inputs, or equal noise, through both models) show what quantization did, with little noise of
+their own. Distances to a reference set show whether it matters; they need many images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ptq4dit_ao._paths import as_path, check_file
+from ptq4dit_ao.calibration import Sampling
+from ptq4dit_ao.errors import ArgumentError
+from ptq4dit_ao.evaluation.baseline import baseline_of, given_reference_features, network_for
+from ptq4dit_ao.evaluation.environment import environment
+from ptq4dit_ao.evaluation.result import EvaluationResult
+from ptq4dit_ao.lowering.backend import choose_backend
+from ptq4dit_ao.metrics import ReferenceStatistics
+from ptq4dit_ao.workflow.correction import correction_for
+from ptq4dit_ao.workflow.image_sampling import NOISE_SEED, ImageSampling, decoder
+from ptq4dit_ao.workflow.models import LoadedModel, load_model
+from ptq4dit_ao.workflow.quantized_model import QuantizedModel, load_quantized
+from ptq4dit_ao.workflow.samples import OnProgress, check_recording, recorded_samples
+
+CORRECTED = "images are drawn with the noise corrected in the scheduler (PTQD); eps SQNR is the model's own"
+
+
+@torch.no_grad()
+def evaluate(
+    directory: str | Path,
+    model: str | None = None,
+    *,
+    backends: Sequence[str] = ("reference",),
+    samples: int = 200,
+    steps: int = 50,
+    sampler: str | None = None,
+    seed: int = NOISE_SEED,
+    features: str | None = None,
+    reference: str | Path | None = None,
+    cache: str | Path | None = None,
+    on_progress: OnProgress = lambda *_: None,
+) -> EvaluationResult:
+    """Evaluate a saved quantized model that knows how it is sampled.
+
+    Args:
+        directory: as ``save_quantized`` wrote it.
+        model: the float model, as for :func:`load_model`; what the recipe names if not given.
+        backends: what executes it; each has a row of its own.
+        samples: images that each model draws, of all classes in turn.
+        steps: of the sampler.
+        sampler: ``ddim``, or ``ddpm`` as the DiT authors have it; what its recipe names if not given.
+        seed: of noise and intervals. The predicted noise is compared on the recipe's evaluation samples.
+        features: as for :func:`load_features`. Without it, the shipped models have their classifiers, and of other
+            models no distances are measured.
+        reference: as for :func:`read_reference`. Without it, the shipped digits model has scikit-learn's digits, where
+            that is installed; otherwise what the float model draws is the reference.
+        cache: a file that keeps the statistics of the reference; read if it exists.
+        on_progress: called as stages advance.
+
+    Raises:
+        ArgumentError: the float model or its sampling is unknown, it has latents and no VAE, or an option is wrong.
+        PTQ4DiTError: see :func:`load_quantized`, :func:`load_model` and :func:`~ptq4dit_ao.lower`.
+    """
+    for name, value, least in (("samples", samples, 1), ("seed", seed, 0)):
+        if value < least:
+            raise ArgumentError(f"{name} is {value}; it must be at least {least}")
+    for name in backends:
+        choose_backend(name)  # before the long part, which a wrong name must not waste
+    if not backends:
+        raise ArgumentError("there are no backends; give at least one, such as 'reference'")
+    kept = None if cache is None else as_path(cache, "cache")
+    if kept is not None and not kept.exists():
+        check_file(kept)
+    quantized = load_quantized(directory)
+    recipe = quantized.recipe
+    loaded, sampling = _float_model(directory, quantized, model, sampler)
+    sampling.check_steps(steps)
+    check_recording(loaded, recipe, ["evaluation"])
+    image_sampling = ImageSampling(
+        sampling=sampling,
+        samples=samples,
+        steps=steps,
+        guidance=recipe.calibration.guidance,
+        seed=seed,
+        decode=decoder(loaded, sampling),
+    )
+    network = network_for(loaded, features, reference or kept, samples)
+    if kept is not None and kept.exists() and network is not None:
+        ReferenceStatistics.load(kept).check(str(kept), network.name)
+    given = given_reference_features(loaded, network, reference, kept, functools.partial(on_progress, "reference set"))
+    lowered = [quantized.lower(name) for name in dict.fromkeys(backends)]
+    correction = correction_for(directory, loaded, quantized, steps, functools.partial(on_progress, "fit correction"))
+    recorded = recorded_samples(loaded, recipe, evaluate=True, on_progress=on_progress)
+    baseline = baseline_of(loaded, image_sampling, network, given, kept, on_progress=on_progress)
+    rows = [baseline.row(run, recipe, recorded, correction, on_progress) for run in lowered]
+    measure = baseline.reference_features
+    return EvaluationResult(
+        model=loaded.name,
+        rows=(baseline.float_row, *rows),
+        network=None if network is None else network.name,
+        is_inception=network is not None and network.is_inception,
+        reference=None if measure is None else measure.name,
+        reference_images=None if measure is None else len(measure.statistics.pooled),
+        samples=samples,
+        steps=steps,
+        sampler=sampling.sampler,
+        guidance=image_sampling.guidance,
+        seed=seed,
+        eps_seed=recipe.evaluation.seed,
+        notes=baseline.notes if correction is None else (*baseline.notes, CORRECTED),
+        environment=environment(),
+    )
+
+
+def _float_model(
+    directory: str | Path, quantized: QuantizedModel, spec: str | None, sampler: str | None
+) -> tuple[LoadedModel, Sampling]:
+    if quantized.sampling is None:
+        raise ArgumentError(f"{directory} was saved without the way to sample it, so no images can be compared")
+    spec = spec or quantized.recipe.model
+    if spec is None:
+        raise ArgumentError(f"{directory} does not know its float model; say which with --model")
+    sampling = quantized.sampling.by(sampler)
+    loaded = load_model(spec)
+    if loaded.sampling is not None and (found := _shape(loaded.sampling)) != (expected := _shape(sampling)):
+        raise ArgumentError(
+            f"{directory} was quantized from a model of {expected}; {spec} is one of {found}; give its float model "
+            "(--model)"
+        )
+    return dataclasses.replace(loaded, sampling=sampling), sampling
+
+
+def _shape(sampling: Sampling) -> str:
+    return f"{sampling.channels} x {sampling.size} x {sampling.size} and {sampling.null_label} classes"

@@ -1,0 +1,280 @@
+"""One cell of a table: found in the folder, or computed from what cells share."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ptq4dit_ao import __version__
+from ptq4dit_ao._paths import check_room
+from ptq4dit_ao._tensor_file import read_tensors, write_tensors
+from ptq4dit_ao.calibration import Sampling
+from ptq4dit_ao.errors import ArgumentError, PTQ4DiTError
+from ptq4dit_ao.evaluation.baseline import OWN, Baseline, baseline_of, given_reference_features, network_for
+from ptq4dit_ao.evaluation.environment import environment, installed
+from ptq4dit_ao.evaluation.result import EvaluationRow, finite
+from ptq4dit_ao.evaluation.run import CORRECTED
+from ptq4dit_ao.evaluation.table.cells import MODELS, Json, as_key, model_digest, models_of, read_cell, write_cell
+from ptq4dit_ao.evaluation.table.settings import FLOAT, TableSettings, method_recipes
+from ptq4dit_ao.recipe import Recipe
+from ptq4dit_ao.workflow.checks import check_dtype, check_overrides, least_bytes
+from ptq4dit_ao.workflow.correction import fit_correction
+from ptq4dit_ao.workflow.image_sampling import NOISE_SEED, ImageSampling, decoder
+from ptq4dit_ao.workflow.main_job import quantize
+from ptq4dit_ao.workflow.models import load_model
+from ptq4dit_ao.workflow.quantized_model import load_quantized
+from ptq4dit_ao.workflow.samples import OnProgress, check_recording, recorded_samples
+
+ALL = "all cells"
+"""The stage that counts over the whole table."""
+_PACKAGES = ("torch", "torchao", "diffusers")
+_IMAGES, _WHAT = "ptq4dit-ao images 1", "images of the float model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One row of a table that is to be."""
+
+    steps: int
+    method: str = FLOAT
+    bits: str | None = None
+    recipe: Recipe | None = None
+    """None for the float model, like the bits."""
+    model: str = ""
+    """The quantized model's name; methods that differ in the correction of noise alone share one."""
+
+    @property
+    def name(self) -> str:
+        """``paper-w4a8-50``; of the float model, ``float32-50``."""
+        return "-".join([self.method, *filter(None, [self.bits]), str(self.steps)])
+
+    @property
+    def model_recipe(self) -> Recipe | None:
+        """What the quantized model is made by: noise is corrected in the scheduler."""
+        if self.recipe is None:
+            return None
+        off = self.recipe.noise_correction.model_copy(update={"images": 0})
+        return self.recipe.model_copy(update={"noise_correction": off})
+
+
+class TableRunner:
+    """What the cells of a table have in common: the float model, its images, reference statistics, quantized models.
+
+    Args:
+        settings: of the table.
+        folder: where all is kept.
+        on_progress: called as stages advance; as :data:`ALL`, over all cells.
+
+    Raises:
+        PTQ4DiTError: see :func:`make_table`.
+    """
+
+    def __init__(self, settings: TableSettings, folder: Path, on_progress: OnProgress) -> None:
+        self.settings, self.folder = settings, folder
+        self._recipes = method_recipes(settings)
+        model = load_model(settings.model)
+        if model.sampling is None:
+            raise ArgumentError(f"{model.name} is not drawn by class; a table compares class-conditional DiTs")
+        self.model = model.drawn_by(settings.sampler)
+        assert self.model.sampling is not None
+        self._sampling: Sampling = self.model.sampling
+        for steps in settings.steps:
+            self._sampling.check_steps(steps)  # before the long part, which too many must not waste
+        self._check_recipes()
+        self._decode = decoder(self.model, self._sampling)
+        vae = getattr(self.model.pipeline, "vae", None)
+        self._digest = model_digest(self.model.transformer, None if self._decode is None else vae)
+        check_room(folder, self._least_bytes())
+        self.network = network_for(self.model, settings.features, settings.reference, settings.samples)
+        kept = None
+        if settings.reference is None or settings.reference.suffix != ".safetensors":
+            kept = folder / "reference.safetensors"
+        on_batch = functools.partial(on_progress, "reference set")
+        try:
+            self.given = given_reference_features(self.model, self.network, settings.reference, kept, on_batch)
+        except ArgumentError as error:
+            if kept is None or not kept.exists():
+                raise
+            raise ArgumentError(f"{error}: give the table another folder (--output)") from error
+        self._baseline: Baseline | None = None
+        self._failed: dict[str, PTQ4DiTError] = {}
+        self._on_progress = on_progress
+        self._before = 0
+        self._all = sum(self._image_sampling(cell.steps).units for cell in self.cells() if self.found(cell) is None)
+
+    def _check_recipes(self) -> None:
+        """Ask before the long part what of it must fail."""
+        check_dtype(self.model.transformer, self.settings.backend)
+        for bits in self.settings.bits:
+            for method, base in self._recipes.items():
+                recipe = self.settings.recipe(base, bits)
+                try:
+                    check_recording(self.model, recipe, ("calibration", "evaluation"))
+                    check_overrides(self.model.transformer, recipe)
+                except PTQ4DiTError as error:
+                    raise type(error)(f"method {method!r}: {error}") from error
+
+    def _least_bytes(self) -> int:
+        """Of the quantized models and the float model's images of cells that are to be filled."""
+        missing = [cell for cell in self.cells() if not self._path(cell).exists()]
+        models = {cell.model: cell.model_recipe for cell in missing if not self._saved(cell).exists()}
+        images = 4 * self.settings.samples * self._sampling.channels * self._sampling.size**2
+        quantized = (least_bytes(self.model.transformer, recipe) for recipe in models.values() if recipe is not None)
+        return sum(quantized) + images * sum(cell.recipe is None for cell in missing)
+
+    @property
+    def reference(self) -> str | None:
+        """What distances are to."""
+        return self.given.name if self.given is not None else None if self.network is None else OWN
+
+    def cells(self) -> Iterator[Cell]:
+        """In the order of the rows: steps, float first, bits, methods."""
+        models = models_of(self.folder)
+        for steps in self.settings.steps:
+            yield Cell(steps=steps)
+            for bits in self.settings.bits:
+                for method, base in self._recipes.items():
+                    cell = Cell(steps=steps, method=method, bits=bits, recipe=self.settings.recipe(base, bits))
+                    made_of = as_key(self._made_of(cell.model_recipe))
+                    yield dataclasses.replace(cell, model=models.setdefault(made_of, f"{method}-{bits}"))
+
+    def found(self, cell: Cell) -> Json | None:
+        """What lies in the folder for a cell.
+
+        Raises:
+            ArgumentError: it, or the quantized model that it is of, was made with other settings.
+        """
+        if cell.recipe is not None:
+            read_cell(self._about(cell), self._made_of(cell.model_recipe))
+        return read_cell(self._path(cell), self._depends(cell))
+
+    @torch.no_grad()
+    def fill(self, cell: Cell) -> Json:
+        """Compute a cell and keep it.
+
+        Raises:
+            PTQ4DiTError: it cannot be had.
+        """
+        about, notes = {}, []
+        if cell.recipe is None:
+            start = time.perf_counter()
+            baseline = self._baseline_at(cell.steps)
+            row, notes = baseline.float_row, list(baseline.notes)
+        else:
+            about = self._quantize(cell)
+            baseline = self._baseline_at(cell.steps)
+            start = time.perf_counter()
+            row, corrected = self._measure(cell, cell.recipe, baseline)
+            notes = [f"{cell.method}: {CORRECTED}"] if corrected else []
+            if cell.recipe.attention.quantize:
+                notes.append(f"{cell.method}: attention is quantized, too, to {cell.recipe.attention.bits} bits")
+        seconds = {**about, "measure": round(time.perf_counter() - start, 2)}
+        content = {"row": finite(dataclasses.asdict(row)), "seconds": seconds, "notes": notes}
+        content["environment"] = environment()
+        return write_cell(self._path(cell), self._depends(cell), content)
+
+    def done(self, cell: Cell) -> None:
+        """Count a cell that was not there, filled or failed."""
+        self._before += self._image_sampling(cell.steps).units
+        self._on_progress(ALL, self._before, self._all)
+
+    def _told(self, stage: str, done: int, total: int) -> None:
+        self._on_progress(stage, done, total)
+        if stage.startswith("sample "):
+            self._on_progress(ALL, self._before + done, self._all)
+
+    def _quantize(self, cell: Cell) -> dict[str, float]:
+        """Have the quantized model in the folder; the seconds that it took, now or then."""
+        if cell.model in self._failed:
+            raise self._failed[cell.model]
+        recipe = cell.model_recipe
+        assert recipe is not None
+        about, depends = self._about(cell), self._made_of(recipe)
+        found = read_cell(about, depends)
+        if found is None or not self._saved(cell).is_dir():
+            start = time.perf_counter()
+            try:
+                quantize(self.model, recipe, self._saved(cell), grids=False, on_progress=self._told)
+            except PTQ4DiTError as error:
+                self._failed[cell.model] = error
+                raise
+            seconds = {"quantize": round(time.perf_counter() - start, 2)}
+            found = write_cell(about, depends, {"seconds": seconds, "environment": environment()})
+        taken: dict[str, float] = found["seconds"]
+        return taken
+
+    def _measure(self, cell: Cell, recipe: Recipe, baseline: Baseline) -> tuple[EvaluationRow, bool]:
+        """The row, and whether noise was corrected in the scheduler."""
+        quantized = dataclasses.replace(load_quantized(self._saved(cell)), recipe=recipe)
+        fitting = functools.partial(self._told, "fit correction")
+        correction = fit_correction(self.model, quantized, cell.steps, fitting)
+        recorded = recorded_samples(self.model, recipe, evaluate=True, on_progress=self._told)
+        row = baseline.row(quantized.lower(self.settings.backend), recipe, recorded, correction, self._told)
+        return row, correction is not None
+
+    def _baseline_at(self, steps: int) -> Baseline:
+        """The float model's images of one step count are in memory at a time; those drawn before are read."""
+        if self._baseline is not None and self._baseline.image_sampling.steps == steps:
+            return self._baseline
+        path, own = (self.folder / "float32" / f"{name}-{steps}.safetensors" for name in ("images", "statistics"))
+        images = None
+        if self.found(Cell(steps=steps)) is not None and path.exists():
+            images = _read_images(path)
+        else:  # statistics of images that are drawn anew
+            own.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cache = own if self.given is None else None
+        self._baseline = baseline_of(
+            self.model, self._image_sampling(steps), self.network, self.given, cache, images, self._told
+        )
+        if images is None:
+            write_tensors(path, {"images": self._baseline.images}, form=_IMAGES, what=_WHAT, error=ArgumentError)
+        return self._baseline
+
+    def _image_sampling(self, steps: int) -> ImageSampling:
+        settings = self.settings
+        seed = NOISE_SEED + settings.seed
+        return ImageSampling(
+            sampling=self._sampling, samples=settings.samples, steps=steps, guidance=settings.guidance, seed=seed,
+            decode=self._decode,
+        )  # fmt: skip
+
+    def _depends(self, cell: Cell) -> Json:
+        image_sampling = self._image_sampling(cell.steps)
+        return {
+            **self._made_of(cell.recipe),
+            "backend": None if cell.recipe is None else self.settings.backend,
+            "sampling": self._sampling.to_dict(),
+            **{name: getattr(image_sampling, name) for name in ("samples", "steps", "guidance", "seed")},
+            "network": None if self.network is None else self.network.name,
+            "reference": self.reference if self.given is None else self.given.statistics.checksum,
+        }
+
+    def _made_of(self, recipe: Recipe | None) -> Json:
+        """What a quantized model depends on, which is neither its float model's folder nor its recipe's title."""
+        versions = {"ptq4dit-ao": __version__, **{name: installed(name) for name in _PACKAGES}}
+        asked = None if recipe is None else recipe.model_dump(mode="json", exclude={"model", "description"})
+        return {"recipe": asked, "model": self._digest, "versions": versions}
+
+    def _path(self, cell: Cell) -> Path:
+        return self.folder / "cells" / f"{cell.name}.json"
+
+    def _saved(self, cell: Cell) -> Path:
+        return self.folder / MODELS / cell.model
+
+    def _about(self, cell: Cell) -> Path:
+        return self.folder / MODELS / f"{cell.model}.json"
+
+
+def _read_images(path: Path) -> Tensor:
+    """Raises ArgumentError if the file is damaged."""
+    way_out = "remove it, and they are drawn again"
+    _, tensors = read_tensors(path, form=_IMAGES, what=_WHAT, error=ArgumentError, way_out=way_out)
+    return tensors["images"]

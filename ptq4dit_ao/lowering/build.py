@@ -1,0 +1,334 @@
+"""``lower``: from a converted graph to something that runs, proven."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from ptq4dit_ao._modes import own_modes, without_autocast
+from ptq4dit_ao._paths import as_path, check_file, check_room
+from ptq4dit_ao.capture.interface import CapturedModule, InputSpec, check_batch, input_specs, random_inputs
+from ptq4dit_ao.errors import ArgumentError, LoweringError, PTQ4DiTError, check_type
+from ptq4dit_ao.graph.names import get_attribute, placeholders, set_tensor
+from ptq4dit_ao.graph.shapes import tensor_of
+from ptq4dit_ao.graph.ties import merge_equal_computations
+from ptq4dit_ao.lowering.backend import BACKENDS, Backend, Request, Runnable, choose_backend
+from ptq4dit_ao.lowering.files import complete
+from ptq4dit_ao.lowering.match import quantized_linears, quantized_products, unread_linears
+from ptq4dit_ao.lowering.parity import Parity, Rebuild, idle_linears
+from ptq4dit_ao.lowering.proof import KernelProof, check_proof
+
+logger = logging.getLogger(__name__)
+
+OTHER_ROWS = 3
+"""Of the second batch on which a built model is compared with its graph."""
+
+
+class LoweredModel(nn.Module):
+    """A quantized model ready to run; called with the exported graph's inputs."""
+
+    inputs: tuple[InputSpec, ...] = ()
+    captured: CapturedModule | None = None
+    """These two are known of a :class:`~ptq4dit_ao.QuantizedModel`."""
+
+    def __init__(self, run: Runnable, proof: KernelProof) -> None:
+        super().__init__()
+        self.run = run
+        self.proof = proof
+
+    @torch.compiler.disable(reason="it is built already")  # compilers do not know the kernels in it
+    @torch.no_grad()
+    @without_autocast()
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return self.run(*inputs)
+
+    def __copy__(self) -> LoweredModel:
+        other = LoweredModel(self.run, self.proof)
+        other.inputs, other.captured = self.inputs, self.captured
+        return other
+
+    def __deepcopy__(self, memo: object) -> LoweredModel:
+        """Shares what runs, which does not change."""
+        return copy.copy(self)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise ArgumentError(
+            f"a lowered model is bound to this process and backend {self.proof.backend!r}, and cannot be pickled; "
+            "save the quantized model with save_quantized and lower it where it runs, or write a file with export_to"
+        )
+
+
+@own_modes()
+def lower(
+    converted: GraphModule,
+    backend: str = "reference",
+    *,
+    example_inputs: Sequence[Tensor] | None = None,
+    inputs: Sequence[InputSpec] | None = None,
+    float_dtype: torch.dtype | None = None,
+    allow_float_fallback: bool = False,
+    verify: bool = True,
+    consume: bool = False,
+) -> LoweredModel:
+    """Lower what ``convert_pt2e`` returned, and prove which kernels run and that they compute what the graph says.
+
+    Args:
+        converted: left as it is, unless it is to be consumed.
+        backend: a name of :func:`available_backends`; or ``auto`` for the best that this machine can run, with a
+            warning that says why not a better one.
+        example_inputs: for compiling and for the proofs, best as the model receives them, two rows or more; random
+            ones if not given.
+        inputs: what the graph takes, which a graph that was loaded does not say itself; see
+            :attr:`~ptq4dit_ao.QuantizedModel.inputs`.
+        float_dtype: what attention and the other matrix products that are not integer compute in; bfloat16 is quicker
+            where the processor has it. None for the model's own dtype.
+        allow_float_fallback: accept linears that the backend runs in float.
+        verify: run what was built, and the graph, on the example and on another batch, and compare. Takes a few runs
+            of the graph in float; a backend that compiles for a batch compiles for the second one, too.
+        consume: use ``converted`` up, so that each weight is freed when it has been packed; it cannot run afterwards.
+
+    Raises:
+        LoweringError: the backend is unknown, cannot run here or not in ``float_dtype``, or cannot build this graph;
+            fewer linears than promised run on integer kernels; or what was built computes something else.
+    """
+    check_type("converted", converted, GraphModule, "a graph that convert_pt2e returned, or QuantizedModel.graph")
+    chosen = choose_backend(backend, quantized_linears(converted))
+    specs = input_specs(converted) if inputs is None else tuple(inputs)
+    batches = _batches(converted, specs, example_inputs)
+    graph = converted if consume else _copy(converted)
+    request, refused, promised = _request(graph, chosen, batches[0], float_dtype, allow_float_fallback)
+    _check_quantized(chosen, request, promised)
+    parity = None
+    if verify and chosen.integer:
+        parity = Parity(converted, batches, _computes_in(converted, float_dtype), consumed=consume)
+    run = _built(chosen, lambda: chosen.build(request))
+    proof = _prove(chosen, run, request, refused, promised, allow_float_fallback, None if consume else converted)
+    if parity is not None:
+        proof = replace(proof, difference=parity.check(run, chosen.name, _rebuild(chosen, float_dtype)))
+    logger.info("%s; %s", proof, proof.parity)
+    lowered = LoweredModel(run, proof)
+    lowered.inputs = specs or ()
+    return lowered
+
+
+@own_modes()
+def export_to(
+    converted: GraphModule,
+    backend: str,
+    path: str | Path,
+    *,
+    example_inputs: Sequence[Tensor] | None = None,
+    inputs: Sequence[InputSpec] | None = None,
+    float_dtype: torch.dtype | None = None,
+    allow_float_fallback: bool = False,
+    verify: bool = True,
+) -> Path:
+    """Write what another program runs: an OpenVINO IR, an AOTInductor package, an ONNX file.
+
+    The file is run and proven before it appears under its name; what was there before is replaced then.
+
+    Args:
+        converted: left as it is.
+        backend: one that writes a file.
+        path: the file; the backend's suffix is added if it has another one.
+        example_inputs: as for :func:`lower`.
+        inputs: as for :func:`lower`.
+        float_dtype: as for :func:`lower`.
+        allow_float_fallback: as for :func:`lower`.
+        verify: as for :func:`lower`.
+
+    Returns:
+        The file.
+
+    Raises:
+        ArgumentError: the file cannot be written.
+        LoweringError: the backend writes no file, or as for :func:`lower`.
+    """
+    chosen = choose_backend(backend, quantized_linears(converted))
+    write = chosen.write
+    if write is None:
+        able = ", ".join(repr(name) for name, other in BACKENDS.items() if other.write is not None)
+        raise LoweringError(f"backend {chosen.name!r} runs in this process and writes no file; these do: {able}")
+    path = as_path(path)
+    if path.suffix != chosen.suffix:
+        path = path.with_name(path.name + chosen.suffix)
+    check_file(path)
+    check_room(path, sum(linear.weight.numel() for linear in quantized_linears(converted)) // 2)  # if all are of 4 bits
+    specs = input_specs(converted) if inputs is None else tuple(inputs)
+    batches = _batches(converted, specs, example_inputs)
+    request, refused, promised = _request(_copy(converted), chosen, batches[0], float_dtype, allow_float_fallback)
+    _check_quantized(chosen, request, promised)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with complete(path) as unfinished:
+        run = _built(chosen, lambda: write(request, unfinished))
+        _prove(chosen, run, request, refused, promised, allow_float_fallback, converted)
+        if verify:
+            parity = Parity(converted, batches, _computes_in(converted, float_dtype), consumed=False)
+            parity.check(run, chosen.name, _rebuild(chosen, float_dtype))
+    return path
+
+
+def _copy(graph: GraphModule) -> GraphModule:
+    """Another graph with the same tensors."""
+    return GraphModule(graph, copy.deepcopy(graph.graph))
+
+
+def _batches(
+    graph: GraphModule, specs: Sequence[InputSpec] | None, example_inputs: Sequence[Tensor] | None
+) -> list[tuple[Tensor, ...]]:
+    """Inputs to build and to compare with; then, if the batch may be free, others with more rows."""
+    if example_inputs is None:
+        if specs is None:
+            name = next(node.name for node in placeholders(graph) if tensor_of(node) is None)
+            raise LoweringError(f"the graph does not say what input {name!r} looks like; pass example_inputs=...")
+        device = next((tensor.device for tensor in graph.buffers()), torch.device("cpu"))
+        example_inputs = random_inputs(specs, device)
+    first = check_batch(graph, example_inputs, "example_inputs", LoweringError)
+    rows = first[0].shape[:1]
+    # The rule of as_program, for a graph that was loaded does not say it itself.
+    batched = [x.shape[:1] == rows for x in first] if specs is None else [spec.batched for spec in specs]
+    if not rows or not any(batched):
+        return [first]
+    index = torch.arange(OTHER_ROWS) % rows[0]
+    return [first, tuple(x[index.to(x.device)] if free else x for x, free in zip(first, batched, strict=True))]
+
+
+def _computes_in(graph: GraphModule, float_dtype: torch.dtype | None) -> torch.dtype:
+    """The coarsest dtype of the float part."""
+    own = (linear.dtype for linear in quantized_linears(graph))
+    return max((torch.float32, *own, *([float_dtype] if float_dtype else [])), key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _built(backend: Backend, make: Callable[[], Runnable]) -> Runnable:
+    """What a backend builds, or why it cannot, whatever its converter raises."""
+    try:
+        return make()
+    except (PTQ4DiTError, OSError):
+        raise
+    except Exception as error:  # compilers and converters raise many types; all mean "cannot be built"
+        raise LoweringError(
+            f"backend {backend.name!r} cannot build this model: {_explain(error)}; use another backend, and please "
+            "report this model"
+        ) from error
+
+
+def _rebuild(backend: Backend, float_dtype: torch.dtype | None) -> Rebuild | None:
+    """Builds a part of the graph."""
+    if backend.compiles:
+        return None
+
+    def build(part: GraphModule, batch: tuple[Tensor, ...]) -> Runnable:
+        request, _, _ = _request(_copy(part), backend, batch, float_dtype, allow_float_fallback=True)
+        return backend.build(request)
+
+    return build
+
+
+def _prove(
+    backend: Backend,
+    run: Runnable,
+    request: Request,
+    refused: Sequence[tuple[str, str]],
+    promised: int,
+    allow_float_fallback: bool,
+    converted: GraphModule | None,
+) -> KernelProof:
+    """Which kernels ran, of what was built; raises LoweringError if these are fewer than promised.
+
+    ``converted`` is the graph as it was, if it still is: linears that the backend may have left out are looked for.
+    """
+    proof = KernelProof(
+        backend=backend.name,
+        promised=promised if backend.integer else 0,
+        kernels=backend.count(run, request.example_inputs) if backend.integer else {},
+        float_layers=tuple(refused),
+        attention=request.attention,
+        attention_kernels=backend.count_attention(run, request.example_inputs),
+    )
+    if backend.prunes and converted is not None and proof.integer_gemms < proof.promised:
+        idle = idle_linears(converted, request.example_inputs)
+        proof = replace(proof, idle=idle, promised=promised - len(idle))
+    check_proof(proof, allow_float_fallback=allow_float_fallback)
+    return proof
+
+
+def _request(
+    graph: GraphModule,
+    backend: Backend,
+    example_inputs: tuple[Tensor, ...],
+    float_dtype: torch.dtype | None,
+    allow_float_fallback: bool,
+) -> tuple[Request, list[tuple[str, str]], int]:
+    """What the backend is to build; the layers it cannot carry, with reasons; how many layers are quantized."""
+    _check_float_dtype(backend, float_dtype)
+    merge_equal_computations(graph)
+    make_contiguous(graph)
+    linears = quantized_linears(graph)
+    unread = unread_linears(graph)
+    reasons = {linear.name: backend.why_not(linear) for linear in linears}
+    refused = [(name, why) for name, why in reasons.items() if why is not None]
+    if backend.integer:
+        refused += [(node.name, "its weight is not constant integers in the graph") for node in unread]
+    promised = len(linears) + len(unread)
+    if refused and not allow_float_fallback:
+        name, why = refused[0]
+        raise LoweringError(
+            f"backend {backend.name!r} cannot carry {len(refused)} of {promised} quantized linears ({name}: {why}); "
+            "pass allow_float_fallback=True to run those in float, or use another backend"
+        )
+    carried = [linear for linear in linears if reasons[linear.name] is None]
+    request = Request(
+        graph=graph,
+        linears=carried,
+        example_inputs=example_inputs,
+        float_dtype=float_dtype,
+        attention=len(quantized_products(graph)),
+    )
+    return request, refused, promised
+
+
+def _check_quantized(backend: Backend, request: Request, promised: int) -> None:
+    if backend.integer and not promised and not request.attention:
+        raise LoweringError(
+            f"the graph has no quantized layer that backend {backend.name!r} could run on integers; quantize it first "
+            "(apply_recipe), or use 'reference'"
+        )
+
+
+def _explain(error: Exception) -> str:
+    """What an exception came from, in a line; with the operator that its text names, if that is not in the line."""
+    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    said = next((line for line in lines if not line.startswith("Exception from ")), "")  # where in OpenVINO's sources
+    found = re.search(r"aten[.:]+\w+(\.\w+)?|(?<=operation of type: )\w+", str(error))
+    return f"{type(error).__name__}: {said}" + (f" ({found[0]})" if found is not None and found[0] not in said else "")
+
+
+def make_contiguous(graph: GraphModule) -> None:
+    """Lay every tensor of a graph out row by row, in place: kernels and compilers read memory as if it was so.
+
+    Checkpoints that were converted hold transposed weights, and parameters may be views of others.
+    """
+    for path in {str(node.target) for node in graph.graph.find_nodes(op="get_attr")}:
+        tensor = get_attribute(graph, path)
+        if isinstance(tensor, Tensor) and not tensor.is_contiguous():
+            set_tensor(graph, path, tensor.detach().contiguous())
+
+
+def _check_float_dtype(backend: Backend, dtype: torch.dtype | None) -> None:
+    offered = () if backend.carries is None else backend.carries.float_dtypes
+    if dtype is not None and dtype not in offered:
+        raise LoweringError(
+            f"backend {backend.name!r} cannot compute its float part in {dtype} "
+            f"(only {', '.join(map(str, offered)) or 'as the model does'}); leave float_dtype out"
+        )

@@ -1,0 +1,88 @@
+"""Errors between paired images: the same noise sampled with the float and the quantized model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ptq4dit_ao.errors import ArgumentError
+from ptq4dit_ao.metrics.intervals import Estimate, bootstrap_mean
+
+DATA_RANGE = 2.0
+"""Images are in [-1, 1]."""
+WINDOW, SIGMA = 11, 1.5
+K1, K2 = 0.01, 0.03
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageErrors:
+    """Means over images, with bootstrap intervals over images."""
+
+    mse: Estimate
+    psnr_db: Estimate
+    """Mean of the images' own PSNR; infinite if an image is equal to its reference."""
+    ssim: Estimate
+    images: int
+    data_range: float
+    """Of PSNR and SSIM."""
+
+
+def image_errors(reference: Tensor, images: Tensor, *, data_range: float = DATA_RANGE, seed: int = 0) -> ImageErrors:
+    """Compare images with their references, one by one.
+
+    Args:
+        reference: (N, C, H, W).
+        images: as many, of the same size.
+        data_range: largest possible value minus smallest.
+        seed: of the intervals.
+
+    Raises:
+        ArgumentError: the shapes differ, or are not those of images.
+    """
+    mse = (_images(reference, images) - images.double()).square().flatten(1).mean(1)
+    values = {"mse": mse, "psnr_db": 10 * torch.log10(data_range**2 / mse), "ssim": ssim(reference, images, data_range)}
+    estimates = {name: bootstrap_mean(value.numpy(), seed=seed) for name, value in values.items()}
+    return ImageErrors(**estimates, images=len(images), data_range=data_range)
+
+
+def ssim(reference: Tensor, images: Tensor, data_range: float = DATA_RANGE) -> Tensor:
+    """Structural similarity (Wang et al. 2004): (N, C, H, W) twice -> (N,) float64, mean over channels and positions.
+
+    Local moments are weighed by a Gaussian of 11 x 11 pixels and sigma 1.5, where it fits into the image. In images
+    of fewer than 11 pixels it has the largest odd size that fits: 7 x 7 for 8 x 8, so such figures compare only with
+    their like.
+
+    Raises:
+        ArgumentError: the shapes differ, or are not those of images.
+    """
+    x, y = _images(reference, images), images.double()
+    window = _window(min(WINDOW, *((size - 1) // 2 * 2 + 1 for size in x.shape[2:])))
+    mean_x, mean_y, xx, yy, xy = (_local_mean(z, window) for z in (x, y, x * x, y * y, x * y))
+    var_x, var_y, cov = xx - mean_x**2, yy - mean_y**2, xy - mean_x * mean_y
+    c1, c2 = (K1 * data_range) ** 2, (K2 * data_range) ** 2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    structure = (2 * cov + c2) / (var_x + var_y + c2)
+    return (luminance * structure).mean((1, 2, 3))
+
+
+def _images(reference: Tensor, images: Tensor) -> Tensor:
+    """The reference in float64, checked."""
+    if reference.shape != images.shape or images.ndim != 4 or 0 in images.shape:
+        raise ArgumentError(
+            f"images have shape {tuple(images.shape)} and their references {tuple(reference.shape)}; expected one "
+            "(N, C, H, W) of both"
+        )
+    return reference.double()
+
+
+def _window(size: int) -> Tensor:
+    """A Gaussian over size x size pixels that sums to 1."""
+    line = torch.exp(-((torch.arange(size, dtype=torch.float64) - size // 2) ** 2) / (2 * SIGMA**2))
+    return torch.outer(line, line) / line.sum() ** 2
+
+
+def _local_mean(x: Tensor, window: Tensor) -> Tensor:
+    return F.conv2d(x.flatten(0, 1)[:, None], window[None, None]).unflatten(0, x.shape[:2])[:, :, 0]

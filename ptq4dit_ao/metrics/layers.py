@@ -1,0 +1,219 @@
+"""Where the error of a quantized graph comes from: which layer, at which timestep."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.nn import functional
+
+from ptq4dit_ao._modes import own_modes
+from ptq4dit_ao.errors import ArgumentError
+from ptq4dit_ao.graph.names import LINEAR, get_attribute, writes_in_place
+from ptq4dit_ao.metrics.paired import PairedError, energies, rows_of, timesteps_of
+from ptq4dit_ao.metrics.walk import Instead, Walk
+from ptq4dit_ao.observers.qdq import quantized as ops
+
+OnRun = Callable[[int, int], None]
+"""``(runs done, in all)``."""
+
+
+@own_modes()
+def layer_errors(
+    balanced: GraphModule,
+    quantized: GraphModule,
+    batches: Iterable[tuple[Tensor, ...]],
+    *,
+    timestep_index: int | None = 1,
+) -> dict[str, PairedError]:
+    """Error of every linear's output, with what has built up before it: node name -> a row for each batch.
+
+    Both graphs run side by side, and no output is kept.
+
+    Args:
+        balanced: the float graph after folding, whose linears are the quantized graph's, by name.
+        quantized: the converted graph.
+        batches: input tuples, each of one timestep.
+        timestep_index: which input holds the timestep; None if none does.
+
+    Raises:
+        ArgumentError: a batch mixes timesteps, or a linear is missing in the float graph.
+    """
+    found = defaultdict(list)
+    for inputs in batches:
+        t = timesteps_of(inputs, timestep_index).unique()
+        if len(t) != 1:
+            raise ArgumentError(f"a batch holds {len(t)} timesteps; give batches of one timestep each")
+        float_outputs = _linear_outputs(balanced, inputs)
+        for name, actual in _linear_outputs(quantized, inputs):
+            expected = next((value for other, value in float_outputs if other == name), None)
+            if expected is None:
+                raise ArgumentError(f"the float graph has no linear {name!r} where the quantized graph has it")
+            # One row: the samples of a linear's output may lie along any axis.
+            found[name].append(energies(t, expected.double().unsqueeze(0), actual.double().unsqueeze(0)))
+    return {name: PairedError.of(parts) for name, parts in found.items()}
+
+
+def _linear_outputs(graph_module: GraphModule, inputs: tuple[Tensor, ...]) -> Iterator[tuple[str, Tensor]]:
+    return ((node.name, value) for node, value in Walk(graph_module, inputs).steps() if node.target is LINEAR)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeaveOneOut:
+    """What the output gains when one input's linears are not quantized, and all others are."""
+
+    quantized: PairedError
+    """With everything quantized."""
+    without: dict[tuple[str, ...], PairedError]
+    """Node names of linears that read one quantized input -> with these in float; in execution order."""
+
+    @property
+    def gains_db(self) -> dict[tuple[str, ...], float]:
+        """Keyed like :attr:`without`; below 0 where the others had made up for their error."""
+        return {names: error.sqnr_db - self.quantized.sqnr_db for names, error in self.without.items()}
+
+
+@own_modes()
+def leave_one_out(
+    balanced: GraphModule,
+    quantized: GraphModule,
+    batches: Iterable[tuple[Tensor, ...]],
+    *,
+    timestep_index: int | None = 1,
+    on_run: OnRun = lambda *_: None,
+) -> LeaveOneOut:
+    """Put the linears of one quantized input at a time back to float, input and weights.
+
+    What comes before that input is run once for all, so that a batch costs half a run of the graph for each input.
+
+    Args:
+        balanced: the float graph after folding, whose linears are the quantized graph's, by name.
+        quantized: the converted graph.
+        batches: input tuples.
+        timestep_index: which input holds the timestep; None if none does.
+        on_run: called after every such run.
+
+    Raises:
+        ArgumentError: the quantized graph has no linear with a quantized input.
+    """
+    twins = _by_name(balanced)
+    changes = {}
+    for source, linears in quantized_inputs(quantized).items():
+        instead = {node: _linear_with(balanced, twins[node.name]) for node in linears}
+        changes[source] = {**dict.fromkeys([source, *source.users], _as_it_is), **instead}
+    *without, everything = _one_by_one(quantized, changes, balanced, batches, timestep_index, on_run)
+    return LeaveOneOut(quantized=everything, without=dict(zip(_names(quantized), without, strict=True)))
+
+
+@own_modes()
+def weight_errors(
+    balanced: GraphModule,
+    quantized: GraphModule,
+    batches: Iterable[tuple[Tensor, ...]],
+    *,
+    only: Container[str] | None = None,
+    timestep_index: int | None = 1,
+    on_run: OnRun = lambda *_: None,
+) -> dict[tuple[str, ...], PairedError]:
+    """The output's error when only the weights that read one quantized input are quantized, and all else is float.
+
+    For a graph whose layers were rounded each for itself, that is in one pass or to nearest: one that was rounded
+    layer by layer has weights that make up for the error of others, which here is not made.
+
+    Args:
+        balanced, quantized, batches, timestep_index, on_run: as for :func:`leave_one_out`.
+        only: names of the linears that are looked at; None is all.
+
+    Returns:
+        Node names of the linears that read one quantized input -> error, in execution order.
+
+    Raises:
+        ArgumentError: the quantized graph has no linear with a quantized input.
+    """
+    twins = _by_name(balanced)
+    changes, names = {}, []
+    for linears in quantized_inputs(quantized).values():
+        linears = [node for node in linears if only is None or node.name in only]
+        if linears:
+            changes[twins[linears[0].name]] = {twins[node.name]: _linear_with(quantized, node) for node in linears}
+            names.append(tuple(node.name for node in linears))
+    *alone, _ = _one_by_one(balanced, changes, balanced, batches, timestep_index, on_run)
+    return dict(zip(names, alone, strict=True))
+
+
+def quantized_inputs(quantized: GraphModule) -> dict[Node, list[Node]]:
+    """Quantize node -> the linears that read what it gives, in execution order.
+
+    Raises:
+        ArgumentError: there are none.
+    """
+    groups = defaultdict(list)
+    for node in quantized.graph.nodes:
+        if node.target is LINEAR and _calls(node.args[0], ops.dequantize_per_tensor.default):
+            groups[node.args[0].args[0]].append(node)
+    if not groups:
+        raise ArgumentError("this graph has no linear with a quantized input; give one from convert_pt2e")
+    return dict(groups)
+
+
+def _one_by_one(
+    graph_module: GraphModule,
+    changes: Mapping[Node, Instead],
+    reference: GraphModule,
+    batches: Iterable[tuple[Tensor, ...]],
+    timestep_index: int | None,
+    on_run: OnRun,
+) -> list[PairedError]:
+    """Errors of a graph with each change, keyed by the first node that it concerns, and at last without any."""
+    batches, in_place = list(batches), writes_in_place(graph_module)
+    starts = [node for node in graph_module.graph.nodes if node in changes]
+    parts: dict[Node | None, list[Tensor]] = {node: [] for node in (*changes, None)}
+    for batch, inputs in enumerate(batches):
+        t, expected = timesteps_of(inputs, timestep_index), rows_of(reference(*inputs))
+        walk = Walk(graph_module, inputs)
+        for done, start in enumerate(starts, start=batch * len(starts) + 1):
+            if not in_place:  # else a run would change what the next one starts from
+                walk.advance(start)
+            parts[start].append(energies(t, expected, rows_of(walk.fork(changes[start]).finish())))
+            on_run(done, len(batches) * len(starts))
+        parts[None].append(energies(t, expected, rows_of(walk.finish())))
+    return [PairedError.of(part) for part in parts.values()]
+
+
+def _linear_with(graph_module: GraphModule, node: Node) -> Callable[..., Tensor]:
+    """The linear with the weight and bias of a node of this graph."""
+
+    def linear(x: Tensor, *_: object) -> Tensor:
+        return functional.linear(x, *(_value(graph_module, source) for source in node.args[1:]))
+
+    return linear
+
+
+def _value(graph_module: GraphModule, source: object) -> Any:
+    """What a constant, or a dequantized one, is."""
+    if not isinstance(source, Node):
+        return source
+    if source.op == "get_attr":
+        return get_attribute(graph_module, str(source.target))
+    assert callable(source.target), f"{source} is not computed from constants"
+    return source.target(*(_value(graph_module, argument) for argument in source.args), **source.kwargs)
+
+
+def _by_name(graph_module: GraphModule) -> dict[str, Node]:
+    return {node.name: node for node in graph_module.graph.nodes}
+
+
+def _names(quantized: GraphModule) -> list[tuple[str, ...]]:
+    return [tuple(node.name for node in linears) for linears in quantized_inputs(quantized).values()]
+
+
+def _as_it_is(x: Tensor, *_: object) -> Tensor:
+    return x
+
+
+def _calls(node: object, target: object) -> bool:
+    return isinstance(node, Node) and node.target is target

@@ -1,0 +1,125 @@
+"""Statistics of a reference set, worth keeping: a network reads its images only once."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ptq4dit_ao._tensor_file import read_tensors, write_tensors
+from ptq4dit_ao.errors import ArgumentError
+from ptq4dit_ao.metrics.distribution import Gaussian, frechet_distance, inception_score, precision_recall
+from ptq4dit_ao.metrics.features import Features, to_levels
+
+_FORMAT = "ptq4dit-ao reference statistics 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distances:
+    """How far generated images are from a reference set."""
+
+    frechet: float
+    spatial_frechet: float
+    inception_score: float
+    """Of the generated images alone."""
+    precision: float
+    recall: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ReferenceStatistics:
+    """What generated images are measured against, and of which network and images it is."""
+
+    network: str
+    checksum: str
+    """Of the images: :func:`images_checksum`."""
+    pooled: Tensor
+    """Features of the images, (N, D) float32."""
+    pooled_fit: Gaussian
+    spatial_fit: Gaussian
+
+    @classmethod
+    def of(cls, network: str, images: Tensor, features: Features) -> ReferenceStatistics:
+        """Of (N, C, H, W) images in [-1, 1] and what :func:`extract` found in them."""
+        return cls(
+            network=network,
+            checksum=images_checksum(images),
+            pooled=features.pooled.float(),
+            pooled_fit=Gaussian.of(features.pooled),
+            spatial_fit=Gaussian.of(features.spatial),
+        )
+
+    def distances(self, features: Features) -> Distances:
+        """From generated images, by what :func:`extract` found in them with the same network."""
+        precision, recall = precision_recall(self.pooled, features.pooled)
+        return Distances(
+            frechet=frechet_distance(self.pooled_fit, Gaussian.of(features.pooled)),
+            spatial_frechet=frechet_distance(self.spatial_fit, Gaussian.of(features.spatial)),
+            inception_score=inception_score(features.probabilities),
+            precision=precision,
+            recall=recall,
+        )
+
+    def check(self, source: str, network: str, images: Tensor | None = None) -> ReferenceStatistics:
+        """Itself, if it is of this network and, where they are given, of these images.
+
+        Raises:
+            ArgumentError: it is not. ``source`` is what the message calls it.
+        """
+        if network != self.network:
+            raise ArgumentError(f"{source} is of the network {self.network!r}, not of {network!r}; use another file")
+        if images is not None and images_checksum(images) != self.checksum:
+            raise ArgumentError(
+                f"{source} is of {len(self.pooled)} other images than the {len(images)} given; use another file"
+            )
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file; one that was there is replaced whole or not at all.
+
+        Raises:
+            ArgumentError: it cannot be written.
+        """
+        about = {"network": self.network, "images": str(len(self.pooled)), "checksum": self.checksum}
+        tensors = {"pooled": self.pooled, **_fit_tensors("pooled", self.pooled_fit)}
+        tensors |= _fit_tensors("spatial", self.spatial_fit)
+        write_tensors(path, tensors, form=_FORMAT, what="reference statistics", error=ArgumentError, about=about)
+
+    @classmethod
+    def load(cls, path: str | Path) -> ReferenceStatistics:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ArgumentError: the file is missing, is something else, or is damaged.
+        """
+        about, tensors = read_tensors(
+            path,
+            form=_FORMAT,
+            what="reference statistics",
+            error=ArgumentError,
+            hint="; 'ptq4dit-ao evaluate --cache' writes one",
+            way_out="remove the file, and they are measured again",
+        )
+        try:
+            fits = {
+                f"{name}_fit": Gaussian(mean=tensors[f"{name}_mean"], covariance=tensors[f"{name}_covariance"])
+                for name in ("pooled", "spatial")
+            }
+            return cls(network=about["network"], checksum=about["checksum"], pooled=tensors["pooled"], **fits)
+        except KeyError as error:
+            raise ArgumentError(
+                f"the reference statistics in {path} lack {error}; remove the file, and they are measured again"
+            ) from error
+
+
+def images_checksum(images: Tensor) -> str:
+    """SHA-256 of the size and the 8-bit levels of (N, C, H, W) images in [-1, 1]."""
+    digest = hashlib.sha256(repr(tuple(images.shape)).encode())
+    digest.update(to_levels(images).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _fit_tensors(name: str, fit: Gaussian) -> dict[str, Tensor]:
+    return {f"{name}_mean": fit.mean, f"{name}_covariance": fit.covariance}

@@ -1,0 +1,228 @@
+"""From statistics to a balanced graph: CSB and SSC per site, folded one site after another."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ptq4dit_ao.core import aggregate_salience, balance_vector, clip_balance, ssc_weights
+from ptq4dit_ao.core.repq import reparameterise
+from ptq4dit_ao.core.salience import AGGREGATIONS, Aggregation
+from ptq4dit_ao.errors import ArgumentError, CalibrationError
+from ptq4dit_ao.graph import Consumer, Site
+from ptq4dit_ao.graph.names import get_attribute
+from ptq4dit_ao.graph.pending import tensor_at
+from ptq4dit_ao.observers import SalienceStatistics
+from ptq4dit_ao.observers.qdq import QuantSpec
+from ptq4dit_ao.passes.fold import FoldForm, fold_balance
+from ptq4dit_ao.passes.insert import insert_balance
+from ptq4dit_ao.passes.offset import subtract_offset
+from ptq4dit_ao.passes.settings import BalanceSettings
+
+logger = logging.getLogger(__name__)
+
+
+Score = Callable[[GraphModule, Site, Tensor], float]
+"""``score(model, site, b)``: how bad a balancing vector (V,) is for a site that is not balanced yet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteOutcome:
+    """What balancing did to one site; vectors are per variable, (V,), or per timestep, (T,)."""
+
+    site: Site
+    b: Tensor
+    clipped: Tensor
+    salience_x: Tensor
+    salience_w: Tensor
+    timesteps: Tensor
+    salience_t: Tensor
+    """Largest salience of any channel, per timestep."""
+    rho: Tensor
+    eta: Tensor
+    aggregation: Aggregation | Literal["none", "repq"]
+    """``none``: a search found that the site is best left alone; b is 1."""
+    alpha: float | None
+    """None: the aggregation has no exponent."""
+    scores: dict[str, float] = field(default_factory=dict)
+    """What a search found: ``"AGGREGATION ALPHA"`` or ``"none"`` -> score, less is better."""
+    offset: Tensor | None = None
+    """What the input is less before it is divided by b, (C,)."""
+    range: tuple[float, float] | None = None
+    """What the input is to be quantized in, if that is decided, too."""
+
+
+def balance_sites(
+    model: GraphModule,
+    sites: Sequence[Site],
+    statistics: SalienceStatistics,
+    settings: BalanceSettings,
+    score: Score | None = None,
+    specs: Mapping[str, QuantSpec] | None = None,
+) -> dict[str, SiteOutcome]:
+    """Balance and fold every site without refusal, in place, from the output towards the input.
+
+    The order matters: folding an attention output changes rows of V's weight, whose salience the QKV site before it
+    is about to read.
+
+    Raises:
+        ArgumentError: the settings ask for a search, and there is no score; or for RepQ, and it is not known (by site
+            input) how the inputs are quantized.
+        CalibrationError: a site was not observed, or at too few timesteps; the graph is untouched then.
+    """
+    if settings.searches and score is None:
+        raise ArgumentError(
+            "alpha or aggregation 'auto' is chosen by the error after quantization, which only PTQ4DiTQuantizer and "
+            "apply_recipe know; give a number and one of " + ", ".join(AGGREGATIONS)
+        )
+    if settings.aggregation == "repq" and specs is None:
+        raise ArgumentError(
+            "aggregation 'repq' needs to know how the inputs will be quantized, which only PTQ4DiTQuantizer and "
+            "apply_recipe do; give one of " + ", ".join(AGGREGATIONS)
+        )
+    observed = [(site, _observed(site, statistics, settings)) for site in sites if site.refusal is None]
+    outcomes: dict[str, SiteOutcome] = {}
+    for site, (timesteps, salience_t) in reversed(observed):
+        outcome = _solve(model, site, timesteps, salience_t, settings, score)
+        if settings.aggregation == "repq" and specs is not None:
+            outcome = _reparameterised(outcome, statistics, specs, settings.max_scale)
+        apply_outcome(model, outcome, settings.fold_form)
+        outcomes[site.name] = outcome
+        logger.debug("%s: b in [%.3g, %.3g]", site.name, outcome.b.min(), outcome.b.max())
+    model.recompile()
+    logger.info("balanced and folded %d of %d sites", len(outcomes), len(sites))
+    return dict(reversed(outcomes.items()))
+
+
+def apply_outcome(model: GraphModule, outcome: SiteOutcome, form: FoldForm) -> None:
+    """Insert and fold one site's vector; ``model.recompile()`` is the caller's."""
+    if outcome.offset is not None:
+        subtract_offset(model, outcome.site, outcome.offset)
+    if outcome.aggregation != "none":
+        insert_balance(model, outcome.site, outcome.b)
+        fold_balance(model, outcome.site, outcome.b, form)
+
+
+def _observed(site: Site, statistics: SalienceStatistics, settings: BalanceSettings) -> tuple[Tensor, Tensor]:
+    """Timesteps (T,) and activation salience (T, V), enough of them for the aggregation."""
+    timesteps, salience_t = _activation_salience(site, statistics)
+    if settings.aggregation in ("ssc", "auto") and len(timesteps) < settings.min_timesteps:
+        raise CalibrationError(
+            f"{site.name} was observed at {len(timesteps)} timestep(s); aggregation {settings.aggregation!r} needs at "
+            f"least {settings.min_timesteps}: calibrate on more timesteps, name the input that holds the "
+            "timestep with timestep_input, or use aggregation 'max'"
+        )
+    return timesteps, salience_t
+
+
+def _solve(
+    model: GraphModule,
+    site: Site,
+    timesteps: Tensor,
+    salience_t: Tensor,
+    settings: BalanceSettings,
+    score: Score | None,
+) -> SiteOutcome:
+    salience_w = _weight_salience(model, site)
+    eta, rho = ssc_weights(salience_t, salience_w)
+
+    def outcome(aggregation: Aggregation, alpha: float) -> SiteOutcome:
+        salience_x = aggregate_salience(salience_t, salience_w, aggregation)
+        b, clipped = _bounded(model, site, balance_vector(salience_x, salience_w, alpha), settings)
+        return SiteOutcome(
+            site=site,
+            b=b,
+            clipped=clipped,
+            salience_x=salience_x,
+            salience_w=salience_w,
+            timesteps=timesteps,
+            salience_t=salience_t.amax(1),
+            rho=rho,
+            eta=eta,
+            aggregation=aggregation,
+            alpha=alpha,
+        )
+
+    found = {f"{aggregation} {alpha:g}": outcome(aggregation, alpha) for aggregation, alpha in settings.candidates()}
+    if not settings.searches:
+        return next(iter(found.values()))
+    assert score is not None
+    alone = next(iter(found.values()))
+    ones = torch.ones_like(alone.b)
+    found["none"] = replace(alone, aggregation="none", alpha=0.0, b=ones, clipped=torch.zeros_like(alone.clipped))
+    scores = {name: score(model, site, candidate.b) for name, candidate in found.items()}
+    return replace(found[min(scores, key=scores.__getitem__)], scores=scores)
+
+
+def _reparameterised(
+    outcome: SiteOutcome, statistics: SalienceStatistics, specs: Mapping[str, QuantSpec], max_scale: float
+) -> SiteOutcome:
+    """The outcome with RepQ's vector, offset and range; the site has one input, and a variable for each channel."""
+    ((key, consumer),) = outcome.site.inputs.items()
+    table, spec = statistics[key], specs[key]
+    found = reparameterise(table.minimum.amin(0), table.maximum.amax(0), spec.quant_min, spec.quant_max)
+    b, clipped = torch.empty_like(outcome.b), torch.empty_like(outcome.clipped)
+    variables = torch.from_numpy(consumer.variables) - 1
+    ratio, clipped[variables] = clip_balance(found.ratio, max_scale)
+    b[variables] = ratio
+    return replace(
+        outcome,
+        aggregation="repq",
+        alpha=None,
+        b=b,
+        clipped=clipped,
+        offset=ratio * found.offset(ratio),
+        range=found.range(spec.quant_min, spec.quant_max),
+    )
+
+
+def _bounded(model: GraphModule, site: Site, b: Tensor, settings: BalanceSettings) -> tuple[Tensor, Tensor]:
+    if settings.fold_form == "bias" and site.scalars:
+        # A common factor of b changes nothing but the digits that the bias keeps.
+        dtype = settings.stored_dtype or get_attribute(model, site.parameters[0].paths[0]).dtype
+        b = b * (2 * settings.max_rounding / torch.finfo(dtype).eps / b.max()).clamp_max(1)
+    return clip_balance(b, settings.max_scale)
+
+
+def _activation_salience(site: Site, statistics: SalienceStatistics) -> tuple[Tensor, Tensor]:
+    """Timesteps (T,) and salience per variable (T, V), the largest over all tensors and channels that share it.
+
+    A tensor without statistics beside others that have some does not count: only layers that stay float read it.
+    """
+    timesteps, total = None, None
+    observed = {key: consumer for key, consumer in site.inputs.items() if key in statistics}
+    for key, consumer in (observed or site.inputs).items():
+        table = statistics.get(key)
+        if table is None or len(table.timesteps) == 0:
+            raise CalibrationError(
+                f"{key!r} was never run: call the prepared model on calibration samples before converting"
+            )
+        part = _per_variable(table.salience.to(torch.float64), consumer, site.num_variables)
+        if timesteps is not None and not torch.equal(timesteps, table.timesteps):
+            raise CalibrationError(f"{site.name}: its inputs were observed at different timesteps; calibrate again")
+        timesteps, total = table.timesteps, part if total is None else torch.maximum(total, part)
+    assert timesteps is not None and total is not None
+    return timesteps, total
+
+
+def _weight_salience(model: GraphModule, site: Site) -> Tensor:
+    """Salience per variable (V,), the largest over all consumers' weight columns."""
+    parts = []
+    for consumer in site.consumers:
+        low, high = torch.aminmax(tensor_at(model, consumer.weight).detach(), dim=0, keepdim=True)
+        largest = torch.maximum(-low, high).to("cpu", torch.float64)
+        parts.append(_per_variable(largest, consumer, site.num_variables)[0])
+    return torch.stack(parts).amax(0)
+
+
+def _per_variable(channels: Tensor, consumer: Consumer, num_variables: int) -> Tensor:
+    """Largest of the channels of each variable: (T, C) -> (T, V)."""
+    index = torch.from_numpy(consumer.variables).expand(len(channels), -1)
+    table = torch.zeros(len(channels), num_variables + 1, dtype=channels.dtype)
+    return table.scatter_reduce_(1, index, channels, "amax")[:, 1:]

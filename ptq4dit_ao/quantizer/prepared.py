@@ -1,0 +1,118 @@
+"""Functions on models that ``prepare_pt2e`` has prepared with :class:`~ptq4dit_ao.PTQ4DiTQuantizer`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from ptq4dit_ao._modes import own_modes
+from ptq4dit_ao._paths import as_path
+from ptq4dit_ao.capture.interface import check_batch
+from ptq4dit_ao.errors import CalibrationError, check_type
+from ptq4dit_ao.observers import (
+    ActivationObserver,
+    SalienceStatistics,
+)
+from ptq4dit_ao.quantizer.plan import BalancePlan
+from ptq4dit_ao.rounding import DistillationSettings, OnGroup, OnStep
+
+
+def _plan_of(prepared: GraphModule) -> BalancePlan:
+    check_type("prepared", prepared, nn.Module, "what prepare_pt2e returned")
+    for module in prepared.modules():
+        plan = getattr(module, "hook", None)
+        if isinstance(plan, BalancePlan):
+            return plan
+    raise CalibrationError(
+        "this model was not prepared with PTQ4DiTQuantizer; call prepare_pt2e(exported, PTQ4DiTQuantizer())"
+    )
+
+
+def _checked(prepared: GraphModule, batches: Iterable[Sequence[Tensor]]) -> list[tuple[Tensor, ...]]:
+    return [check_batch(prepared, batch, f"batch {number}") for number, batch in enumerate(batches, start=1)]
+
+
+def salience_statistics(prepared: GraphModule) -> SalienceStatistics:
+    """The statistics a prepared model has gathered so far, to save or merge.
+
+    Raises:
+        CalibrationError: the model was not prepared with :class:`PTQ4DiTQuantizer`.
+    """
+    return _plan_of(prepared).statistics()
+
+
+def tokens_seen(prepared: GraphModule) -> int:
+    """How many tokens the calibration of a prepared model has shown to the layer that saw most.
+
+    Raises:
+        CalibrationError: the model was not prepared with :class:`PTQ4DiTQuantizer`.
+    """
+    _plan_of(prepared)
+    return max(module.tokens for module in prepared.modules() if isinstance(module, ActivationObserver))
+
+
+@own_modes()
+def round_sequentially(
+    prepared: GraphModule,
+    batches: Iterable[Sequence[Tensor]],
+    *,
+    on_group: OnGroup = lambda *_: None,
+    resume: str | Path | None = None,
+) -> None:
+    """Balance a calibrated model and round it layer by layer; then call ``convert_pt2e``.
+
+    Each layer is rounded for what the layers before it hand it once they are quantized, and fitted to what the float
+    network's layer puts out.
+
+    Args:
+        prepared: from ``prepare_pt2e`` with ``PTQ4DiTQuantizer(sequential=True, ...)``, run on calibration samples.
+        batches: input tuples, such as those samples. Their activations are all held at once: in the float and in the
+            quantized network, those that a later layer still reads.
+        on_group: called with the number of parts done, and in all.
+        resume: a folder to note what is rounded in. A later call with the same model and batches, as after it was
+            killed, takes what it finds there.
+
+    Raises:
+        CalibrationError: the model was not prepared with :class:`PTQ4DiTQuantizer`, or was not run; there are no
+            batches; the folder holds something else, or cannot be written.
+    """
+    plan, batches = _plan_of(prepared), _checked(prepared, batches)
+    plan.round_sequentially(prepared, batches, on_group, None if resume is None else as_path(resume, "resume"))
+
+
+@own_modes()
+def distill(
+    prepared: GraphModule,
+    batches: Iterable[Sequence[Tensor]],
+    *,
+    steps: int = 1000,
+    minutes: float | None = None,
+    on_step: OnStep = lambda *_: None,
+    resume: str | Path | None = None,
+) -> None:
+    """Let a model that was rounded layer by layer learn from the float network's output; then call ``convert_pt2e``.
+
+    Integers, scales and biases of all weights, and the ranges of their inputs, follow the gradient of the output's mean
+    square error. That takes some six numbers of 32 bits for each weight, and all activations of one batch; notes to go
+    on from (``resume``) take three for each weight on disk.
+
+    Args:
+        prepared: as :func:`round_sequentially` has left it.
+        batches: input tuples, such as calibration samples; the more, the better what is learned holds for others.
+        steps: how often everything is updated, with one batch each time.
+        minutes: what that may take; what ends sooner counts, so that with a time limit results depend on the machine.
+        on_step: called with the number of steps done, and in all.
+        resume: a folder to note progress in. A later call with the same model, batches and settings goes on from there.
+
+    Raises:
+        ArgumentError: there are no steps, or no time.
+        CalibrationError: the model was not rounded layer by layer; there are no batches; the folder has notes of
+            another run, or cannot be written.
+    """
+    settings = DistillationSettings(steps=steps, minutes=minutes)
+    _plan_of(prepared).distill(
+        prepared, list(batches), settings, on_step, None if resume is None else as_path(resume, "resume")
+    )
