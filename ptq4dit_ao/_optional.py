@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from importlib.util import find_spec
 from typing import Any
 
 from ptq4dit_ao.errors import MissingDependencyError
@@ -20,6 +21,15 @@ def require(module: str, *, extra: str) -> Any:
         missing = (error.name or module).split(".")[0]
         if missing != module.split(".")[0]:
             raise
-        raise MissingDependencyError(
-            f"{missing!r} is not installed; it comes with: python -m pip install 'ptq4dit-ao[{extra}]'"
-        ) from error
+        raise MissingDependencyError(_not_installed(missing, extra)) from error
+
+
+def missing_package(packages: tuple[str, ...], extra: str | None) -> str | None:
+    """A sentence that names the first package that is not installed, and what installs it; None if all are there."""
+    absent = next((name for name in packages if find_spec(name) is None), None)
+    return None if absent is None else _not_installed(absent, extra)
+
+
+def _not_installed(package: str, extra: str | None) -> str:
+    name = package if extra is None else f"'ptq4dit-ao[{extra}]'"
+    return f"{package!r} is not installed; it comes with: python -m pip install {name}"

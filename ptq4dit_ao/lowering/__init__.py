@@ -16,10 +16,12 @@ from ptq4dit_ao.lowering.backend import (
     Request,
     available_backends,
     backends_for,
+    load_plugins,
     missing_backends,
     register,
 )
-from ptq4dit_ao.lowering.build import LoweredModel, export_to, lower
+from ptq4dit_ao.lowering.build import export_to, lower
+from ptq4dit_ao.lowering.lowered_model import LoweredModel
 from ptq4dit_ao.lowering.match import QuantizedLinear, float_linears, quantized_linears
 from ptq4dit_ao.lowering.proof import KernelProof
 
@@ -40,3 +42,5 @@ __all__ = [
     "quantized_linears",
     "register",
 ]
+
+load_plugins()

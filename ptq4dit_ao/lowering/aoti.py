@@ -17,7 +17,7 @@ from ptq4dit_ao.lowering.backend import Backend, Request, Runnable, register
 from ptq4dit_ao.lowering.machine import saturates
 from ptq4dit_ao.lowering.onednn_verbose import count_onednn_gemms
 from ptq4dit_ao.lowering.program import as_program, check_inputs, inputs_of
-from ptq4dit_ao.lowering.x86_inductor import INT8, prepare, unavailable
+from ptq4dit_ao.lowering.x86_inductor import INT8, lacks, prepare
 
 SUFFIX = ".pt2"
 SETTINGS = {"freezing": True}
@@ -55,7 +55,7 @@ register(
         integer=True,
         carries=INT8,
         refuse=saturates,
-        unavailable=unavailable,
+        lacks=lacks,
         build=build,
         count=count_onednn_gemms,
         write=write,

@@ -6,23 +6,23 @@ import difflib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import entry_points
+from operator import itemgetter
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ptq4dit_ao.errors import LoweringError, check_type
+from ptq4dit_ao._optional import missing_package
+from ptq4dit_ao.errors import ArgumentError, LoweringError, check_type
 from ptq4dit_ao.lowering.match import QuantizedLinear
-from ptq4dit_ao.lowering.proof import count_integer_gemms
+from ptq4dit_ao.lowering.proof import count_kernels
 
 logger = logging.getLogger(__name__)
 
 Runnable = Callable[..., Tensor | tuple[Tensor, ...]]
 """Called with the graph's inputs."""
-
-PREFERRED = ("cuda", "x86_inductor", "fbgemm", "reference")
-"""The order in which ``auto`` tries backends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,32 +72,57 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """How one backend runs a converted graph."""
+    """A record of how one backend runs a converted graph, and of what proves that it does.
+
+    A new backend is one file that makes such a record and calls :func:`register` with it; see
+    docs/maintainers/add_a_backend.md. A package of its own may do so, too: an entry point in the group
+    ``ptq4dit_ao.backends`` names the module.
+    """
 
     name: str
     summary: str
+    """One line for ``ptq4dit-ao backends``."""
     integer: bool
-    """Does it run integer kernels, or simulate them in float?"""
+    """Whether it runs integer kernels; else it simulates them in float."""
     build: Callable[[Request], Runnable]
+    """Makes a function of the graph's inputs."""
+    rank: int | None = None
+    """Place in the order in which ``auto`` tries backends, lowest first; None: ``auto`` never takes it."""
+    rare: bool = False
+    """Whether most machines cannot run it, so that ``auto`` passes it over without a warning."""
+    kernels: tuple[str, ...] = ()
+    """Names, in torch's profiler, of the kernels by which it multiplies integers by integers."""
+    packages: tuple[str, ...] = ()
+    """Optional packages that it imports."""
+    extra: str | None = None
+    """Extra of this package that installs them."""
     carries: Capabilities | None = None
     """None: anything."""
     refuse: Callable[[QuantizedLinear], str | None] = lambda linear: None
     """Why it cannot carry a linear that ``carries`` allows."""
-    unavailable: Callable[[], str | None] = lambda: None
-    """Why this machine cannot run it, and what would help; None if it can."""
-    count: Callable[[Runnable, Sequence[Tensor]], dict[str, int]] = count_integer_gemms
-    """Integer GEMMs of one call, those of linears: kernel -> how often."""
+    lacks: Callable[[], str | None] = lambda: None
+    """Why this machine's hardware or torch cannot run it, and what would help; None if it can."""
+    count: Callable[[Runnable, Sequence[Tensor]], dict[str, int]] | None = None
+    """Counts the integer GEMMs of one call, those of linears: kernel -> how often. None: torch's profiler counts
+    :attr:`kernels`."""
     count_attention: Callable[[Runnable, Sequence[Tensor]], dict[str, int]] = lambda run, inputs: {}
-    """Matrix products of attention that one call computes with integers: kernel -> how many."""
-
+    """Counts the matrix products of attention that one call computes with integers: kernel -> how many."""
     write: Callable[[Request, Path], Runnable] | None = None
-    """Write the file that another program runs, into a folder of its own, and load it; None if it has no such form."""
+    """Writes the file that another program runs, into a folder of its own, and loads it; None if there is no such form."""
     suffix: str = ""
-    """Of that file."""
+    """Suffix of that file."""
     prunes: bool = False
-    """Does it leave out what no output depends on, be it cut off by a slice?"""
+    """Whether it leaves out what no output depends on, be it cut off by a slice."""
     compiles: bool = False
-    """Does building take minutes, so that an error is not looked into by building parts?"""
+    """Whether building takes minutes, so that an error is not looked into by building parts."""
+
+    def unavailable(self) -> str | None:
+        """Why this machine cannot run it, and what would help; None if it can."""
+        return missing_package(self.packages, self.extra) or self.lacks()
+
+    def integer_gemms(self, run: Runnable, inputs: Sequence[Tensor]) -> dict[str, int]:
+        """Integer GEMMs of linears in one call of what it built: kernel -> how often."""
+        return count_kernels(run, inputs, self.kernels) if self.count is None else self.count(run, inputs)
 
     def why_not(self, linear: QuantizedLinear) -> str | None:
         """Why it cannot carry a linear; None if it can."""
@@ -106,11 +131,34 @@ class Backend:
 
 
 BACKENDS: dict[str, Backend] = {}
+"""Every backend that was registered, by name."""
+
+PLUGINS = "ptq4dit_ao.backends"
+"""Group of entry points by which other packages add backends."""
 
 
 def register(backend: Backend) -> None:
-    """Add a backend under its name."""
+    """Add a backend under its name.
+
+    Raises:
+        ArgumentError: the name is taken.
+    """
+    check_type("backend", backend, Backend, "a Backend")
+    if backend.name in BACKENDS or backend.name == "auto":
+        raise ArgumentError(f"there is a backend {backend.name!r} already; register this one under another name")
     BACKENDS[backend.name] = backend
+
+
+def load_plugins() -> None:
+    """Import the modules that other packages name as entry points of the group ``ptq4dit_ao.backends``.
+
+    One that fails is named in a warning, and the others are loaded.
+    """
+    for plugin in entry_points(group=PLUGINS):
+        try:
+            plugin.load()
+        except Exception as error:  # of somebody's package: it must not take the others along
+            logger.warning("backend plugin %s (%s) cannot be loaded: %s", plugin.name, plugin.value, error)
 
 
 def available_backends() -> dict[str, str]:
@@ -130,9 +178,9 @@ def backends_for(dtype: torch.dtype) -> list[str]:
 
 
 def choose_backend(name: str, linears: Sequence[QuantizedLinear] = ()) -> Backend:
-    """The backend of a name; for ``auto``, the first of :data:`PREFERRED` that runs here and carries the linears.
+    """The backend of a name; for ``auto``, the first by rank that runs here and carries the linears.
 
-    ``auto`` logs a warning for each that it passes over, but for ``cuda``: most machines have no GPU.
+    ``auto`` logs a warning for each that it passes over, but for those that are rare.
 
     Raises:
         LoweringError: the name is unknown, or this machine cannot run it.
@@ -153,15 +201,15 @@ def choose_backend(name: str, linears: Sequence[QuantizedLinear] = ()) -> Backen
 
 def _best(linears: Sequence[QuantizedLinear]) -> Backend:
     passed: list[str] = []
-    for name in PREFERRED:
-        backend = BACKENDS[name]
+    ranked = [(backend.rank, backend) for backend in BACKENDS.values() if backend.rank is not None]
+    for _, backend in sorted(ranked, key=itemgetter(0)):
         why = backend.unavailable() or next(filter(None, map(backend.why_not, linears)), None)
         if why is None:
             for line in passed:
-                logger.warning("%s; taking %r", line, name)
+                logger.warning("%s; taking %r", line, backend.name)
             return backend
-        if name != "cuda":
-            passed.append(f"backend {name!r} cannot run here: {why}")
+        if not backend.rare:
+            passed.append(f"backend {backend.name!r} cannot run here: {why}")
     raise AssertionError("the reference backend runs anything anywhere")
 
 

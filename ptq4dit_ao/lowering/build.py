@@ -8,21 +8,21 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule
 
-from ptq4dit_ao._modes import own_modes, without_autocast
+from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao._paths import as_path, check_file, check_room
-from ptq4dit_ao.capture.interface import CapturedModule, InputSpec, check_batch, input_specs, random_inputs
-from ptq4dit_ao.errors import ArgumentError, LoweringError, PTQ4DiTError, check_type
+from ptq4dit_ao.capture.interface import InputSpec, check_batch, input_specs, random_inputs
+from ptq4dit_ao.errors import LoweringError, PTQ4DiTError, check_type
 from ptq4dit_ao.graph.names import get_attribute, placeholders, set_tensor
 from ptq4dit_ao.graph.shapes import tensor_of
 from ptq4dit_ao.graph.ties import merge_equal_computations
 from ptq4dit_ao.lowering.backend import BACKENDS, Backend, Request, Runnable, choose_backend
 from ptq4dit_ao.lowering.files import complete
+from ptq4dit_ao.lowering.lowered_model import LoweredModel
 from ptq4dit_ao.lowering.match import quantized_linears, quantized_products, unread_linears
 from ptq4dit_ao.lowering.parity import Parity, Rebuild, idle_linears
 from ptq4dit_ao.lowering.proof import KernelProof, check_proof
@@ -31,40 +31,6 @@ logger = logging.getLogger(__name__)
 
 OTHER_ROWS = 3
 """Of the second batch on which a built model is compared with its graph."""
-
-
-class LoweredModel(nn.Module):
-    """A quantized model ready to run; called with the exported graph's inputs."""
-
-    inputs: tuple[InputSpec, ...] = ()
-    captured: CapturedModule | None = None
-    """These two are known of a :class:`~ptq4dit_ao.QuantizedModel`."""
-
-    def __init__(self, run: Runnable, proof: KernelProof) -> None:
-        super().__init__()
-        self.run = run
-        self.proof = proof
-
-    @torch.compiler.disable(reason="it is built already")  # compilers do not know the kernels in it
-    @torch.no_grad()
-    @without_autocast()
-    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        return self.run(*inputs)
-
-    def __copy__(self) -> LoweredModel:
-        other = LoweredModel(self.run, self.proof)
-        other.inputs, other.captured = self.inputs, self.captured
-        return other
-
-    def __deepcopy__(self, memo: object) -> LoweredModel:
-        """Shares what runs, which does not change."""
-        return copy.copy(self)
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise ArgumentError(
-            f"a lowered model is bound to this process and backend {self.proof.backend!r}, and cannot be pickled; "
-            "save the quantized model with save_quantized and lower it where it runs, or write a file with export_to"
-        )
 
 
 @own_modes()
@@ -102,21 +68,20 @@ def lower(
     """
     check_type("converted", converted, GraphModule, "a graph that convert_pt2e returned, or QuantizedModel.graph")
     chosen = choose_backend(backend, quantized_linears(converted))
-    specs = input_specs(converted) if inputs is None else tuple(inputs)
-    batches = _batches(converted, specs, example_inputs)
-    graph = converted if consume else _copy(converted)
-    request, refused, promised = _request(graph, chosen, batches[0], float_dtype, allow_float_fallback)
-    _check_quantized(chosen, request, promised)
-    parity = None
-    if verify and chosen.integer:
-        parity = Parity(converted, batches, _computes_in(converted, float_dtype), consumed=consume)
-    run = _built(chosen, lambda: chosen.build(request))
-    proof = _prove(chosen, run, request, refused, promised, allow_float_fallback, None if consume else converted)
-    if parity is not None:
-        proof = replace(proof, difference=parity.check(run, chosen.name, _rebuild(chosen, float_dtype)))
+    job = _Job(
+        converted,
+        chosen,
+        example_inputs=example_inputs,
+        inputs=inputs,
+        float_dtype=float_dtype,
+        allow_float_fallback=allow_float_fallback,
+        verify=verify,
+        consume=consume,
+    )
+    run, proof = job.proven(chosen.build)
     logger.info("%s; %s", proof, proof.parity)
     lowered = LoweredModel(run, proof)
-    lowered.inputs = specs or ()
+    lowered.inputs = job.specs or ()
     return lowered
 
 
@@ -163,18 +128,77 @@ def export_to(
         path = path.with_name(path.name + chosen.suffix)
     check_file(path)
     check_room(path, sum(linear.weight.numel() for linear in quantized_linears(converted)) // 2)  # if all are of 4 bits
-    specs = input_specs(converted) if inputs is None else tuple(inputs)
-    batches = _batches(converted, specs, example_inputs)
-    request, refused, promised = _request(_copy(converted), chosen, batches[0], float_dtype, allow_float_fallback)
-    _check_quantized(chosen, request, promised)
+    job = _Job(
+        converted,
+        chosen,
+        example_inputs=example_inputs,
+        inputs=inputs,
+        float_dtype=float_dtype,
+        allow_float_fallback=allow_float_fallback,
+        verify=verify,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     with complete(path) as unfinished:
-        run = _built(chosen, lambda: write(request, unfinished))
-        _prove(chosen, run, request, refused, promised, allow_float_fallback, converted)
-        if verify:
-            parity = Parity(converted, batches, _computes_in(converted, float_dtype), consumed=False)
-            parity.check(run, chosen.name, _rebuild(chosen, float_dtype))
+        job.proven(lambda request: write(request, unfinished))
     return path
+
+
+class _Job:
+    """One graph on its way to one backend: what is asked of the backend, and the proofs of what it built.
+
+    Raises LoweringError, as :func:`lower` says.
+    """
+
+    def __init__(
+        self,
+        converted: GraphModule,
+        backend: Backend,
+        *,
+        example_inputs: Sequence[Tensor] | None,
+        inputs: Sequence[InputSpec] | None,
+        float_dtype: torch.dtype | None,
+        allow_float_fallback: bool,
+        verify: bool,
+        consume: bool = False,
+    ) -> None:
+        self.backend, self.float_dtype, self.allow_float_fallback = backend, float_dtype, allow_float_fallback
+        self.specs = input_specs(converted) if inputs is None else tuple(inputs)
+        batches = _batches(converted, self.specs, example_inputs)
+        graph = converted if consume else _copy(converted)
+        self.request, self.refused, self.promised = _request(
+            graph, backend, batches[0], float_dtype, allow_float_fallback
+        )
+        _check_quantized(backend, self.request, self.promised)
+        self.converted = None if consume else converted
+        """The graph as it was, if it still is: linears that the backend may have left out are looked for in it."""
+        self.parity = None
+        if verify and backend.integer:
+            self.parity = Parity(converted, batches, _computes_in(converted, float_dtype), consumed=consume)
+
+    def proven(self, make: Callable[[Request], Runnable]) -> tuple[Runnable, KernelProof]:
+        """What ``make`` builds, and the proof of its kernels and, unless it was left out, of its results."""
+        run = _built(self.backend, lambda: make(self.request))
+        proof = self._kernels(run)
+        if self.parity is not None:
+            rebuild = _rebuild(self.backend, self.float_dtype)
+            proof = replace(proof, difference=self.parity.check(run, self.backend.name, rebuild))
+        return run, proof
+
+    def _kernels(self, run: Runnable) -> KernelProof:
+        backend, inputs = self.backend, self.request.example_inputs
+        proof = KernelProof(
+            backend=backend.name,
+            promised=self.promised if backend.integer else 0,
+            kernels=backend.integer_gemms(run, inputs) if backend.integer else {},
+            float_layers=tuple(self.refused),
+            attention=self.request.attention,
+            attention_kernels=backend.count_attention(run, inputs),
+        )
+        if backend.prunes and self.converted is not None and proof.integer_gemms < proof.promised:
+            idle = idle_linears(self.converted, inputs)
+            proof = replace(proof, idle=idle, promised=self.promised - len(idle))
+        check_proof(proof, allow_float_fallback=self.allow_float_fallback)
+        return proof
 
 
 def _copy(graph: GraphModule) -> GraphModule:
@@ -231,34 +255,6 @@ def _rebuild(backend: Backend, float_dtype: torch.dtype | None) -> Rebuild | Non
         return backend.build(request)
 
     return build
-
-
-def _prove(
-    backend: Backend,
-    run: Runnable,
-    request: Request,
-    refused: Sequence[tuple[str, str]],
-    promised: int,
-    allow_float_fallback: bool,
-    converted: GraphModule | None,
-) -> KernelProof:
-    """Which kernels ran, of what was built; raises LoweringError if these are fewer than promised.
-
-    ``converted`` is the graph as it was, if it still is: linears that the backend may have left out are looked for.
-    """
-    proof = KernelProof(
-        backend=backend.name,
-        promised=promised if backend.integer else 0,
-        kernels=backend.count(run, request.example_inputs) if backend.integer else {},
-        float_layers=tuple(refused),
-        attention=request.attention,
-        attention_kernels=backend.count_attention(run, request.example_inputs),
-    )
-    if backend.prunes and converted is not None and proof.integer_gemms < proof.promised:
-        idle = idle_linears(converted, request.example_inputs)
-        proof = replace(proof, idle=idle, promised=promised - len(idle))
-    check_proof(proof, allow_float_fallback=allow_float_fallback)
-    return proof
 
 
 def _request(

@@ -17,6 +17,9 @@ from ptq4dit_ao.lowering.match import QuantizedLinear
 
 aten = torch.ops.aten
 
+KERNELS = ("onednn::qlinear_pointwise", "quantized::linear_with_input_q_dq_qweight_dq_output_fp32")
+"""Names of its integer kernels in torch's profiler."""
+
 
 class OneDNNLinear(nn.Module):
     """uint8 (N, ..., C_in) -> float (N, ..., C_out), or uint8 if the next linear's quantizer was taken in."""
@@ -155,8 +158,10 @@ register(
         summary="eager int8 kernels for x86 (oneDNN or FBGEMM), no compiler, ready in seconds",
         integer=True,
         carries=Capabilities(),
+        rank=2,
+        kernels=KERNELS,
         refuse=refuse,
-        unavailable=no_x86,
+        lacks=no_x86,
         build=build,
     )
 )

@@ -10,7 +10,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from ptq4dit_ao.lowering.program import as_program
 aten = torch.ops.aten
 
 SUFFIX = ".onnx"
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 FULL_RANGE = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
 INTEGER_GEMMS = ("MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm")
 """Operators of onnxruntime that multiply integers by integers."""
@@ -79,12 +77,6 @@ def _count(run: Runnable, inputs: Sequence[Tensor], *, attention: bool) -> dict[
         run(*inputs)
     counted = Counter(operator for node, operator in run.ran if (node in run.attention) == attention)
     return {name: counted[name] for name in INTEGER_GEMMS if name in counted}
-
-
-def unavailable() -> str | None:
-    """Which package is missing."""
-    missing = [name for name in PACKAGES if find_spec(name) is None]
-    return f"{missing[0]!r} is not installed; python -m pip install 'ptq4dit-ao[onnx]'" if missing else None
 
 
 def refuse(linear: QuantizedLinear) -> str | None:
@@ -163,7 +155,8 @@ register(
         integer=True,
         carries=Capabilities(activation_dtypes=tuple(FULL_RANGE)),
         refuse=refuse,
-        unavailable=unavailable,
+        packages=("onnx", "onnxscript", "onnxruntime"),
+        extra="onnx",
         build=build,
         count=count,
         count_attention=count_attention,

@@ -14,14 +14,6 @@ from ptq4dit_ao.errors import LoweringError
 
 logger = logging.getLogger(__name__)
 
-INTEGER_GEMMS = (
-    "onednn::qlinear_pointwise",
-    "quantized::linear_with_input_q_dq_qweight_dq_output_fp32",
-    "ptq4dit_ao::int8_linear",
-    "ptq4dit_ao::int4_linear",
-)
-"""Profiler names of the kernels that multiply integers by integers."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class KernelProof:
@@ -74,14 +66,14 @@ class KernelProof:
         return f"; attention: {integer}/{self.attention} matmuls with integers ({_listed(self.attention_kernels)})"
 
 
-def count_integer_gemms(model: Callable[..., object], inputs: Sequence[Tensor]) -> dict[str, int]:
-    """Integer GEMM calls of one run of ``model``; compilation, if any, happens before."""
+def count_kernels(model: Callable[..., object], inputs: Sequence[Tensor], kernels: Sequence[str]) -> dict[str, int]:
+    """Calls of each kernel in one run of ``model``, by torch's profiler; compilation, if any, happens before."""
     with torch.no_grad():
         model(*inputs)
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             model(*inputs)
     calls = {event.key: event.count for event in profiler.key_averages()}
-    return {name: calls[name] for name in INTEGER_GEMMS if name in calls}
+    return {name: calls[name] for name in kernels if name in calls}
 
 
 def check_proof(proof: KernelProof, *, allow_float_fallback: bool) -> None:

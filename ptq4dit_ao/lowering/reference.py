@@ -9,6 +9,7 @@ register(
         name="reference",
         summary="quantize/dequantize nodes run eagerly in float: a simulation, on any machine",
         integer=False,
+        rank=3,
         build=lambda request: request.graph,
     )
 )

@@ -18,10 +18,13 @@ from ptq4dit_ao.lowering.unshare import unshare_weights
 
 aten = torch.ops.aten
 
+KERNELS = ("onednn::qlinear_pointwise",)
+"""Names of its integer kernels in torch's profiler."""
+
 INT8 = Capabilities(activation_dtypes=(torch.uint8, torch.int8), float_dtypes=(torch.bfloat16,))
 
 
-def unavailable() -> str | None:
+def lacks() -> str | None:
     """Why this machine cannot compile to oneDNN."""
     return no_x86() or no_onednn() or no_compiler()
 
@@ -58,8 +61,10 @@ register(
         summary="torch.compile to fused int8 kernels for x86 (oneDNN); needs a C++ compiler",
         integer=True,
         carries=INT8,
+        rank=1,
+        kernels=KERNELS,
         refuse=saturates,
-        unavailable=unavailable,
+        lacks=lacks,
         build=build,
         compiles=True,
     )

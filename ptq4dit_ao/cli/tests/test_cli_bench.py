@@ -48,7 +48,7 @@ def writer(monkeypatch) -> list[object]:
     carries = Capabilities(float_dtypes=(torch.bfloat16,))
     scribe = dataclasses.replace(BACKENDS["fbgemm"], name="scribe", carries=carries, write=write, suffix=".quill")
     monkeypatch.setitem(BACKENDS, "scribe", scribe)
-    absent = dataclasses.replace(scribe, name="absent", unavailable=lambda: "there is no [such] device")
+    absent = dataclasses.replace(scribe, name="absent", lacks=lambda: "there is no [such] device")
     monkeypatch.setitem(BACKENDS, "absent", absent)
     return requests
 

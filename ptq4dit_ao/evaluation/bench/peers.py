@@ -22,10 +22,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from ptq4dit_ao.capture.export import call_like
 from ptq4dit_ao.lowering.backend import Runnable
+from ptq4dit_ao.lowering.fbgemm import KERNELS
 from ptq4dit_ao.lowering.openvino import OpenVINORunnable, to_openvino
-from ptq4dit_ao.lowering.proof import INTEGER_GEMMS
 
-TORCH_GEMMS = (*INTEGER_GEMMS, "aten::_int_mm")
+TORCH_GEMMS = (*KERNELS, "aten::_int_mm")
 
 
 @dataclass(frozen=True, kw_only=True)

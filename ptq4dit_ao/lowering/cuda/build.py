@@ -192,7 +192,10 @@ register(
             float_dtypes=(torch.bfloat16, torch.float16),
         ),
         refuse=overflows,
-        unavailable=no_gpu,
+        rank=0,
+        rare=True,
+        kernels=("ptq4dit_ao::int8_linear", "ptq4dit_ao::int4_linear"),
+        lacks=no_gpu,
         build=build,
         compiles=True,
     )

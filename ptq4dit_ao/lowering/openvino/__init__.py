@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -98,12 +97,6 @@ def count_attention(run: Runnable, inputs: Sequence[Tensor]) -> dict[str, int]:
     return {kernel: count for kernel, count in found.items() if count}
 
 
-def unavailable() -> str | None:
-    """Why OpenVINO cannot run."""
-    missing = find_spec("openvino") is None
-    return "'openvino' is not installed; python -m pip install 'ptq4dit-ao[openvino]'" if missing else None
-
-
 def refuse(linear: QuantizedLinear) -> str | None:
     """Why the plugin would compute a linear wrongly."""
     return None if no_x86() else saturates(linear)
@@ -141,7 +134,8 @@ register(
         integer=True,
         carries=Capabilities(activation_dtypes=(torch.uint8, torch.int8), float_dtypes=(torch.bfloat16,)),
         refuse=refuse,
-        unavailable=unavailable,
+        packages=("openvino",),
+        extra="openvino",
         build=build,
         count=count,
         count_attention=count_attention,

@@ -16,12 +16,12 @@ from ptq4dit_ao.core.metrics import sqnr_db
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.lowering import export_to, lower
 from ptq4dit_ao.lowering.onednn_verbose import count_onednn_gemms
-from ptq4dit_ao.lowering.x86_inductor import unavailable
+from ptq4dit_ao.lowering.x86_inductor import lacks
 
 DOCS = Path(__file__).parents[3] / "docs" / "aoti.md"
 LINEARS = 14
 
-pytestmark = [pytest.mark.x86, pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))]
+pytestmark = [pytest.mark.x86, pytest.mark.skipif(lacks() is not None, reason=str(lacks()))]
 
 
 def batch_of(rows: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -191,7 +191,7 @@ def test_an_unknown_backend(quantized, name, message):
 
 
 def lacks(monkeypatch, name: str, why: str) -> None:
-    unable = dataclasses.replace(lowering.BACKENDS[name], unavailable=lambda: why)
+    unable = dataclasses.replace(lowering.BACKENDS[name], lacks=lambda: why)
     monkeypatch.setitem(lowering.BACKENDS, name, unable)
 
 

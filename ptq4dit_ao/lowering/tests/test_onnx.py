@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from ptq4dit_ao.capture import export_transformer
 from ptq4dit_ao.core.metrics import sqnr_db
 from ptq4dit_ao.errors import LoweringError
-from ptq4dit_ao.lowering import export_to, lower, onnx
+from ptq4dit_ao.lowering import BACKENDS, export_to, lower, onnx
 from ptq4dit_ao.lowering.tests.batches import batch_of
 from ptq4dit_ao.quantizer import PTQ4DiTQuantizer
 
 LINEARS = 14
 
-needs_onnx = pytest.mark.skipif(onnx.unavailable() is not None, reason=str(onnx.unavailable()))
+needs_onnx = pytest.mark.skipif(BACKENDS["onnx"].unavailable() is not None, reason=str(BACKENDS["onnx"].unavailable()))
 
 
 @needs_onnx

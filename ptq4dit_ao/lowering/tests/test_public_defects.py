@@ -14,12 +14,12 @@ from ptq4dit_ao.capture import export_transformer
 from ptq4dit_ao.core.metrics import sqnr_db
 from ptq4dit_ao.errors import LoweringError
 from ptq4dit_ao.lowering import aoti, export_to, lower
-from ptq4dit_ao.lowering.x86_inductor import unavailable
+from ptq4dit_ao.lowering.x86_inductor import lacks
 from ptq4dit_ao.passes import balance_result
 from ptq4dit_ao.quantizer import PTQ4DiTQuantizer
 
 STEPS = 3
-COMPILES = [pytest.mark.x86, pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))]
+COMPILES = [pytest.mark.x86, pytest.mark.skipif(lacks() is not None, reason=str(lacks()))]
 
 
 class Unrolled(nn.Module):
@@ -81,7 +81,7 @@ def freezing(request, monkeypatch) -> bool:
 
 
 @pytest.mark.x86
-@pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+@pytest.mark.skipif(lacks() is not None, reason=str(lacks()))
 def test_a_float_aoti_package_is_refused_and_not_written(freezing, samples, convert, tmp_path):
     converted = convert(export(samples, 1), PTQ4DiTQuantizer(aggregation="none"), samples)
     refusal = pytest.raises(LoweringError, match="'aoti' ran 0 of 2 quantized linears on integer kernels")

@@ -112,7 +112,7 @@ def test_a_backend_of_ours_that_fails_is_a_row_too(run, monkeypatch):
 
 
 def test_backends_default_to_the_integer_ones_that_run_here(run, monkeypatch):
-    absent = dataclasses.replace(BACKENDS["fbgemm"], name="absent", unavailable=lambda: "no such device")
+    absent = dataclasses.replace(BACKENDS["fbgemm"], name="absent", lacks=lambda: "no such device")
     for name in list(BACKENDS):
         if name not in ("reference", "fbgemm"):
             monkeypatch.delitem(BACKENDS, name)

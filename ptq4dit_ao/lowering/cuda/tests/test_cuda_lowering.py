@@ -45,7 +45,7 @@ def converted(request, quantized) -> GraphModule:
 @pytest.fixture
 def on_cpu(monkeypatch) -> None:
     """Lets ``lower`` take the backend where there is no GPU: what runs is the CPU reference."""
-    monkeypatch.setitem(backends, "cuda", dataclasses.replace(backends["cuda"], unavailable=lambda: None))
+    monkeypatch.setitem(backends, "cuda", dataclasses.replace(backends["cuda"], lacks=lambda: None))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
