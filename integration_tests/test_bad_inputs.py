@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import ptq4dit_ao
 from ptq4dit_ao import CalibrationSamples, SalienceStatistics, load_quantized, load_recipe, round_sequentially
-from ptq4dit_ao._digest import json_digest
+from ptq4dit_ao._formats import json_digest
 from ptq4dit_ao.cli.main import main
 from ptq4dit_ao.errors import ArgumentError, PTQ4DiTError, RecipeError
 from ptq4dit_ao.evaluation.reference_set import read_reference
@@ -131,7 +131,7 @@ RECIPES: dict[str, tuple[str | bytes, str]] = {
     "infinite": ("version: 1\nbalance: {max_scale: .inf}", "balance.max_scale: Infinity is not allowed"),
     "overflow": ("version: 1\nbalance: {max_scale: 1e999}", "balance.max_scale: Infinity is not allowed"),
     "alpha": ("version: 1\nbalance: {alpha: 1.5}", "balance.alpha: 1.5 is not allowed"),
-    "aggregation": ("version: 1\nbalance: {aggregation: scc}", "did you mean 'ssc'"),
+    "method": ("version: 1\nbalance: {method: scc}", "did you mean 'ssc'"),
     "auto": ("version: 1\nweights: {bits: auto}", "bits: auto needs average_bits"),
     "budget": ("version: 1\nweights: {bits: auto, average_bits: 2}", "average_bits is 2, and the candidates go from 4"),
     "no override": ("version: 1\noverrides: [{pattern: a}]", "asks for nothing; add one of skip"),
@@ -212,7 +212,7 @@ COMMANDS: dict[str, tuple[str, int, str]] = {
         "cannot write /proc/no/x: No such fil",
     ),
     "balance full": ("balance --model reference --output full", FAILED, "full exists and is not an empty folder; choo"),
-    "balance none": ("balance minmax --model reference --output x", FAILED, "aggregation is 'none'; choose one of"),
+    "balance none": ("balance minmax --model reference --output x", FAILED, "method is 'none'; choose one of"),
     "balance steps": (
         "balance many.yaml --model reference --output x",
         FAILED,

@@ -130,9 +130,9 @@ OTHERS_SKIPPED = (
 """Only q, k, v and FC1 are quantized: the others' errors, which no outlier makes, would hide theirs."""
 
 
-def w8a8_sqnr_db(name: str, aggregation: str) -> float:
+def w8a8_sqnr_db(name: str, method: str) -> float:
     """Of the simulated graph with salient channels, against the float graph without."""
-    prepared = prepare_pt2e(salient(name), PTQ4DiTQuantizer(aggregation=aggregation, layers=OTHERS_SKIPPED))
+    prepared = prepare_pt2e(salient(name), PTQ4DiTQuantizer(balance=method, layers=OTHERS_SKIPPED))
     for seed in CALIBRATION:
         prepared(*graph_inputs(name, seed))
     converted = convert_pt2e(prepared)

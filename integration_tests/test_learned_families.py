@@ -65,8 +65,8 @@ def quick(recipe: Recipe, graph: GraphModule) -> Recipe:
     rounding = recipe.rounding.model_copy(update={"steps": STEPS})
     distillation = recipe.distillation.model_copy(update={"steps": min(STEPS, recipe.distillation.steps)})
     balance = recipe.balance
-    if timestep_placeholder(graph) is None and balance.aggregation not in ("none", "repq"):
-        balance = balance.model_copy(update={"aggregation": "max"})
+    if timestep_placeholder(graph) is None and balance.method not in ("none", "repq"):
+        balance = balance.model_copy(update={"method": "max"})
     return recipe.model_copy(update={"rounding": rounding, "distillation": distillation, "balance": balance})
 
 
@@ -80,7 +80,7 @@ def nearest_db(name: str, recipe: str) -> float:
         activations=base.activations,
         attention=base.attention,
         layers=base.layers,
-        balance=Balance(aggregation="none"),
+        balance=Balance(method="none"),
     )
     return sqnr_db(expected, outputs(apply_recipe(graph, plain, batches).graph, batches))
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from ptq4dit_ao._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from ptq4dit_ao.calibration import CalibrationSamples, collect_from_pipeline
     from ptq4dit_ao.capture import export_transformer
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
         save_quantized,
     )
 
-__version__ = "0.1.0"
 
 _HOMES = {
     "calibration": ("CalibrationSamples", "collect_from_pipeline"),

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ptq4dit_ao._atomic import temporary_folder
+from ptq4dit_ao._files import temporary_folder
 from ptq4dit_ao.errors import ArgumentError, PTQ4DiTError, check_type
 
 

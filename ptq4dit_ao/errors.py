@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
 
 class PTQ4DiTError(Exception):
     """Base of all errors raised on purpose; the CLI prints them without a traceback and exits with 1."""
@@ -60,3 +67,18 @@ def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raises ArgumentError unless ``value`` is one of ``allowed``."""
     if value not in allowed:
         raise ArgumentError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
+
+
+def renamed(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorator: a keyword argument of an earlier version (old name = new name) raises an ArgumentError."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            for old in names.keys() & kwargs.keys():
+                raise ArgumentError(f"the argument {old!r} is called {names[old]!r} now: {names[old]}={kwargs[old]!r}")
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate

@@ -26,7 +26,8 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from ptq4dit_ao import CalibrationSamples, collect_from_pipeline, export_transformer, load_recipe, load_reference_dit
-from ptq4dit_ao.calibration import SAMPLERS, Sampling, SamplingPipeline, sample
+from ptq4dit_ao.calibration import Sampling, SamplingPipeline, sample
+from ptq4dit_ao.choices import SAMPLERS
 from ptq4dit_ao.metrics import paired_error
 from ptq4dit_ao.recipe import Activations, Balance, Distillation, NormalDraw, Recipe, Rounding, Weights
 from ptq4dit_ao.reference import DIGITS, REFERENCES, SAMPLING
@@ -39,13 +40,13 @@ SEQUENTIAL = Rounding(method="gptq", ranges="output", sequential=True)
 METHODS = {
     "min-max": load_recipe("minmax"),
     "SmoothQuant 0.5": load_recipe("smoothquant"),
-    "CSB": Recipe(balance=Balance(aggregation="mean")),
-    "CSB + SSC": Recipe(balance=Balance(aggregation="ssc")),
+    "CSB": Recipe(balance=Balance(method="mean")),
+    "CSB + SSC": Recipe(balance=Balance(method="ssc")),
     "PTQ4DM": load_recipe("ptq4dm"),
     "Q-Diffusion": load_recipe("q_diffusion"),
     "RepQ": load_recipe("repq"),
-    "one pass": Recipe(balance=Balance(aggregation="auto", alpha="auto"), rounding=GPTQ),
-    "sequential, not balanced": Recipe(balance=Balance(aggregation="none"), rounding=SEQUENTIAL),
+    "one pass": Recipe(balance=Balance(method="auto", alpha="auto"), rounding=GPTQ),
+    "sequential, not balanced": Recipe(balance=Balance(method="none"), rounding=SEQUENTIAL),
     "fast": load_recipe("fast"),
     "learned": load_recipe("learned"),
     "auto": load_recipe("auto"),

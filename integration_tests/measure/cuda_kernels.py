@@ -30,8 +30,9 @@ from torch.profiler import ProfilerActivity, profile
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from ptq4dit_ao import PTQ4DiTQuantizer, export_transformer, lower
+from ptq4dit_ao._version import installed_version
 from ptq4dit_ao.evaluation.bench.random_dit import random_batches, random_dit
-from ptq4dit_ao.evaluation.environment import environment, installed
+from ptq4dit_ao.evaluation.environment import environment
 from ptq4dit_ao.lowering import missing_backends, quantized_linears
 from ptq4dit_ao.lowering.cuda import int4_linear, int8_linear
 from ptq4dit_ao.lowering.cuda.ops import pack_halves
@@ -191,7 +192,8 @@ def main() -> None:
         sys.exit("cuda_kernels: a kernel does not compute what the CPU reference does; no speed is worth that")
 
     figures: dict[str, Any] = {
-        "environment": {**environment(), "driver": driver(), "cuda": torch.version.cuda, "triton": installed("triton")},
+        "environment": {**environment(), "driver": driver(), "cuda": torch.version.cuda},
+        "triton": installed_version("triton"),
         "seed": SEED, "blocks": args.blocks, "rounds": args.rounds, "quantize_s": quantize_s, "errors": errors,
         "batches": {},
     }  # fmt: skip

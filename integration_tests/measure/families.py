@@ -44,7 +44,7 @@ from ptq4dit_ao import (
     load_quantized,
     load_recipe,
 )
-from ptq4dit_ao._atomic import replace_text
+from ptq4dit_ao._files import replace_text
 from ptq4dit_ao.capture.signature import flatten_call
 from ptq4dit_ao.core import sqnr_db
 from ptq4dit_ao.graph import Site
@@ -183,8 +183,8 @@ def survey(family: Family, backend: str, others: Sequence[str] = ()) -> dict[str
         "fold_error": fold_error(graph, sites, inputs_of(model, family, batch, 5)),
     }
     inputs = inputs_of(model, family, batch, 6)
-    aggregation = "ssc" if timestep_placeholder(graph) is not None else "max"
-    recipe = Recipe(layers="paper", balance=Balance(aggregation=aggregation))
+    method = "ssc" if timestep_placeholder(graph) is not None else "max"
+    recipe = Recipe(layers="paper", balance=Balance(method=method))
     quantized = apply_recipe(graph, recipe, [inputs_of(model, family, batch, seed) for seed in CALIBRATION])
     lowered = quantized.lower(backend, example_inputs=inputs)
     row |= {

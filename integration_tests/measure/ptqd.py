@@ -38,7 +38,7 @@ def generator(seed: int) -> torch.Generator:
 def quantize(model: torch.nn.Module, recipe: Recipe, bits: tuple[int, int], seed: int) -> Denoiser:
     """Without balancing, ranges from the smallest to the largest value."""
     update = {"weights": Weights(bits=bits[0]), "activations": Activations(bits=bits[1])}
-    recipe = recipe.model_copy(update={**update, "balance": Balance(aggregation="none"), "rounding": Rounding()})
+    recipe = recipe.model_copy(update={**update, "balance": Balance(method="none"), "rounding": Rounding()})
     c = recipe.calibration
     labels = torch.randint(10, (c.samples,), generator=generator(seed)).tolist()
     samples = collect_from_pipeline(

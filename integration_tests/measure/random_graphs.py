@@ -34,7 +34,7 @@ from ptq4dit_ao.recipe import Balance, Recipe
 PIECE, LOWERED = 100, 10
 """Programs of a piece; of so many, one is lowered."""
 
-RECIPE = Recipe(balance=Balance(aggregation="max"))
+RECIPE = Recipe(balance=Balance(method="max"))
 
 
 def quantized(program: list[Step], dynamic: bool) -> QuantizedModel:

@@ -40,19 +40,18 @@ def main() -> None:
     recipe = load_recipe("fast").model_copy(update={"weights": load_recipe("dit_w4a8").weights})
     start = last = time.perf_counter()
 
-    def on_sample(done: int) -> None:
-        print(f"batch {done}: {time.perf_counter() - start:.0f} s, peak {_peak() / weights:.2f}x", flush=True)
-
-    def on_layer(done: int, total: int) -> None:
+    def on_progress(stage: str, done: int, total: int) -> None:
         nonlocal last
-        if done % INPUTS == 0:
+        if stage == "calibrate":
+            print(f"batch {done}: {time.perf_counter() - start:.0f} s, peak {_peak() / weights:.2f}x", flush=True)
+        elif stage == "round" and done % INPUTS == 0:
             now = time.perf_counter()
             block = f"block {done // INPUTS} of {total // INPUTS}"
             print(f"{block}: {now - last:.0f} s, peak {_peak() / weights:.2f}x", flush=True)
             last = now
 
     batches = [tuple(batch) for batch in samples(args.rows // BATCH, BATCH)]
-    quantized = apply_recipe(model, recipe, batches, on_sample=on_sample, on_layer=on_layer, resume=args.resume)
+    quantized = apply_recipe(model, recipe, batches, on_progress=on_progress, resume=args.resume)
     print(f"{time.perf_counter() - start:.0f} s in all, peak {_peak() / weights:.2f}x: {quantized.report['seconds']}")
 
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
 
-from ptq4dit_ao._digest import json_digest
+from ptq4dit_ao._formats import json_digest
+from ptq4dit_ao._version import installed_version
 from ptq4dit_ao.artifact.strict import check_keys, load_json
 from ptq4dit_ao.artifact.weights import StoredTensor
 from ptq4dit_ao.errors import ArtifactError
 
 FORMAT = "ptq4dit-ao"
-FORMAT_VERSION = 2
-READ_VERSIONS = (1, 2)
-"""1 had no digest of the manifest itself."""
+FORMAT_VERSION = 3
+"""Version that is written, and the only one that is read: in 2, recipes had ``balance.aggregation``."""
 MANIFEST, GRAPH, WEIGHTS = "manifest.json", "graph.json", "weights.safetensors"
 BESIDE = ("report.json", "report.html", "ptqd.safetensors")
 """Written beside a model; not part of it."""
@@ -53,7 +52,7 @@ class Manifest:
         doc = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            "versions": {name: _version(name) for name in _PACKAGES},
+            "versions": {name: installed_version(name) for name in _PACKAGES},
             "input_signature": self.input_signature,
             "metadata": self.metadata,
             "tensors": {name: entry.to_json() for name, entry in self.tensors.items()},
@@ -70,8 +69,8 @@ def read_manifest(path: Path) -> Manifest:
     """
     doc = load_json(path)
     _check_format(path, doc)
-    check_keys(doc, _KEYS if doc["format_version"] == 1 else {*_KEYS, _DIGEST}, str(path))
-    if doc.pop(_DIGEST, None) != (None if doc["format_version"] == 1 else json_digest(doc)):
+    check_keys(doc, {*_KEYS, _DIGEST}, str(path))
+    if doc.pop(_DIGEST) != json_digest(doc):
         raise ArtifactError(f"{path} was altered: its sha256 is not its own; copy or save the model again")
     for key, kind in (("input_signature", list), ("metadata", dict), ("tensors", dict), ("versions", dict)):
         if not isinstance(doc[key], kind):
@@ -120,16 +119,8 @@ def _check_format(path: Path, doc: dict[str, Any]) -> None:
     if doc.get("format") != FORMAT:
         raise ArtifactError(f"{path} is of format {doc.get('format')!r}, not {FORMAT!r}; point to a model saved by it")
     version = doc.get("format_version")
-    if version not in READ_VERSIONS or type(version) is not int:
-        known = " and ".join(map(str, READ_VERSIONS))
+    if version != FORMAT_VERSION or type(version) is not int:
         raise ArtifactError(
-            f"{path} has format_version {version!r}, this version reads {known}; install the {FORMAT} that saved it, "
-            "or save the model again with this one"
+            f"{path} has format_version {version!r}, this version reads {FORMAT_VERSION}; install the {FORMAT} that "
+            "saved it, or quantize the model again with this one"
         )
-
-
-def _version(name: str) -> str | None:
-    try:
-        return packages.version(name)
-    except packages.PackageNotFoundError:
-        return None

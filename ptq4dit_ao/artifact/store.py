@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ptq4dit_ao._atomic import is_unfinished
+from ptq4dit_ao._files import is_unfinished, replacing_folder, set_aside
 from ptq4dit_ao._paths import as_path, because, check_writable
-from ptq4dit_ao.artifact.folder import replacing, set_aside
 from ptq4dit_ao.artifact.graph_json import graph_from_json, graph_to_json
 from ptq4dit_ao.artifact.manifest import (
     BESIDE,
@@ -51,16 +50,17 @@ class StoredModel:
 def write_artifact(
     directory: str | Path,
     gm: GraphModule,
-    metadata: Mapping[str, Any],
+    metadata: Mapping[str, Any] | Callable[[int], Mapping[str, Any]],
     input_signature: Sequence[Mapping[str, Any]],
-    beside: Callable[[Path, ArtifactSize], None] | None = None,
+    beside: Callable[[Path], None] | None = None,
 ) -> ArtifactSize:
     """Save a quantized model as the folder ``directory``; a model saved there before is replaced at the very end.
 
     Args:
         directory: a new or empty folder, or an earlier artifact.
         gm: of ``torch.export`` and ``convert_pt2e``.
-        metadata: JSON-safe, kept as it is (tuples become lists).
+        metadata: JSON-safe, kept as it is (tuples become lists); or a function that makes it of the bytes that graph
+            and weights take on disk.
         input_signature: JSON-safe, one entry for each input.
         beside: writes :data:`BESIDE` into the new folder before it takes its place.
 
@@ -68,21 +68,23 @@ def write_artifact(
         ArtifactError: the folder holds something else, the model or metadata has no stored form, or the disk is full.
             What was in the folder before is untouched then.
     """
+    graph = dump_json(graph_to_json(gm))
+    table, payload = pack_tensors(gm)
+    stored_bytes = len(graph) + sum(tensor.nbytes for tensor in payload.values())
+    metadata = metadata(stored_bytes) if callable(metadata) else metadata
     about = {"metadata": dict(metadata), "input_signature": [dict(entry) for entry in input_signature]}
     for name, value in about.items():
         check_json(value, name)
-    graph = dump_json(graph_to_json(gm))
-    table, payload = pack_tensors(gm)
     target = as_path(directory, "directory").resolve()
     try:
         _check_replaceable(target)
-        with replacing(target) as folder:
+        with replacing_folder(target) as folder:
             sizes = _write_files(folder, graph, table, payload, about)
             if beside is not None:
-                beside(folder, sizes)
+                beside(folder)
             return sizes
     except OSError as error:
-        raise _cannot_write(target, error, len(graph) + sum(t.nbytes for t in payload.values())) from error
+        raise _cannot_write(target, error, stored_bytes) from error
 
 
 def read_artifact(directory: str | Path, device: str | torch.device = "cpu") -> StoredModel:

@@ -2,12 +2,11 @@
 
 from ptq4dit_ao.calibration.pipeline import collect_from_pipeline
 from ptq4dit_ao.calibration.samples import CalibrationSamples
-from ptq4dit_ao.calibration.sampling import SAMPLERS, Sampling, SamplingPipeline, as_denoiser, sample
+from ptq4dit_ao.calibration.sampling import Sampling, SamplingPipeline, as_denoiser, sample
 from ptq4dit_ao.calibration.schedule import check_timesteps
 from ptq4dit_ao.calibration.timesteps import NormalTimesteps, choose_timesteps
 
 __all__ = [
-    "SAMPLERS",
     "CalibrationSamples",
     "NormalTimesteps",
     "Sampling",

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ptq4dit_ao._progress import OnProgress, ignore
 from ptq4dit_ao.calibration.samples import CalibrationSamples, join_calls
 from ptq4dit_ao.calibration.schedule import FirstCalls, check_timesteps, known_times, rounding_of, steps_asked
 from ptq4dit_ao.calibration.timesteps import RELATIVE_TOLERANCE, NormalTimesteps, StepSelection, choose_timesteps
@@ -36,7 +37,7 @@ def collect_from_pipeline(
     component: str = "transformer",
     call: Mapping[str, object] | None = None,
     skip: Callable[[Mapping[str, Any]], bool] | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress = ignore,
 ) -> CalibrationSamples:
     """Generate one sample per prompt and keep the transformer's inputs at the chosen timesteps.
 
@@ -61,7 +62,7 @@ def collect_from_pipeline(
         skip: tells, from the arguments of a call of the component by name, that it is not to be recorded. It runs all
             the same. A graph computes one kind of call: this leaves out those of another, such as the one of
             skip-layer guidance, ``lambda arguments: "skip_layers" in arguments``.
-        on_step: called with (steps done, steps in all).
+        on_progress: called with (steps done, steps in all).
 
     Raises:
         CalibrationError: the timesteps do not occur, the component does not exist or was not called, its calls do not
@@ -93,8 +94,7 @@ def collect_from_pipeline(
         for index, batch in enumerate(batches):
 
             def report(done: int, before: int = index * length) -> None:
-                if on_step is not None:
-                    on_step(before + min(done, length), len(batches) * length)
+                on_progress(before + min(done, length), len(batches) * length)
 
             recorder.start(report, draws and draws[index * batch_size :][:batch_size])
             try:

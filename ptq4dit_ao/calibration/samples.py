@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptq4dit_ao._tensor_file import read_tensors, write_tensors
+from ptq4dit_ao._formats import TensorFormat
 from ptq4dit_ao.capture.signature import CallSignature
 from ptq4dit_ao.errors import ArgumentError, CalibrationError, check_type
 from ptq4dit_ao.graph.names import TIMESTEP_NAMES
 
-_FORMAT = "ptq4dit-ao calibration samples"
+FORMAT = TensorFormat(name="calibration samples", version=2, error=CalibrationError, remedy="record them again")
 
 
 class CalibrationSamples:
@@ -49,12 +49,19 @@ class CalibrationSamples:
         if not sizes or len(set(sizes.values())) != 1 or 0 in sizes.values():
             raise CalibrationError(f"calibration inputs need one common, non-zero number of rows, got {sizes}")
         self.inputs, self.shared, self.signature = dict(inputs), dict(shared or {}), signature
+        self._device: torch.device | None = None
         names = [*self.inputs, *self.shared]
         if signature is not None and sorted(signature.names) != sorted(names):
             raise CalibrationError(f"the signature takes {signature.names}, but there are tensors for {names}")
 
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
+
+    def on(self, device: torch.device) -> CalibrationSamples:
+        """The same samples, whose batches are handed out on a device; what is recorded stays where it is."""
+        other = CalibrationSamples(self.inputs, self.shared, self.signature)
+        other._device = device
+        return other
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, ...]]:
         """Tuples of inputs, ``size`` rows each; the last may be smaller. Shared tensors only with a signature.
@@ -69,7 +76,8 @@ class CalibrationSamples:
         names = list(self.inputs) if self.signature is None else self.signature.names
         for start in range(0, len(self), size):
             rows = {name: tensor[start : start + size] for name, tensor in self.inputs.items()}
-            yield tuple(rows[name] if name in rows else self.shared[name] for name in names)
+            batch = (rows[name] if name in rows else self.shared[name] for name in names)
+            yield tuple(batch if self._device is None else (tensor.to(self._device) for tensor in batch))
 
     @property
     def timesteps(self) -> Tensor:
@@ -120,7 +128,9 @@ class CalibrationSamples:
 
     def _rows(self, which: Tensor) -> CalibrationSamples:
         rows = {name: tensor[which] for name, tensor in self.inputs.items()}
-        return CalibrationSamples(rows, self.shared, self.signature)
+        some = CalibrationSamples(rows, self.shared, self.signature)
+        some._device = self._device
+        return some
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, which replaces what was there when it is complete.
@@ -136,8 +146,7 @@ class CalibrationSamples:
                 about["signature"] = json.dumps(self.signature.to_json())
         except ValueError as error:
             raise CalibrationError(f"cannot write calibration samples to {path}: {error}") from error
-        tensors = _apart({**self.inputs, **self.shared})
-        write_tensors(path, tensors, form=_FORMAT, what="calibration samples", error=CalibrationError, about=about)
+        FORMAT.write(path, {**self.inputs, **self.shared}, about)
 
     @classmethod
     def load(cls, path: str | Path) -> CalibrationSamples:
@@ -146,9 +155,7 @@ class CalibrationSamples:
         Raises:
             CalibrationError: the file is missing, is something else, or is damaged.
         """
-        metadata, tensors = read_tensors(
-            path, form=_FORMAT, what="calibration samples", error=CalibrationError, way_out="record them again"
-        )
+        metadata, tensors = FORMAT.read(path)
         try:
             inputs = {name: tensors.pop(name) for name in metadata["inputs"].split(",")}
             text = metadata.get("signature")
@@ -164,18 +171,6 @@ def _check_rows(name: str, value: object) -> None:
     """Raises ArgumentError for a number of rows that is none."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ArgumentError(f"{name} is {value!r}; give a whole number of rows, at least 1")
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """As a file holds them: contiguous, and none in the memory of another."""
-    seen: set[int] = set()
-    apart = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.contiguous()
-        memory = tensor.untyped_storage().data_ptr()
-        apart[name] = tensor.clone() if memory in seen else tensor
-        seen.add(memory)
-    return apart
 
 
 def join_calls(calls: Sequence[tuple[CallSignature, Mapping[str, Tensor]]]) -> CalibrationSamples:

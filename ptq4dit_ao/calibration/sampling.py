@@ -8,22 +8,19 @@ import math
 import numbers
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, cast
 
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from ptq4dit_ao._optional import require
+from ptq4dit_ao._progress import OnProgress, ignore
+from ptq4dit_ao.choices import BETA_SCHEDULES, SAMPLERS, BetaSchedule, Sampler
 from ptq4dit_ao.errors import ArgumentError, ArtifactError, check_choice
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``(x (N,C,H,W), t (N,), y (N,)) -> predicted noise (N,C or 2C,H,W)``; DDIM ignores a learned variance."""
-
-Sampler = Literal["ddim", "ddpm"]
-SAMPLERS: tuple[str, ...] = get_args(Sampler)
-BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
-BETA_SCHEDULES: tuple[str, ...] = get_args(BetaSchedule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +156,7 @@ def sample(
     guidance: float = 1.5,
     generator: torch.Generator | None = None,
     scheduler: Any = None,
-    on_step: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress = ignore,
 ) -> Tensor:
     """Draw one image per label: (N,) -> (N, C, H, W); equal generators start from equal noise.
 
@@ -171,7 +168,7 @@ def sample(
         guidance: classifier-free guidance scale; 1 is none, and 0 leaves the label out.
         generator: of the noise, on the CPU.
         scheduler: one of diffusers' that is told the noise, or one that wraps it; as ``sampling`` says, if not given.
-        on_step: called with (steps done, steps in all).
+        on_progress: called with (steps done, steps in all).
 
     Raises:
         ArgumentError: no sampler takes so many steps, or an argument is not of this kind.
@@ -181,8 +178,7 @@ def sample(
     )
     for done, step in enumerate(path, start=1):
         x = step.result
-        if on_step is not None:
-            on_step(done, steps)
+        on_progress(done, steps)
     return x.clamp(-1, 1) if sampling.clip else x
 
 

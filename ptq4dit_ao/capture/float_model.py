@@ -110,3 +110,8 @@ def _own_tensors(name: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for own, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is not None:
             yield f"{name}.{own}" if name else own, tensor
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a model's parameters; the CPU if it has none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

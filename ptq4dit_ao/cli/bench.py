@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+from ptq4dit_ao._progress import OnStage
 from ptq4dit_ao.cli.progress import progress
 from ptq4dit_ao.cli.results import check_results, print_table, write_results
 from ptq4dit_ao.errors import ArgumentError
@@ -18,7 +19,6 @@ from ptq4dit_ao.evaluation.bench.subjects import Subject, random_subject, saved_
 from ptq4dit_ao.evaluation.environment import one_line
 from ptq4dit_ao.lowering.backend import choose_backend
 from ptq4dit_ao.recipe import load_recipe
-from ptq4dit_ao.workflow.samples import OnProgress
 
 DEFAULT_RECIPE = "dit_w8a8"
 COLUMNS = (
@@ -49,7 +49,7 @@ def bench(args: argparse.Namespace, console: Console) -> None:
     write_results(args, result.to_dict(), markdown(result))
 
 
-def _subject(args: argparse.Namespace, on_progress: OnProgress) -> Subject:
+def _subject(args: argparse.Namespace, on_progress: OnStage) -> Subject:
     if args.width is None:
         _refuse(args, ("blocks", "recipe"), "it is for a random model (--width); a saved one is as it was quantized")
         return saved_subject(

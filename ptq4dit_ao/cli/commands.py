@@ -6,7 +6,6 @@ import argparse
 import json
 import time
 from collections import Counter
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,6 +13,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from ptq4dit_ao._paths import check_file, check_writable
+from ptq4dit_ao._progress import of_stage
 from ptq4dit_ao.artifact import check_target
 from ptq4dit_ao.calibration import Sampling
 from ptq4dit_ao.cli.bench import bench as bench  # a command like those below
@@ -24,7 +24,7 @@ from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.lowering import export_to, missing_backends
 from ptq4dit_ao.lowering.backend import BACKENDS, Capabilities
 from ptq4dit_ao.recipe import load_recipe, recipe_json_schema, shipped_recipe_path, shipped_recipes
-from ptq4dit_ao.report import save_image_grid
+from ptq4dit_ao.report import Report, save_image_grid
 from ptq4dit_ao.workflow import QuantizedModel, balance_checkpoint, load_model, load_quantized
 from ptq4dit_ao.workflow import quantize as run_quantize
 from ptq4dit_ao.workflow.checkpoint import check_empty
@@ -100,7 +100,7 @@ def sample(args: argparse.Namespace, console: Console) -> None:
             seed=args.seed,
             scheduler=scheduler,
             decode=decode,
-            on_step=lambda done, total: on_progress("sample", done, total),
+            on_progress=of_stage(on_progress, "sample"),
         )
     save_image_grid(images, args.output, columns=args.per_class, scale=max(1, SHOWN_PIXELS // images.shape[-1]))
     console.print(f"{len(images)} images in [bold]{args.output}[/]")
@@ -194,7 +194,7 @@ def _float_dtype(args: argparse.Namespace) -> torch.dtype | None:
     return None if args.float_dtype is None else getattr(torch, args.float_dtype)
 
 
-def _print_report(report: dict[str, Any], console: Console, *, layers: bool = False) -> None:
+def _print_report(report: Report, console: Console, *, layers: bool = False) -> None:
     console.print(f"[bold]{report['title']}[/]: {report['model']['parameters'] / 1e6:.2f} M parameters")
     folded = [site for site in report["sites"] if site["status"] == "folded"]
     if folded:
@@ -203,7 +203,7 @@ def _print_report(report: dict[str, Any], console: Console, *, layers: bool = Fa
             where = ", ".join(dict.fromkeys(path.rpartition(".")[0] for path in site["folded_into"]))
             # Models that were saved by earlier versions do not have it.
             spread = "{:.3g} .. {:.3g}".format(*site["b_range"]) if "b_range" in site else "-"
-            chosen = site["aggregation"] if site["alpha"] is None else f"{site['aggregation']} {site['alpha']:g}"
+            chosen = site["method"] if site["alpha"] is None else f"{site['method']} {site['alpha']:g}"
             table.add_row(site["name"], f"{site['variables']}/{site['channels']}", chosen, spread, where)
         console.print(table)
     refused = Counter(site["reason"].partition(": ")[2] for site in report["sites"] if site["status"] == "refused")

@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
-from ptq4dit_ao import __version__
 from ptq4dit_ao._paths import as_path, because
+from ptq4dit_ao._version import __version__
+from ptq4dit_ao.choices import FLOAT_DTYPES, LAYER_PRESETS, SAMPLERS
 from ptq4dit_ao.errors import ArgumentError, PTQ4DiTError
 
 EXAMPLES = """\
@@ -39,8 +40,6 @@ examples:
 Recipes are YAML files; `ptq4dit-ao recipes` lists the shipped ones and `ptq4dit-ao recipes NAME` prints one.
 """
 
-FLOAT_DTYPES = ("bfloat16", "float16")
-SAMPLERS = ("ddim", "ddpm")
 """As in the calibration package, whose import is heavy."""
 BACKEND_HELP = "see 'ptq4dit-ao backends'; 'auto' is the fastest that can run here (default: %(default)s)"
 
@@ -176,7 +175,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=_seed, default=0, help="of all draws (default: %(default)s)")
     p.add_argument("--guidance", type=_scale, default=1.5, help="guidance scale (default: %(default)s)")
     p.add_argument(
-        "--layers", choices=("paper", "safe"), default="paper", help="what all methods quantize (default: %(default)s)"
+        "--layers", choices=LAYER_PRESETS, default="paper", help="what all methods quantize (default: %(default)s)"
     )
     p.add_argument(
         "--backend", default="reference", metavar="NAME",

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
-from ptq4dit_ao._atomic import replace_text
+from ptq4dit_ao._files import replace_text
 from ptq4dit_ao._paths import check_file
 from ptq4dit_ao.errors import ArgumentError
 

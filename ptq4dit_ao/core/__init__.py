@@ -4,11 +4,10 @@ from ptq4dit_ao.core.allocation import allocate
 from ptq4dit_ao.core.balance import balance_vector, clip_balance
 from ptq4dit_ao.core.metrics import sqnr_db
 from ptq4dit_ao.core.qparams import affine_qparams, fake_quantize
-from ptq4dit_ao.core.salience import AGGREGATIONS, aggregate_salience, channel_salience
+from ptq4dit_ao.core.salience import aggregate_salience, channel_salience
 from ptq4dit_ao.core.ssc import spearman, ssc_weights
 
 __all__ = [
-    "AGGREGATIONS",
     "affine_qparams",
     "aggregate_salience",
     "allocate",

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
 
+from ptq4dit_ao.choices import AGGREGATIONS, Aggregation
 from ptq4dit_ao.core.ssc import ssc_weights
 from ptq4dit_ao.errors import ArgumentError
-
-Aggregation = Literal["ssc", "max", "mean"]
-AGGREGATIONS: tuple[str, ...] = get_args(Aggregation)
 
 
 def channel_salience(x: Tensor, channel_axis: int = -1) -> Tensor:

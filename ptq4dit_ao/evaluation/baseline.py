@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ptq4dit_ao._progress import OnProgress, OnStage, ignore, of_stage
 from ptq4dit_ao.calibration import CalibrationSamples, as_denoiser
 from ptq4dit_ao.errors import ArgumentError, MissingDependencyError
 from ptq4dit_ao.evaluation.feature_networks import load_features
@@ -23,9 +23,8 @@ from ptq4dit_ao.ptqd import NoiseCorrection
 from ptq4dit_ao.recipe import Recipe
 from ptq4dit_ao.reference import DIGITS
 from ptq4dit_ao.reference.train import load_digits
-from ptq4dit_ao.workflow.image_sampling import ImageSampling, OnCount
+from ptq4dit_ao.workflow.image_sampling import ImageSampling
 from ptq4dit_ao.workflow.models import LoadedModel
-from ptq4dit_ao.workflow.samples import OnProgress
 
 OWN = "what the float model draws"
 """The reference set, where there is no other."""
@@ -56,13 +55,13 @@ class Baseline:
         recipe: Recipe,
         recorded: CalibrationSamples,
         correction: NoiseCorrection | None,
-        on_progress: OnProgress,
+        on_progress: OnStage,
     ) -> EvaluationRow:
         """Measure a quantized form of the model: on recorded inputs, and by what it draws."""
         backend, integer = run.proof.backend, BACKENDS[run.proof.backend].integer
 
-        def told(stage: str) -> OnCount:
-            return functools.partial(on_progress, f"{stage} {backend}")
+        def told(stage: str) -> OnProgress:
+            return of_stage(on_progress, f"{stage} {backend}")
 
         images = self.image_sampling.draw(run, told("sample"), correction)
         batches = _counted(recorded, recipe.calibration.rows, told("eps"))
@@ -88,7 +87,7 @@ def baseline_of(
     given: ReferenceFeatures | None,
     cache: str | Path | None = None,
     images: Tensor | None = None,
-    on_progress: OnProgress = lambda *_: None,
+    on_progress: OnStage = ignore,
 ) -> Baseline:
     """Let the float model draw, and measure what it drew.
 
@@ -102,9 +101,9 @@ def baseline_of(
         on_progress: called as stages advance.
     """
     if images is None:
-        images = image_sampling.draw(as_denoiser(model.transformer), functools.partial(on_progress, "sample float32"))
+        images = image_sampling.draw(as_denoiser(model.transformer), of_stage(on_progress, "sample float32"))
     if given is not None:
-        distances = given.distances(images, functools.partial(on_progress, "features float32"))
+        distances = given.distances(images, of_stage(on_progress, "features float32"))
         return Baseline(
             model=model,
             image_sampling=image_sampling,
@@ -124,7 +123,7 @@ def baseline_of(
             notes=notes,
         )
     own = ReferenceSet(name=OWN, images=images)
-    measure = reference_features(own, network, cache, functools.partial(on_progress, "reference set"))
+    measure = reference_features(own, network, cache, of_stage(on_progress, "reference set"))
     notes = (f"no reference set: distances are to {OWN}",)
     return Baseline(
         model=model,
@@ -157,7 +156,7 @@ def given_reference_features(
     network: FeatureNetwork | None,
     path: str | Path | None,
     cache: str | Path | None,
-    on_batch: OnCount = lambda *_: None,
+    on_progress: OnProgress = ignore,
 ) -> ReferenceFeatures | None:
     """The reference set that was named, or is known of the model, as the network sees it.
 
@@ -168,12 +167,12 @@ def given_reference_features(
         return None
     if path is None:
         known = _known(model)
-        return None if known is None else reference_features(known, network, cache, on_batch)
+        return None if known is None else reference_features(known, network, cache, on_progress)
     found = read_reference(path)
     if isinstance(found, ReferenceSet):
         if len(found.images) <= NEIGHBOURS:
             raise ArgumentError(f"{path} has {len(found.images)} images; distances need at least {NEIGHBOURS + 1}")
-        return reference_features(found, network, cache, on_batch)
+        return reference_features(found, network, cache, on_progress)
     if cache is not None:
         raise ArgumentError(f"cache {cache}: the reference {path} is statistics already; leave one of them out")
     return ReferenceFeatures(name=Path(path).name, network=network, statistics=found.check(str(path), network.name))
@@ -189,9 +188,9 @@ def _known(model: LoadedModel) -> ReferenceSet | None:
         return None
 
 
-def _counted(samples: CalibrationSamples, rows: int, on_row: OnCount) -> Iterator[tuple[Tensor, ...]]:
+def _counted(samples: CalibrationSamples, rows: int, on_progress: OnProgress) -> Iterator[tuple[Tensor, ...]]:
     done = 0
     for batch in samples.batches(rows):
         yield batch
         done += len(batch[0])
-        on_row(done, len(samples))
+        on_progress(done, len(samples))

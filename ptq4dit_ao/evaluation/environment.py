@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 
 import ptq4dit_ao
+from ptq4dit_ao._version import __version__, installed_version
 
 PACKAGES = ("torch", "torchao", "diffusers", "openvino", "nncf", "onnxruntime")
 
@@ -23,8 +23,8 @@ def environment() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: found for name in PACKAGES if (found := installed(name)) is not None},
-        "ptq4dit-ao": commit() or ptq4dit_ao.__version__,
+        "versions": {name: found for name in PACKAGES if (found := installed_version(name)) is not None},
+        "ptq4dit-ao": commit() or __version__,
     }
 
 
@@ -34,14 +34,6 @@ def one_line(about: Mapping[str, object]) -> str:
     assert isinstance(versions, Mapping)
     flat = {**{name: value for name, value in about.items() if name != "versions"}, **versions}
     return ", ".join(f"{name} {value}" for name, value in flat.items() if value is not None)
-
-
-def installed(distribution: str) -> str | None:
-    """The version of an installed package."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def commit() -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,9 @@ from torch import Tensor
 
 from ptq4dit_ao._optional import require
 from ptq4dit_ao._paths import as_path, because
+from ptq4dit_ao._progress import OnProgress, ignore
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.metrics import Distances, FeatureNetwork, Gaussian, ReferenceStatistics, extract
-
-OnBatch = Callable[[int, int], None]
-"""``(images done, in all)``."""
 
 _ADM_FITS = ("mu", "sigma", "mu_s", "sigma_s")
 
@@ -42,9 +39,9 @@ class ReferenceFeatures:
     network: FeatureNetwork
     statistics: ReferenceStatistics
 
-    def distances(self, images: Tensor, on_batch: OnBatch = lambda *_: None) -> Distances:
+    def distances(self, images: Tensor, on_progress: OnProgress = ignore) -> Distances:
         """How far (N, C, H, W) images are from it."""
-        return self.statistics.distances(extract(self.network, images, on_batch=on_batch))
+        return self.statistics.distances(extract(self.network, images, on_progress=on_progress))
 
 
 def read_reference(path: str | Path) -> ReferenceSet | ReferenceStatistics:
@@ -68,7 +65,7 @@ def reference_features(
     reference: ReferenceSet,
     network: FeatureNetwork,
     cache: str | Path | None = None,
-    on_batch: OnBatch = lambda *_: None,
+    on_progress: OnProgress = ignore,
 ) -> ReferenceFeatures:
     """Measure a reference set, or read from ``cache`` what was measured of it before.
 
@@ -79,7 +76,7 @@ def reference_features(
     if cache is not None and cache.exists():
         statistics = ReferenceStatistics.load(cache).check(str(cache), network.name, reference.images)
         return ReferenceFeatures(name=reference.name, network=network, statistics=statistics)
-    features = extract(network, reference.images, on_batch=on_batch)
+    features = extract(network, reference.images, on_progress=on_progress)
     statistics = ReferenceStatistics.of(network.name, reference.images, features)
     if reference.fits is not None and network.is_inception:
         pooled, spatial = reference.fits

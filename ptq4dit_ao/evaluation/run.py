@@ -7,13 +7,13 @@ their own. Distances to a reference set show whether it matters; they need many 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from ptq4dit_ao._paths import as_path, check_file
+from ptq4dit_ao._progress import OnStage, ignore, of_stage
 from ptq4dit_ao.calibration import Sampling
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.evaluation.baseline import baseline_of, given_reference_features, network_for
@@ -25,7 +25,7 @@ from ptq4dit_ao.workflow.correction import correction_for
 from ptq4dit_ao.workflow.image_sampling import NOISE_SEED, ImageSampling, decoder
 from ptq4dit_ao.workflow.models import LoadedModel, load_model
 from ptq4dit_ao.workflow.quantized_model import QuantizedModel, load_quantized
-from ptq4dit_ao.workflow.samples import OnProgress, check_recording, recorded_samples
+from ptq4dit_ao.workflow.samples import check_recording, recorded_samples
 
 CORRECTED = "images are drawn with the noise corrected in the scheduler (PTQD); eps SQNR is the model's own"
 
@@ -43,7 +43,7 @@ def evaluate(
     features: str | None = None,
     reference: str | Path | None = None,
     cache: str | Path | None = None,
-    on_progress: OnProgress = lambda *_: None,
+    on_progress: OnStage = ignore,
 ) -> EvaluationResult:
     """Evaluate a saved quantized model that knows how it is sampled.
 
@@ -92,9 +92,9 @@ def evaluate(
     network = network_for(loaded, features, reference or kept, samples)
     if kept is not None and kept.exists() and network is not None:
         ReferenceStatistics.load(kept).check(str(kept), network.name)
-    given = given_reference_features(loaded, network, reference, kept, functools.partial(on_progress, "reference set"))
+    given = given_reference_features(loaded, network, reference, kept, of_stage(on_progress, "reference set"))
     lowered = [quantized.lower(name) for name in dict.fromkeys(backends)]
-    correction = correction_for(directory, loaded, quantized, steps, functools.partial(on_progress, "fit correction"))
+    correction = correction_for(directory, loaded, quantized, steps, of_stage(on_progress, "fit correction"))
     recorded = recorded_samples(loaded, recipe, evaluate=True, on_progress=on_progress)
     baseline = baseline_of(loaded, image_sampling, network, given, kept, on_progress=on_progress)
     rows = [baseline.row(run, recipe, recorded, correction, on_progress) for run in lowered]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from torch.fx import GraphModule, Node
 
+from ptq4dit_ao.choices import SiteKind
 from ptq4dit_ao.errors import ArgumentError, check_type
 from ptq4dit_ao.graph.names import data_input, joint_name, layer_name, linears, weight_path
 from ptq4dit_ao.graph.propagation import Columns, Cut, GraphIndex, NewWeight, Propagation, Scalar
@@ -43,9 +44,6 @@ class SitePolicy:
         check_type("min_variables", self.min_variables, int, "a whole number")
         if self.min_variables < 1:
             raise ArgumentError(f"min_variables is {self.min_variables}; it must be at least 1")
-
-
-SiteKind = Literal["offline", "vector multiply", "partial", "refused"]
 
 
 @dataclass(frozen=True, kw_only=True)

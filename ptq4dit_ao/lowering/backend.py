@@ -108,7 +108,7 @@ class Backend:
     count_attention: Callable[[Runnable, Sequence[Tensor]], dict[str, int]] = lambda run, inputs: {}
     """Counts the matrix products of attention that one call computes with integers: kernel -> how many."""
     write: Callable[[Request, Path], Runnable] | None = None
-    """Writes the file that another program runs, into a folder of its own, and loads it; None if there is no such form."""
+    """Writes the file that another program runs, into a folder of its own, and loads it; None if there is none."""
     suffix: str = ""
     """Suffix of that file."""
     prunes: bool = False

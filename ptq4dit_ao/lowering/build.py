@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from ptq4dit_ao._files import replacing_files
 from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao._paths import as_path, check_file, check_room
 from ptq4dit_ao.capture.interface import InputSpec, check_batch, input_specs, random_inputs
@@ -21,7 +22,6 @@ from ptq4dit_ao.graph.names import get_attribute, placeholders, set_tensor
 from ptq4dit_ao.graph.shapes import tensor_of
 from ptq4dit_ao.graph.ties import merge_equal_computations
 from ptq4dit_ao.lowering.backend import BACKENDS, Backend, Request, Runnable, choose_backend
-from ptq4dit_ao.lowering.files import complete
 from ptq4dit_ao.lowering.lowered_model import LoweredModel
 from ptq4dit_ao.lowering.match import quantized_linears, quantized_products, unread_linears
 from ptq4dit_ao.lowering.parity import Parity, Rebuild, idle_linears
@@ -138,7 +138,7 @@ def export_to(
         verify=verify,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    with complete(path) as unfinished:
+    with replacing_files(path) as unfinished:
         job.proven(lambda request: write(request, unfinished))
     return path
 

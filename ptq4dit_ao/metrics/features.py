@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ptq4dit_ao._progress import OnProgress, ignore
 from ptq4dit_ao.errors import ArgumentError
 
 SPATIAL_CHANNELS = 7
@@ -49,11 +50,11 @@ def extract(
     images: Tensor,
     *,
     batch_size: int = 64,
-    on_batch: Callable[[int, int], None] = lambda *_: None,
+    on_progress: OnProgress = ignore,
 ) -> Features:
     """Features of (N, C, H, W) images in [-1, 1], with ``spatial`` as (N, H * W * 7): ADM's channels and order.
 
-    Images are rounded to 256 levels first, as they are on disk. ``on_batch`` is called with (images done, in all).
+    Images are rounded to 256 levels first, as they are on disk. ``on_progress`` is called with (images done, in all).
 
     Raises:
         ArgumentError: the network returns something else.
@@ -61,7 +62,7 @@ def extract(
     parts = []
     for batch in to_levels(images).split(batch_size):
         parts.append(_checked(network, network.read(batch.float() / 127.5 - 1), len(batch)))
-        on_batch(sum(len(part.pooled) for part in parts), len(images))
+        on_progress(sum(len(part.pooled) for part in parts), len(images))
     return Features(
         pooled=torch.cat([part.pooled for part in parts]),
         spatial=torch.cat([_first_channels(part.spatial) for part in parts]),

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ptq4dit_ao._progress import OnProgress, ignore
+
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyResult:
@@ -30,7 +32,7 @@ def measure_latency(
     *,
     rounds: int = 10,
     warmup: int = 2,
-    on_round: Callable[[int], None] | None = None,
+    on_progress: OnProgress = ignore,
 ) -> dict[str, LatencyResult]:
     """Time every model on the same inputs, ``warmup`` untimed and ``rounds`` timed rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -40,8 +42,7 @@ def measure_latency(
             model(*inputs)
             if i >= warmup:
                 seconds[name].append(time.perf_counter() - start)
-        if on_round is not None:
-            on_round(i + 1)
+        on_progress(i + 1, rounds + warmup)
     return {name: _summary(values) for name, values in seconds.items()}
 
 

@@ -12,14 +12,12 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional
 
 from ptq4dit_ao._modes import own_modes
+from ptq4dit_ao._progress import OnProgress, ignore
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.graph.names import LINEAR, get_attribute, writes_in_place
 from ptq4dit_ao.metrics.paired import PairedError, energies, rows_of, timesteps_of
 from ptq4dit_ao.metrics.walk import Instead, Walk
 from ptq4dit_ao.observers.qdq import quantized as ops
-
-OnRun = Callable[[int, int], None]
-"""``(runs done, in all)``."""
 
 
 @own_modes()
@@ -84,7 +82,7 @@ def leave_one_out(
     batches: Iterable[tuple[Tensor, ...]],
     *,
     timestep_index: int | None = 1,
-    on_run: OnRun = lambda *_: None,
+    on_progress: OnProgress = ignore,
 ) -> LeaveOneOut:
     """Put the linears of one quantized input at a time back to float, input and weights.
 
@@ -95,7 +93,7 @@ def leave_one_out(
         quantized: the converted graph.
         batches: input tuples.
         timestep_index: which input holds the timestep; None if none does.
-        on_run: called after every such run.
+        on_progress: called after every such run.
 
     Raises:
         ArgumentError: the quantized graph has no linear with a quantized input.
@@ -105,7 +103,7 @@ def leave_one_out(
     for source, linears in quantized_inputs(quantized).items():
         instead = {node: _linear_with(balanced, twins[node.name]) for node in linears}
         changes[source] = {**dict.fromkeys([source, *source.users], _as_it_is), **instead}
-    *without, everything = _one_by_one(quantized, changes, balanced, batches, timestep_index, on_run)
+    *without, everything = _one_by_one(quantized, changes, balanced, batches, timestep_index, on_progress)
     return LeaveOneOut(quantized=everything, without=dict(zip(_names(quantized), without, strict=True)))
 
 
@@ -117,7 +115,7 @@ def weight_errors(
     *,
     only: Container[str] | None = None,
     timestep_index: int | None = 1,
-    on_run: OnRun = lambda *_: None,
+    on_progress: OnProgress = ignore,
 ) -> dict[tuple[str, ...], PairedError]:
     """The output's error when only the weights that read one quantized input are quantized, and all else is float.
 
@@ -125,7 +123,7 @@ def weight_errors(
     layer by layer has weights that make up for the error of others, which here is not made.
 
     Args:
-        balanced, quantized, batches, timestep_index, on_run: as for :func:`leave_one_out`.
+        balanced, quantized, batches, timestep_index, on_progress: as for :func:`leave_one_out`.
         only: names of the linears that are looked at; None is all.
 
     Returns:
@@ -141,7 +139,7 @@ def weight_errors(
         if linears:
             changes[twins[linears[0].name]] = {twins[node.name]: _linear_with(quantized, node) for node in linears}
             names.append(tuple(node.name for node in linears))
-    *alone, _ = _one_by_one(balanced, changes, balanced, batches, timestep_index, on_run)
+    *alone, _ = _one_by_one(balanced, changes, balanced, batches, timestep_index, on_progress)
     return dict(zip(names, alone, strict=True))
 
 
@@ -166,7 +164,7 @@ def _one_by_one(
     reference: GraphModule,
     batches: Iterable[tuple[Tensor, ...]],
     timestep_index: int | None,
-    on_run: OnRun,
+    on_progress: OnProgress,
 ) -> list[PairedError]:
     """Errors of a graph with each change, keyed by the first node that it concerns, and at last without any."""
     batches, in_place = list(batches), writes_in_place(graph_module)
@@ -179,7 +177,7 @@ def _one_by_one(
             if not in_place:  # else a run would change what the next one starts from
                 walk.advance(start)
             parts[start].append(energies(t, expected, rows_of(walk.fork(changes[start]).finish())))
-            on_run(done, len(batches) * len(starts))
+            on_progress(done, len(batches) * len(starts))
         parts[None].append(energies(t, expected, rows_of(walk.finish())))
     return [PairedError.of(part) for part in parts.values()]
 

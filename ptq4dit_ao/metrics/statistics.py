@@ -8,12 +8,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ptq4dit_ao._tensor_file import read_tensors, write_tensors
+from ptq4dit_ao._formats import TensorFormat
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.metrics.distribution import Gaussian, frechet_distance, inception_score, precision_recall
 from ptq4dit_ao.metrics.features import Features, to_levels
 
-_FORMAT = "ptq4dit-ao reference statistics 1"
+FORMAT = TensorFormat(
+    name="reference statistics",
+    version=2,
+    error=ArgumentError,
+    remedy="measure them again (evaluate(cache=...) keeps them)",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +90,7 @@ class ReferenceStatistics:
         about = {"network": self.network, "images": str(len(self.pooled)), "checksum": self.checksum}
         tensors = {"pooled": self.pooled, **_fit_tensors("pooled", self.pooled_fit)}
         tensors |= _fit_tensors("spatial", self.spatial_fit)
-        write_tensors(path, tensors, form=_FORMAT, what="reference statistics", error=ArgumentError, about=about)
+        FORMAT.write(path, tensors, about)
 
     @classmethod
     def load(cls, path: str | Path) -> ReferenceStatistics:
@@ -94,14 +99,7 @@ class ReferenceStatistics:
         Raises:
             ArgumentError: the file is missing, is something else, or is damaged.
         """
-        about, tensors = read_tensors(
-            path,
-            form=_FORMAT,
-            what="reference statistics",
-            error=ArgumentError,
-            hint="; 'ptq4dit-ao evaluate --cache' writes one",
-            way_out="remove the file, and they are measured again",
-        )
+        about, tensors = FORMAT.read(path)
         try:
             fits = {
                 f"{name}_fit": Gaussian(mean=tensors[f"{name}_mean"], covariance=tensors[f"{name}_covariance"])

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ptq4dit_ao._formats import TensorFormat
 from ptq4dit_ao._modes import own_modes
-from ptq4dit_ao._tensor_file import read_tensors, write_tensors
 from ptq4dit_ao.errors import CalibrationError, check_type
 
-_FORMAT = "ptq4dit-ao salience statistics"
+FORMAT = TensorFormat(name="salience statistics", version=2, error=CalibrationError, remedy="run calibration again")
 
 
 class ChannelStatistics:
@@ -129,7 +129,7 @@ class SalienceStatistics(Mapping[str, ChannelStatistics]):
             tensors[f"{name}/timesteps"] = table.timesteps
             tensors[f"{name}/minimum"] = table.minimum.contiguous()
             tensors[f"{name}/maximum"] = table.maximum.contiguous()
-        write_tensors(path, tensors, form=_FORMAT, what="salience statistics", error=CalibrationError)
+        FORMAT.write(path, tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> SalienceStatistics:
@@ -138,9 +138,7 @@ class SalienceStatistics(Mapping[str, ChannelStatistics]):
         Raises:
             CalibrationError: the file is missing or is something else.
         """
-        _, tensors = read_tensors(
-            path, form=_FORMAT, what="salience statistics", error=CalibrationError, way_out="run calibration again"
-        )
+        _, tensors = FORMAT.read(path)
         try:
             names = dict.fromkeys(key.rpartition("/")[0] for key in tensors)
             tables = {}

@@ -13,20 +13,17 @@ The re-parameterisation of PTQ4DiT (section 3.3), for any graph that scale propa
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from ptq4dit_ao.choices import FOLD_FORMS, FoldForm
 from ptq4dit_ao.errors import BalanceError, check_choice
 from ptq4dit_ao.graph import ScalarEdit, Site
 from ptq4dit_ao.passes.bias_form import bias_shift
 from ptq4dit_ao.passes.edit import add_constant, replace_tensor, scale_of, scale_tensor
 from ptq4dit_ao.passes.insert import MARK
-
-FoldForm = Literal["constant", "bias"]
-FOLD_FORMS: tuple[str, ...] = get_args(FoldForm)
 
 CUT = "ptq4dit_cut"
 """``node.meta`` key of a multiply that a fold inserted."""

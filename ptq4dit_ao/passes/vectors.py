@@ -5,22 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from ptq4dit_ao.choices import AGGREGATIONS, Aggregation, BalanceMethod, FoldForm
 from ptq4dit_ao.core import aggregate_salience, balance_vector, clip_balance, ssc_weights
 from ptq4dit_ao.core.repq import reparameterise
-from ptq4dit_ao.core.salience import AGGREGATIONS, Aggregation
 from ptq4dit_ao.errors import ArgumentError, CalibrationError
 from ptq4dit_ao.graph import Consumer, Site
 from ptq4dit_ao.graph.names import get_attribute
 from ptq4dit_ao.graph.pending import tensor_at
 from ptq4dit_ao.observers import SalienceStatistics
 from ptq4dit_ao.observers.qdq import QuantSpec
-from ptq4dit_ao.passes.fold import FoldForm, fold_balance
+from ptq4dit_ao.passes.fold import fold_balance
 from ptq4dit_ao.passes.insert import insert_balance
 from ptq4dit_ao.passes.offset import subtract_offset
 from ptq4dit_ao.passes.settings import BalanceSettings
@@ -46,10 +45,10 @@ class SiteOutcome:
     """Largest salience of any channel, per timestep."""
     rho: Tensor
     eta: Tensor
-    aggregation: Aggregation | Literal["none", "repq"]
+    method: BalanceMethod
     """``none``: a search found that the site is best left alone; b is 1."""
     alpha: float | None
-    """None: the aggregation has no exponent."""
+    """None: it has no exponent."""
     scores: dict[str, float] = field(default_factory=dict)
     """What a search found: ``"AGGREGATION ALPHA"`` or ``"none"`` -> score, less is better."""
     offset: Tensor | None = None
@@ -78,19 +77,19 @@ def balance_sites(
     """
     if settings.searches and score is None:
         raise ArgumentError(
-            "alpha or aggregation 'auto' is chosen by the error after quantization, which only PTQ4DiTQuantizer and "
+            "alpha or method 'auto' is chosen by the error after quantization, which only PTQ4DiTQuantizer and "
             "apply_recipe know; give a number and one of " + ", ".join(AGGREGATIONS)
         )
-    if settings.aggregation == "repq" and specs is None:
+    if settings.method == "repq" and specs is None:
         raise ArgumentError(
-            "aggregation 'repq' needs to know how the inputs will be quantized, which only PTQ4DiTQuantizer and "
+            "method 'repq' needs to know how the inputs will be quantized, which only PTQ4DiTQuantizer and "
             "apply_recipe do; give one of " + ", ".join(AGGREGATIONS)
         )
     observed = [(site, _observed(site, statistics, settings)) for site in sites if site.refusal is None]
     outcomes: dict[str, SiteOutcome] = {}
     for site, (timesteps, salience_t) in reversed(observed):
         outcome = _solve(model, site, timesteps, salience_t, settings, score)
-        if settings.aggregation == "repq" and specs is not None:
+        if settings.method == "repq" and specs is not None:
             outcome = _reparameterised(outcome, statistics, specs, settings.max_scale)
         apply_outcome(model, outcome, settings.fold_form)
         outcomes[site.name] = outcome
@@ -104,19 +103,19 @@ def apply_outcome(model: GraphModule, outcome: SiteOutcome, form: FoldForm) -> N
     """Insert and fold one site's vector; ``model.recompile()`` is the caller's."""
     if outcome.offset is not None:
         subtract_offset(model, outcome.site, outcome.offset)
-    if outcome.aggregation != "none":
+    if outcome.method != "none":
         insert_balance(model, outcome.site, outcome.b)
         fold_balance(model, outcome.site, outcome.b, form)
 
 
 def _observed(site: Site, statistics: SalienceStatistics, settings: BalanceSettings) -> tuple[Tensor, Tensor]:
-    """Timesteps (T,) and activation salience (T, V), enough of them for the aggregation."""
+    """Timesteps (T,) and activation salience (T, V), as many as the method needs."""
     timesteps, salience_t = _activation_salience(site, statistics)
-    if settings.aggregation in ("ssc", "auto") and len(timesteps) < settings.min_timesteps:
+    if settings.method in ("ssc", "auto") and len(timesteps) < settings.min_timesteps:
         raise CalibrationError(
-            f"{site.name} was observed at {len(timesteps)} timestep(s); aggregation {settings.aggregation!r} needs at "
+            f"{site.name} was observed at {len(timesteps)} timestep(s); method {settings.method!r} needs at "
             f"least {settings.min_timesteps}: calibrate on more timesteps, name the input that holds the "
-            "timestep with timestep_input, or use aggregation 'max'"
+            "timestep with timestep_input, or use method 'max'"
         )
     return timesteps, salience_t
 
@@ -132,8 +131,8 @@ def _solve(
     salience_w = _weight_salience(model, site)
     eta, rho = ssc_weights(salience_t, salience_w)
 
-    def outcome(aggregation: Aggregation, alpha: float) -> SiteOutcome:
-        salience_x = aggregate_salience(salience_t, salience_w, aggregation)
+    def outcome(method: Aggregation, alpha: float) -> SiteOutcome:
+        salience_x = aggregate_salience(salience_t, salience_w, method)
         b, clipped = _bounded(model, site, balance_vector(salience_x, salience_w, alpha), settings)
         return SiteOutcome(
             site=site,
@@ -145,17 +144,17 @@ def _solve(
             salience_t=salience_t.amax(1),
             rho=rho,
             eta=eta,
-            aggregation=aggregation,
+            method=method,
             alpha=alpha,
         )
 
-    found = {f"{aggregation} {alpha:g}": outcome(aggregation, alpha) for aggregation, alpha in settings.candidates()}
+    found = {f"{method} {alpha:g}": outcome(method, alpha) for method, alpha in settings.candidates()}
     if not settings.searches:
         return next(iter(found.values()))
     assert score is not None
     alone = next(iter(found.values()))
     ones = torch.ones_like(alone.b)
-    found["none"] = replace(alone, aggregation="none", alpha=0.0, b=ones, clipped=torch.zeros_like(alone.clipped))
+    found["none"] = replace(alone, method="none", alpha=0.0, b=ones, clipped=torch.zeros_like(alone.clipped))
     scores = {name: score(model, site, candidate.b) for name, candidate in found.items()}
     return replace(found[min(scores, key=scores.__getitem__)], scores=scores)
 
@@ -173,7 +172,7 @@ def _reparameterised(
     b[variables] = ratio
     return replace(
         outcome,
-        aggregation="repq",
+        method="repq",
         alpha=None,
         b=b,
         clipped=clipped,

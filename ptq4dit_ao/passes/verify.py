@@ -16,13 +16,13 @@ from torchao.quantization.pt2e import ObserverBase
 
 from ptq4dit_ao._modes import without_autocast
 from ptq4dit_ao.capture.interface import input_specs, random_inputs
+from ptq4dit_ao.choices import FoldForm
 from ptq4dit_ao.errors import BalanceError
 from ptq4dit_ao.graph import Site
 from ptq4dit_ao.graph.names import placeholders
 from ptq4dit_ao.graph.pending import pending, tensor_at
 from ptq4dit_ao.graph.shapes import symbolic_axes, tensor_of
 from ptq4dit_ao.passes.edit import Snapshot
-from ptq4dit_ao.passes.fold import FoldForm
 from ptq4dit_ao.passes.vectors import SiteOutcome, apply_outcome
 
 logger = logging.getLogger(__name__)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ptq4dit_ao._progress import OnProgress, ignore
 from ptq4dit_ao.calibration.sampling import Denoiser, Sampling, guided_noise, scheduler_for, trajectory
 from ptq4dit_ao.errors import ArgumentError, CalibrationError
 from ptq4dit_ao.ptqd.table import NoiseCorrection
@@ -25,7 +25,7 @@ def fit_noise_correction(
     generator: torch.Generator | None = None,
     scheduler: Any = None,
     batch_size: int = 64,
-    on_step: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress = ignore,
 ) -> NoiseCorrection:
     """Sample with the float model, and at each step regress the quantized model's error on the float model's noise.
 
@@ -39,7 +39,7 @@ def fit_noise_correction(
         generator: of the starting noise.
         scheduler: the one of diffusers that is to be corrected; as ``sampling`` says, if not given.
         batch_size: labels sampled at a time.
-        on_step: called with (steps done, steps in all).
+        on_progress: called with (steps done, steps in all).
 
     Raises:
         CalibrationError: there are no labels, or a model predicts what is not finite.
@@ -63,8 +63,7 @@ def fit_noise_correction(
             sums[i] += sums_of_moments(eps.double(), eps_q.double())
             if done == 0:
                 timesteps.append(int(t))
-            if on_step is not None:
-                on_step(done * taken + i + 1, len(batches) * taken)
+            on_progress(done * taken + i + 1, len(batches) * taken)
     k, mu, sigma_q = solve(sums / (len(labels) * sampling.size**2))
     bad = ~(k.isfinite() & sigma_q.isfinite())
     if bad.any():

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ptq4dit_ao._tensor_file import read_tensors, write_tensors
+from ptq4dit_ao._formats import TensorFormat
 from ptq4dit_ao.errors import ArgumentError, CalibrationError
 
-_FORMAT = "ptq4dit-ao noise correction"
+FORMAT = TensorFormat(name="noise correction", version=2, error=CalibrationError, remedy="fit it again")
 _TENSORS = {
     "timesteps": (torch.int64, 1),
     "k": (torch.float64, 1),
@@ -105,7 +105,7 @@ class NoiseCorrection:
             CalibrationError: it cannot be written.
         """
         tensors, about = {name: getattr(self, name) for name in _TENSORS}, {"guidance": repr(self.guidance)}
-        write_tensors(path, tensors, form=_FORMAT, what="the noise correction", error=CalibrationError, about=about)
+        FORMAT.write(path, tensors, about)
 
     @classmethod
     def load(cls, path: str | Path) -> NoiseCorrection:
@@ -114,9 +114,7 @@ class NoiseCorrection:
         Raises:
             CalibrationError: the file is missing, is something else, or is damaged.
         """
-        metadata, tensors = read_tensors(
-            path, form=_FORMAT, what="a noise correction", error=CalibrationError, way_out="fit it again"
-        )
+        metadata, tensors = FORMAT.read(path)
         if tensors.keys() != _TENSORS.keys():
             raise CalibrationError(f"the noise correction in {path} holds {', '.join(sorted(tensors))}; fit it again")
         try:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from ptq4dit_ao._progress import OnProgress
 from ptq4dit_ao.errors import CalibrationError
 from ptq4dit_ao.graph import Site
 from ptq4dit_ao.graph.pending import factors_wait
@@ -27,8 +28,6 @@ from ptq4dit_ao.passes import (
 from ptq4dit_ao.passes.edit import scale_of
 from ptq4dit_ao.rounding import (
     DistillationSettings,
-    OnGroup,
-    OnStep,
     PostRoundingScore,
     RoundingSettings,
     activation_clipping,
@@ -80,7 +79,7 @@ class BalancePlan:
         self._done = True
 
     def round_sequentially(
-        self, model: GraphModule, batches: Iterable[Sequence[Tensor]], on_group: OnGroup, resume: Path | None
+        self, model: GraphModule, batches: Iterable[Sequence[Tensor]], on_progress: OnProgress, resume: Path | None
     ) -> None:
         """Balance, fold, and round layer by layer.
 
@@ -92,7 +91,7 @@ class BalancePlan:
         self.balance(model)
         for observer in self._every_observer():
             observer.moments = None  # the search is over, and memory is short
-        round_sequentially(model, batches, self.rounding, on_group=on_group, resume=resume)
+        round_sequentially(model, batches, self.rounding, on_progress=on_progress, resume=resume)
         balance_result(model).clipping.update(activation_clipping(model))
         self._done = True
 
@@ -101,7 +100,7 @@ class BalancePlan:
         model: GraphModule,
         batches: Sequence[Sequence[Tensor]],
         settings: DistillationSettings,
-        on_step: OnStep,
+        on_progress: OnProgress,
         resume: Path | None,
     ) -> None:
         """Let all that was rounded layer by layer learn from the float network's output.
@@ -114,7 +113,7 @@ class BalancePlan:
                 "only what was rounded layer by layer can be distilled: prepare with sequential=True, and call "
                 "ptq4dit_ao.round_sequentially(prepared, batches) first"
             )
-        distill(model, batches, settings, on_step=on_step, resume=resume)
+        distill(model, batches, settings, on_progress=on_progress, resume=resume)
         balance_result(model).clipping.update(activation_clipping(model))
 
     def balance(self, model: GraphModule) -> None:
@@ -134,7 +133,7 @@ class BalancePlan:
                 if check is not None:
                     self.sites, outcomes = check.settle(model, self.sites, outcomes, self.settings.fold_form)
         for site in self.sites:
-            if site.name in outcomes and outcomes[site.name].aggregation != "none":
+            if site.name in outcomes and outcomes[site.name].method != "none":
                 self._set_balance(outcomes[site.name])
         result = BalanceResult(
             sites=self.sites,

@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao._paths import as_path
+from ptq4dit_ao._progress import OnProgress, ignore
 from ptq4dit_ao.capture.interface import check_batch
 from ptq4dit_ao.errors import CalibrationError, check_type
 from ptq4dit_ao.observers import (
@@ -17,7 +18,7 @@ from ptq4dit_ao.observers import (
     SalienceStatistics,
 )
 from ptq4dit_ao.quantizer.plan import BalancePlan
-from ptq4dit_ao.rounding import DistillationSettings, OnGroup, OnStep
+from ptq4dit_ao.rounding import DistillationSettings
 
 
 def _plan_of(prepared: GraphModule) -> BalancePlan:
@@ -59,7 +60,7 @@ def round_sequentially(
     prepared: GraphModule,
     batches: Iterable[Sequence[Tensor]],
     *,
-    on_group: OnGroup = lambda *_: None,
+    on_progress: OnProgress = ignore,
     resume: str | Path | None = None,
 ) -> None:
     """Balance a calibrated model and round it layer by layer; then call ``convert_pt2e``.
@@ -71,7 +72,7 @@ def round_sequentially(
         prepared: from ``prepare_pt2e`` with ``PTQ4DiTQuantizer(sequential=True, ...)``, run on calibration samples.
         batches: input tuples, such as those samples. Their activations are all held at once: in the float and in the
             quantized network, those that a later layer still reads.
-        on_group: called with the number of parts done, and in all.
+        on_progress: called with the number of parts done, and in all.
         resume: a folder to note what is rounded in. A later call with the same model and batches, as after it was
             killed, takes what it finds there.
 
@@ -80,7 +81,7 @@ def round_sequentially(
             batches; the folder holds something else, or cannot be written.
     """
     plan, batches = _plan_of(prepared), _checked(prepared, batches)
-    plan.round_sequentially(prepared, batches, on_group, None if resume is None else as_path(resume, "resume"))
+    plan.round_sequentially(prepared, batches, on_progress, None if resume is None else as_path(resume, "resume"))
 
 
 @own_modes()
@@ -90,7 +91,7 @@ def distill(
     *,
     steps: int = 1000,
     minutes: float | None = None,
-    on_step: OnStep = lambda *_: None,
+    on_progress: OnProgress = ignore,
     resume: str | Path | None = None,
 ) -> None:
     """Let a model that was rounded layer by layer learn from the float network's output; then call ``convert_pt2e``.
@@ -104,7 +105,7 @@ def distill(
         batches: input tuples, such as calibration samples; the more, the better what is learned holds for others.
         steps: how often everything is updated, with one batch each time.
         minutes: what that may take; what ends sooner counts, so that with a time limit results depend on the machine.
-        on_step: called with the number of steps done, and in all.
+        on_progress: called with the number of steps done, and in all.
         resume: a folder to note progress in. A later call with the same model, batches and settings goes on from there.
 
     Raises:
@@ -114,5 +115,5 @@ def distill(
     """
     settings = DistillationSettings(steps=steps, minutes=minutes)
     _plan_of(prepared).distill(
-        prepared, list(batches), settings, on_step, None if resume is None else as_path(resume, "resume")
+        prepared, list(batches), settings, on_progress, None if resume is None else as_path(resume, "resume")
     )

@@ -14,8 +14,8 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.capture.float_model import check_float_graph
-from ptq4dit_ao.core.salience import Aggregation
-from ptq4dit_ao.errors import ArgumentError, BalanceError, check_type
+from ptq4dit_ao.choices import BALANCE_METHODS, BalanceMethod, FoldForm, RoundingMethod
+from ptq4dit_ao.errors import ArgumentError, BalanceError, check_choice, check_type, renamed
 from ptq4dit_ao.graph import Site, SitePolicy, find_sites, first_refusals, refuse_sites
 from ptq4dit_ao.graph.attention import Attention, decompose_attention, find_attention
 from ptq4dit_ao.graph.constants import constants
@@ -32,14 +32,12 @@ from ptq4dit_ao.observers import (
 )
 from ptq4dit_ao.observers.qdq import DEFAULT_EPS, QuantSpec
 from ptq4dit_ao.passes import BalanceSettings
-from ptq4dit_ao.passes.fold import FoldForm
 from ptq4dit_ao.passes.offset import find_shifts
 from ptq4dit_ao.quantizer.attention import annotate_attention
 from ptq4dit_ao.quantizer.linear import LinearQuantizer
 from ptq4dit_ao.quantizer.overrides import SAFE_LAYERS, LayerPlan, Override, apply_plan, check_bits, plan_layers
 from ptq4dit_ao.quantizer.plan import BalancePlan
 from ptq4dit_ao.rounding import RoundingSettings
-from ptq4dit_ao.rounding.settings import Rounding
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +62,7 @@ class PTQ4DiTQuantizer(Quantizer):
         activation_bits: 2 to 8, of every linear input, per tensor.
         attention_bits: 2 to 8, of what attention multiplies, per tensor: q, k, v and the probabilities; ``None`` leaves
             attention float. Where a graph has it as one operation, that becomes matmul, softmax, matmul.
-        aggregation: how salience over timesteps becomes one vector: ``ssc``, ``max`` (SmoothQuant) or ``mean``;
+        balance: how salience over timesteps becomes one vector: ``ssc``, ``max`` (SmoothQuant) or ``mean``;
             ``none`` does not balance, ``auto`` lets each site choose. ``repq`` balances the steps of the channels' own
             quantizers, and shifts their ranges onto each other, where adaLN or a norm adds a shift (RepQ-ViT).
         alpha: ``b = s(X)^alpha / s(W)^(1 - alpha)``; ``auto`` lets each site choose, by the error after rounding.
@@ -91,6 +89,7 @@ class PTQ4DiTQuantizer(Quantizer):
         CalibrationError: (from the calibration loop or ``convert_pt2e``) samples are missing, too few or not finite.
     """
 
+    @renamed(aggregation="balance")
     def __init__(
         self,
         base: Quantizer | None = None,
@@ -98,9 +97,9 @@ class PTQ4DiTQuantizer(Quantizer):
         weight_bits: int = 8,
         activation_bits: int = 8,
         attention_bits: int | None = None,
-        aggregation: Aggregation | str = "ssc",
+        balance: BalanceMethod | str = "ssc",
         alpha: float | Literal["auto"] = 0.5,
-        rounding: Rounding | RoundingSettings = "nearest",
+        rounding: RoundingMethod | RoundingSettings = "nearest",
         sequential: bool = False,
         max_scale: float = 1000.0,
         fold_form: FoldForm = "constant",
@@ -121,14 +120,15 @@ class PTQ4DiTQuantizer(Quantizer):
         check_bits("activation_bits", activation_bits)
         if attention_bits is not None:
             check_bits("attention_bits", attention_bits)
+        check_choice("balance", balance, BALANCE_METHODS)
         self._base = LinearQuantizer() if base is None else base
         self._bits = {"weight_bits": weight_bits, "activation_bits": activation_bits}
         self._attention_bits = attention_bits
         self._settings = (
             None
-            if aggregation == "none"
+            if balance == "none"
             else BalanceSettings(
-                aggregation=aggregation,  # type: ignore[arg-type]  # checked there
+                method=balance,  # type: ignore[arg-type]  # checked there
                 alpha=alpha,
                 max_scale=max_scale,
                 fold_form=fold_form,
@@ -219,14 +219,14 @@ class PTQ4DiTQuantizer(Quantizer):
         excluded = {name for name, plan in self._layers.items() if not plan.balance}
         only = {node.name for node in quantized} - excluded
         sites = refuse_sites(find_sites(model, only, self._policy), excluded, "an override switches its balancing off")
-        if self._settings.aggregation == "repq":
+        if self._settings.method == "repq":
             sites = find_shifts(model, sites)
         found = [s for s in sites if s.refusal is None]
         if not found:
             reasons = first_refusals(sites) or "every layer is excluded"
             raise BalanceError(
                 f"none of the {len(quantized)} quantized linears can be balanced ({reasons}); "
-                "use aggregation='none' to quantize without balancing"
+                "use balance='none' to quantize without balancing"
             )
         for site in sites:
             logger.debug("%s: %s", site.name, site.refusal or f"{site.num_variables} of {site.channels} channels")
@@ -234,11 +234,11 @@ class PTQ4DiTQuantizer(Quantizer):
 
     def _observe_inputs(self, model: GraphModule, clock: TimestepClock) -> None:
         inputs, timestep = placeholders(model), timestep_placeholder(model, self._timestep_input)
-        if timestep is None and self._settings is not None and self._settings.aggregation not in ("max", "repq"):
+        if timestep is None and self._settings is not None and self._settings.method not in ("max", "repq"):
             raise ArgumentError(
                 f"the graph has no input called {' or '.join(map(repr, TIMESTEP_NAMES))}; its inputs are "
                 f"{', '.join(repr(node.name) for node in placeholders(model))}: name the one that holds the timestep "
-                "with timestep_input=..., or use aggregation='max'"
+                "with timestep_input=..., or use balance='max'"
             )
         observer = InputObserver(clock, None if timestep is None else inputs.index(timestep))
         model.add_submodule("ptq4dit_inputs", observer)

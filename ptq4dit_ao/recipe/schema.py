@@ -21,24 +21,18 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from ptq4dit_ao.choices import BalanceMethod, FoldForm, LayerPreset, Ranges, RoundingMethod, Sampler, Start
 from ptq4dit_ao.errors import RecipeError
 from ptq4dit_ao.recipe.problems import describe, show, version_problem
 from ptq4dit_ao.recipe.values import (
-    Aggregation,
     Alpha,
     Bits,
     BitsCandidates,
     BitsOrAuto,
     Count,
-    FoldForm,
-    LayerPreset,
     OnlyFalse,
     OnlyTrue,
-    Ranges,
-    RoundingMethod,
-    Sampler,
     Seed,
-    Start,
     TimestepList,
     Timesteps,
     Version,
@@ -119,12 +113,13 @@ class Attention(_Section):
 class Balance(_Section):
     """How extreme channels are shared out between activation and weight before quantization (CSB and SSC)."""
 
-    aggregation: Aggregation = Field(
+    method: BalanceMethod = Field(
         default="ssc",
-        description="How the activation salience of several timesteps becomes one: 'ssc' weighs timesteps by "
-        "Spearman's rho with the weight salience (the lower, the more), 'max' and 'mean' ignore the weights, 'none' "
-        "turns balancing off (plain min-max baseline). 'auto': each site takes what leaves least error after rounding. "
-        "'repq': RepQ-ViT's, which gives all channels one scale and one zero point; it takes no alpha.",
+        description="How the balancing factors are found. By salience, where the activation's of several timesteps "
+        "becomes one: 'ssc' weighs timesteps by Spearman's rho with the weight salience (the lower, the more), 'max' "
+        "(SmoothQuant) and 'mean' ignore the weights. 'auto': each site takes what leaves least error after rounding. "
+        "'repq': RepQ-ViT's, which gives all channels one scale and one zero point; it takes no alpha. 'none': no "
+        "balancing (plain min-max baseline).",
     )
     alpha: Alpha = Field(
         default=0.5,
@@ -154,6 +149,13 @@ class Balance(_Section):
         default=True,
         description="false: do not check that the balanced float model computes what it did before.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_the_method(cls, data: object) -> object:
+        if isinstance(data, Mapping) and "aggregation" in data:
+            raise _rule("the key 'aggregation' is called 'method' now; rename it")
+        return data
 
 
 class Rounding(_Section):

@@ -61,7 +61,6 @@ BitsCandidates = Annotated[
     BeforeValidator(as_tuple),
     AfterValidator(_all_different),
 ]
-Aggregation = Literal["ssc", "max", "mean", "none", "auto", "repq"]
 
 
 def _number_or_auto(value: object) -> str:
@@ -76,11 +75,5 @@ BitsOrAuto = Annotated[
     Annotated[Bits, Tag("number")] | Annotated[Literal["auto"], Tag("auto")],
     Discriminator(_number_or_auto),
 ]
-RoundingMethod = Literal["nearest", "gptq", "adaround"]
-Start = Literal["nearest", "gptq"]
-Ranges = Literal["minmax", "output", "percentile", "lp"]
-FoldForm = Literal["constant", "bias"]
-Sampler = Literal["ddim", "ddpm"]
-LayerPreset = Literal["safe", "paper"]
 OnlyTrue = Annotated[Literal[True], exactly(bool)]
 OnlyFalse = Annotated[Literal[False], exactly(bool)]

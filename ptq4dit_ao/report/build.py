@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, Literal, cast, get_args
 
 from torch import Tensor
 from torch.fx import GraphModule
 
+from ptq4dit_ao._version import installed_version
 from ptq4dit_ao.graph import Site
 from ptq4dit_ao.graph.names import joint_name
-from ptq4dit_ao.lowering import float_linears, quantized_linears
+from ptq4dit_ao.lowering import QuantizedLinear, float_linears, quantized_linears
 from ptq4dit_ao.lowering.match import quantized_products, quantizers_of
 from ptq4dit_ao.metrics import LeaveOneOut, PairedError
 from ptq4dit_ao.passes import BalanceResult, SiteOutcome, balance_result
+from ptq4dit_ao.report.types import (
+    AttentionEntry,
+    EvaluationEntry,
+    LayerEntry,
+    LeaveOneOutEntry,
+    LeftOutEntry,
+    ModelEntry,
+    Report,
+    SiteEntry,
+    SizeEntry,
+    WeightBitsEntry,
+)
 
-_VECTORS = ("b", "salience_x", "salience_w", "timesteps", "salience_t", "rho", "eta")
+Vector = Literal["b", "salience_x", "salience_w", "timesteps", "salience_t", "rho", "eta"]
+_VECTORS: tuple[Vector, ...] = get_args(Vector)
 _LEFT = "left as it is: of all that was tried, this leaves least error after rounding"
 _PACKAGES = ("ptq4dit-ao", "torch", "torchao", "diffusers")
 
@@ -39,125 +53,143 @@ def build_report(
     converted: GraphModule,
     *,
     title: str,
-    recipe: Mapping[str, object],
-    model: Mapping[str, object],
+    recipe: Mapping[str, Any],
+    model: ModelEntry,
     seconds: Mapping[str, float],
-    evaluation: Mapping[str, object] | None = None,
+    evaluation: EvaluationEntry | None = None,
     diagnostics: Diagnostics | None = None,
-    weight_bits: Mapping[str, object] | None = None,
-    size: Mapping[str, object] | None = None,
-) -> dict[str, Any]:
-    """Everything that is known of one quantized model.
+    weight_bits: WeightBitsEntry | None = None,
+) -> Report:
+    """Everything that is known of one quantized model; its size is added when it is saved.
 
     Args:
         converted: from ``convert_pt2e`` with our quantizer.
         title: headline.
         recipe: as ``Recipe.to_dict`` gives it.
-        model: ``name`` and number of ``parameters``.
+        model: the float model.
         seconds: wall time per stage.
-        evaluation: ``sqnr_db``, ``per_timestep`` [[t, dB]], ``samples``, ``seed``.
+        evaluation: error of its output.
         diagnostics: of its layers.
         weight_bits: how they were chosen, if they were.
-        size: ``float32_bytes``, ``artifact_bytes``, ``ratio``.
     """
     result = balance_result(converted)
     settings = result.settings
     return {
         "title": title,
-        "model": dict(model),
+        "model": model,
         "recipe": dict(recipe),
-        "versions": {name: v for name in _PACKAGES if (v := _version(name)) is not None},
+        "versions": {name: v for name in _PACKAGES if (v := installed_version(name)) is not None},
         "settings": None
         if settings is None
         else {
-            "aggregation": settings.aggregation,
-            "alpha": None if settings.aggregation == "repq" else settings.alpha,
+            "method": settings.method,
+            "alpha": None if settings.method == "repq" else settings.alpha,
             "max_scale": settings.max_scale,
             "fold_form": settings.fold_form,
         },
         "sites": [_site(site, result.outcomes.get(site.name)) for site in result.sites],
         "layers": _layers(converted, result, diagnostics),
         "attention": _attention(converted),
-        "weight_bits": None if weight_bits is None else dict(weight_bits),
+        "weight_bits": weight_bits,
         "leave_one_out": None if diagnostics is None else _leave_one_out(result, diagnostics),
-        "evaluation": None if evaluation is None else dict(evaluation),
-        "size": None if size is None else dict(size),
+        "evaluation": evaluation,
+        "size": None,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "notes": _notes(result),
     }
 
 
-def summary(report: Mapping[str, Any]) -> dict[str, Any]:
+def summary(report: Report) -> Report:
     """The report without its vectors, small enough for an artifact's manifest."""
-    sites = [{key: value for key, value in site.items() if key not in _VECTORS} for site in report["sites"]]
-    layers = [{key: value for key, value in layer.items() if key != "sqnr_db_t"} for layer in report["layers"]]
-    return {**report, "sites": sites, "layers": layers}
+    short = copy.copy(report)
+    short["sites"] = [cast(SiteEntry, _without(site, _VECTORS)) for site in report["sites"]]
+    short["layers"] = [cast(LayerEntry, _without(layer, ("sqnr_db_t",))) for layer in report["layers"]]
+    return short
 
 
-def _site(site: Site, outcome: SiteOutcome | None) -> dict[str, Any]:
-    about: dict[str, Any] = {
+def size_entry(report: Report, converted: GraphModule, artifact_bytes: int) -> SizeEntry:
+    """Bytes before and after, of a model whose graph and weights take so many on disk."""
+    float32 = 4 * report["model"]["parameters"]
+    linears = quantized_linears(converted)
+    weights = {linear.weight.data_ptr(): linear for linear in linears}.values()
+    before = sum(4 * (w.weight.numel() + len(w.weight)) for w in weights)
+    after = sum(w.weight.numel() * (1 if w.weight_range[1] > 7 else 0.5) + 8 * len(w.weight) for w in weights)
+    return {
+        "float32_bytes": float32,
+        "artifact_bytes": artifact_bytes,
+        "ratio": artifact_bytes / float32,
+        "quantized_layers_float32_bytes": before,
+        "quantized_layers_bytes": int(after),
+        "quantized_layers_ratio": after / before,
+    }
+
+
+def _without(entry: Mapping[str, object], keys: Sequence[str]) -> dict[str, object]:
+    return {key: value for key, value in entry.items() if key not in keys}
+
+
+def _site(site: Site, outcome: SiteOutcome | None) -> SiteEntry:
+    about: SiteEntry = {
         "name": site.name,
         "layers": list(dict.fromkeys(consumer.layer for consumer in site.consumers)),
         "channels": site.channels,
         "variables": site.num_variables,
-        "status": "refused" if outcome is None or outcome.aggregation == "none" else "folded",
-        "reason": site.refusal if outcome is None or outcome.aggregation != "none" else _LEFT,
+        "status": "refused" if outcome is None or outcome.method == "none" else "folded",
+        "reason": site.refusal if outcome is None or outcome.method != "none" else _LEFT,
         "kind": site.kind,
         "vector_multiplies": len(site.cuts),
         "couples_blocks": site.couples_blocks,
         "folded_into": [path for edit in site.parameters for path in edit.paths]
         + [f"{edit.node}.weight" for edit in site.norms]
         + [f"{edit.node}.{edit.index}" for edit in site.cuts],
-        "clipped": 0,
+        "num_clipped": 0,
     }
     if outcome is not None:
-        about["clipped"] = int(outcome.clipped.sum())
-        about |= {"aggregation": outcome.aggregation, "alpha": outcome.alpha}
+        about["num_clipped"] = int(outcome.clipped.sum())
+        about["method"], about["alpha"] = outcome.method, outcome.alpha
         about["scores"] = {name: _float(score) for name, score in outcome.scores.items()}
-        about["b_range"] = [_float(float(outcome.b.min())), _float(float(outcome.b.max()))]
-        about |= {name: _floats(getattr(outcome, name)) for name in _VECTORS}
+        about["b_range"] = _float(float(outcome.b.min())), _float(float(outcome.b.max()))
+        for name in _VECTORS:
+            about[name] = _floats(getattr(outcome, name))
     return about
 
 
-def _layers(converted: GraphModule, result: BalanceResult, diagnostics: Diagnostics | None) -> list[dict[str, Any]]:
+def _layers(converted: GraphModule, result: BalanceResult, diagnostics: Diagnostics | None) -> list[LayerEntry]:
     integer = {linear.name: linear for linear in quantized_linears(converted)}
     names = [*integer, *(node.name for node in float_linears(converted))]
     order = {node.name: i for i, node in enumerate(converted.graph.nodes)}
-    return [
-        {
-            "name": result.layers.get(name, name),
-            "node": name,
-            "status": "integer" if name in integer else "float",
-            "weight_bits": _bits(integer[name].weight_range) if name in integer else None,
-            "activation_bits": _bits(integer[name].x_range) if name in integer else None,
-            "activation_clipping": _maybe(result.clipping.get(name)),
-            **_diagnosed(name, diagnostics),
-        }
-        for name in sorted(names, key=order.__getitem__)
-    ]
+    return [_layer(name, result, integer.get(name), diagnostics) for name in sorted(names, key=order.__getitem__)]
 
 
-def _attention(converted: GraphModule) -> dict[str, Any] | None:
+def _layer(
+    name: str, result: BalanceResult, linear: QuantizedLinear | None, diagnostics: Diagnostics | None
+) -> LayerEntry:
+    error = None if diagnostics is None else diagnostics.layer_errors.get(name)
+    return {
+        "name": result.layers.get(name, name),
+        "node": name,
+        "status": "float" if linear is None else "integer",
+        "weight_bits": None if linear is None else _bits(linear.weight_range),
+        "activation_bits": None if linear is None else _bits(linear.x_range),
+        "activation_clipping": _maybe(result.clipping.get(name)),
+        "weight_clipping": None if diagnostics is None else _maybe(diagnostics.weight_clipping.get(name)),
+        "sqnr_db": None if error is None else _float(error.sqnr_db),
+        "sqnr_db_t": [] if error is None else [(t, _float(db)) for t, db in error.per_timestep.items()],
+    }
+
+
+def _attention(converted: GraphModule) -> AttentionEntry | None:
     """How many matrix products of attention are quantized, and to how many bits; None if attention is float."""
     products = quantized_products(converted)
     bits = {_bits(q.args[3:5]) for q in quantizers_of(products)}
     return {"matmuls": len(products), "bits": sorted(bits)} if products else None
 
 
-def _diagnosed(name: str, diagnostics: Diagnostics | None) -> dict[str, Any]:
-    error = None if diagnostics is None else diagnostics.layer_errors.get(name)
-    return {
-        "weight_clipping": None if diagnostics is None else _maybe(diagnostics.weight_clipping.get(name)),
-        "sqnr_db": None if error is None else _float(error.sqnr_db),
-        "sqnr_db_t": [] if error is None else [[t, _float(db)] for t, db in error.per_timestep.items()],
-    }
-
-
-def _leave_one_out(result: BalanceResult, diagnostics: Diagnostics) -> dict[str, Any]:
+def _leave_one_out(result: BalanceResult, diagnostics: Diagnostics) -> LeaveOneOutEntry:
     found = diagnostics.leave_one_out
     if found is None:
         return {"skipped": diagnostics.leave_one_out_skipped}
-    inputs = [
+    inputs: list[LeftOutEntry] = [
         {
             "name": joint_name(result.layers.get(name, name) for name in names),
             "nodes": list(names),
@@ -199,10 +231,3 @@ def _maybe(value: float | None) -> float | None:
 
 def _float(value: float) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -234,8 +234,8 @@ def _ssc(sites: Sequence[Entry], settings: Mapping[str, Any] | None) -> str:
         "The fewer channels are loud on both sides (low rho), the more balancing has to give, and the more that "
         "timestep weighs: eta is proportional to exp(−rho)."
     )
-    if settings is not None and settings["aggregation"] != "ssc":
-        caption += f" This run aggregated with {escape(str(settings['aggregation']))} and did not use these weights."
+    if settings is not None and settings["method"] != "ssc":
+        caption += f" This run aggregated with {escape(str(settings['method']))} and did not use these weights."
     return "<h3>Timestep weights</h3>" + _figure(plots.ssc_chart(measured), alt, f"{_named(measured)} {caption}")
 
 
@@ -463,7 +463,7 @@ def _bullets(lines: Sequence[str]) -> str:
 def _chosen(about: Mapping[str, Any], between: str = " ") -> str:
     """Aggregation, and alpha if it has one."""
     alpha = about["alpha"]
-    parts = [about["aggregation"], alpha if alpha is None or isinstance(alpha, str) else _number(alpha, "g")]
+    parts = [about["method"], alpha if alpha is None or isinstance(alpha, str) else _number(alpha, "g")]
     return escape(between.join(part for part in parts if part is not None))
 
 

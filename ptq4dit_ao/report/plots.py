@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ptq4dit_ao._atomic import replacing_file
+from ptq4dit_ao._files import replacing_file
 from ptq4dit_ao._optional import require
 from ptq4dit_ao._paths import as_path
 from ptq4dit_ao.errors import ArgumentError

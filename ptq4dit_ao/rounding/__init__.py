@@ -1,16 +1,14 @@
 """Weights rounded in view of what they are multiplied with: in one pass, or layer by layer; then learned as a whole."""
 
-from ptq4dit_ao.rounding.distillation import OnStep, distill
+from ptq4dit_ao.rounding.distillation import distill
 from ptq4dit_ao.rounding.layers import activation_clipping
 from ptq4dit_ao.rounding.one_pass import round_in_one_pass
 from ptq4dit_ao.rounding.search import PostRoundingScore
-from ptq4dit_ao.rounding.sequential import OnGroup, round_sequentially
+from ptq4dit_ao.rounding.sequential import round_sequentially
 from ptq4dit_ao.rounding.settings import DistillationSettings, RoundingSettings
 
 __all__ = [
     "DistillationSettings",
-    "OnGroup",
-    "OnStep",
     "PostRoundingScore",
     "RoundingSettings",
     "activation_clipping",

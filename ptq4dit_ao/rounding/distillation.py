@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional
 
+from ptq4dit_ao._formats import TensorFormat
 from ptq4dit_ao._paths import cannot_write
-from ptq4dit_ao._tensor_file import read_tensors, write_tensors
+from ptq4dit_ao._progress import OnProgress, ignore
 from ptq4dit_ao.errors import CalibrationError
 from ptq4dit_ao.graph.names import placeholders
 from ptq4dit_ao.observers import ActivationObserver, Rounded
@@ -49,16 +50,13 @@ COMPARED = 32
 SEED = 0
 
 FILE = "distillation.safetensors"
-FORMAT = "ptq4dit-ao distillation 1"
+FORMAT = TensorFormat(name="distillation", version=2, error=CalibrationError, remedy="remove it to start again")
 
 PAUSE = 60.0
 """Seconds between two notes of how far it has come."""
 
 SHARE = 0.05
 """Of the time that may go into notes; where they take more, the pauses are longer."""
-
-OnStep = Callable[[int, int], None]
-"""``(steps done, in all)``; where time ends learning, the part of it that is spent, in steps."""
 
 
 class LearnedLinear(nn.Module):
@@ -108,7 +106,7 @@ def distill(
     batches: Sequence[Sequence[Tensor]],
     settings: DistillationSettings,
     *,
-    on_step: OnStep = lambda *_: None,
+    on_progress: OnProgress = ignore,
     resume: Path | None = None,
 ) -> None:
     """Let all rounded weights and their inputs' ranges learn, and leave in the observers what was learned.
@@ -119,7 +117,7 @@ def distill(
         prepared: a balanced graph whose weights have been rounded.
         batches: input tuples. The float network's outputs are held for each.
         settings: how long.
-        on_step: called after each step.
+        on_progress: called after each step.
         resume: a folder to note in how far it has come; what is found there is not done again.
 
     Raises:
@@ -164,7 +162,7 @@ def distill(
             for linear in linears.values():
                 linear.clamp_()
             clock.steps += 1
-            on_step(round(clock.spent() * settings.steps), settings.steps)
+            on_progress(round(clock.spent() * settings.steps), settings.steps)
             if notes is not None:
                 notes.write()
     after = _error(run, inputs, targets, some)
@@ -248,9 +246,7 @@ class _Notes:
             self._read()
 
     def _read(self) -> None:
-        metadata, tensors = read_tensors(
-            self._path, form=FORMAT, what="a distillation", error=CalibrationError, way_out="remove it to start anew"
-        )
+        metadata, tensors = FORMAT.read(self._path)
         if metadata["fingerprint"] != self._fingerprint:
             raise CalibrationError(
                 f"{self._path} was learned by another model, recipe or calibration set; remove it to start anew, or "
@@ -285,6 +281,6 @@ class _Notes:
             self._path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CalibrationError(cannot_write(self._path, error)) from error
-        write_tensors(self._path, tensors, form=FORMAT, what="a distillation", error=CalibrationError, about=about)
+        FORMAT.write(self._path, tensors, about)
         self._last = time.monotonic()
         self._pause = max(PAUSE, (self._last - start) / SHARE)

@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ptq4dit_ao._atomic import is_unfinished, replace_text
+from ptq4dit_ao._files import is_unfinished, replace_json
+from ptq4dit_ao._formats import TensorFormat
 from ptq4dit_ao._paths import because
-from ptq4dit_ao._tensor_file import read_tensors, write_tensors
 from ptq4dit_ao.errors import CalibrationError
 from ptq4dit_ao.observers import ActivationObserver, Rounded
 from ptq4dit_ao.rounding.layers import Group
 
 PARTS = ("integers", "scale", "bias")
 """Of a :class:`~ptq4dit_ao.observers.Rounded`; there may be no bias."""
-FORMAT = "ptq4dit-ao rounded layers 2"
-_WHAT = "rounded layers"
+FORMAT = TensorFormat(
+    name="rounded layers", version=3, error=CalibrationError, remedy="remove it, and it is computed again"
+)
 
 
 class Progress:
@@ -41,11 +42,13 @@ class Progress:
         if folder is None:
             return
         about = folder / "about.json"
-        expected = {"format": FORMAT, "fingerprint": fingerprint}
+        expected = {"format": FORMAT.tag, "fingerprint": fingerprint}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if about.exists():
-                if json.loads(about.read_text()) != expected:
+                found = json.loads(about.read_text())
+                FORMAT.check(about, found.get("format") if isinstance(found, dict) else None)
+                if found != expected:
                     raise CalibrationError(
                         f"{folder} holds layers that were rounded for another model, recipe or calibration set; "
                         "remove it to start anew, or give another folder"
@@ -53,7 +56,7 @@ class Progress:
             elif not all(is_unfinished(path) for path in folder.iterdir()):
                 raise CalibrationError(f"{folder} holds something else than rounded layers; give another folder")
             else:
-                replace_text(about, json.dumps(expected))
+                replace_json(about, expected)
         except (OSError, ValueError) as error:
             reason = because(error) if isinstance(error, OSError) else f"{about} is damaged ({error})"
             raise CalibrationError(
@@ -64,9 +67,7 @@ class Progress:
         """Give groups what was found for them; False if there is nothing."""
         if self._folder is None or not (path := self._path(index)).exists():
             return False
-        _, tensors = read_tensors(
-            path, form=FORMAT, what=_WHAT, error=CalibrationError, way_out="remove it, and it is computed again"
-        )
+        _, tensors = FORMAT.read(path)
         tensors = {name: tensor.to(self._device) for name, tensor in tensors.items()}
         found = [_read(tensors, f"{number}.", group) for number, group in enumerate(groups)]
         for group, (bounds, rounded) in zip(groups, found, strict=True):
@@ -86,7 +87,7 @@ class Progress:
         tensors: dict[str, Tensor] = {}
         for number, group in enumerate(groups):
             tensors |= _tensors(f"{number}.", group)
-        write_tensors(self._path(index), tensors, form=FORMAT, what=_WHAT, error=CalibrationError)
+        FORMAT.write(self._path(index), tensors)
 
     def _path(self, index: int) -> Path:
         assert self._folder is not None

@@ -8,7 +8,7 @@ one quantized input to the next; of the activations only those are kept which a 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 
 from ptq4dit_ao._memory import trim
 from ptq4dit_ao._modes import own_modes
+from ptq4dit_ao._progress import OnProgress, ignore
 from ptq4dit_ao.observers import ActivationObserver, TokenSample
 from ptq4dit_ao.rounding.blocks import Block, find_blocks
 from ptq4dit_ao.rounding.layers import Group, find_groups
@@ -29,8 +30,6 @@ from ptq4dit_ao.rounding.streams import Streams
 
 logger = logging.getLogger(__name__)
 
-OnGroup = Callable[[int, int], None]
-"""``(parts done, in all)``."""
 
 PARTS = 100
 """In so many parts the progress of a block that learns is told."""
@@ -42,7 +41,7 @@ def round_sequentially(
     batches: Iterable[Sequence[Tensor]],
     settings: RoundingSettings,
     *,
-    on_group: OnGroup = lambda *_: None,
+    on_progress: OnProgress = ignore,
     resume: Path | None = None,
 ) -> None:
     """Leave in the observers of a balanced, prepared graph what ``convert_pt2e`` shall write.
@@ -51,7 +50,7 @@ def round_sequentially(
         prepared: from ``prepare_pt2e`` with our quantizer, calibrated, balanced.
         batches: input tuples; all of them are held at once.
         settings: how.
-        on_group: called as layers are done.
+        on_progress: called as layers are done.
         resume: a folder to note them in; what is found there is not done again.
     """
     groups, batches = find_groups(prepared), learnable(prepared, batches)
@@ -70,12 +69,12 @@ def round_sequentially(
             trim()
             if not progress.load(index + 1, block.parts(groups)):
                 if learns:
-                    told = _told(budget.progress(index), index, len(blocks), on_group)
+                    told = _told(budget.progress(index), index, len(blocks), on_progress)
                     _learn(prepared, block, streams, settings, told)
                 else:
                     _round(prepared, block.groups[0], streams, settings)
                 progress.save(index + 1, block.parts(groups))
-            on_group((index + 1) * parts, len(blocks) * parts)
+            on_progress((index + 1) * parts, len(blocks) * parts)
     except BaseException:  # as it was, for another try
         for group in groups:
             group.observer.clipped = given[group.observer]
@@ -100,13 +99,13 @@ def _learn(
     streams.redo(block.nodes, held)
 
 
-def _told(progress: Iterator[float], block: int, blocks: int, on_group: OnGroup) -> Iterator[float]:
-    """The same, with every hundredth told to ``on_group``."""
+def _told(progress: Iterator[float], block: int, blocks: int, on_progress: OnProgress) -> Iterator[float]:
+    """The same, with every hundredth told to ``on_progress``."""
     told = 0
     for spent in progress:
         if int(spent * PARTS) > told:
             told = int(spent * PARTS)
-            on_group(block * PARTS + told, blocks * PARTS)
+            on_progress(block * PARTS + told, blocks * PARTS)
         yield spent
 
 

@@ -4,16 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Literal, get_args
 
+from ptq4dit_ao.choices import RANGES, ROUNDING_METHODS, STARTS, Ranges, RoundingMethod, Start
 from ptq4dit_ao.errors import ArgumentError, check_choice, check_type
-
-Rounding = Literal["nearest", "gptq", "adaround"]
-ROUNDINGS: tuple[str, ...] = get_args(Rounding)
-Start = Literal["nearest", "gptq"]
-STARTS: tuple[str, ...] = get_args(Start)
-Ranges = Literal["minmax", "output", "percentile", "lp"]
-RANGES: tuple[str, ...] = get_args(Ranges)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +24,7 @@ class RoundingSettings:
     that with a time limit results depend on the machine.
     """
 
-    rounding: Rounding = "nearest"
+    rounding: RoundingMethod = "nearest"
     ranges: Ranges = "minmax"
     damping: float = 0.01
     start: Start = "nearest"
@@ -39,7 +32,7 @@ class RoundingSettings:
     minutes: float | None = None
 
     def __post_init__(self) -> None:
-        check_choice("rounding", self.rounding, ROUNDINGS)
+        check_choice("rounding", self.rounding, ROUNDING_METHODS)
         check_choice("ranges", self.ranges, RANGES)
         check_choice("start", self.start, STARTS)
         if not 0 < self.damping <= 1:

@@ -114,7 +114,7 @@ def test_what_nncf_would_do_otherwise_is_refused(ready, mixed):
 
 def test_nncf_still_makes_eight_bits_of_four_without_a_word(tiny_exported, tiny_samples):
     """If this fails, NNCF has been mended: ``BalancedForNNCF.quantize_pt2e`` need not refuse 4 bits any more."""
-    quantizer = PTQ4DiTQuantizer(weight_bits=4, aggregation="none")
+    quantizer = PTQ4DiTQuantizer(weight_bits=4, balance="none")
     converted = quantize_pt2e(tiny_exported, quantizer, nncf.Dataset(tiny_samples), do_copy=True)
     for linear in quantized_linears(converted):
         assert linear.weight_range == (-128, 127) and linear.weight.unique().numel() > 16
@@ -131,7 +131,7 @@ def test_what_cannot_be_balanced(tiny_exported, tiny_samples):
     with pytest.raises(CalibrationError, match="there are no calibration samples"):
         balance_for_nncf(tiny_exported, Recipe(), [])
     with pytest.raises(ArgumentError, match="none"):
-        balance_for_nncf(tiny_exported, Recipe(balance=Balance(aggregation="none")), tiny_samples)
+        balance_for_nncf(tiny_exported, Recipe(balance=Balance(method="none")), tiny_samples)
 
 
 def test_without_nncf_a_line_says_how_to_get_it(ready, monkeypatch):

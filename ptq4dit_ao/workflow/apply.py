@@ -6,7 +6,9 @@ import copy
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,12 @@ from torchao.quantization.pt2e.quantizer import Quantizer
 
 from ptq4dit_ao._memory import trim
 from ptq4dit_ao._modes import own_modes
-from ptq4dit_ao.calibration import CalibrationSamples
+from ptq4dit_ao._progress import OnProgress, OnStage, ignore, of_stage
+from ptq4dit_ao.calibration import CalibrationSamples, Sampling
 from ptq4dit_ao.capture import export_transformer
 from ptq4dit_ao.capture.export import captured_module
-from ptq4dit_ao.capture.float_model import check_float_module, check_in_memory
-from ptq4dit_ao.capture.interface import InputSpec, cannot_run, check_batch
+from ptq4dit_ao.capture.float_model import check_float_module, check_in_memory, device_of
+from ptq4dit_ao.capture.interface import CapturedModule, InputSpec, cannot_run, check_batch
 from ptq4dit_ao.errors import CalibrationError, check_type
 from ptq4dit_ao.graph.names import placeholders
 from ptq4dit_ao.graph.ties import share_equal_tensors
@@ -34,11 +37,10 @@ from ptq4dit_ao.quantizer import (
     tokens_seen,
 )
 from ptq4dit_ao.recipe import Recipe, Weights
-from ptq4dit_ao.report import build_report
-from ptq4dit_ao.rounding import OnGroup, OnStep
+from ptq4dit_ao.report import Diagnostics, EvaluationEntry, build_report
 from ptq4dit_ao.workflow.from_recipe import quantizer_from_recipe, with_chosen_bits
 from ptq4dit_ao.workflow.quantized_model import QuantizedModel
-from ptq4dit_ao.workflow.weight_bits import OnRun, WeightBits, choose_weight_bits
+from ptq4dit_ao.workflow.weight_bits import WeightBits, choose_weight_bits
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +58,7 @@ def apply_recipe(
     base: Quantizer | None = None,
     timestep_input: str | None = None,
     name: str | None = None,
-    on_sample: Callable[[int], None] | None = None,
-    on_layer: OnGroup = lambda *_: None,
-    on_step: OnStep = lambda *_: None,
-    on_choice: OnRun = lambda *_: None,
+    on_progress: OnStage = ignore,
     resume: str | Path | None = None,
 ) -> QuantizedModel:
     """Quantize a denoiser as a recipe says.
@@ -72,10 +71,9 @@ def apply_recipe(
         base: the torchao quantizer to wrap; ours if not given.
         timestep_input: name of the input that holds the timestep, if it is not an obvious one.
         name: of the model, for the report.
-        on_sample: called with the number of tuples done.
-        on_layer: called with the number of inputs of layers that are rounded, and in all, by a sequential rounding.
-        on_step: called with the number of steps of distillation done, and in all.
-        on_choice: called with the number of quantized inputs measured for ``bits: auto``, and in all.
+        on_progress: called with ``(stage, done, in all)``. Stages are ``choose bits`` (quantized inputs measured),
+            ``calibrate`` (batches), ``round`` (parts of a sequential rounding) and ``distill`` (steps), as far as the
+            recipe has them; ``in all`` is 0 where ``samples`` does not tell its length.
         resume: a folder for what a sequential rounding, and distillation, have done so far; what is found there is not
             done again.
 
@@ -84,6 +82,82 @@ def apply_recipe(
         CalibrationError: there are no samples, or they are not finite, or of too few timesteps.
         PTQ4DiTError: see :class:`~ptq4dit_ao.PTQ4DiTQuantizer`.
     """
+    converted = convert(
+        model,
+        recipe,
+        samples,
+        base=base,
+        timestep_input=timestep_input,
+        name=name,
+        on_progress=on_progress,
+        resume=resume,
+    )
+    return converted.quantized()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """A converted graph and how it was made: all that its report says, but for what is measured afterwards."""
+
+    graph: GraphModule
+    recipe: Recipe
+    """With the bits that were chosen, where it left them open."""
+    name: str
+    parameters: int
+    seconds: dict[str, float]
+    """Wall time per stage."""
+    captured: CapturedModule | None
+    weight_bits: WeightBits | None
+
+    def quantized(
+        self,
+        *,
+        sampling: Sampling | None = None,
+        evaluation: EvaluationEntry | None = None,
+        diagnostics: Diagnostics | None = None,
+        seconds: Mapping[str, float] | None = None,
+    ) -> QuantizedModel:
+        """The model with its report, which is built here and nowhere else.
+
+        Args:
+            sampling: how to sample the model, where that is known.
+            evaluation: error of its output.
+            diagnostics: what was measured of its layers.
+            seconds: wall time of stages before and after the conversion.
+        """
+        report = build_report(
+            self.graph,
+            title=f"{self.recipe.description or 'recipe'} on {self.name}",
+            recipe=self.recipe.to_dict(),
+            model={"name": self.name, "parameters": self.parameters},
+            seconds={**self.seconds, **(seconds or {})},
+            evaluation=evaluation,
+            diagnostics=diagnostics,
+            weight_bits=None if self.weight_bits is None else self.weight_bits.to_dict(),
+        )
+        return QuantizedModel(
+            graph=self.graph,
+            recipe=self.recipe,
+            inputs=tuple(InputSpec.of(node) for node in placeholders(self.graph)),
+            report=report,
+            sampling=sampling,
+            captured=self.captured,
+        )
+
+
+@own_modes()
+def convert(
+    model: nn.Module,
+    recipe: Recipe,
+    samples: CalibrationSamples | Iterable[Sequence[Tensor]],
+    *,
+    base: Quantizer | None = None,
+    timestep_input: str | None = None,
+    name: str | None = None,
+    on_progress: OnStage = ignore,
+    resume: str | Path | None = None,
+) -> Converted:
+    """Calibrate, balance, round and convert: :func:`apply_recipe` without the report."""
     check_type("recipe", recipe, Recipe, "what load_recipe returned")
     check_type(
         "samples",
@@ -92,7 +166,9 @@ def apply_recipe(
         "what collect_from_pipeline recorded, or a list of tuples of tensors",
     )
     recorded = samples if isinstance(samples, CalibrationSamples) else None
+    number = length_hint(samples)
     if isinstance(samples, CalibrationSamples):
+        number = -(-len(samples) // recipe.calibration.rows)
         samples = samples.shuffled(SHUFFLE_SEED).batches(recipe.calibration.rows)
     iterator = iter(samples)
     first = next(iterator, None)
@@ -102,17 +178,17 @@ def apply_recipe(
         check_float_module(model)
         check_in_memory(model)
     warn_of_dtype(model)
-    clock = Stopwatch()
+    clock, device = Stopwatch(), device_of(model)
     if isinstance(model, GraphModule):
         exported = model
     else:
         example = first if recorded is None else recorded.example(EXAMPLE_ROWS)
-        exported = export_transformer(model, on_device_of(model, example))
+        exported = export_transformer(model, _on(device, example))
     captured = captured_module(exported)
     choice = None
     if recipe.weights.bits == "auto":
-        batches = [on_device_of(model, tuple(batch)) for batch in itertools.chain([first], iterator)]
-        choice = _choose_bits(exported, recipe, batches, base, timestep_input, on_choice)
+        batches = [_on(device, tuple(batch)) for batch in itertools.chain([first], iterator)]
+        choice = _choose_bits(exported, recipe, batches, base, timestep_input, of_stage(on_progress, "choose bits"))
         recipe, first, iterator = with_chosen_bits(recipe, choice), batches[0], iter(batches[1:])
         clock.lap("choose bits")
     # prepare_pt2e changes the graph it is given.
@@ -125,42 +201,39 @@ def apply_recipe(
         what = f"calibration batch {done}"
         inputs = check_batch(prepared, inputs, what)
         try:
-            prepared(*on_device_of(model, inputs))
+            prepared(*_on(device, inputs))
         except (RuntimeError, IndexError) as error:
             raise cannot_run(what, error) from error
         if recipe.rounding.sequential:
             kept.append(inputs)
-        if on_sample is not None:
-            on_sample(done)
+        on_progress("calibrate", done, number)
     clock.lap("calibrate")
     if recipe.rounding.sequential:
         some = enough(kept, recipe.rounding.tokens, tokens_seen(prepared))
         if len(some) < len(kept):
             logger.info("rounding looks at %d of %d batches (rounding.tokens)", len(some), len(kept))
-        batches = [on_device_of(model, batch) for batch in some]
-        round_sequentially(prepared, batches, on_group=on_layer, resume=resume)
+        batches = [_on(device, batch) for batch in some]
+        round_sequentially(prepared, batches, on_progress=of_stage(on_progress, "round"), resume=resume)
         clock.lap("round")
         if recipe.distillation.steps:
-            batches = [on_device_of(model, batch) for batch in kept]
+            batches = [_on(device, batch) for batch in kept]
             steps, minutes = recipe.distillation.steps, recipe.distillation.minutes
-            distill(prepared, batches, steps=steps, minutes=minutes, on_step=on_step, resume=resume)
+            distilled = of_stage(on_progress, "distill")
+            distill(prepared, batches, steps=steps, minutes=minutes, on_progress=distilled, resume=resume)
             clock.lap("distill")
     trim()
     converted = convert_pt2e(prepared)
     share_equal_tensors(converted)
     clock.lap("convert")
-    parameters = sum(p.numel() for p in model.parameters())
-    model_name = name or type(model).__name__
-    report = build_report(
-        converted,
-        title=f"{recipe.description or 'recipe'} on {model_name}",
-        recipe=recipe.to_dict(),
-        model={"name": model_name, "parameters": parameters},
+    return Converted(
+        graph=converted,
+        recipe=recipe,
+        name=name or type(model).__name__,
+        parameters=sum(p.numel() for p in model.parameters()),
         seconds=clock.seconds,
-        weight_bits=None if choice is None else choice.to_dict(),
+        captured=captured,
+        weight_bits=choice,
     )
-    specs = tuple(InputSpec.of(node) for node in placeholders(converted))
-    return QuantizedModel(graph=converted, recipe=recipe, inputs=specs, report=report, captured=captured)
 
 
 def _choose_bits(
@@ -169,7 +242,7 @@ def _choose_bits(
     batches: list[tuple[Tensor, ...]],
     base: Quantizer | None,
     timestep_input: str | None,
-    on_choice: OnRun,
+    on_progress: OnProgress,
 ) -> WeightBits:
     settings = recipe.weights
     assert settings.average_bits is not None
@@ -180,7 +253,7 @@ def _choose_bits(
         average_bits=settings.average_bits,
         candidates=settings.widths,
         quantizer=quantizer_from_recipe(lowest, base, timestep_input=timestep_input),
-        on_run=on_choice,
+        on_progress=on_progress,
     )
 
 
@@ -204,9 +277,8 @@ def enough(batches: list[tuple[Tensor, ...]], tokens: int, seen: int) -> list[tu
     return batches[: max(1, round(len(batches) * tokens / max(1, seen)))]
 
 
-def on_device_of(model: nn.Module, inputs: Any) -> Any:
-    """Inputs, which are recorded on the CPU, where the model's parameters are."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+def _on(device: torch.device, inputs: Any) -> Any:
+    """Inputs, which may come from anywhere, on the model's device."""
     return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, inputs)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ptq4dit_ao._atomic import is_unfinished
+from ptq4dit_ao._files import is_unfinished, replacing_folder
 from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao._paths import as_path, because, check_room, check_writable
-from ptq4dit_ao.artifact.folder import replacing
+from ptq4dit_ao._progress import OnStage, ignore
 from ptq4dit_ao.capture import export_transformer
 from ptq4dit_ao.capture.export import call_like
 from ptq4dit_ao.errors import ArgumentError, ArtifactError
@@ -24,11 +25,11 @@ from ptq4dit_ao.passes import ModuleBalance, balance_module, collect_salience
 from ptq4dit_ao.passes.verify import floating_outputs, relative_error
 from ptq4dit_ao.quantizer.overrides import plan_layers
 from ptq4dit_ao.recipe import Recipe
-from ptq4dit_ao.workflow.apply import EXAMPLE_ROWS, SHUFFLE_SEED, on_device_of
+from ptq4dit_ao.workflow.apply import EXAMPLE_ROWS, SHUFFLE_SEED
 from ptq4dit_ao.workflow.checks import check_overrides
 from ptq4dit_ao.workflow.from_recipe import balance_settings, overrides_of, site_policy
 from ptq4dit_ao.workflow.models import LoadedModel
-from ptq4dit_ao.workflow.samples import OnProgress, check_recording, recorded_samples
+from ptq4dit_ao.workflow.samples import check_recording, recorded_samples
 
 REPORT = "balance_report.json"
 
@@ -40,7 +41,7 @@ def balance_checkpoint(
     output: str | Path,
     *,
     samples: str | Path | None = None,
-    on_progress: OnProgress = lambda *_: None,
+    on_progress: OnStage = ignore,
 ) -> ModuleBalance:
     """Balance a model in its own parameters and save it with ``save_pretrained``, atomically.
 
@@ -65,19 +66,20 @@ def balance_checkpoint(
         check_recording(model, recipe, ("calibration",))
     check_overrides(model.transformer, recipe)
     recorded = recorded_samples(model, recipe, samples, on_progress=on_progress)
-    exported = export_transformer(model.transformer, on_device_of(model.transformer, recorded.example(EXAMPLE_ROWS)))
+    exported = export_transformer(model.transformer, recorded.example(EXAMPLE_ROWS))
     plans = plan_layers(exported, weight_bits=8, activation_bits=8, overrides=overrides_of(recipe))
     exclude = [plan.layer for plan in plans.values() if not plan.balance]
-    batches: list[tuple[Tensor, ...]] = list(recorded.shuffled(SHUFFLE_SEED).batches(recipe.calibration.rows))
+    number = -(-len(recorded) // recipe.calibration.rows)
 
-    def counted() -> Any:
-        for done, batch in enumerate(batches, start=1):
-            yield on_device_of(model.transformer, batch)
-            on_progress("measure salience", done, len(batches))
+    def counted() -> Iterator[tuple[Tensor, ...]]:
+        shuffled = recorded.shuffled(SHUFFLE_SEED)
+        for done, batch in enumerate(shuffled.batches(recipe.calibration.rows), start=1):
+            yield batch
+            on_progress("measure salience", done, number)
 
     statistics = collect_salience(exported, counted(), exclude=exclude, policy=policy)
     on_progress("balance", 0, 1)
-    example = on_device_of(model.transformer, next(recorded.batches(EXAMPLE_ROWS)))
+    example = next(recorded.batches(EXAMPLE_ROWS))
     before = _outputs(model, exported, example)
     result = balance_module(model.transformer, exported, statistics, settings, exclude=exclude, policy=policy)
     if model.stored_dtype is not None:
@@ -118,7 +120,7 @@ def _save(model: LoadedModel, recipe: Recipe, result: ModuleBalance, folder: Pat
     """
     transformer: Any = model.transformer.to(model.stored_dtype) if model.stored_dtype else model.transformer
     try:
-        with replacing(folder) as partial:
+        with replacing_folder(folder) as partial:
             if model.folder is not None and (model.folder / "model_index.json").is_file():
                 others = shutil.ignore_patterns("transformer")
                 shutil.copytree(model.folder, partial, ignore=others, dirs_exist_ok=True)

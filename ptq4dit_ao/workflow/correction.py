@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.fx import GraphModule
 
 from ptq4dit_ao._paths import as_path
+from ptq4dit_ao._progress import OnProgress, ignore
 from ptq4dit_ao.calibration import Sampling, as_denoiser
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.ptqd import NoiseCorrection, PTQDScheduler, fit_noise_correction
@@ -19,7 +20,7 @@ FILE = "ptqd.safetensors"
 
 
 def fit_correction(
-    model: LoadedModel, quantized: QuantizedModel, steps: int, on_step: Callable[[int, int], None] = lambda *_: None
+    model: LoadedModel, quantized: GraphModule, recipe: Recipe, steps: int, on_progress: OnProgress = ignore
 ) -> NoiseCorrection | None:
     """Fit the correction that the recipe asks for, if it does, for a sampler of so many steps.
 
@@ -27,20 +28,20 @@ def fit_correction(
         ArgumentError: see :func:`check_correction`.
         CalibrationError: see :func:`~ptq4dit_ao.ptqd.fit_noise_correction`.
     """
-    settings, guidance = quantized.recipe.noise_correction, quantized.recipe.calibration.guidance
+    settings, guidance = recipe.noise_correction, recipe.calibration.guidance
     if not settings.images:
         return None
-    check_correction(model, quantized.recipe)
+    check_correction(model, recipe)
     assert model.sampling is not None
     return fit_noise_correction(
         as_denoiser(model.transformer),
-        quantized.graph,
+        quantized,
         model.sampling,
         torch.arange(settings.images) % model.sampling.null_label,
         steps=steps,
         guidance=guidance,
         generator=torch.Generator().manual_seed(settings.seed),
-        on_step=on_step,
+        on_progress=on_progress,
     )
 
 
@@ -62,7 +63,7 @@ def correction_for(
     model: LoadedModel,
     quantized: QuantizedModel,
     steps: int,
-    on_step: Callable[[int, int], None] = lambda *_: None,
+    on_progress: OnProgress = ignore,
 ) -> NoiseCorrection | None:
     """The correction kept with a saved model; if that is of other timesteps or guidance, one fitted anew."""
     kept = _kept(directory, quantized)
@@ -70,7 +71,7 @@ def correction_for(
         timesteps = model.sampling.scheduler(steps).timesteps.tolist()
         if kept.serves(timesteps, quantized.recipe.calibration.guidance):
             return kept
-    return fit_correction(model, quantized, steps, on_step)
+    return fit_correction(model, quantized.graph, quantized.recipe, steps, on_progress)
 
 
 def corrected_scheduler(

@@ -6,6 +6,7 @@ import torch
 from torch.fx import GraphModule
 
 from ptq4dit_ao._modes import own_modes
+from ptq4dit_ao._progress import OnStage, ignore, of_stage
 from ptq4dit_ao.calibration import CalibrationSamples
 from ptq4dit_ao.graph.names import get_attribute, placeholders, timestep_placeholder, weight_path
 from ptq4dit_ao.lowering import quantized_linears
@@ -13,8 +14,6 @@ from ptq4dit_ao.metrics import LeaveOneOut, layer_errors, leave_one_out
 from ptq4dit_ao.metrics.layers import quantized_inputs
 from ptq4dit_ao.passes import balance_result, balanced_as
 from ptq4dit_ao.report import Diagnostics
-from ptq4dit_ao.workflow.apply import on_device_of
-from ptq4dit_ao.workflow.samples import OnProgress
 
 ROWS_PER_TIMESTEP = 4
 """Rows that layers are compared on."""
@@ -29,7 +28,7 @@ def diagnose(
     *,
     rows: int,
     without_one: bool = True,
-    on_progress: OnProgress = lambda *_: None,
+    on_progress: OnStage = ignore,
 ) -> Diagnostics:
     """Look at every layer of a converted graph.
 
@@ -46,7 +45,7 @@ def diagnose(
     position = timestep_position(exported)
     timesteps = len(samples.timesteps.unique())
     few = samples.spread(ROWS_PER_TIMESTEP * timesteps).by_timestep()
-    errors = layer_errors(balanced, quantized, on_device_of(exported, list(few)), timestep_index=position)
+    errors = layer_errors(balanced, quantized, list(few), timestep_index=position)
     inputs = len(quantized_inputs(quantized))
     affordable = min(MOST, len(samples) // inputs)
     left_out, skipped = None, None
@@ -70,14 +69,14 @@ def _leave_out(
     samples: CalibrationSamples,
     position: int | None,
     rows: int,
-    on_progress: OnProgress,
+    on_progress: OnStage,
 ) -> LeaveOneOut:
     return leave_one_out(
         balanced,
         quantized,
-        on_device_of(balanced, list(samples.batches(rows))),
+        list(samples.batches(rows)),
         timestep_index=position,
-        on_run=lambda done, total: on_progress("leave one out", done, total),
+        on_progress=of_stage(on_progress, "leave one out"),
     )
 
 

@@ -22,7 +22,7 @@ from ptq4dit_ao.workflow.weight_bits import WeightBits
 
 logger = logging.getLogger(__name__)
 
-LAYER_PRESETS = {"safe": SAFE_LAYERS, "paper": PAPER_LAYERS}
+PRESETS = {"safe": SAFE_LAYERS, "paper": PAPER_LAYERS}
 
 
 def quantizer_from_recipe(
@@ -38,7 +38,7 @@ def quantizer_from_recipe(
         weight_bits=weight_bits_of(recipe),
         activation_bits=recipe.activations.bits,
         attention_bits=recipe.attention.bits if recipe.attention.quantize else None,
-        aggregation=recipe.balance.aggregation,
+        balance=recipe.balance.method,
         alpha=recipe.balance.alpha,
         rounding=RoundingSettings(
             rounding=recipe.rounding.method,
@@ -78,7 +78,7 @@ def with_chosen_bits(recipe: Recipe, choice: WeightBits) -> Recipe:
 def overrides_of(recipe: Recipe) -> tuple[Override, ...]:
     """The recipe's preset of layers and its own exceptions."""
     own = [Override(**override.model_dump()) for override in recipe.overrides]
-    return (*LAYER_PRESETS[recipe.layers], *own)
+    return (*PRESETS[recipe.layers], *own)
 
 
 def site_policy(recipe: Recipe) -> SitePolicy:
@@ -96,23 +96,23 @@ def balance_settings(recipe: Recipe) -> BalanceSettings:
     Raises:
         ArgumentError: it does not balance, or only along with its quantizer.
     """
-    aggregation, alpha = recipe.balance.aggregation, recipe.balance.alpha
-    if aggregation == "repq":
+    method, alpha = recipe.balance.method, recipe.balance.alpha
+    if method == "repq":
         raise ArgumentError(
-            "the recipe's aggregation is 'repq', which is part of a quantizer and leaves no better float model: "
+            "the recipe's method is 'repq', which is part of a quantizer and leaves no better float model: "
             "quantize with this recipe, or balance with another"
         )
-    if "auto" in (aggregation, alpha):
-        aggregation = "ssc" if aggregation == "auto" else aggregation
+    if "auto" in (method, alpha):
+        method = "ssc" if method == "auto" else method
         alpha = 0.5 if isinstance(alpha, str) else alpha
         logger.warning(
             "the recipe chooses its balancing by the error after quantization, which is another tool's here: balancing "
-            "with aggregation %r and alpha %g",
-            aggregation,
+            "with method %r and alpha %g",
+            method,
             alpha,
         )
     return BalanceSettings(
-        aggregation=aggregation,  # type: ignore[arg-type]  # 'none' is refused there
+        method=method,  # type: ignore[arg-type]  # 'none' is refused there
         alpha=alpha,
         max_scale=recipe.balance.max_scale,
         fold_form=recipe.balance.fold_form,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptq4dit_ao._progress import OnProgress, ignore
 from ptq4dit_ao.calibration import Sampling, sample
 from ptq4dit_ao.calibration.sampling import Denoiser
 from ptq4dit_ao.errors import ArgumentError
@@ -18,8 +19,6 @@ from ptq4dit_ao.workflow.models import LoadedModel
 
 _log = logging.getLogger(__name__)
 
-OnCount = Callable[[int, int], None]
-"""``(done, in all)``."""
 
 NOISE_SEED = 3000
 """Of images that are compared: apart from those that calibrate, are predicted on, or fit a correction."""
@@ -44,12 +43,12 @@ class ImageSampling:
 
     @property
     def units(self) -> int:
-        """How far the last call of ``on_step`` counts."""
+        """How far the last call of ``on_progress`` counts."""
         return -(-self.samples // BATCH) * (self.steps + (self.decode is not None))
 
     @torch.no_grad()
     def draw(
-        self, denoiser: Denoiser, on_step: OnCount = lambda *_: None, correction: NoiseCorrection | None = None
+        self, denoiser: Denoiser, on_progress: OnProgress = ignore, correction: NoiseCorrection | None = None
     ) -> Tensor:
         """(samples, C, H, W) of all classes in turn."""
         scheduler = self.sampling.scheduler(self.steps)
@@ -62,7 +61,7 @@ class ImageSampling:
             seed=self.seed,
             scheduler=scheduler if correction is None else PTQDScheduler(scheduler, correction),
             decode=self.decode,
-            on_step=on_step,
+            on_progress=on_progress,
         )
 
 
@@ -77,7 +76,7 @@ def draw_images(
     seed: int,
     scheduler: Any = None,
     decode: Callable[[Tensor], Tensor] | None = None,
-    on_step: OnCount = lambda *_: None,
+    on_progress: OnProgress = ignore,
 ) -> Tensor:
     """One image for each label, some at a time: (N,) -> (N, C, H, W) in [-1, 1], through ``decode`` if it is given."""
     generator, parts = torch.Generator().manual_seed(seed), labels.split(BATCH)
@@ -87,7 +86,7 @@ def draw_images(
     def advance(*_: int) -> None:
         nonlocal done
         done += 1
-        on_step(done, units)
+        on_progress(done, units)
 
     for part in parts:
         result = sample(
@@ -98,7 +97,7 @@ def draw_images(
             guidance=guidance,
             generator=generator,
             scheduler=scheduler,
-            on_step=advance,
+            on_progress=advance,
         )
         if decode is not None:
             result = torch.cat([decode(latents) for latents in result.split(DECODED)])

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn, overload
+from typing import Any, NoReturn, cast, overload
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from ptq4dit_ao.capture.interface import CapturedModule, InputSpec
 from ptq4dit_ao.errors import ArgumentError, ArtifactError, check_type
 from ptq4dit_ao.lowering import LoweredModel, lower
 from ptq4dit_ao.recipe import Recipe
-from ptq4dit_ao.report import summary
+from ptq4dit_ao.report import Report, size_entry, summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,8 @@ class QuantizedModel:
     graph: GraphModule
     recipe: Recipe
     inputs: tuple[InputSpec, ...]
-    report: dict[str, Any]
+    report: Report
+    """See :mod:`ptq4dit_ao.report.types`; its ``size`` is known of a model that was saved."""
     sampling: Sampling | None = None
     """How to sample it, where that is known."""
     captured: CapturedModule | None = None
@@ -82,21 +83,34 @@ def save_quantized(model: QuantizedModel, directory: str | Path) -> ArtifactSize
         ArtifactError: the folder holds something else, or cannot be written.
     """
     check_type("model", model, QuantizedModel, "what apply_recipe returned")
-    return write_model(model, directory)
+    return write_model(model, directory)[1]
 
 
 def write_model(
-    model: QuantizedModel, directory: str | Path, beside: Callable[[Path, ArtifactSize], None] | None = None
-) -> ArtifactSize:
-    """As :func:`save_quantized`; ``beside`` writes what lies beside the model, which appears with it."""
-    metadata = {
-        "recipe": model.recipe.to_dict(),
-        "report": summary(model.report),
-        "sampling": None if model.sampling is None else model.sampling.to_dict(),
-        "captured": None if model.captured is None else model.captured.to_dict(),
-    }
+    model: QuantizedModel, directory: str | Path, beside: Callable[[Path, Report], None] | None = None
+) -> tuple[QuantizedModel, ArtifactSize]:
+    """Save a model as :func:`save_quantized` does, and return it with its size in its report.
+
+    Args:
+        model: what to save.
+        directory: the folder.
+        beside: writes what lies beside the model and appears with it, such as the report as it is stored.
+    """
+    report = copy.copy(model.report)
+
+    def metadata(stored_bytes: int) -> dict[str, Any]:
+        report["size"] = size_entry(report, model.graph, stored_bytes)
+        return {
+            "recipe": model.recipe.to_dict(),
+            "report": summary(report),
+            "sampling": None if model.sampling is None else model.sampling.to_dict(),
+            "captured": None if model.captured is None else model.captured.to_dict(),
+        }
+
+    write_beside = None if beside is None else lambda folder: beside(folder, report)
     signature = [spec.to_dict() for spec in model.inputs]
-    return write_artifact(directory, model.graph, metadata, signature, beside)
+    sizes = write_artifact(directory, model.graph, metadata, signature, write_beside)
+    return replace(model, report=report), sizes
 
 
 @overload
@@ -149,14 +163,16 @@ def _read(directory: str | Path) -> QuantizedModel:
     metadata = stored.metadata
     if set(metadata) != {"recipe", "report", "sampling", "captured"}:
         raise ArtifactError(f"{directory} was not saved with save_quantized: its metadata holds {sorted(metadata)}")
-    if not isinstance(metadata["report"], dict):
-        raise ArtifactError(f"the report of {directory} is {metadata['report']!r}, not an object; quantize again")
+    report = metadata["report"]
+    if not isinstance(report, dict) or set(report) != set(Report.__annotations__):
+        found = sorted(report) if isinstance(report, dict) else report
+        raise ArtifactError(f"the report of {directory} holds {found!r}; quantize again")
     inputs = tuple(InputSpec.from_dict(entry) for entry in stored.input_signature)
     return QuantizedModel(
         graph=stored.graph_module,
         recipe=Recipe.from_dict(metadata["recipe"]),
         inputs=inputs,
-        report=metadata["report"],
+        report=cast(Report, report),
         sampling=None if metadata["sampling"] is None else Sampling.from_dict(metadata["sampling"]),
         captured=_captured(metadata["captured"], len(inputs)),
     )

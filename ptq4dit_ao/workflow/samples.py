@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ptq4dit_ao._progress import OnStage, ignore, of_stage
 from ptq4dit_ao.calibration import (
     CalibrationSamples,
     NormalTimesteps,
@@ -16,12 +17,10 @@ from ptq4dit_ao.calibration import (
     check_timesteps,
     collect_from_pipeline,
 )
+from ptq4dit_ao.capture.float_model import device_of
 from ptq4dit_ao.errors import CalibrationError, PTQ4DiTError
 from ptq4dit_ao.recipe import NormalDraw, Recipe
 from ptq4dit_ao.workflow.models import LoadedModel
-
-OnProgress = Callable[[str, int, int], None]
-"""``(stage, done, in all)``."""
 
 
 def recorded_samples(
@@ -30,9 +29,11 @@ def recorded_samples(
     file: str | Path | None = None,
     *,
     evaluate: bool = False,
-    on_progress: OnProgress = lambda *_: None,
+    on_progress: OnStage = ignore,
 ) -> CalibrationSamples:
     """What the model's transformer receives: from a file, from its own pipeline, or by the recipe's sampler.
+
+    Their batches come on the transformer's device.
 
     Args:
         model: with a pipeline, unless there is a file.
@@ -46,13 +47,13 @@ def recorded_samples(
         ArgumentError: the recipe names a sampler, and the model is not drawn by class.
     """
     if file is not None:
-        return CalibrationSamples.load(file)
+        return CalibrationSamples.load(file).on(device_of(model.transformer))
     pipeline, settings = _pipeline(model, recipe), recipe.evaluation if evaluate else recipe.calibration
     prompts = _prompts(model, recipe, settings.samples, settings.seed)
     _check_section(pipeline, recipe, "evaluation" if evaluate else "calibration")
     stage = "evaluation samples" if evaluate else "calibration samples"
     try:
-        return collect_from_pipeline(
+        recorded = collect_from_pipeline(
             pipeline,
             prompts,
             timesteps=wanted_timesteps(settings.timesteps),
@@ -61,7 +62,7 @@ def recorded_samples(
             seed=settings.seed,
             batch_size=recipe.calibration.batch_size,
             call=_size(recipe),
-            on_step=lambda done, total: on_progress(stage, done, total),
+            on_progress=of_stage(on_progress, stage),
         )
     except PTQ4DiTError:
         raise
@@ -70,6 +71,7 @@ def recorded_samples(
             f"{type(pipeline).__name__} of {model.name} failed while it drew {stage}: {type(error).__name__}: {error}; "
             "run it by hand with the recipe's steps, guidance and sizes, or record samples (--samples FILE)"
         ) from error
+    return recorded.on(device_of(model.transformer))
 
 
 def check_recording(

@@ -11,7 +11,7 @@ import copy
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from numbers import Real
 
@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from ptq4dit_ao._modes import own_modes
+from ptq4dit_ao._progress import OnProgress, ignore
 from ptq4dit_ao.capture.interface import check_batch
 from ptq4dit_ao.core import allocate
 from ptq4dit_ao.errors import ArgumentError, CalibrationError, check_type
@@ -28,6 +29,7 @@ from ptq4dit_ao.metrics import weight_errors
 from ptq4dit_ao.passes import balance_result, balanced_as
 from ptq4dit_ao.quantizer import Override, PTQ4DiTQuantizer
 from ptq4dit_ao.quantizer.overrides import check_bits
+from ptq4dit_ao.report import WeightBitsEntry
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +38,6 @@ HELD_OUT = 16
 
 BIT = 1 / 4
 """What one bit more leaves of an error's energy."""
-
-OnRun = Callable[[int, int], None]
-"""``(runs done, in all)``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +71,7 @@ class WeightBits:
             if inputs.bits != self.candidates[0]
         )
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> WeightBitsEntry:
         """JSON-safe, for the report; noise as a part of what all add at the lowest candidate."""
         total = sum(inputs.noise[0] for inputs in self.chosen) or 1.0
         return {
@@ -99,7 +98,7 @@ def choose_weight_bits(
     average_bits: float,
     candidates: Sequence[int] = (4, 8),
     quantizer: PTQ4DiTQuantizer | None = None,
-    on_run: OnRun = lambda *_: None,
+    on_progress: OnProgress = ignore,
 ) -> WeightBits:
     """Give the weights that cost most more bits.
 
@@ -113,7 +112,7 @@ def choose_weight_bits(
         average_bits: mean over all quantized weights, at most.
         candidates: widths to choose from.
         quantizer: how to balance and round; its ``weight_bits`` do not matter, its overrides stay. Default: GPTQ.
-        on_run: called as inputs are measured.
+        on_progress: called as inputs are measured.
 
     Raises:
         ArgumentError: a candidate is no width; the average is not between them, or overrides leave less.
@@ -134,7 +133,7 @@ def choose_weight_bits(
     noise: dict[tuple[str, ...], list[float]] = defaultdict(list)
     for done, bits in enumerate(widths[:-1]):
         step = quantizer.variant(weight_bits=bits, sequential=False)
-        found = _noise(exported, step, free, rounded, measured, _part_of(on_run, done, len(widths) - 1))
+        found = _noise(exported, step, free, rounded, measured, _part_of(on_progress, done, len(widths) - 1))
         for layers, energy in found.items():
             noise[layers].append(energy)
     return _choose(exported, noise, widths, average_bits, {layer: low[layer] for layer in low.keys() - free})
@@ -156,8 +155,8 @@ def _checked(candidates: Sequence[int], average_bits: float) -> tuple[int, ...]:
     return widths
 
 
-def _part_of(on_run: OnRun, part: int, parts: int) -> OnRun:
-    return lambda done, total: on_run(part * total + done, parts * total)
+def _part_of(on_progress: OnProgress, part: int, parts: int) -> OnProgress:
+    return lambda done, total: on_progress(part * total + done, parts * total)
 
 
 def _noise(
@@ -166,7 +165,7 @@ def _noise(
     free: Set[str],
     rounded: Sequence[tuple[Tensor, ...]],
     measured: Sequence[tuple[Tensor, ...]],
-    on_run: OnRun,
+    on_progress: OnProgress,
 ) -> dict[tuple[str, ...], float]:
     """Names of the free layers that read one quantized input -> energy that their weights alone add to the output."""
     prepared = prepare_pt2e(GraphModule(exported, copy.deepcopy(exported.graph)), quantizer)
@@ -180,7 +179,7 @@ def _noise(
         measured,
         only={node for node, layer in result.layers.items() if layer in free},
         timestep_index=None,
-        on_run=on_run,
+        on_progress=on_progress,
     )
     noise: dict[tuple[str, ...], float] = defaultdict(float)
     for nodes, error in found.items():  # a module that is called twice is one choice

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.fx import GraphModule
 
+from ptq4dit_ao._files import replacing_folder
 from ptq4dit_ao.artifact import read_artifact, write_artifact
-from ptq4dit_ao.artifact.folder import replacing
 from ptq4dit_ao.errors import ArtifactError
 
 
@@ -25,7 +25,7 @@ def old(tmp_path: Path) -> Path:
 
 
 def replace(target: Path) -> None:
-    with replacing(target) as folder:
+    with replacing_folder(target) as folder:
         (folder / "b").write_text("new")
 
 
@@ -50,7 +50,7 @@ def test_an_old_folder_is_replaced_as_a_whole(old: Path) -> None:
 
 
 def test_nothing_appears_before_the_end(old: Path) -> None:
-    with replacing(old) as folder:
+    with replacing_folder(old) as folder:
         (folder / "b").write_text("new")
         assert contents(old) == {"a": "old"}
         assert folder.parent == old.parent
@@ -63,7 +63,7 @@ def test_a_failing_block_leaves_the_old_folder_alone(old: Path, error: type[Base
         (folder / "b").write_text("new")
         raise error
 
-    with pytest.raises(error), replacing(old) as folder:
+    with pytest.raises(error), replacing_folder(old) as folder:
         fail(folder)
     assert contents(old) == {"a": "old"}
     assert siblings(old) == ["model"]

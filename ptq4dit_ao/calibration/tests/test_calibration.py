@@ -302,7 +302,7 @@ def test_images_are_given_up_after_the_last_chosen_timestep(pipeline, calls):
     progress = []
     collect_from_pipeline(
         pipeline, LABELS, timesteps=_visited(pipeline, [701, 901]), steps=STEPS, batch_size=2,
-        on_step=lambda done, total: progress.append((done, total)),
+        on_progress=lambda done, total: progress.append((done, total)),
     )  # fmt: skip
     steps = 3  # near 901, 801 and 701
     assert [int(t[0]) // 100 for _, t, _ in calls.inputs] == [9, 8, 7] * 2
@@ -436,7 +436,7 @@ def test_guidance_leads_from_the_unconditional_to_the_conditional_noise(guidance
     seen = []
     images = sample(
         denoiser, PIXELS, labels, steps=5, guidance=guidance, generator=torch.Generator().manual_seed(3),
-        on_step=lambda done, total: seen.append((done, total)),
+        on_progress=lambda done, total: seen.append((done, total)),
     )  # fmt: skip
     scheduler = DDIMScheduler(clip_sample=False, beta_schedule="linear")
     scheduler.set_timesteps(5)

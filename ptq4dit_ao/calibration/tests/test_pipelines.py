@@ -15,11 +15,10 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ptq4dit_ao.calibration import CalibrationSamples, NormalTimesteps, choose_timesteps, collect_from_pipeline
+from ptq4dit_ao.calibration.samples import FORMAT
 from ptq4dit_ao.capture import export_transformer
 from ptq4dit_ao.capture.signature import flatten_call
 from ptq4dit_ao.errors import ArgumentError, CalibrationError
@@ -541,12 +540,12 @@ def test_a_step_is_what_happens_at_one_timestep(draw, timesteps, evaluated):
 
 def test_steps_after_the_last_chosen_are_left_out():
     pipeline, progress = Stub(twice), []
-    record(twice, pipeline=pipeline, timesteps=[9.0, 5.0], batch_size=2, on_step=lambda *at: progress.append(at))
+    record(twice, pipeline=pipeline, timesteps=[9.0, 5.0], batch_size=2, on_progress=lambda *at: progress.append(at))
     assert pipeline.evaluated == [9, 9, 7, 7, 5, 5] * 2  # both passes of the last, too
     assert pipeline.prompts == [["a", "b"], ["c"]]
     assert progress == [(1, 10), (2, 10), (5, 10), (6, 10), (7, 10), (10, 10)]  # a list may go on to the last step
     pipeline, progress = Stub(twice), []
-    record(twice, pipeline=pipeline, timesteps=1, on_step=lambda *at: progress.append(at))
+    record(twice, pipeline=pipeline, timesteps=1, on_progress=lambda *at: progress.append(at))
     assert pipeline.evaluated == [9, 9] and progress == [(1, 1)]
     record(twice, pipeline=pipeline, timesteps=2)
     assert pipeline.evaluated[2:] == [9, 9, 7, 7, 5, 5, 3, 3, 1, 1]  # the last step is one of two
@@ -942,12 +941,11 @@ def test_a_signature_of_other_tensors():
 def test_damaged_signatures(signature, message, tmp_path):
     path = tmp_path / "samples.safetensors"
     CalibrationSamples({"x": noise(2)}).save(path)
-    with safe_open(path, "pt") as file:
-        metadata = {**file.metadata(), "format": "ptq4dit-ao calibration samples"}  # as before it had a digest
-    save_file({"x": noise(2)}, path, metadata={**metadata, "signature": signature})
+    metadata, _ = FORMAT.read(path)
+    FORMAT.write(path, {"x": noise(2)}, {**metadata, "signature": signature})
     with pytest.raises(CalibrationError, match=message):
         CalibrationSamples.load(path)
-    save_file({"x": noise(2)}, path, metadata={**metadata, "inputs": "x,z"})
+    FORMAT.write(path, {"x": noise(2)}, {**metadata, "inputs": "x,z"})
     with pytest.raises(CalibrationError, match=r"samples\.safetensors are damaged \('z'\)"):
         CalibrationSamples.load(path)
 

@@ -40,7 +40,7 @@ def workshop(tmp_path_factory) -> Path:
     assert list(shared) == ["img_ids", "txt_ids"]
     CalibrationSamples(rows, shared, signature).save(folder / "samples")
     (folder / "tiny.yaml").write_text(RECIPE)
-    (folder / "plain.yaml").write_text("version: 1\nbalance: {aggregation: none}\n")
+    (folder / "plain.yaml").write_text("version: 1\nbalance: {method: none}\n")
     return folder
 
 
@@ -120,7 +120,7 @@ def test_quantize_on_recorded_samples(run, workshop, tmp_path):
 @pytest.mark.parametrize(
     ("command", "recipe", "options", "message"),
     [
-        ("balance", "plain", ["--samples", "samples"], "aggregation is 'none'; choose one of ssc, max"),
+        ("balance", "plain", ["--samples", "samples"], "method is 'none'; choose one of ssc, max"),
         ("balance", "tiny", [], "model is a transformer without a pipeline that could draw calibration samples"),
         ("quantize", "tiny", [], "or samples recorded with collect_from_pipeline (--samples FILE)"),
         ("balance", "tiny", ["--samples", "tiny.yaml"], "cannot read calibration samples from "),

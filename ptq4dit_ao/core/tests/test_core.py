@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 from torchao.quantization.pt2e.observer import MinMaxObserver, PerChannelMinMaxObserver
 
 from ptq4dit_ao import core
+from ptq4dit_ao.choices import AGGREGATIONS
 from ptq4dit_ao.core.tests import reference
 from ptq4dit_ao.errors import ArgumentError
 
@@ -113,7 +114,7 @@ def test_the_timestep_that_disagrees_with_the_weights_weighs_more():
 
 
 @many
-@given(saliences(), st.sampled_from(core.AGGREGATIONS))
+@given(saliences(), st.sampled_from(AGGREGATIONS))
 def test_aggregation_is_the_reference_and_lies_between_the_extremes(pair, how):
     table, weights = pair
     result = core.aggregate_salience(torch.from_numpy(table), torch.from_numpy(weights), how)
@@ -123,7 +124,7 @@ def test_aggregation_is_the_reference_and_lies_between_the_extremes(pair, how):
 
 
 def test_aggregations_are_those_that_work():
-    assert core.AGGREGATIONS == ("ssc", "max", "mean")
+    assert AGGREGATIONS == ("ssc", "max", "mean")
 
 
 def test_aggregation_of_float32_is_computed_in_float64():

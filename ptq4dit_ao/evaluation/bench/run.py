@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ptq4dit_ao._progress import OnStage, ignore, of_stage
+from ptq4dit_ao._version import installed_version
 from ptq4dit_ao.evaluation.bench.peers import (
     PEERS,
     Contender,
@@ -27,12 +29,11 @@ from ptq4dit_ao.evaluation.bench.peers import (
     float_eager,
 )
 from ptq4dit_ao.evaluation.bench.subjects import Subject
-from ptq4dit_ao.evaluation.environment import environment, has_native_bfloat16, installed, resident_mb
+from ptq4dit_ao.evaluation.environment import environment, has_native_bfloat16, resident_mb
 from ptq4dit_ao.lowering import available_backends, lower, missing_backends
 from ptq4dit_ao.lowering.backend import BACKENDS, Runnable, choose_backend
 from ptq4dit_ao.metrics import LatencyResult, measure_latency, paired_error
 from ptq4dit_ao.workflow.quantized_model import QuantizedModel
-from ptq4dit_ao.workflow.samples import OnProgress
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ def bench(
     bfloat16: bool | None = None,
     float_dtype: torch.dtype | None = None,
     rounds: int = 20,
-    on_progress: OnProgress = lambda *_: None,
+    on_progress: OnStage = ignore,
 ) -> BenchResult:
     """Time everything in interleaved rounds.
 
@@ -133,9 +134,7 @@ def bench(
         if run is not None:
             runs[row.name] = run
     on_progress(BUILD, len(contenders), len(contenders))
-    latency = measure_latency(
-        runs, inputs, rounds=rounds, warmup=WARMUP, on_round=lambda done: on_progress("rounds", done, rounds + WARMUP)
-    )
+    latency = measure_latency(runs, inputs, rounds=rounds, warmup=WARMUP, on_progress=of_stage(on_progress, "rounds"))
     recipe = subject.quantized.recipe
     missing = missing_backends() if backends is None else {}
     if peers:
@@ -185,7 +184,7 @@ def _start(
     before, start = resident_mb(), time.perf_counter()
     name = contender.name
     if contender.packages:
-        name += f" ({', '.join(f'{package} {installed(package)}' for package in contender.packages)})"
+        name += f" ({', '.join(f'{package} {installed_version(package)}' for package in contender.packages)})"
     try:
         started = contender.start(model)
         output = started.run(*model.batches[0])
@@ -208,9 +207,9 @@ def _start(
 
 
 def _is_installed(peer: Contender) -> bool:
-    return all(installed(package) is not None for package in peer.packages)
+    return all(installed_version(package) is not None for package in peer.packages)
 
 
 def _why_missing(peer: Contender) -> str:
-    absent = [package for package in peer.packages if installed(package) is None]
+    absent = [package for package in peer.packages if installed_version(package) is None]
     return f"{' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ptq4dit_ao._optional import require
+from ptq4dit_ao._progress import OnStage, ignore
 from ptq4dit_ao.capture import export_transformer
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.evaluation.bench.peers import FloatModel
@@ -14,7 +15,7 @@ from ptq4dit_ao.recipe import Recipe
 from ptq4dit_ao.workflow.apply import EXAMPLE_ROWS, apply_recipe
 from ptq4dit_ao.workflow.models import load_model
 from ptq4dit_ao.workflow.quantized_model import QuantizedModel, load_quantized
-from ptq4dit_ao.workflow.samples import OnProgress, recorded_samples
+from ptq4dit_ao.workflow.samples import recorded_samples
 
 BATCHES = 4
 """What peers are calibrated on, at least."""
@@ -38,7 +39,7 @@ def saved_subject(
     samples: str | Path | None = None,
     batch: int = 2,
     seed: int = 0,
-    on_progress: OnProgress = lambda *_: None,
+    on_progress: OnStage = ignore,
 ) -> Subject:
     """A saved quantized model and the float model it was made of.
 
@@ -78,7 +79,7 @@ def random_subject(
     *,
     batch: int = 2,
     seed: int = 0,
-    on_progress: OnProgress = lambda *_: None,
+    on_progress: OnStage = ignore,
 ) -> Subject:
     """A DiT of a published width with random parameters, quantized in memory on random inputs.
 
@@ -99,9 +100,7 @@ def random_subject(
     exported = export_transformer(module, batches[0])
     name = f"{width}, depth {blocks or WIDTHS[width][-1]}"
     on_progress("calibrate", 0, BATCHES)
-    quantized = apply_recipe(
-        exported, recipe, batches, name=name, on_sample=lambda done: on_progress("calibrate", done, BATCHES)
-    )
+    quantized = apply_recipe(exported, recipe, batches, name=name, on_progress=on_progress)
     timed = [tuple(tensor[:batch] for tensor in rows) for rows in batches]
     float_model = FloatModel(module=module, exported=exported, batches=timed)
     note = "random weights: speed only"

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ptq4dit_ao._atomic import replace_text
-from ptq4dit_ao._digest import json_digest
-from ptq4dit_ao.errors import ArgumentError
+from ptq4dit_ao._files import replace_json
+from ptq4dit_ao._formats import JsonFormat
+from ptq4dit_ao.errors import ArgumentError, PTQ4DiTError
 
-FORMAT, FORMER = "ptq4dit-ao table cell 2", "ptq4dit-ao table cell 1"
-"""The former had no digest."""
+FORMAT = JsonFormat(name="table cell", version=2, error=ArgumentError, remedy="remove it, and it is computed again")
 MODELS = "models"
 """Folder of the quantized models of a table, and of notes on each."""
 Json = dict[str, Any]
@@ -32,14 +31,12 @@ def read_cell(path: Path, depends: Mapping[str, Any]) -> Json | None:
     if not path.exists():
         return None
     try:
-        cell: Json = json.loads(path.read_text(encoding="utf-8"))
-        found, was = cell["format"], cell["depends"]
+        cell: Json = FORMAT.checked(path, json.loads(path.read_text(encoding="utf-8")))
+        was = cell["depends"]
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, PTQ4DiTError):
+            raise
         raise ArgumentError(f"{path} is damaged ({error!r}); remove it, and it is computed again") from error
-    if found not in (FORMAT, FORMER):
-        raise ArgumentError(f"{path} is of the format {found!r}, not {FORMAT!r}; give another folder (--output)")
-    if found == FORMAT and cell.pop("sha256", None) != json_digest(cell):
-        raise ArgumentError(f"{path} was altered: its sha256 is not its own; remove it, and it is computed again")
     if (difference := _difference(was, _plain(depends))) is not None:
         raise ArgumentError(
             f"{path} was made with {difference}; give another folder (--output), or remove the file to make it anew"
@@ -64,9 +61,8 @@ def as_key(depends: Mapping[str, Any]) -> str:
 def write_cell(path: Path, depends: Mapping[str, Any], content: Mapping[str, Any]) -> Json:
     """Note what was found, and return it as it will be read."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    cell = {"format": FORMAT, "depends": dict(depends), **content}
-    cell = _plain(cell)
-    replace_text(path, json.dumps({**cell, "sha256": json_digest(cell)}, indent=1, allow_nan=False) + "\n")
+    cell = _plain({"depends": dict(depends), **content})
+    replace_json(path, FORMAT.sign(cell))
     return cell
 
 

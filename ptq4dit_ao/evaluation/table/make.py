@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ptq4dit_ao._optional import require
 from ptq4dit_ao._paths import as_path, check_writable
+from ptq4dit_ao._progress import OnStage, ignore
 from ptq4dit_ao.errors import ArgumentError, PTQ4DiTError
 from ptq4dit_ao.evaluation.environment import environment
 from ptq4dit_ao.evaluation.table.cells import Json
@@ -16,7 +17,6 @@ from ptq4dit_ao.evaluation.table.result import Row, TableResult
 from ptq4dit_ao.evaluation.table.runner import Cell, TableRunner
 from ptq4dit_ao.evaluation.table.settings import TableSettings
 from ptq4dit_ao.evaluation.table.write import write_table
-from ptq4dit_ao.workflow.samples import OnProgress
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ def make_table(
     settings: TableSettings,
     output: str | Path,
     *,
-    on_progress: OnProgress = lambda *_: None,
+    on_progress: OnStage = ignore,
     on_cell: Callable[[str, str | None], None] = lambda *_: None,
 ) -> TableResult:
     """Quantize with each method at each width, measure each at each step count, and write the table.

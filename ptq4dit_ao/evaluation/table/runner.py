@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from ptq4dit_ao import __version__
+from ptq4dit_ao._formats import TensorFormat
 from ptq4dit_ao._paths import check_room
-from ptq4dit_ao._tensor_file import read_tensors, write_tensors
+from ptq4dit_ao._progress import OnStage, of_stage
+from ptq4dit_ao._version import __version__, installed_version
 from ptq4dit_ao.calibration import Sampling
 from ptq4dit_ao.errors import ArgumentError, PTQ4DiTError
 from ptq4dit_ao.evaluation.baseline import OWN, Baseline, baseline_of, given_reference_features, network_for
-from ptq4dit_ao.evaluation.environment import environment, installed
+from ptq4dit_ao.evaluation.environment import environment
 from ptq4dit_ao.evaluation.result import EvaluationRow, finite
 from ptq4dit_ao.evaluation.run import CORRECTED
 from ptq4dit_ao.evaluation.table.cells import MODELS, Json, as_key, model_digest, models_of, read_cell, write_cell
@@ -30,12 +29,12 @@ from ptq4dit_ao.workflow.image_sampling import NOISE_SEED, ImageSampling, decode
 from ptq4dit_ao.workflow.main_job import quantize
 from ptq4dit_ao.workflow.models import load_model
 from ptq4dit_ao.workflow.quantized_model import load_quantized
-from ptq4dit_ao.workflow.samples import OnProgress, check_recording, recorded_samples
+from ptq4dit_ao.workflow.samples import check_recording, recorded_samples
 
 ALL = "all cells"
 """The stage that counts over the whole table."""
 _PACKAGES = ("torch", "torchao", "diffusers")
-_IMAGES, _WHAT = "ptq4dit-ao images 1", "images of the float model"
+IMAGES = TensorFormat(name="float images", version=2, error=ArgumentError, remedy="remove it, and they are drawn again")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +75,7 @@ class TableRunner:
         PTQ4DiTError: see :func:`make_table`.
     """
 
-    def __init__(self, settings: TableSettings, folder: Path, on_progress: OnProgress) -> None:
+    def __init__(self, settings: TableSettings, folder: Path, on_progress: OnStage) -> None:
         self.settings, self.folder = settings, folder
         self._recipes = method_recipes(settings)
         model = load_model(settings.model)
@@ -96,9 +95,9 @@ class TableRunner:
         kept = None
         if settings.reference is None or settings.reference.suffix != ".safetensors":
             kept = folder / "reference.safetensors"
-        on_batch = functools.partial(on_progress, "reference set")
+        reading = of_stage(on_progress, "reference set")
         try:
-            self.given = given_reference_features(self.model, self.network, settings.reference, kept, on_batch)
+            self.given = given_reference_features(self.model, self.network, settings.reference, kept, reading)
         except ArgumentError as error:
             if kept is None or not kept.exists():
                 raise
@@ -213,8 +212,8 @@ class TableRunner:
     def _measure(self, cell: Cell, recipe: Recipe, baseline: Baseline) -> tuple[EvaluationRow, bool]:
         """The row, and whether noise was corrected in the scheduler."""
         quantized = dataclasses.replace(load_quantized(self._saved(cell)), recipe=recipe)
-        fitting = functools.partial(self._told, "fit correction")
-        correction = fit_correction(self.model, quantized, cell.steps, fitting)
+        fitting = of_stage(self._told, "fit correction")
+        correction = fit_correction(self.model, quantized.graph, recipe, cell.steps, fitting)
         recorded = recorded_samples(self.model, recipe, evaluate=True, on_progress=self._told)
         row = baseline.row(quantized.lower(self.settings.backend), recipe, recorded, correction, self._told)
         return row, correction is not None
@@ -226,7 +225,7 @@ class TableRunner:
         path, own = (self.folder / "float32" / f"{name}-{steps}.safetensors" for name in ("images", "statistics"))
         images = None
         if self.found(Cell(steps=steps)) is not None and path.exists():
-            images = _read_images(path)
+            images = IMAGES.read(path)[1]["images"]
         else:  # statistics of images that are drawn anew
             own.unlink(missing_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -235,7 +234,7 @@ class TableRunner:
             self.model, self._image_sampling(steps), self.network, self.given, cache, images, self._told
         )
         if images is None:
-            write_tensors(path, {"images": self._baseline.images}, form=_IMAGES, what=_WHAT, error=ArgumentError)
+            IMAGES.write(path, {"images": self._baseline.images})
         return self._baseline
 
     def _image_sampling(self, steps: int) -> ImageSampling:
@@ -259,7 +258,7 @@ class TableRunner:
 
     def _made_of(self, recipe: Recipe | None) -> Json:
         """What a quantized model depends on, which is neither its float model's folder nor its recipe's title."""
-        versions = {"ptq4dit-ao": __version__, **{name: installed(name) for name in _PACKAGES}}
+        versions = {"ptq4dit-ao": __version__, **{name: installed_version(name) for name in _PACKAGES}}
         asked = None if recipe is None else recipe.model_dump(mode="json", exclude={"model", "description"})
         return {"recipe": asked, "model": self._digest, "versions": versions}
 
@@ -271,10 +270,3 @@ class TableRunner:
 
     def _about(self, cell: Cell) -> Path:
         return self.folder / MODELS / f"{cell.model}.json"
-
-
-def _read_images(path: Path) -> Tensor:
-    """Raises ArgumentError if the file is damaged."""
-    way_out = "remove it, and they are drawn again"
-    _, tensors = read_tensors(path, form=_IMAGES, what=_WHAT, error=ArgumentError, way_out=way_out)
-    return tensors["images"]

@@ -6,9 +6,8 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from ptq4dit_ao.calibration import SAMPLERS
+from ptq4dit_ao.choices import LAYER_PRESETS, SAMPLERS, LayerPreset, Sampler
 from ptq4dit_ao.errors import ArgumentError, check_choice
 from ptq4dit_ao.lowering.backend import BACKENDS, choose_backend
 from ptq4dit_ao.recipe import Recipe, Weights, load_recipe, shipped_recipes
@@ -43,10 +42,10 @@ class TableSettings:
     """Of calibration; :data:`~ptq4dit_ao.workflow.image_sampling.NOISE_SEED` more, of images."""
     adaround_steps: int | None = None
     """Of methods that learn, in each block; None is the recipe's own."""
-    sampler: Literal["ddim", "ddpm"] = "ddpm"
+    sampler: Sampler = "ddpm"
     """Of calibration and images; ``ddpm`` is that of the DiT authors and the paper."""
     guidance: float = 1.5
-    layers: Literal["safe", "paper"] = "paper"
+    layers: LayerPreset = "paper"
     """The same preset for all methods, as only methods are compared."""
     features: str | None = None
     """As for :func:`~ptq4dit_ao.evaluation.run.evaluate`, like ``reference``."""
@@ -72,7 +71,7 @@ class TableSettings:
         for bits in self.bits:
             _widths(bits)
         check_choice("sampler", self.sampler, SAMPLERS)
-        check_choice("layers", self.layers, ("safe", "paper"))
+        check_choice("layers", self.layers, LAYER_PRESETS)
         check_choice("backend", self.backend, tuple(BACKENDS))  # each cell by the same: no "auto"
         choose_backend(self.backend)
 
@@ -136,8 +135,8 @@ def ablation() -> dict[str, Recipe]:
     """The parts of the paper's method, one by one; then balancing and rounding of ``auto``. The rest is equal."""
     paper, auto = _recipe("paper"), load_recipe("auto")
 
-    def balanced(aggregation: str) -> Recipe:
-        balance = paper.balance.model_copy(update={"aggregation": aggregation, "alpha": 0.5})
+    def balanced(method: str) -> Recipe:
+        balance = paper.balance.model_copy(update={"method": method, "alpha": 0.5})
         return paper.model_copy(update={"balance": balance})
 
     ours = paper.model_copy(update={"balance": auto.balance, "rounding": auto.rounding})

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ptq4dit_ao._atomic import replace_text, replacing_file
+from ptq4dit_ao._files import replace_text, replacing_file
 from ptq4dit_ao.evaluation.environment import one_line
 from ptq4dit_ao.evaluation.table.paper import METRICS
 from ptq4dit_ao.evaluation.table.result import Row, TableResult

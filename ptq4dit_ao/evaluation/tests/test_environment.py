@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import ptq4dit_ao
-from ptq4dit_ao.evaluation.environment import commit, environment, has_native_bfloat16, installed, resident_mb
+from ptq4dit_ao._version import installed_version
+from ptq4dit_ao.evaluation.environment import commit, environment, has_native_bfloat16, resident_mb
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_the_rest_is_plain_json():
     about = environment()
     assert json.loads(json.dumps(about)) == about
     assert about["cpu"] and about["threads"] == torch.get_num_threads()
-    assert about["versions"]["torch"] == installed("torch") and installed("no-such-package") is None
+    assert about["versions"]["torch"] == installed_version("torch") and installed_version("no-such-package") is None
 
 
 def test_memory_is_in_megabytes():

@@ -13,7 +13,7 @@ from ptq4dit_ao.core import sqnr_db
 from ptq4dit_ao.lowering.backend import BACKENDS
 from ptq4dit_ao.recipe import Balance, Recipe
 
-PLAIN = Recipe(balance=Balance(aggregation="none"))
+PLAIN = Recipe(balance=Balance(method="none"))
 MARKS = {"x86_inductor": ("x86",), "aoti": ("x86", "aoti")}
 CONVERTERS = [
     pytest.param(name, marks=[getattr(pytest.mark, mark) for mark in MARKS.get(name, (name,))])

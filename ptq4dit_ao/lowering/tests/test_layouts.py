@@ -14,7 +14,7 @@ from ptq4dit_ao.lowering.backend import BACKENDS
 from ptq4dit_ao.recipe import Balance, Recipe
 from ptq4dit_ao.testing.zoo import FAMILIES
 
-PLAIN = Recipe(balance=Balance(aggregation="none"))
+PLAIN = Recipe(balance=Balance(method="none"))
 PARITY_DB = 60
 
 WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {

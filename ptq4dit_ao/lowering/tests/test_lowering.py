@@ -151,7 +151,7 @@ def test_odd_shapes(backend, convert):
     torch.manual_seed(0)
     samples = [(torch.randn(4, 6, 8), torch.arange(4)) for _ in range(2)]
     exported = export_transformer(Odd().eval(), samples[0])
-    converted = convert(exported, PTQ4DiTQuantizer(aggregation="none"), samples)
+    converted = convert(exported, PTQ4DiTQuantizer(balance="none"), samples)
     lowered = lower(converted, backend)
     assert lowered.proof.integer_gemms in (0, 3)
     assert sqnr_db(converted(*samples[0]), lowered(*samples[0])) > 60
@@ -425,7 +425,7 @@ def test_a_linear_computes_what_alone_reads_it(convert, function, left, watched,
     torch.manual_seed(0)
     samples = [(torch.randn(4, 6, 8) * 3, torch.arange(4)) for _ in range(2)]
     exported = export_transformer(Functions(function, watched).eval(), samples[0])
-    quantizer = PTQ4DiTQuantizer(aggregation="none", weight_bits=bits, activation_bits=bits)
+    quantizer = PTQ4DiTQuantizer(balance="none", weight_bits=bits, activation_bits=bits)
     converted = convert(exported, quantizer, samples)
     lowered = lower(converted, "fbgemm")
     assert lowered.proof.integer_gemms == 2
@@ -470,7 +470,7 @@ def test_a_shared_weight_serves_every_linear_that_reads_it(convert):
     torch.manual_seed(0)
     samples = [(torch.randn(4, 6, 8), torch.arange(4)) for _ in range(2)]
     exported = export_transformer(Twice().eval(), samples[0])
-    converted = convert(exported, PTQ4DiTQuantizer(aggregation="none"), samples)
+    converted = convert(exported, PTQ4DiTQuantizer(balance="none"), samples)
     lowered = lower(converted, "fbgemm")
     assert lowered.proof.integer_gemms == 2
     assert sqnr_db(converted(*samples[0]), lowered(*samples[0])) > 60
@@ -486,7 +486,7 @@ def test_sixteen_bit_models_are_refused(convert):
     torch.manual_seed(0)
     samples = [(torch.randn(4, 6, 8, dtype=torch.bfloat16), torch.arange(4)) for _ in range(2)]
     exported = export_transformer(Odd().eval().bfloat16(), samples[0])
-    converted = convert(exported, PTQ4DiTQuantizer(aggregation="none"), samples)
+    converted = convert(exported, PTQ4DiTQuantizer(balance="none"), samples)
     with pytest.raises(LoweringError, match=SIXTEEN_BITS):
         lower(converted, "fbgemm")
     assert lower(converted, "reference")(*samples[0]).dtype == torch.bfloat16

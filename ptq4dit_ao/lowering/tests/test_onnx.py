@@ -56,7 +56,7 @@ def two_axes(convert, **options):
     torch.manual_seed(0)
     samples = [(torch.randn(4, 8), torch.arange(4)) for _ in range(2)]
     exported = export_transformer(TwoAxes().eval(), samples[0], **options)
-    return convert(exported, PTQ4DiTQuantizer(aggregation="none"), samples), samples[0]
+    return convert(exported, PTQ4DiTQuantizer(balance="none"), samples), samples[0]
 
 
 @needs_onnx

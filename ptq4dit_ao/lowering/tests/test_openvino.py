@@ -68,7 +68,7 @@ def head_w4(convert, head_inputs) -> GraphModule:
 def head_of(bits: int, convert: Callable[..., GraphModule], inputs: tuple[Tensor, ...]) -> GraphModule:
     torch.manual_seed(1)
     exported = export_transformer(Head().eval(), inputs)
-    return convert(exported, PTQ4DiTQuantizer(weight_bits=bits, aggregation="none"), [inputs])
+    return convert(exported, PTQ4DiTQuantizer(weight_bits=bits, balance="none"), [inputs])
 
 
 # -- in this process -------------------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ def test_an_odd_number_of_four_bit_weights(convert, tmp_path):
     torch.manual_seed(0)
     inputs = (torch.randn(4, 6, 5), torch.arange(4))
     exported = export_transformer(Odd().eval(), inputs)
-    converted = convert(exported, PTQ4DiTQuantizer(weight_bits=4, aggregation="none"), [inputs])
+    converted = convert(exported, PTQ4DiTQuantizer(weight_bits=4, balance="none"), [inputs])
     output, _ = run_ir(export_to(converted, "openvino", tmp_path / "odd"), inputs)
     assert sqnr_db(converted(*inputs), output) > 60
 

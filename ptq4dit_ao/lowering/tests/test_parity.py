@@ -94,7 +94,7 @@ def test_a_batch_that_only_the_backend_cannot_run(converted, monkeypatch):
 
 def test_a_fixed_batch_is_the_only_one_compared(tiny_dit, tiny_samples, convert):
     graph = export_transformer(tiny_dit, tiny_samples[0], dynamic_batch=False)
-    fixed = convert(graph, PTQ4DiTQuantizer(aggregation="none"), tiny_samples)
+    fixed = convert(graph, PTQ4DiTQuantizer(balance="none"), tiny_samples)
     assert lower(fixed, "fbgemm").proof.difference < 1e-3
 
 
@@ -131,7 +131,7 @@ class Sensitive(nn.Module):
 def test_what_rounding_explains_is_not_refused(convert, monkeypatch):
     torch.manual_seed(0)
     samples = [(torch.randn(4, 8), torch.rand(4)) for _ in range(2)]
-    graph = convert(export_transformer(Sensitive().eval(), samples[0]), PTQ4DiTQuantizer(aggregation="none"), samples)
+    graph = convert(export_transformer(Sensitive().eval(), samples[0]), PTQ4DiTQuantizer(balance="none"), samples)
     found = lower(graph, "fbgemm", example_inputs=samples[0]).proof.difference
     assert found > parity.TOLERANCE[torch.float32]
     monkeypatch.setattr(parity, "RESPONSE", 0)
@@ -171,7 +171,7 @@ class CutOff(nn.Module):
 def test_linears_that_no_output_depends_on_are_found(convert):
     torch.manual_seed(0)
     samples = [(torch.randn(4, 6, 8), torch.rand(4)) for _ in range(2)]
-    graph = convert(export_transformer(CutOff().eval(), samples[0]), PTQ4DiTQuantizer(aggregation="none"), samples)
+    graph = convert(export_transformer(CutOff().eval(), samples[0]), PTQ4DiTQuantizer(balance="none"), samples)
     _, text, _ = graph.graph.find_nodes(op="call_function", target=aten.linear.default)
     assert parity.idle_linears(graph, samples[0]) == (text.name,)
     assert lower(graph, "fbgemm").proof.promised == 3  # runs what is there
@@ -185,7 +185,7 @@ def test_a_backend_may_leave_them_out(convert, backend, tmp_path):
         pytest.skip(why)
     torch.manual_seed(0)
     samples = [(torch.randn(4, 6, 8), torch.rand(4)) for _ in range(2)]
-    graph = convert(export_transformer(CutOff().eval(), samples[0]), PTQ4DiTQuantizer(aggregation="none"), samples)
+    graph = convert(export_transformer(CutOff().eval(), samples[0]), PTQ4DiTQuantizer(balance="none"), samples)
     proof = lower(graph, backend).proof
     if proof.idle:  # else it did not see it, and ran all three
         assert proof.promised == proof.integer_gemms == 2 and "; 1 that no output depends on left out" in str(proof)

@@ -60,7 +60,7 @@ def export(samples, steps: int) -> GraphModule:
 @pytest.mark.parametrize("balance", [False, True])
 def test_reused_linears_are_balanced_quantized_and_run_on_integers(backend, balance, samples, convert):
     exported = export(samples, STEPS)
-    options = {"policy": SitePolicy(couple_blocks=True)} if balance else {"aggregation": "none"}
+    options = {"policy": SitePolicy(couple_blocks=True)} if balance else {"balance": "none"}
     converted = convert(exported, PTQ4DiTQuantizer(**options), samples)
     sites = balance_result(converted).sites
     assert [site.name for site in sites if site.refusal is None] == (["fc1", "fc2"] if balance else [])
@@ -83,7 +83,7 @@ def freezing(request, monkeypatch) -> bool:
 @pytest.mark.x86
 @pytest.mark.skipif(lacks() is not None, reason=str(lacks()))
 def test_a_float_aoti_package_is_refused_and_not_written(freezing, samples, convert, tmp_path):
-    converted = convert(export(samples, 1), PTQ4DiTQuantizer(aggregation="none"), samples)
+    converted = convert(export(samples, 1), PTQ4DiTQuantizer(balance="none"), samples)
     refusal = pytest.raises(LoweringError, match="'aoti' ran 0 of 2 quantized linears on integer kernels")
     with nullcontext() if freezing else refusal:
         export_to(converted, "aoti", tmp_path / "model")

@@ -6,8 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ptq4dit_ao.errors import ArgumentError
@@ -21,6 +20,7 @@ from ptq4dit_ao.metrics import (
     inception_score,
     precision_recall,
 )
+from ptq4dit_ao.metrics.statistics import FORMAT
 
 
 def read(images: Tensor) -> Features:
@@ -45,7 +45,7 @@ def statistics() -> ReferenceStatistics:
 
 def test_batches_are_put_together():
     seen = []
-    features = extract(NETWORK, images(), batch_size=4, on_batch=lambda *n: seen.append(n))
+    features = extract(NETWORK, images(), batch_size=4, on_progress=lambda *n: seen.append(n))
     whole = extract(NETWORK, images())
     assert seen == [(4, 10), (8, 10), (10, 10)]
     for field in dataclasses.fields(Features):
@@ -119,7 +119,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         target.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("ptq4dit_ao._tensor_file.save_file", broken)
+    monkeypatch.setattr("ptq4dit_ao._formats.save_file", broken)
     with pytest.raises(ArgumentError, match=r"cannot write reference statistics to .*kept.safetensors: disk full"):
         statistics().save(path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
@@ -128,10 +128,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_statistics_that_lack_a_tensor(tmp_path):
     path = tmp_path / "kept.safetensors"
     statistics().save(path)
-    tensors = load_file(path)
+    about, tensors = FORMAT.read(path)
     del tensors["spatial_mean"]
-    with safe_open(path, "pt") as file:  # as before it had a digest
-        save_file(tensors, path, metadata={**file.metadata(), "format": "ptq4dit-ao reference statistics 1"})
+    FORMAT.write(path, tensors, about)
     with pytest.raises(ArgumentError, match=r"the reference statistics in .*kept\.safetensors lack 'spatial_mean'"):
         ReferenceStatistics.load(path)
 
@@ -149,5 +148,5 @@ def test_files_that_hold_no_statistics(tmp_path):
     with pytest.raises(ArgumentError, match=r"cannot read reference statistics from .*missing"):
         ReferenceStatistics.load(tmp_path / "missing")
     save_file({"pooled": torch.zeros(2)}, tmp_path / "other")
-    with pytest.raises(ArgumentError, match="other is not a file of reference statistics"):
+    with pytest.raises(ArgumentError, match="other is not a reference statistics file"):
         ReferenceStatistics.load(tmp_path / "other")

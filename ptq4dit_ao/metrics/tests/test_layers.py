@@ -91,7 +91,7 @@ def without(balanced: GraphModule, converted: GraphModule, names: tuple[str, ...
 def test_leaving_out_is_a_run_of_the_edited_graph(quantized, tiny_exported, tiny_samples, duplicate):
     converted, seen = quantized(weight_bits=3), []
     balanced = balanced_of(tiny_exported, converted)
-    found = leave_one_out(balanced, converted, tiny_samples[:2], on_run=lambda *run: seen.append(run))
+    found = leave_one_out(balanced, converted, tiny_samples[:2], on_progress=lambda *run: seen.append(run))
     assert found.quantized.sqnr_db == pytest.approx(paired_error(balanced, converted, tiny_samples[:2]).sqnr_db)
     assert len(found.without) == 10 and max(map(len, found.without)) == 3  # norm, q k v, out, up, down of two blocks
     for names in list(found.without)[::3]:

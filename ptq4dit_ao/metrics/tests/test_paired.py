@@ -118,9 +118,10 @@ def test_every_round_runs_every_model_once():
         return run
 
     inputs = (torch.tensor(7.0),)
-    results = measure_latency({"a": model("a"), "b": model("b")}, inputs, rounds=3, warmup=1, on_round=rounds.append)
+    models = {"a": model("a"), "b": model("b")}
+    results = measure_latency(models, inputs, rounds=3, warmup=1, on_progress=lambda *at: rounds.append(at))
     assert order == [("a", 7.0), ("b", 7.0)] * 4
-    assert rounds == [1, 2, 3, 4]
+    assert rounds == [(done, 4) for done in (1, 2, 3, 4)]
     assert {name: result.rounds for name, result in results.items()} == {"a": 3, "b": 3}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from functools import cache
 
@@ -12,7 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -30,6 +30,7 @@ from ptq4dit_ao.observers import (
     TimestepClock,
 )
 from ptq4dit_ao.observers.qdq import QuantSpec
+from ptq4dit_ao.observers.statistics import FORMAT
 from ptq4dit_ao.passes import balance_result, fold_balance, insert_balance
 from ptq4dit_ao.quantizer import PTQ4DiTQuantizer
 
@@ -189,10 +190,19 @@ TABLE = {"x/timesteps": torch.zeros(2).double(), "x/minimum": torch.zeros(2, 4),
 )
 def test_a_file_of_something_else_is_refused(tmp_path, tensors):
     path = tmp_path / "other.safetensors"
-    save_file(tensors, path, metadata={"format": "ptq4dit-ao salience statistics"})  # as before it had a digest
+    FORMAT.write(path, tensors)
     with pytest.raises(
         CalibrationError, match=r"other\.safetensors holds no salience statistics .*run calibration again"
     ):
+        SalienceStatistics.load(path)
+
+
+@pytest.mark.parametrize("version", [1, 3])
+def test_statistics_of_another_version_are_refused(tmp_path, version):
+    path = tmp_path / "other.safetensors"
+    dataclasses.replace(FORMAT, version=version).write(path, TABLE)
+    message = rf"salience statistics of format version {version}, and this .* reads 2; run calibration again"
+    with pytest.raises(CalibrationError, match=message):
         SalienceStatistics.load(path)
 
 
@@ -449,7 +459,7 @@ def test_an_offset_is_subtracted_before_the_scale_divides():
 
 def test_without_balancing_the_range_is_the_observed_one():
     scale, zero_point = affine_qparams(*float_range(float_model()), 0, 255)
-    assert quantized_input(calibrated(aggregation="none")) == (float(scale), int(zero_point))
+    assert quantized_input(calibrated(balance="none")) == (float(scale), int(zero_point))
 
 
 def test_a_layer_that_never_ran_is_refused():
@@ -458,4 +468,4 @@ def test_a_layer_that_never_ran_is_refused():
     ):
         convert_pt2e(prepared())
     with pytest.raises(CalibrationError, match="was never run: call the prepared model on calibration samples"):
-        convert_pt2e(prepared(aggregation="none"))
+        convert_pt2e(prepared(balance="none"))

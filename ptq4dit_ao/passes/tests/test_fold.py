@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from ptq4dit_ao.capture import export_transformer
+from ptq4dit_ao.choices import FOLD_FORMS
 from ptq4dit_ao.core.tests import reference
 from ptq4dit_ao.errors import ArgumentError, BalanceError
 from ptq4dit_ao.evaluation.bench.random_dit import randomize_
 from ptq4dit_ao.graph import Site, find_sites
 from ptq4dit_ao.graph.names import get_attribute
 from ptq4dit_ao.passes import fold_balance, insert_balance
-from ptq4dit_ao.passes.fold import FOLD_FORMS
 from ptq4dit_ao.passes.insert import MARK
 from ptq4dit_ao.testing.facebook_dit import DiT
 

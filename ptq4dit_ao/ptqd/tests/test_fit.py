@@ -92,7 +92,9 @@ def test_a_model_that_shrinks_its_noise_is_not_stretched():
 def test_batches_add_up():
     """The float trajectories differ by their noise, which is drawn batch by batch, and nothing else does."""
     seen = []
-    table = fit(lambda x, t, y: 1.25 * float_model(x, t, y) + 0.5, batch_size=16, on_step=lambda *at: seen.append(at))
+    table = fit(
+        lambda x, t, y: 1.25 * float_model(x, t, y) + 0.5, batch_size=16, on_progress=lambda *at: seen.append(at)
+    )
     torch.testing.assert_close(table.k, torch.full((STEPS,), 0.25).double(), rtol=1e-5, atol=0)
     torch.testing.assert_close(table.mu, torch.full((STEPS, 3), 0.5).double(), rtol=1e-4, atol=0)
     assert seen == [(i, 3 * STEPS) for i in range(1, 3 * STEPS + 1)]

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from ptq4dit_ao.errors import ArgumentError, CalibrationError
 from ptq4dit_ao.ptqd import NoiseCorrection
+from ptq4dit_ao.ptqd.table import FORMAT
 
 
 def doubles(*values: object) -> torch.Tensor:
@@ -100,16 +101,18 @@ def test_files_that_hold_no_table(tmp_path):
     TABLE.save(good)
     (tmp_path / "cut").write_bytes(good.read_bytes()[:-5])
     for name in ("cut", "missing"):
-        with pytest.raises(CalibrationError, match=rf"cannot read a noise correction from .*{name}: "):
+        with pytest.raises(CalibrationError, match=rf"cannot read noise correction from .*{name}: "):
             NoiseCorrection.load(tmp_path / name)
     tensors = {name: getattr(TABLE, name) for name in ("timesteps", "k", "mu", "sigma_q")}
-    about = {"format": "ptq4dit-ao noise correction", "guidance": "1.5"}
+    about = {"guidance": "1.5"}
+    save_file(tensors, tmp_path / "bad")
+    with pytest.raises(CalibrationError, match="is not a noise correction file"):
+        NoiseCorrection.load(tmp_path / "bad")
     for metadata, change, message in [
-        ({}, {}, "is not a file of a noise correction"),
         (about, {"more": torch.zeros(1)}, "holds k, more, mu, sigma_q, timesteps; fit it again"),
-        ({"format": about["format"]}, {}, r"is damaged \('guidance'\); fit it again"),
+        ({}, {}, r"is damaged \('guidance'\); fit it again"),
         (about, {"k": -TABLE.k}, r"is damaged \(k of a noise correction is -0\.25; .*\); fit it again"),
     ]:
-        save_file({**tensors, **change}, tmp_path / "bad", metadata=metadata)
+        FORMAT.write(tmp_path / "bad", {**tensors, **change}, metadata)
         with pytest.raises(CalibrationError, match=message):
             NoiseCorrection.load(tmp_path / "bad")

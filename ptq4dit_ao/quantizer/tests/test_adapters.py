@@ -136,7 +136,7 @@ def test_an_adapter_that_diffusers_adds():
     targets = ["transformer_blocks.0.norm1.linear", "transformer_blocks.0.attn.to_q"]
     model.add_adapter(peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
     overrides = (RecipeOverride(pattern="*.norm*.linear", skip=True),)
-    recipe = Recipe(balance=Balance(aggregation="none"), overrides=overrides)
+    recipe = Recipe(balance=Balance(method="none"), overrides=overrides)
     tensors = tuple(flatten_call(model, inputs)[1].values())
     found = statuses(apply_recipe(export_transformer(model, inputs), recipe, [tensors]))
     assert found["transformer_blocks.0.norm1.linear"] == "float"
@@ -148,4 +148,4 @@ def test_a_model_that_peft_wraps_as_a_whole_is_refused(tiny_dit, tiny_samples):
     peft = pytest.importorskip("peft")
     wrapped = peft.get_peft_model(copy.deepcopy(tiny_dit), peft.LoraConfig(target_modules=["to_q"]))
     with pytest.raises(ExportError, match=r"PeftModel renames all layers; pass its get_base_model\(\)"):
-        apply_recipe(wrapped, Recipe(balance=Balance(aggregation="none")), tiny_samples)
+        apply_recipe(wrapped, Recipe(balance=Balance(method="none")), tiny_samples)

@@ -81,7 +81,7 @@ def test_it_is_off_by_default(quantized):
 
 
 def test_ranges_without_balancing_are_those_of_the_float_model(quantized, values):
-    quantized = factors(quantized(attention_bits=8, aggregation="none"))
+    quantized = factors(quantized(attention_bits=8, balance="none"))
     assert len(quantized) == BLOCKS
     for found, seen in zip(quantized, values, strict=True):
         assert [one[2:] for one in found] == OPERANDS
@@ -95,7 +95,7 @@ def test_ranges_without_balancing_are_those_of_the_float_model(quantized, values
 def test_the_range_of_v_follows_the_fold(quantized, values):
     converted = quantized(attention_bits=8)
     outcomes = balance_result(converted).outcomes
-    plain = factors(quantized(attention_bits=8, aggregation="none"))
+    plain = factors(quantized(attention_bits=8, balance="none"))
     for block, (found, seen) in enumerate(zip(factors(converted), values, strict=True)):
         outcome = outcomes[f"transformer_blocks.{block}.attn1.to_out.0"]
         variables = outcome.site.consumers[0].variables
@@ -151,7 +151,7 @@ def test_two_folds_divide_twice():
 
 
 def test_what_was_never_run_or_is_not_finite_is_named(tiny_exported, duplicate):
-    bare = prepare_pt2e(duplicate(tiny_exported), PTQ4DiTQuantizer(aggregation="none", attention_bits=8))
+    bare = prepare_pt2e(duplicate(tiny_exported), PTQ4DiTQuantizer(balance="none", attention_bits=8))
     first = next(module for module in bare.modules() if isinstance(module, AttentionObserver))
     with pytest.raises(CalibrationError, match=r"'transformer_blocks.0.attn1 \(\w+\)' was never run"):
         first.qparams()
@@ -222,12 +222,12 @@ def test_a_graph_without_attention_is_refused():
         ArgumentError,
         match=r"the graph has no scaled_dot_product_attention, .* leave attention_bits out \(in a recipe: attention.",
     ):
-        prepare_pt2e(mixer(attends=False), PTQ4DiTQuantizer(aggregation="max", attention_bits=8))
+        prepare_pt2e(mixer(attends=False), PTQ4DiTQuantizer(balance="max", attention_bits=8))
 
 
 def test_a_softmax_that_is_not_attention_is_named(caplog):
     with caplog.at_level(logging.WARNING):
-        prepared = prepare_pt2e(mixer(attends=True), PTQ4DiTQuantizer(aggregation="max", attention_bits=8))
+        prepared = prepare_pt2e(mixer(attends=True), PTQ4DiTQuantizer(balance="max", attention_bits=8))
     assert "1 of 2 softmaxes do not stand between two matrix products that could be read" in caplog.text
     assert sum(isinstance(module, AttentionObserver) for module in prepared.modules()) == 4
 

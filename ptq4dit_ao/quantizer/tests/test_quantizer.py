@@ -116,13 +116,13 @@ def test_more_bits_are_more_accurate(quantized, tiny_exported, tiny_samples):
     assert db[0] > db[1] + 6 and db[0] > db[2] + 6 and min(db[1:3]) > db[3] + 6
 
 
-@pytest.mark.parametrize("aggregation", ["none", "max", "mean", "ssc"])
-def test_every_aggregation_converts(quantized, tiny_exported, tiny_samples, aggregation):
-    converted = quantized(aggregation=aggregation)
+@pytest.mark.parametrize("method", ["none", "max", "mean", "ssc"])
+def test_every_aggregation_converts(quantized, tiny_exported, tiny_samples, method):
+    converted = quantized(balance=method)
     result = balance_result(converted)
     assert pooled_sqnr_db(tiny_exported, converted, tiny_samples) > 30
-    assert len(result.outcomes) == (0 if aggregation == "none" else 6)
-    assert (result.settings is None) == (aggregation == "none")
+    assert len(result.outcomes) == (0 if method == "none" else 6)
+    assert (result.settings is None) == (method == "none")
     for outcome in result.outcomes.values():
         assert (outcome.b != 1).all() and outcome.b.isfinite().all()
 
@@ -187,13 +187,13 @@ def salient_exported(tiny_dit, tiny_samples):
     return export_transformer(inject_outliers(tiny_dit), tiny_samples[0])
 
 
-@pytest.mark.parametrize("aggregation", ["ssc", "max"])
-def test_balancing_undoes_outliers(aggregation, salient_exported, quantized, tiny_exported, tiny_samples, convert):
-    balanced = convert(salient_exported, PTQ4DiTQuantizer(aggregation=aggregation), tiny_samples)
-    plain = convert(salient_exported, PTQ4DiTQuantizer(aggregation="none"), tiny_samples)
+@pytest.mark.parametrize("method", ["ssc", "max"])
+def test_balancing_undoes_outliers(method, salient_exported, quantized, tiny_exported, tiny_samples, convert):
+    balanced = convert(salient_exported, PTQ4DiTQuantizer(balance=method), tiny_samples)
+    plain = convert(salient_exported, PTQ4DiTQuantizer(balance="none"), tiny_samples)
     balanced_db = pooled_sqnr_db(tiny_exported, balanced, tiny_samples)
     assert balanced_db > pooled_sqnr_db(tiny_exported, plain, tiny_samples) + 10
-    without_db = pooled_sqnr_db(tiny_exported, quantized(aggregation=aggregation), tiny_samples)
+    without_db = pooled_sqnr_db(tiny_exported, quantized(balance=method), tiny_samples)
     assert balanced_db == pytest.approx(without_db, abs=0.5)
 
 
@@ -294,7 +294,7 @@ def test_a_layer_without_balancing(quantized):
     assert "transformer_blocks.0.ff.net.0.proj" in by_layer(plain)
     outcomes = balance_result(plain).outcomes
     assert len(outcomes) == 5 and "transformer_blocks.0.ff.net.0.proj" not in outcomes
-    untouched = quantized(aggregation="none")
+    untouched = quantized(balance="none")
     weights = (by_layer(model)["transformer_blocks.0.ff.net.0.proj"].weight for model in (plain, untouched))
     assert torch.equal(*weights)
 
@@ -354,7 +354,7 @@ def test_overrides_that_make_no_sense(options, message):
         ({"alpha": 2}, r"alpha is 2; it must lie in \[0, 1\]"),
         ({"alpha": math.nan}, "alpha is nan"),
         ({"max_scale": 0.5}, "max_scale is 0.5; it must be at least 1"),
-        ({"aggregation": "foo"}, "aggregation is 'foo'; choose one of ssc, max, mean"),
+        ({"balance": "foo"}, "balance is 'foo'; choose one of ssc, max, mean"),
         ({"fold_form": "foo"}, "fold_form is 'foo'; choose one of constant, bias"),
     ],
 )
@@ -363,9 +363,9 @@ def test_arguments_out_of_range(options, message):
         PTQ4DiTQuantizer(**options)
 
 
-@pytest.mark.parametrize("aggregation", ["ssc", "none"])
-def test_converting_without_calibration(prepare, aggregation):
-    prepared = prepare(aggregation=aggregation)
+@pytest.mark.parametrize("method", ["ssc", "none"])
+def test_converting_without_calibration(prepare, method):
+    prepared = prepare(balance=method)
     with pytest.raises(CalibrationError, match=r"'transformer_blocks.* was never run: call the prepared model on"):
         convert_pt2e(prepared)
 
@@ -374,12 +374,12 @@ def test_one_timestep_is_too_few_and_one_more_is_enough(prepare, quantized, tiny
     prepared = prepare()
     x, t, y = tiny_samples[0]
     prepared(x, torch.full_like(t, 7), y)
-    with pytest.raises(CalibrationError, match=r"at 1 timestep\(s\); aggregation 'ssc' needs at least 2"):
+    with pytest.raises(CalibrationError, match=r"at 1 timestep\(s\); method 'ssc' needs at least 2"):
         convert_pt2e(prepared)
     prepared(x, torch.full_like(t, 8), y)
     # The refusal left nothing half done: the second attempt balances.
     assert len(balance_result(convert_pt2e(prepared)).outcomes) == len(balance_result(quantized()).outcomes)
-    assert convert_pt2e(_calibrated(prepare(aggregation="max"), (x, torch.full_like(t, 7), y)))
+    assert convert_pt2e(_calibrated(prepare(balance="max"), (x, torch.full_like(t, 7), y)))
 
 
 def _calibrated(prepared: GraphModule, *samples: tuple[Tensor, ...]) -> GraphModule:
@@ -441,9 +441,9 @@ def test_a_weight_that_is_not_finite(convert):
 
 def test_a_model_with_nothing_to_balance(convert):
     exported, samples = small(gelu_body)
-    with pytest.raises(BalanceError, match=r"none of the 2 .*gelu does not commute.*use aggregation='none'"):
+    with pytest.raises(BalanceError, match=r"none of the 2 .*gelu does not commute.*use balance='none'"):
         convert(exported, PTQ4DiTQuantizer(), samples)
-    converted = convert(exported, PTQ4DiTQuantizer(aggregation="none"), samples)
+    converted = convert(exported, PTQ4DiTQuantizer(balance="none"), samples)
     assert len(quantized_linears(converted)) == 2
 
 
@@ -470,7 +470,7 @@ def test_a_timestep_of_another_name(convert):
     named = convert(exported, PTQ4DiTQuantizer(timestep_input="sigma"), samples)
     (outcome,) = balance_result(named).outcomes.values()
     assert len(outcome.timesteps) == 12
-    without = convert(exported, PTQ4DiTQuantizer(aggregation="max"), samples)
+    without = convert(exported, PTQ4DiTQuantizer(balance="max"), samples)
     (outcome,) = balance_result(without).outcomes.values()
     assert len(outcome.timesteps) == 1
 

@@ -18,7 +18,7 @@ from ptq4dit_ao.quantizer import PTQ4DiTQuantizer, round_sequentially
 from ptq4dit_ao.report import build_report
 from ptq4dit_ao.rounding import RoundingSettings
 
-REPQ = {"aggregation": "repq"}
+REPQ = {"balance": "repq"}
 SITES = [f"transformer_blocks.{i}.{layer}" for i in range(2) for layer in ("attn1.{to_q,to_k,to_v}", "ff.net.0.proj")]
 
 
@@ -42,7 +42,7 @@ class Inputs(Interpreter):
 def test_the_input_is_quantized_as_each_channel_alone_would_be(quantized, tiny_exported, tiny_samples):
     converted = quantized(**REPQ)
     outcomes = balance_result(converted).outcomes
-    assert [name for name, outcome in outcomes.items() if outcome.aggregation == "repq"] == SITES
+    assert [name for name, outcome in outcomes.items() if outcome.method == "repq"] == SITES
     linears = {linear.name: linear for linear in quantized_linears(converted)}
     names = {o.site.consumers[0].input: o for o in outcomes.values()}
     float_inputs = Inputs(tiny_exported, names, tiny_samples).seen
@@ -65,14 +65,14 @@ def test_it_keeps_more_than_one_range_for_all(quantized, tiny_exported, tiny_sam
         graph = quantized(activation_bits=4, **options)
         return sqnr_db(expected, torch.cat([graph(*sample) for sample in tiny_samples]))
 
-    assert error_db(**REPQ) > error_db(aggregation="none") + 0.5
+    assert error_db(**REPQ) > error_db(balance="none") + 0.5
 
 
 def test_it_costs_no_operation_and_runs_on_integers(quantized):
     def calls(graph):
         return sorted(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
 
-    assert calls(quantized(**REPQ)) == calls(quantized(aggregation="none"))
+    assert calls(quantized(**REPQ)) == calls(quantized(balance="none"))
     assert lower(quantized(**REPQ), "fbgemm").proof.integer_gemms == 14
 
 
@@ -104,17 +104,17 @@ def test_the_self_check_agrees(tiny_exported, tiny_samples, convert, caplog):
 
 def test_the_report_says_repq_and_why_not(quantized):
     report = build_report(quantized(**REPQ), title="", recipe={}, model={}, seconds={})
-    assert (report["settings"]["aggregation"], report["settings"]["alpha"]) == ("repq", None)
+    assert (report["settings"]["method"], report["settings"]["alpha"]) == ("repq", None)
     folded = [site for site in report["sites"] if site["status"] == "folded"]
-    assert [(s["name"], s["aggregation"], s["alpha"]) for s in folded] == [(name, "repq", None) for name in SITES]
+    assert [(s["name"], s["method"], s["alpha"]) for s in folded] == [(name, "repq", None) for name in SITES]
     (attention, *_) = [site for site in report["sites"] if site["name"].endswith("to_out.0")]
     assert attention["reason"].endswith("no shift is added here (scaled_dot_product_attention)")
 
 
 def test_an_exponent_means_nothing():
-    with pytest.raises(ArgumentError, match="alpha is 0.7, but aggregation 'repq' has no exponent; leave alpha out"):
+    with pytest.raises(ArgumentError, match="alpha is 0.7, but method 'repq' has no exponent; leave alpha out"):
         PTQ4DiTQuantizer(alpha=0.7, **REPQ)
-    with pytest.raises(ArgumentError, match="alpha is 'auto', but aggregation 'repq'"):
+    with pytest.raises(ArgumentError, match="alpha is 'auto', but method 'repq'"):
         BalanceSettings(alpha="auto", **REPQ)
 
 

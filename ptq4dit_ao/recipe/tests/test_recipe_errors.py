@@ -23,7 +23,7 @@ WRONG = {
     "unknown key": ("balance: {alfa: 0.5}", "balance.alfa: unknown key; did you mean 'alpha'?"),
     "unknown key near nothing": (
         "balance: {q: 0.5}",
-        "balance.q: unknown key; the keys here are aggregation, alpha, max_scale, fold_form, couple_blocks, "
+        "balance.q: unknown key; the keys here are method, alpha, max_scale, fold_form, couple_blocks, "
         "vector_multiply, min_variables, verify",
     ),
     "text for a number": ("weights: {bits: '8'}", f"weights.bits: '8' (text) is not allowed; it must be {WIDTH}"),
@@ -52,9 +52,9 @@ WRONG = {
     ),
     "empty model": ("model: ''", "model: '' (text) is not allowed; it must be non-empty text"),
     "number for extends": ("extends: 3", "extends: 3 is not allowed; it must be non-empty text"),
-    "aggregation": (
-        "balance: {aggregation: scc}",
-        "balance.aggregation: 'scc' (text) is not allowed; it must be one of ssc, max, mean, none, auto, repq; "
+    "method": (
+        "balance: {method: scc}",
+        "balance.method: 'scc' (text) is not allowed; it must be one of ssc, max, mean, none, auto, repq; "
         "did you mean 'ssc'?",
     ),
     "fold form": (

@@ -29,7 +29,7 @@ def test_every_key_reaches_the_recipe(write: Write) -> None:
         model: package.module:function
         weights: {bits: auto, candidates: [3, 8, 5], average_bits: 4}
         activations: {bits: 6}
-        balance: {aggregation: none, alpha: 1e-5, max_scale: 10, fold_form: bias, couple_blocks: true,
+        balance: {method: none, alpha: 1e-5, max_scale: 10, fold_form: bias, couple_blocks: true,
                   vector_multiply: false, min_variables: 2, verify: false}
         rounding: {method: gptq, sequential: true}
         distillation: {steps: 11, minutes: 1.5}
@@ -47,7 +47,7 @@ def test_every_key_reaches_the_recipe(write: Write) -> None:
     assert recipe.weights.model_dump() == {"bits": "auto", "candidates": (3, 8, 5), "average_bits": 4.0}
     assert recipe.weights.widths == (3, 5, 8) and recipe.activations.bits == 6
     assert recipe.balance == Balance(
-        aggregation="none",
+        method="none",
         alpha=1e-5,
         max_scale=10.0,
         fold_form="bias",

@@ -60,7 +60,7 @@ RECIPES = st.builds(
     attention=st.builds(Attention, quantize=st.booleans(), bits=BITS),
     balance=st.builds(
         Balance,
-        aggregation=st.sampled_from(["ssc", "max", "mean", "none"]),
+        method=st.sampled_from(["ssc", "max", "mean", "none"]),
         alpha=st.floats(0, 1),
         max_scale=st.floats(1, exclude_min=True, allow_infinity=False),
         fold_form=st.sampled_from(["constant", "bias"]),
@@ -103,7 +103,7 @@ def test_to_dict_holds_every_default_and_no_null() -> None:
         "activations": {"bits": 8},
         "attention": {"quantize": False, "bits": 8},
         "balance": {
-            "aggregation": "ssc",
+            "method": "ssc",
             "alpha": 0.5,
             "max_scale": 1000.0,
             "fold_form": "constant",

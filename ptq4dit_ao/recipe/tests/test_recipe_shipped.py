@@ -77,7 +77,7 @@ def test_shipped_recipe(name: str) -> None:
 
 def test_the_paper_recipe_is_the_paper() -> None:
     recipe = load_recipe("paper_w4a8")
-    assert (recipe.balance.aggregation, recipe.balance.alpha, recipe.layers) == ("ssc", 0.5, "paper")
+    assert (recipe.balance.method, recipe.balance.alpha, recipe.layers) == ("ssc", 0.5, "paper")
     assert (recipe.attention.quantize, recipe.attention.bits) == (True, 8)
     calibration = recipe.calibration
     assert (calibration.timesteps, calibration.steps, calibration.samples, calibration.guidance) == (25, 50, 32, 1.5)
@@ -87,8 +87,8 @@ def test_the_baselines_are_their_papers() -> None:
     ptq4dm, q_diffusion, repq = (load_recipe(name) for name in ("ptq4dm", "q_diffusion", "repq"))
     assert ptq4dm.calibration.timesteps == NormalDraw(draw="normal", mean=0.4, std=0.4, count=1024)
     assert ptq4dm.layers == "paper" and q_diffusion.calibration.timesteps == 25
-    assert {(r.balance.aggregation, r.rounding.ranges) for r in (ptq4dm, q_diffusion)} == {("none", "lp")}
-    assert (repq.balance.aggregation, repq.rounding.ranges) == ("repq", "percentile")
+    assert {(r.balance.method, r.rounding.ranges) for r in (ptq4dm, q_diffusion)} == {("none", "lp")}
+    assert (repq.balance.method, repq.rounding.ranges) == ("repq", "percentile")
 
 
 def test_distilled_is_learned_and_then_learns_as_a_whole() -> None:
@@ -169,7 +169,7 @@ SCHEMA_REFUSES = [
     "version: 1\nlayres: safe",
     "version: 1\nweights: {bits: '8'}",
     "version: 1\nbalance: {max_scale: 1}",
-    "version: 1\nbalance: {aggregation: scc}",
+    "version: 1\nbalance: {method: scc}",
     "version: 1\ncalibration: {timesteps: []}",
     "version: 1\ncalibration: {timesteps: [1, 1]}",
     "version: 1\ncalibration: {timesteps: 0}",

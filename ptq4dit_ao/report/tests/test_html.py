@@ -61,7 +61,7 @@ def folded(name: str, b: list[float], **changes: object) -> dict:
         "reason": None,
         "folded_into": [f"{name}.norm.weight", f"{name}.norm.bias"],
         "clipped": 1,
-        "aggregation": "ssc",
+        "method": "ssc",
         "alpha": 0.7,
         "b": b,
         "salience_x": [4.0] * len(b),
@@ -95,7 +95,7 @@ def full_report() -> dict:
         "model": {"name": "reference", "parameters": 2134784},
         "recipe": {"version": 1, "weights": {"bits": 4}, "description": HOSTILE},
         "versions": {"ptq4dit_ao": "0.1.0", "torch": "2.13.0"},
-        "settings": {"aggregation": "ssc", "alpha": 0.5, "max_scale": 1000.0, "fold_form": "constant"},
+        "settings": {"method": "ssc", "alpha": 0.5, "max_scale": 1000.0, "fold_form": "constant"},
         "sites": [
             folded("blocks.0.attn.{to_q,to_k,to_v}", [0.25, 1000.0]),
             folded(f"blocks.{HOSTILE}.ff", [2.0, 3.0, 5.0]),
@@ -304,7 +304,7 @@ def test_reasons_are_counted(tmp_path, charts):
 
 def test_other_aggregations_do_not_claim_the_ssc_weights(tmp_path, charts):
     report = full_report()
-    report["settings"]["aggregation"] = "max"
+    report["settings"]["method"] = "max"
     claim = "This run aggregated with max and did not use these weights."
     assert claim in Page(write(report, tmp_path / "report.html")).text
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import ptq4dit_ao.rounding.distillation as module
-from ptq4dit_ao import _tensor_file, distill, export_transformer, lower
+from ptq4dit_ao import _formats, distill, export_transformer, lower
 from ptq4dit_ao.errors import ArgumentError, CalibrationError
 from ptq4dit_ao.quantizer import PTQ4DiTQuantizer, round_sequentially
 from ptq4dit_ao.rounding import DistillationSettings
@@ -80,7 +80,7 @@ def test_a_hundred_steps_reach_other_integers(rounded, tiny_samples):
 
 
 def test_all_that_was_quantized_learns_and_nothing_else(rounded, tiny_samples):
-    prepared = rounded(aggregation="none")
+    prepared = rounded(balance="none")
     state, before = copy.deepcopy(prepared.state_dict()), by_kind(prepared)
     distill(prepared, tiny_samples, steps=250)
     for kind, tensors in by_kind(prepared).items():
@@ -150,7 +150,7 @@ def test_16_bit_models_learn(tiny_dit, tiny_samples, rounded):
 
 
 def test_layers_learn_around_quantized_attention_and_behind_shifts(rounded, tiny_samples, error_db):
-    options = {"attention_bits": 8, "aggregation": "repq"}
+    options = {"attention_bits": 8, "balance": "repq"}
     plain, closer = rounded(**options), rounded(**options)
     distill(closer, tiny_samples, steps=100)
     assert error_db(convert_pt2e(closer)) > error_db(convert_pt2e(plain)) + 1
@@ -228,11 +228,11 @@ def never_pause(monkeypatch):
 
 
 def kill_at(step):
-    def on_step(done, total):
+    def on_progress(done, total):
         if done == step:
             raise KeyboardInterrupt
 
-    return on_step
+    return on_progress
 
 
 def test_a_killed_run_goes_on_where_it_was(rounded, tiny_samples, tmp_path, monkeypatch):
@@ -241,10 +241,12 @@ def test_a_killed_run_goes_on_where_it_was(rounded, tiny_samples, tmp_path, monk
     distill(whole, tiny_samples, steps=12)
     before = learned(killed)
     with pytest.raises(KeyboardInterrupt):
-        distill(killed, tiny_samples, steps=12, on_step=kill_at(8), resume=tmp_path)
+        distill(killed, tiny_samples, steps=12, on_progress=kill_at(8), resume=tmp_path)
     assert all(equal(learned(killed), before))
     steps = []
-    distill(resumed, tiny_samples, steps=12, on_step=lambda done, total: steps.append((done, total)), resume=tmp_path)
+    distill(
+        resumed, tiny_samples, steps=12, on_progress=lambda done, total: steps.append((done, total)), resume=tmp_path
+    )
     assert steps == [(step, 12) for step in range(8, 13)]  # the eighth was not noted
     assert all(equal(learned(resumed), learned(whole)))
 
@@ -254,7 +256,7 @@ def notes(rounded, tiny_samples, tmp_path, monkeypatch):
     """A folder with what a killed run has left."""
     never_pause(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        distill(rounded(), tiny_samples, steps=4, on_step=kill_at(3), resume=tmp_path)
+        distill(rounded(), tiny_samples, steps=4, on_progress=kill_at(3), resume=tmp_path)
     return tmp_path
 
 
@@ -280,7 +282,7 @@ def test_damaged_notes_are_named(rounded, tiny_samples, notes):
 def test_notes_that_cannot_be_written_are_named(rounded, tiny_samples, tmp_path, monkeypatch):
     never_pause(monkeypatch)
     monkeypatch.setattr(
-        _tensor_file, "save_file", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        _formats, "save_file", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     with pytest.raises(
         CalibrationError, match=r"cannot write a distillation to .*distillation.safetensors: No space left on device"

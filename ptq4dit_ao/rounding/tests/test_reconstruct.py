@@ -179,7 +179,7 @@ def test_a_killed_run_goes_on_at_its_block(prepare, tiny_samples, tmp_path, monk
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        round_sequentially(prepare(settings()), tiny_samples, on_group=interrupt, resume=tmp_path / "rounded")
+        round_sequentially(prepare(settings()), tiny_samples, on_progress=interrupt, resume=tmp_path / "rounded")
     learned = []
     original = sequential.reconstruct
     monkeypatch.setattr(sequential, "reconstruct", lambda *a, **k: learned.append(a[1]) or original(*a, **k))
@@ -252,7 +252,7 @@ def test_a_killed_run_knows_what_later_blocks_had_of_earlier_inputs(prepare_pixa
 
     (killed, samples), (resumed, _), (whole, _) = (prepare_pixart() for _ in range(3))
     with pytest.raises(KeyboardInterrupt):
-        round_sequentially(killed, samples, on_group=interrupt, resume=tmp_path)
+        round_sequentially(killed, samples, on_progress=interrupt, resume=tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) == 4  # of 5 blocks
     round_sequentially(resumed, samples, resume=tmp_path)
     round_sequentially(whole, samples)
@@ -260,7 +260,7 @@ def test_a_killed_run_knows_what_later_blocks_had_of_earlier_inputs(prepare_pixa
 
 
 def test_the_float_model_and_the_rest_of_the_graph_do_not_learn(prepare, tiny_samples):
-    prepared = prepare(settings(), aggregation="none")
+    prepared = prepare(settings(), balance="none")
     before = copy.deepcopy(prepared.state_dict())
     round_sequentially(prepared, tiny_samples)
     for name, value in prepared.state_dict().items():

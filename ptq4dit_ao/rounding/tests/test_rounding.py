@@ -107,18 +107,18 @@ def test_streams_are_the_float_and_the_quantized_network(prepare, tiny_exported,
 
 
 def test_a_search_takes_the_least_error(quantized):
-    result = balance_result(quantized(**W4, rounding="gptq", alpha="auto", aggregation="auto"))
+    result = balance_result(quantized(**W4, rounding="gptq", alpha="auto", balance="auto"))
     assert result.outcomes
     for outcome in result.outcomes.values():
         assert len(outcome.scores) == 13
-        chosen = "none" if outcome.aggregation == "none" else f"{outcome.aggregation} {outcome.alpha:g}"
+        chosen = "none" if outcome.method == "none" else f"{outcome.method} {outcome.alpha:g}"
         assert outcome.scores[chosen] == min(outcome.scores.values())
         if chosen == "none":
             assert (outcome.b == 1).all()
 
 
 def test_a_search_is_as_good_as_the_fixed_choices(quantized, error_db):
-    found = error_db(quantized(weight_bits=4, activation_bits=4, rounding="gptq", alpha="auto", aggregation="auto"))
+    found = error_db(quantized(weight_bits=4, activation_bits=4, rounding="gptq", alpha="auto", balance="auto"))
     fixed = [error_db(quantized(weight_bits=4, activation_bits=4, rounding="gptq", alpha=a)) for a in (0.3, 0.5, 0.9)]
     assert found > max(fixed) - 0.5
     assert found > min(fixed) + 0.5
@@ -126,7 +126,7 @@ def test_a_search_is_as_good_as_the_fixed_choices(quantized, error_db):
 
 @pytest.mark.parametrize("ranges", ["percentile", "lp", "output"])
 def test_nearest_moves_ranges_and_nothing_else(quantized, tiny_exported, ranges):
-    converted = quantized(**W4, aggregation="none", rounding=RoundingSettings(ranges=ranges))
+    converted = quantized(**W4, balance="none", rounding=RoundingSettings(ranges=ranges))
     names = balance_result(converted).layers
     for linear in quantized_linears(converted):
         layer = tiny_exported.get_submodule(names[linear.name])
@@ -137,7 +137,7 @@ def test_nearest_moves_ranges_and_nothing_else(quantized, tiny_exported, ranges)
 
 
 def test_nearest_leaves_biases_alone_layer_by_layer_and_when_resumed(prepare, tiny_samples, tiny_exported, tmp_path):
-    options = {**W4, "aggregation": "none", "rounding": RoundingSettings(ranges="lp"), "sequential": True}
+    options = {**W4, "balance": "none", "rounding": RoundingSettings(ranges="lp"), "sequential": True}
     for prepared in (prepare(**options), prepare(**options)):
         round_sequentially(prepared, tiny_samples, resume=tmp_path)
         converted = convert_pt2e(prepared)
@@ -147,8 +147,8 @@ def test_nearest_leaves_biases_alone_layer_by_layer_and_when_resumed(prepare, ti
 
 
 def test_papers_ranges_cut_tails_of_weights_and_activations(quantized):
-    plain = quantized_linears(quantized(**W4, aggregation="none"))
-    lp = quantized_linears(quantized(**W4, aggregation="none", rounding=RoundingSettings(ranges="lp")))
+    plain = quantized_linears(quantized(**W4, balance="none"))
+    lp = quantized_linears(quantized(**W4, balance="none", rounding=RoundingSettings(ranges="lp")))
     for before, after in zip(plain, lp, strict=True):
         assert after.x_scale <= before.x_scale * (1 + 1e-6)
         assert (after.weight_scale < before.weight_scale).any()
@@ -210,7 +210,7 @@ def test_a_killed_run_goes_on(prepare, tiny_samples, tmp_path, monkeypatch):
 
     options = {**W4, "sequential": True, "rounding": "gptq"}
     with pytest.raises(KeyboardInterrupt):
-        round_sequentially(prepare(**options), tiny_samples, on_group=interrupt, resume=tmp_path / "rounded")
+        round_sequentially(prepare(**options), tiny_samples, on_progress=interrupt, resume=tmp_path / "rounded")
     solved = []
     original = sequential._round
     monkeypatch.setattr(sequential, "_round", lambda *args: solved.append(args) or original(*args))
@@ -307,7 +307,7 @@ def test_a_failed_rounding_can_be_tried_again(prepare, tiny_samples, tmp_path):
 
 
 def test_an_input_that_was_never_seen_is_named(tiny_exported, duplicate):
-    prepared = prepare_pt2e(duplicate(tiny_exported), PTQ4DiTQuantizer(aggregation="none", rounding="gptq"))
+    prepared = prepare_pt2e(duplicate(tiny_exported), PTQ4DiTQuantizer(balance="none", rounding="gptq"))
     with pytest.raises(CalibrationError, match=r"'transformer_blocks.0.* was never run: call the prepared model"):
         convert_pt2e(prepared)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ptq4dit_ao import apply_recipe, as_diffusers_transformer, collect_from_pipeline, export_transformer, load_quantized
-from ptq4dit_ao._digest import json_digest
+from ptq4dit_ao._formats import json_digest
 from ptq4dit_ao.calibration import CalibrationSamples
 from ptq4dit_ao.capture.signature import flatten_call
 from ptq4dit_ao.core import sqnr_db
@@ -29,7 +29,7 @@ from ptq4dit_ao.testing.zoo import FAMILIES, iter_families
 from ptq4dit_ao.workflow import QuantizedModel
 from ptq4dit_ao.workflow.diffusers_transformer import output_class
 
-PLAIN = Recipe(balance=Balance(aggregation="none"))
+PLAIN = Recipe(balance=Balance(method="none"))
 
 
 def slow(name: str) -> Any:

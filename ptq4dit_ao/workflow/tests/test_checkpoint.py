@@ -136,8 +136,8 @@ def no_work(monkeypatch):
 
 @pytest.mark.usefixtures("no_work")
 def test_repq_is_no_balancing_of_a_float_model(model, tmp_path):
-    with pytest.raises(ArgumentError, match="aggregation is 'repq', which is part of a quantizer"):
-        balance_checkpoint(model, Recipe(balance=Balance(aggregation="repq")), tmp_path / "out")
+    with pytest.raises(ArgumentError, match="method is 'repq', which is part of a quantizer"):
+        balance_checkpoint(model, Recipe(balance=Balance(method="repq")), tmp_path / "out")
 
 
 @pytest.mark.usefixtures("no_work")
@@ -154,8 +154,8 @@ def test_nothing_is_overwritten(kind, model, tmp_path):
 
 @pytest.mark.usefixtures("no_work")
 def test_a_recipe_that_does_not_balance(model, tmp_path):
-    with pytest.raises(ArgumentError, match="aggregation is 'none'; choose one of ssc, max"):
-        balance_checkpoint(model, Recipe(balance=Balance(aggregation="none")), tmp_path / "out")
+    with pytest.raises(ArgumentError, match="method is 'none'; choose one of ssc, max"):
+        balance_checkpoint(model, Recipe(balance=Balance(method="none")), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -245,7 +245,7 @@ def test_prompts_repeat_and_the_recipe_says_the_rest(drawn):
     recorded_samples(model, recipe, evaluate=True, on_progress=lambda *stage: progress.append(stage))
     (first, options), (second, others) = drawn
     assert first == (model.pipeline, ["a", "b", "a", "b", "a"]) and second == (model.pipeline, ["a", "b", "a"])
-    assert options.pop("on_step")(2, 7) is None and others.pop("on_step")(3, 7) is None
+    assert options.pop("on_progress")(2, 7) is None and others.pop("on_progress")(3, 7) is None
     assert progress == [("calibration samples", 2, 7), ("evaluation samples", 3, 7)]
     assert options == {"timesteps": 3, "steps": 7, "guidance": 2.5, "seed": 4, "batch_size": 16, "call": {"height": 16}}
     assert others == {**options, "timesteps": 6, "seed": 8}

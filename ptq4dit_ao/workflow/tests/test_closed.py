@@ -35,7 +35,7 @@ from ptq4dit_ao.testing.zoo import FAMILIES, iter_families
 from ptq4dit_ao.workflow import QuantizedModel
 from ptq4dit_ao.workflow.diffusers_transformer import BINNED
 
-PLAIN = Recipe(balance=Balance(aggregation="none"))
+PLAIN = Recipe(balance=Balance(method="none"))
 CPU = torch.device("cpu")
 WALKED = ("flux", "sd3", "dit", "wan")
 """Blocks of two kinds and fused projections, joint attention, a class without mixins, video."""

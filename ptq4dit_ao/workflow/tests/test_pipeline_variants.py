@@ -18,7 +18,7 @@ from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.recipe import Balance, Recipe
 from ptq4dit_ao.testing.zoo import FAMILIES
 
-PLAIN = Recipe(balance=Balance(aggregation="none"))
+PLAIN = Recipe(balance=Balance(method="none"))
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler
 STEPS = 5
 

@@ -38,7 +38,7 @@ def mean_bits(report: dict, graph: GraphModule) -> float:
 @pytest.fixture(scope="module")
 def choice(fragile, tiny_samples):
     return choose_weight_bits(
-        fragile, tiny_samples, average_bits=5, quantizer=PTQ4DiTQuantizer(aggregation="none", rounding="gptq")
+        fragile, tiny_samples, average_bits=5, quantizer=PTQ4DiTQuantizer(balance="none", rounding="gptq")
     )
 
 
@@ -73,7 +73,7 @@ def test_what_a_recipe_chooses_is_what_runs_and_is_saved(fragile, tiny_samples, 
             RecipeOverride(pattern="transformer_blocks.0.norm1.linear", weight_bits=8),
         ),
     )
-    model = apply_recipe(fragile, recipe, tiny_samples, on_choice=lambda *run: seen.append(run))
+    model = apply_recipe(fragile, recipe, tiny_samples, on_progress=lambda *run: seen.append(run))
     layers = {layer["name"]: layer["weight_bits"] for layer in model.report["layers"]}
     # Overrides win, and are paid for.
     assert (layers[FRAGILE], layers["transformer_blocks.0.norm1.linear"]) == (4, 8)
@@ -96,7 +96,7 @@ def test_what_a_recipe_chooses_is_what_runs_and_is_saved(fragile, tiny_samples, 
 def test_layers_with_bits_of_their_own_do_not_count_against_their_neighbours(tiny_exported, tiny_samples):
     def noise(**bits):
         overrides = [Override(pattern="*.attn1.to_v", **bits)] if bits else []
-        quantizer = PTQ4DiTQuantizer(aggregation="none", rounding="gptq", overrides=overrides)
+        quantizer = PTQ4DiTQuantizer(balance="none", rounding="gptq", overrides=overrides)
         chosen = choose_weight_bits(tiny_exported, tiny_samples, average_bits=5, quantizer=quantizer).chosen
         return {inputs.layers: inputs.noise[0] for inputs in chosen}
 
@@ -115,8 +115,8 @@ def test_three_candidates(fragile, tiny_samples):
         tiny_samples,
         average_bits=4,
         candidates=(8, 3, 4),
-        quantizer=PTQ4DiTQuantizer(aggregation="none"),
-        on_run=lambda *run: seen.append(run),
+        quantizer=PTQ4DiTQuantizer(balance="none"),
+        on_progress=lambda *run: seen.append(run),
     )
     assert found.candidates == (3, 4, 8) and found.average_bits <= 4
     assert all(inputs.noise[0] > inputs.noise[1] > inputs.noise[2] for inputs in found.chosen)

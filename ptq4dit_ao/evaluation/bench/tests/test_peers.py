@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ptq4dit_ao._version import installed_version
 from ptq4dit_ao.core import sqnr_db
 from ptq4dit_ao.evaluation.bench import peers
 from ptq4dit_ao.evaluation.bench.peers import PEERS, Contender, FloatModel
-from ptq4dit_ao.evaluation.environment import installed
 
 COMPILED = {"torchao int8 dynamic", "torchao X86 static int8", "torchao SmoothQuant static int8", "SDNQ int8"}
 LINEARS = 22
@@ -26,7 +26,7 @@ def model(tiny_dit, tiny_exported, tiny_samples) -> FloatModel:
 )
 @torch.no_grad()
 def test_a_peer_runs(peer: Contender, model):
-    absent = [package for package in peer.packages if installed(package) is None]
+    absent = [package for package in peer.packages if installed_version(package) is None]
     if absent:
         pytest.skip(f"{', '.join(absent)} is not installed")
     before = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}

@@ -90,7 +90,7 @@ def test_methods_are_recipes_by_name_or_path(tmp_path):
     asked = dataclasses.replace(ASKED, methods=("auto", "paper", "ptqd", str(tmp_path / "mine.yaml")))
     recipes = method_recipes(asked)
     assert list(recipes) == ["auto", "paper", "ptqd", "mine.yaml"] and recipes["auto"] == load_recipe("auto")
-    assert recipes["paper"].balance.aggregation == "ssc" and recipes["ptqd"].noise_correction.images
+    assert recipes["paper"].balance.method == "ssc" and recipes["ptqd"].noise_correction.images
     assert recipes["mine.yaml"].rounding == load_recipe("fast").rounding
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.yaml").write_text("version: 1\n")
@@ -118,7 +118,7 @@ def test_only_methods_that_learn_have_steps_of_learning():
 def test_the_ablation_adds_one_part_after_another():
     recipes = method_recipes(dataclasses.replace(ASKED, methods=(), ablation=True))
     assert list(recipes) == ["base", "+CSB", "+SSC", "+ours"]
-    assert [recipe.balance.aggregation for recipe in recipes.values()] == ["none", "mean", "ssc", "auto"]
+    assert [recipe.balance.method for recipe in recipes.values()] == ["none", "mean", "ssc", "auto"]
     assert recipes["+ours"].rounding == load_recipe("auto").rounding
     rest = [recipe.model_dump(exclude={"balance", "rounding"}) for recipe in recipes.values()]
     assert rest[1:] == rest[:-1] and recipes["base"].rounding == recipes["+SSC"].rounding

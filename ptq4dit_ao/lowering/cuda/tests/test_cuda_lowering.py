@@ -99,7 +99,7 @@ def test_a_model_in_16_bits_stays_so(on_cpu, convert, dtype):
     torch.manual_seed(0)
     samples = [(torch.randn(4, 5, 9, dtype=dtype), torch.arange(4)) for _ in range(2)]
     exported = export_transformer(Plain().eval().to(dtype), samples[0])
-    converted = convert(exported, PTQ4DiTQuantizer(aggregation="none"), samples)
+    converted = convert(exported, PTQ4DiTQuantizer(balance="none"), samples)
     lowered = lower(converted, "cuda")
     assert lowered.proof.kernels == {"ptq4dit_ao::int8_linear": 2}
     actual = lowered(*samples[0])
@@ -126,7 +126,7 @@ def test_every_tensor_and_device_moves(convert):
     torch.manual_seed(0)
     samples = [(torch.randn(4, 5, 9), torch.arange(4)) for _ in range(2)]
     exported = export_transformer(Plain().eval(), samples[0])
-    converted = convert(exported, PTQ4DiTQuantizer(aggregation="none"), samples)
+    converted = convert(exported, PTQ4DiTQuantizer(balance="none"), samples)
     graph = replace_linears(request_for(converted), torch.device("meta"))
     assert graph(*(x.to("meta") for x in samples[0])).device.type == "meta"
     assert {tensor.device.type for tensor in graph.state_dict().values()} == {"meta"}

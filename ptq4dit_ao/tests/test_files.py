@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ptq4dit_ao._atomic import is_unfinished, replace_text, replacing_file
+from ptq4dit_ao._files import is_unfinished, replace_text, replacing_file
 
 
 def test_a_file_takes_its_place_when_it_is_complete(tmp_path):
@@ -40,7 +40,7 @@ def test_what_a_kill_has_left_is_removed_and_nothing_that_is_in_use(tmp_path):
 def test_a_killed_write_leaves_what_the_next_removes(tmp_path):
     """safetensors itself writes to a file of a random name first."""
     code = (
-        "import os, signal, sys\nfrom ptq4dit_ao._atomic import replacing_file\n"
+        "import os, signal, sys\nfrom ptq4dit_ao._files import replacing_file\n"
         "with replacing_file(sys.argv[1]) as temporary:\n os.kill(os.getpid(), signal.SIGKILL)"
     )
     path = tmp_path / "a.json"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from ptq4dit_ao.lowering.files import complete
+from ptq4dit_ao._files import replacing_files
 
 
 def test_files_take_their_places_when_they_are_complete(tmp_path):
     path = tmp_path / "model.xml"
     path.write_text("old")
-    with complete(path) as unfinished:
+    with replacing_files(path) as unfinished:
         unfinished.write_text("new")
         unfinished.with_suffix(".bin").write_text("weights")
         unfinished.with_name("scratch").mkdir()
@@ -23,7 +23,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     path.write_text("old")
 
     def fail_half_way():
-        with complete(path) as unfinished:
+        with replacing_files(path) as unfinished:
             unfinished.write_text("new")
             raise ValueError("half way")
 

@@ -1,8 +1,9 @@
-"""Files that are either the old one or the complete new one, whatever happens in between."""
+"""Files and folders that are either the old one or the complete new one, whatever happens in between."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -57,6 +58,50 @@ def replace_text(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def replace_json(path: str | os.PathLike[str], value: object) -> None:
+    """Write a value as indented JSON, without NaN or infinity, in place of what was there."""
+    replace_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+@contextmanager
+def replacing_files(path: Path) -> Iterator[Path]:
+    """The same name in an empty folder, whose files take their places beside ``path`` when the block ends.
+
+    What was there before is replaced, ``path`` itself last. Subfolders are dropped, and everything if the block fails.
+    """
+    with temporary_folder(path) as folder:
+        unfinished = folder / path.name
+        yield unfinished
+        for file in sorted(folder.iterdir(), key=lambda file: file == unfinished):
+            if file.is_file():
+                os.replace(file, path.with_name(file.name))
+
+
+@contextmanager
+def replacing_folder(target: Path) -> Iterator[Path]:
+    """An empty folder beside ``target`` that takes its place when the block ends, and is removed when it fails.
+
+    A process killed inside the block leaves ``.NAME.tmp-XXXX`` behind, and ``target`` as it was. One killed in the
+    instant between the two renames leaves the old folder as ``.NAME.old-XXXX``. The next replacement removes both.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(target) as temporary:
+        yield temporary
+        for path in (*temporary.iterdir(), temporary):
+            _sync(path)
+        _swap(temporary, target)
+        for former in set_aside(target):
+            shutil.rmtree(former, ignore_errors=True)
+    _sync(target.parent)
+
+
+def set_aside(target: Path) -> list[Path]:
+    """Folders that interrupted replacements have left of ``target``, oldest name first."""
+    if not target.parent.is_dir():
+        return []
+    return sorted(p for p in target.parent.iterdir() if p.name.startswith(f".{target.name}.old-"))
+
+
 def remove_folder(folder: Path) -> None:
     """Remove a folder with all that is in it; a kill leaves it whole, or what the next write there removes."""
     with temporary_folder(folder) as trash:
@@ -103,3 +148,24 @@ def _lock(descriptor: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def _swap(new: Path, target: Path) -> None:
+    old = target.with_name(f".{target.name}.old-{secrets.token_hex(4)}")
+    try:
+        if target.exists():
+            os.rename(target, old)
+        os.rename(new, target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+        raise
+
+
+def _sync(path: Path) -> None:
+    """Force a file, or the list of files in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
