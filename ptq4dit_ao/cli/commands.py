@@ -206,7 +206,7 @@ def _print_report(report: Report, console: Console, *, layers: bool = False) -> 
             chosen = site["method"] if site["alpha"] is None else f"{site['method']} {site['alpha']:g}"
             table.add_row(site["name"], f"{site['variables']}/{site['channels']}", chosen, spread, where)
         console.print(table)
-    refused = Counter(site["reason"].partition(": ")[2] for site in report["sites"] if site["status"] == "refused")
+    refused = Counter(str(site["reason"]).partition(": ")[2] for site in report["sites"] if site["status"] == "refused")
     for reason, count in refused.items():
         console.print(f"{count} sites not folded: {reason}")
     if layers:

@@ -21,6 +21,7 @@ from rich.markup import escape
 from ptq4dit_ao._paths import as_path, because
 from ptq4dit_ao._version import __version__
 from ptq4dit_ao.choices import FLOAT_DTYPES, LAYER_PRESETS, SAMPLERS
+from ptq4dit_ao.cli.messages import with_flags
 from ptq4dit_ao.errors import ArgumentError, PTQ4DiTError
 
 EXAMPLES = """\
@@ -248,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         getattr(commands, args.command)(args, console)
     except (PTQ4DiTError, OSError) as error:  # a path that cannot be read or written is the user's to mend
         text = because(error) if isinstance(error, OSError) and not isinstance(error, PTQ4DiTError) else str(error)
-        errors.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True, highlight=False)
+        errors.print(f"[bold red]error:[/] {escape(with_flags(text, args))}", soft_wrap=True, highlight=False)
         return 1
     except KeyboardInterrupt:
         errors.print("interrupted; nothing half-written was left behind")

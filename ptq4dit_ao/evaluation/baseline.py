@@ -113,7 +113,7 @@ def baseline_of(
             notes=(),
         )
     if network is None:
-        notes = ("no distances: there is no feature network; give one (--features)",)
+        notes = ("no distances: there is no feature network; give one (features=...)",)
         return Baseline(
             model=model,
             image_sampling=image_sampling,
@@ -145,7 +145,7 @@ def network_for(
     """
     spec = spec or (None if model.shipped is None else model.shipped.name)
     if spec is None and reference is not None:
-        raise ArgumentError(f"{reference}: a reference set is measured with a feature network; give one (--features)")
+        raise ArgumentError(f"{reference}: a reference set is measured with a feature network; give one (features=...)")
     if spec is not None and samples <= NEIGHBOURS:
         raise ArgumentError(f"{samples} images are too few for distances; draw at least {NEIGHBOURS + 1}")
     return None if spec is None else load_features(spec)

@@ -38,7 +38,7 @@ def classifier_features(reference: Reference) -> FeatureNetwork:
             expected, got = (" x ".join(map(str, found)) for found in (shape, images.shape[1:]))
             raise ArgumentError(
                 f"the {reference.name} classifier reads images of {expected}, got {got}; give another feature network "
-                "(--features)"
+                "(features=...)"
             )
         spatial = classifier.features(images)
         probabilities = classifier.head(spatial.flatten(1)).softmax(1)

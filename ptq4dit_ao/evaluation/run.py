@@ -124,13 +124,13 @@ def _float_model(
         raise ArgumentError(f"{directory} was saved without the way to sample it, so no images can be compared")
     spec = spec or quantized.recipe.model
     if spec is None:
-        raise ArgumentError(f"{directory} does not know its float model; say which with --model")
+        raise ArgumentError(f"{directory} does not know its float model; say which (model=...)")
     sampling = quantized.sampling.by(sampler)
     loaded = load_model(spec)
     if loaded.sampling is not None and (found := _shape(loaded.sampling)) != (expected := _shape(sampling)):
         raise ArgumentError(
             f"{directory} was quantized from a model of {expected}; {spec} is one of {found}; give its float model "
-            "(--model)"
+            "(model=...)"
         )
     return dataclasses.replace(loaded, sampling=sampling), sampling
 

@@ -7,9 +7,10 @@ axes stay at length 1 throughout, so that the arrays are about as large as the c
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-import zlib
 from collections.abc import Sequence
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,11 @@ from ptq4dit_ao.graph.variables import Ids
 
 Shape = tuple[int, ...]
 
-PRIMES = (4099, 4111, 4127, 4129, 4133, 4139, 4153, 4157, 4159, 4177, 4201, 4211, 4217)
+FIRST = 4099
+"""Smallest size that stands for a symbol: a prime beyond any number of heads, patches or frames."""
+
+_primes: dict[str, int] = {}
+_turn = Lock()
 
 
 def tensor_of(node: Node) -> torch.Tensor | None:
@@ -47,7 +52,20 @@ def symbolic_axes(node: Node) -> list[int]:
 def _evaluate(expression: Any) -> int:
     """A symbolic size with a prime for each of its symbols, so that no two sizes are equal by accident."""
     symbols = sorted(expression.free_symbols, key=str)
-    return int(expression.subs({symbol: PRIMES[zlib.crc32(str(symbol).encode()) % len(PRIMES)] for symbol in symbols}))
+    return int(expression.subs({symbol: prime_of(str(symbol)) for symbol in symbols}))
+
+
+def prime_of(symbol: str) -> int:
+    """The prime that stands for a symbol in this process: the next one, in the order in which symbols appear."""
+    with _turn:
+        if symbol not in _primes:
+            _primes[symbol] = _next_prime(max(_primes.values(), default=FIRST - 1))
+        return _primes[symbol]
+
+
+def _next_prime(number: int) -> int:
+    candidates = itertools.count(number + 1)
+    return next(n for n in candidates if all(n % divisor for divisor in range(2, math.isqrt(n) + 1)))
 
 
 def batch_axis(node: Node) -> int | None:

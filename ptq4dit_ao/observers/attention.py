@@ -25,15 +25,10 @@ class AttentionObserver(ActivationObserver):
         super().__init__(spec, hook, name, clock)
         self.axes = axes
         self.minimum, self.maximum = torch.tensor(torch.inf), torch.tensor(-torch.inf)
-        self._scale: Tensor | None = None
 
-    @property
-    def scale(self) -> Tensor | None:
-        return self._scale
-
-    def divide(self, scale: Tensor) -> None:
-        """Note that a fold divides the operand by a scale, float64, which broadcasts to it and differs on ``axes``."""
-        self._scale = scale if self._scale is None else self._scale * scale
+    def divide(self, b: Tensor) -> None:
+        """Record that a fold divides the operand by b, float64, which broadcasts to it and differs on ``axes``."""
+        self.balance = b if self.balance is None else self.balance * b
 
     def forward(self, x: Tensor) -> Tensor:
         over = [axis for axis in range(x.ndim) if axis not in self.axes]
@@ -46,5 +41,5 @@ class AttentionObserver(ActivationObserver):
     def range(self) -> tuple[Tensor, Tensor]:
         if (self.minimum > self.maximum).any():
             raise not_calibrated(self.layer)
-        divisor = 1.0 if self._scale is None else self._scale
+        divisor = 1.0 if self.balance is None else self.balance
         return (self.minimum.double() / divisor).amin(), (self.maximum.double() / divisor).amax()

@@ -63,18 +63,12 @@ class ActivationObserver(_HookedObserver):
         self.layer, self.clock, self.moments = layer, clock, moments
         self.tokens = 0
         """Rows of C numbers seen, by a linear."""
-        self.clipped: tuple[float, float] | None = None
+        self.chosen_range: tuple[float, float] | None = None
         """A range chosen after balancing, instead of minimum and maximum."""
-
-    @property
-    def scale(self) -> Tensor | None:
-        """What divides the activation after the fold, (C,) or broadcast to it, float64; None if nothing does."""
-        return None
-
-    @property
-    def shift(self) -> Tensor | None:
-        """What is subtracted from the input before it is divided, (C,) float64; None if there is nothing."""
-        return None
+        self.balance: Tensor | None = None
+        """The balancing vector that divides the activation after the fold, (C,) or broadcast to it, float64."""
+        self.offset: Tensor | None = None
+        """What is subtracted from the activation before it is divided, (C,) float64."""
 
     def range(self) -> tuple[Tensor, Tensor]:
         """Smallest and largest value, after balancing: scalars.
@@ -91,7 +85,7 @@ class ActivationObserver(_HookedObserver):
 
     def qparams(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point."""
-        low, high = self.range() if self.clipped is None else map(torch.tensor, self.clipped)
+        low, high = self.range() if self.chosen_range is None else map(torch.tensor, self.chosen_range)
         return self.spec.qparams(low, high)
 
     def fake_quantize(self, x: Tensor) -> Tensor:
@@ -146,16 +140,6 @@ class SalienceObserver(ActivationObserver):
         super().__init__(spec, hook, layer, clock, moments)
         self.batch_axis = batch_axis
         self.statistics = ChannelStatistics(channels)
-        self.balance: Tensor | None = None
-        self.offset: Tensor | None = None
-
-    @property
-    def scale(self) -> Tensor | None:
-        return self.balance
-
-    @property
-    def shift(self) -> Tensor | None:
-        return self.offset
 
     def forward(self, x: Tensor) -> Tensor:
         record_range(x.detach(), self.statistics, self.clock, self.layer, self.batch_axis)

@@ -159,7 +159,7 @@ class BalancePlan:
         for key, consumer in outcome.site.inputs.items():
             for observer in self.observers.get(key, []):
                 observer.balance = scale_of(outcome.b, consumer.variables).to(torch.float64)
-                observer.offset, observer.clipped = outcome.offset, outcome.range
+                observer.offset, observer.chosen_range = outcome.offset, outcome.range
         for name in outcome.site.activations.keys() & self.operands.keys():
             for operand in self.operands[name]:
                 operand.divide(scale_of(outcome.b, outcome.site.activations[name]))

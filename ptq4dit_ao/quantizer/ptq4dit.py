@@ -230,6 +230,14 @@ class PTQ4DiTQuantizer(Quantizer):
             )
         for site in sites:
             logger.debug("%s: %s", site.name, site.refusal or f"{site.num_variables} of {site.channels} channels")
+        logger.info(
+            "%d of %d quantized linears in %d of %d sites will be balanced%s",
+            len({consumer.node for site in found for consumer in site.consumers}),
+            len(quantized),
+            len(found),
+            len(sites),
+            f"; refused: {first_refusals(refused)}" if (refused := [s for s in sites if s.refusal is not None]) else "",
+        )
         return tuple(sites)
 
     def _observe_inputs(self, model: GraphModule, clock: TimestepClock) -> None:

@@ -267,7 +267,7 @@ def _sites_table(sites: Sequence[Entry]) -> str:
             _status(site["status"]),
             _chosen(site) if site["status"] == "folded" else "–",
             _site_range(site),
-            f"{site['clipped']:,}" if site["status"] == "folded" else "–",
+            f"{site['num_clipped']:,}" if site["status"] == "folded" else "–",
             _outcome(site),
         )
         for site in _first(sites, "refused")

@@ -148,7 +148,7 @@ def distill(
     clock = _Clock(settings)
     notes = None
     if resume is not None:
-        start = [(g.observer.clipped, [_sums_of(layer.observer.rounded) for layer in g.layers]) for g in groups]
+        start = [(g.observer.chosen_range, [_sums_of(layer.observer.rounded) for layer in g.layers]) for g in groups]
         notes = _Notes(resume, fingerprint(prepared, groups, batches, (settings, start)), learning, optimizer, clock)
     with torch.enable_grad():
         while (spent := clock.spent()) < 1:

@@ -78,7 +78,7 @@ def activation_clipping(prepared: GraphModule) -> dict[str, float]:
 
 def _clipping(observer: ActivationObserver) -> float:
     low, high = map(float, observer.range())
-    widths = [max(b, 0.0) - min(a, 0.0) for a, b in (observer.clipped or (low, high), (low, high))]
+    widths = [max(b, 0.0) - min(a, 0.0) for a, b in (observer.chosen_range or (low, high), (low, high))]
     return widths[0] / widths[1] if widths[1] else 1.0
 
 

@@ -42,10 +42,10 @@ class LearnedRange(nn.Module):
         scale = float(self.scale())
         if self.spec.symmetric:  # the scale is that of half of all levels
             half = scale * (self.spec.quant_max - self.spec.quant_min) / 2
-            self.observer.clipped = -half, half
+            self.observer.chosen_range = -half, half
         else:
             low, high = (scale * (bound - self.zero_point) for bound in (self.spec.quant_min, self.spec.quant_max))
-            self.observer.clipped = low, high
+            self.observer.chosen_range = low, high
 
 
 class Run:

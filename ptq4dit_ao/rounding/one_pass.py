@@ -38,27 +38,27 @@ def round_in_one_pass(prepared: GraphModule, settings: RoundingSettings) -> None
 
 def _round(prepared: GraphModule, group: Group, moments: Moments, settings: RoundingSettings) -> None:
     observer = group.observer
-    tokens, second, mean = balanced_moments(moments, observer.scale, observer.shift)
+    tokens, second, mean = balanced_moments(moments, observer.balance, observer.offset)
     weights = {layer: layer.weight(prepared) for layer in group.layers}
-    if observer.clipped is None:
-        observer.clipped = choose_range(
+    if observer.chosen_range is None:
+        observer.chosen_range = choose_range(
             observer.spec, tokens, *observer.range(), torch.cat(list(weights.values())), settings.ranges
         )
-    shift = (quantize_tokens(observer.spec, tokens, observer.clipped) - tokens).mean(0)
+    shift = (quantize_tokens(observer.spec, tokens, observer.chosen_range) - tokens).mean(0)
     inputs = Inputs.from_moments(mean, mean + shift, second)
     solve_group(prepared, group, weights, inputs, settings)
 
 
 def balanced_moments(
-    moments: Moments, scale: Tensor | None, shift: Tensor | None = None
+    moments: Moments, balance: Tensor | None, offset: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens (n, C), ``E[x x^T]`` and ``E[x]`` of the inputs less a shift, divided by a balancing vector."""
+    """Tokens (n, C), ``E[x x^T]`` and ``E[x]`` of the inputs less an offset, divided by a balancing vector."""
     tokens, second, mean = moments.tokens, moments.second, moments.mean
-    if shift is not None:
-        c = shift.to(tokens)
+    if offset is not None:
+        c = offset.to(tokens)
         second = second - torch.outer(c, mean) - torch.outer(mean, c) + torch.outer(c, c)
         tokens, mean = tokens - c, mean - c
-    if scale is not None:
-        inverse = (1 / scale).to(tokens)
+    if balance is not None:
+        inverse = (1 / balance).to(tokens)
         tokens, second, mean = tokens * inverse, second * torch.outer(inverse, inverse), mean * inverse
     return tokens, second, mean

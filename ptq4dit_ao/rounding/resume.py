@@ -71,7 +71,7 @@ class Progress:
         tensors = {name: tensor.to(self._device) for name, tensor in tensors.items()}
         found = [_read(tensors, f"{number}.", group) for number, group in enumerate(groups)]
         for group, (bounds, rounded) in zip(groups, found, strict=True):
-            group.observer.clipped = bounds
+            group.observer.chosen_range = bounds
             for layer, solution in zip(group.layers, rounded, strict=True):
                 layer.observer.rounded = solution
         return True
@@ -112,8 +112,8 @@ def fingerprint(
 
 
 def _tensors(prefix: str, group: Group) -> dict[str, Tensor]:
-    assert group.observer.clipped is not None
-    tensors = {f"{prefix}range": torch.tensor(group.observer.clipped, dtype=torch.float64)}
+    assert group.observer.chosen_range is not None
+    tensors = {f"{prefix}range": torch.tensor(group.observer.chosen_range, dtype=torch.float64)}
     for i, layer in enumerate(group.layers):
         assert layer.observer.rounded is not None
         for part in PARTS:

@@ -62,7 +62,7 @@ def round_sequentially(
     progress = Progress(resume, found, device)
     budget = Budget(settings, [block.weights(prepared) for block in blocks])
     streams = Streams(prepared, batches)
-    given = {group.observer: group.observer.clipped for group in groups}
+    given = {group.observer: group.observer.chosen_range for group in groups}
     try:
         for index, block in enumerate(blocks):
             streams.advance(block.start)
@@ -77,7 +77,7 @@ def round_sequentially(
             on_progress((index + 1) * parts, len(blocks) * parts)
     except BaseException:  # as it was, for another try
         for group in groups:
-            group.observer.clipped = given[group.observer]
+            group.observer.chosen_range = given[group.observer]
             for layer in group.layers:
                 layer.observer.rounded = None
         raise
@@ -89,7 +89,7 @@ def _learn(
 ) -> None:
     held = streams.held(block.nodes)
     here = set(block.layers)
-    new = [g.observer for g in block.groups if g.observer.clipped is None and not here.isdisjoint(g.layers)]
+    new = [g.observer for g in block.groups if g.observer.chosen_range is None and not here.isdisjoint(g.layers)]
     for group in block.groups:
         streams.advance(group.node)
         _round(prepared, group, streams, settings)
@@ -112,10 +112,10 @@ def _told(progress: Iterator[float], block: int, blocks: int, on_progress: OnPro
 def _round(prepared: GraphModule, group: Group, streams: Streams, settings: RoundingSettings) -> None:
     observer = group.observer
     weights = {layer: layer.weight(prepared) for layer in group.layers}
-    if observer.clipped is None:  # else it observed another tensor, too, and was here before
+    if observer.chosen_range is None:  # else it observed another tensor, too, and was here before
         tokens, low, high = _look(streams, group.node)
         weight = torch.cat(list(weights.values()))
-        observer.clipped = choose_range(observer.spec, tokens, low, high, weight, settings.ranges)
+        observer.chosen_range = choose_range(observer.spec, tokens, low, high, weight, settings.ranges)
     inputs = _inputs(streams, group.node, observer)
     solve_group(prepared, group, weights, inputs, settings)
 

@@ -148,7 +148,7 @@ def balance_report(result: ModuleBalance, recipe: Recipe) -> dict[str, Any]:
                 "channels": outcome.site.channels,
                 "b_min": float(outcome.b.min()),
                 "b_max": float(outcome.b.max()),
-                "clipped": int(outcome.clipped.sum()),
+                "num_clipped": int(outcome.clipped.sum()),
             }
             for name, outcome in result.outcomes.items()
         ],

@@ -126,12 +126,12 @@ def decoder(model: LoadedModel, sampling: Sampling) -> Callable[[Tensor], Tensor
     if vae is None:
         raise ArgumentError(
             f"{model.name} denoises {sampling.channels}-channel latents and has no VAE to decode them; give the folder "
-            "of its whole pipeline (--model)"
+            "of its whole pipeline (model=...)"
         )
     if vae.config.latent_channels != sampling.channels:
         raise ArgumentError(
             f"the VAE of {model.name} decodes {vae.config.latent_channels}-channel latents, and these have "
-            f"{sampling.channels}; give the pipeline that the quantized model comes from (--model)"
+            f"{sampling.channels}; give the pipeline that the quantized model comes from (model=...)"
         )
     vae.eval().requires_grad_(False)
     scale = vae.config.scaling_factor

@@ -69,7 +69,7 @@ def recorded_samples(
     except Exception as error:  # whatever somebody's pipeline makes of its arguments
         raise CalibrationError(
             f"{type(pipeline).__name__} of {model.name} failed while it drew {stage}: {type(error).__name__}: {error}; "
-            "run it by hand with the recipe's steps, guidance and sizes, or record samples (--samples FILE)"
+            "run it by hand with the recipe's steps, guidance and sizes, or record samples (samples=...)"
         ) from error
     return recorded.on(device_of(model.transformer))
 
@@ -107,7 +107,7 @@ def _pipeline(model: LoadedModel, recipe: Recipe) -> Any:
     if model.pipeline is None:
         raise CalibrationError(
             f"{model.name} is a transformer without a pipeline that could draw calibration samples; give the folder of "
-            "the pipeline, or samples recorded with collect_from_pipeline (--samples FILE)"
+            "the pipeline, or samples recorded with collect_from_pipeline (samples=...)"
         )
     return model.pipeline
 

@@ -180,7 +180,7 @@ def test_a_name_that_a_file_cannot_hold(tmp_path):
 
 def test_files_that_hold_no_samples(tmp_path):
     save_file({"x": torch.zeros(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(CalibrationError, match=r"other\.safetensors is not a file of calibration samples"):
+    with pytest.raises(CalibrationError, match=r"other\.safetensors is not a calibration samples file"):
         CalibrationSamples.load(tmp_path / "other.safetensors")
     (tmp_path / "text").write_text("x")
     for name in ("text", "missing"):

@@ -216,7 +216,7 @@ def test_a_model_that_does_not_know_its_float_form(run, quantized, tmp_path):
     model = load_quantized(quantized)
     object.__setattr__(model, "recipe", model.recipe.model_copy(update={"model": None}))
     model.save(tmp_path / "orphan")
-    assert_fails(run("bench", tmp_path / "orphan"), "does not know its float model; say which with --model")
+    assert_fails(run("bench", tmp_path / "orphan"), "does not know its float model; say which (--model)")
 
 
 def test_an_interrupt_is_no_traceback(run, quantized, monkeypatch):

@@ -122,14 +122,14 @@ def test_quantize_on_recorded_samples(run, workshop, tmp_path):
     [
         ("balance", "plain", ["--samples", "samples"], "method is 'none'; choose one of ssc, max"),
         ("balance", "tiny", [], "model is a transformer without a pipeline that could draw calibration samples"),
-        ("quantize", "tiny", [], "or samples recorded with collect_from_pipeline (--samples FILE)"),
+        ("quantize", "tiny", [], "or samples recorded with collect_from_pipeline (--samples)"),
         ("balance", "tiny", ["--samples", "tiny.yaml"], "cannot read calibration samples from "),
         ("quantize", "tiny", ["--samples", "no"], "cannot read calibration samples from "),
         (
             "quantize",
             "tiny",
             ["--samples", "model/diffusion_pytorch_model.safetensors"],
-            "is not a file of cal",
+            "is not a calibration",
         ),
     ],
 )

@@ -58,7 +58,7 @@ def saved_subject(
     quantized = load_quantized(directory)
     spec = model or quantized.recipe.model
     if spec is None:
-        raise ArgumentError(f"{directory} does not know its float model; say which with --model")
+        raise ArgumentError(f"{directory} does not know its float model; say which (model=...)")
     loaded = load_model(spec)
     few = {"steps": BATCHES, "timesteps": BATCHES, "samples": batch, "seed": seed}
     recipe = quantized.recipe

@@ -39,7 +39,7 @@ def read_cell(path: Path, depends: Mapping[str, Any]) -> Json | None:
         raise ArgumentError(f"{path} is damaged ({error!r}); remove it, and it is computed again") from error
     if (difference := _difference(was, _plain(depends))) is not None:
         raise ArgumentError(
-            f"{path} was made with {difference}; give another folder (--output), or remove the file to make it anew"
+            f"{path} was made with {difference}; give another folder (output=...), or remove the file to make it anew"
         )
     return cell
 

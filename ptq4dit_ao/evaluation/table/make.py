@@ -78,7 +78,7 @@ def make_table(
 
 def _check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
-        raise ArgumentError(f"{folder} is a file; give the table a folder of its own (--output)")
+        raise ArgumentError(f"{folder} is a file; give the table a folder of its own (output=...)")
     check_writable(folder / "table.md")
     require("matplotlib", extra="report")
 

@@ -101,7 +101,7 @@ class TableRunner:
         except ArgumentError as error:
             if kept is None or not kept.exists():
                 raise
-            raise ArgumentError(f"{error}: give the table another folder (--output)") from error
+            raise ArgumentError(f"{error}: give the table another folder (output=...)") from error
         self._baseline: Baseline | None = None
         self._failed: dict[str, PTQ4DiTError] = {}
         self._on_progress = on_progress

@@ -87,7 +87,7 @@ def test_without_a_network_there_are_no_distances_and_that_is_said(saved):
     result = evaluate(saved / "model", str(saved / "float"), samples=2, steps=1)
     assert [row.distances for row in result.rows] == [None, None]
     assert (result.network, result.reference, result.reference_images) == (None, None, None)
-    assert result.notes == ("no distances: there is no feature network; give one (--features)",)
+    assert result.notes == ("no distances: there is no feature network; give one (features=...)",)
 
 
 def test_a_reference_set_measures_the_float_model_too(saved, tmp_path):
@@ -201,7 +201,7 @@ def test_kept_statistics_are_of_one_network_and_have_no_cache(saved, tmp_path):
     [
         (None, "was saved without the way to sample it, so no images can be compared"),
         ({"channels": 4}, "quantized from a model of 4 x 8 x 8 and 10 classes"),
-        ({}, "does not know its float model; say which with --model"),
+        ({}, r"does not know its float model; say which \(model=\.\.\.\)"),
     ],
 )
 def test_models_that_cannot_be_evaluated(saved, tmp_path, sampling, message):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ptq4dit_ao.capture.export import export_transformer
 from ptq4dit_ao.graph.shapes import (
-    PRIMES,
+    FIRST,
     align_groups,
     batch_axis,
     broadcast_ids,
@@ -24,6 +24,7 @@ from ptq4dit_ao.graph.shapes import (
     hint,
     normalize_axis,
     part_sizes,
+    prime_of,
     reshape_ids,
     shape_of,
     symbolic_axes,
@@ -169,9 +170,17 @@ def nodes():
     return {node.name: node for node in graph_module.graph.nodes}
 
 
+def test_no_two_symbols_share_a_prime():
+    """``s0`` and ``s17``, ``s1`` and ``s11``, ``s5`` and ``s7`` once did."""
+    primes = [prime_of(f"s{i}") for i in range(100)]
+    assert len(set(primes)) == 100
+    assert all(prime % divisor for prime in primes for divisor in range(2, math.isqrt(prime) + 1))
+    assert prime_of("s17") == primes[17]  # however often it is asked for
+
+
 def test_symbolic_sizes_are_stood_for_by_a_prime(nodes):
     batch = hint(tensor_of(nodes["x"]).shape[0])
-    assert batch in PRIMES
+    assert batch >= FIRST
     assert shape_of(nodes["x"]) == (batch, 4)
     assert symbolic_axes(nodes["x"]) == [0]
     size = next(node for node in nodes.values() if node.target is torch.ops.aten.sym_size.int)

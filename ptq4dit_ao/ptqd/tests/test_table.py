@@ -91,7 +91,7 @@ def test_a_failed_save_leaves_the_old_table(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(CalibrationError, match=r"cannot write the noise correction to .*table\.safetensors: disk full"):
+    with pytest.raises(CalibrationError, match=r"cannot write noise correction to .*table\.safetensors: disk full"):
         TABLE.save(path)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["table.safetensors"]
 

@@ -53,7 +53,7 @@ def learned(prepared):
 def by_kind(prepared):
     parts = [layer.observer.rounded for layer in layers_of(prepared)]
     return {
-        "ranges": [torch.tensor(group.observer.clipped) for group in find_groups(prepared)],
+        "ranges": [torch.tensor(group.observer.chosen_range) for group in find_groups(prepared)],
         "integers": [part.integers for part in parts],
         "scales": [part.scale for part in parts],
         "biases": [part.bias for part in parts],
@@ -171,7 +171,7 @@ def test_a_range_learns_wherever_its_observer_stands(rounded):
 
 def test_a_range_learns_no_scale_that_the_observer_would_not_have(rounded):
     observer, x = find_groups(rounded())[0].observer, normal(64, 32) / 100
-    observer.clipped = (-0.01, 0.03)
+    observer.chosen_range = (-0.01, 0.03)
     learning = LearnedRange(observer)
     with torch.no_grad():
         learning.log_scale -= 1

@@ -96,7 +96,7 @@ def test_a_learned_range_computes_what_the_observer_will(prepare, tiny_samples):
 def test_a_learned_symmetric_range_keeps_its_scale(prepare, least, most):
     observer = find_groups(prepare(settings()))[0].observer
     spec = dataclasses.replace(observer.spec, symmetric=True, quant_min=least, quant_max=most)
-    observer.spec, observer.clipped = spec, (-0.5, 2.0)
+    observer.spec, observer.chosen_range = spec, (-0.5, 2.0)
     learned = LearnedRange(observer)
     with torch.no_grad():
         learned.log_scale += 0.3

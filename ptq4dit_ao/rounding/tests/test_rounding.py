@@ -237,12 +237,14 @@ def test_a_rounding_that_failed_half_way_leaves_nothing_behind(prepare, tiny_sam
     monkeypatch.setattr(sequential, "solve_group", fail)
     with pytest.raises(KeyboardInterrupt):
         round_sequentially(prepared, [tuple(2 * x for x in tiny_samples[0][:1]) + tiny_samples[0][1:]])
-    assert all(group.observer.clipped is None for group in groups)
+    assert all(group.observer.chosen_range is None for group in groups)
     assert all(layer.observer.rounded is None for group in groups for layer in group.layers)
     monkeypatch.undo()
     for model in (prepared, whole):
         round_sequentially(model, tiny_samples)
-    assert [g.observer.clipped for g in find_groups(prepared)] == [g.observer.clipped for g in find_groups(whole)]
+    assert [g.observer.chosen_range for g in find_groups(prepared)] == [
+        g.observer.chosen_range for g in find_groups(whole)
+    ]
 
 
 def test_resumed_layers_hold_their_own_memory_only(prepare, tiny_samples, tmp_path):

@@ -170,7 +170,7 @@ def test_a_recipe_that_leaves_every_layer(folder, model, tmp_path):
 
 
 def test_a_bare_transformer_needs_samples(model, tmp_path):
-    with pytest.raises(CalibrationError, match=r"model is a transformer without a pipeline .* \(--samples FILE\)"):
+    with pytest.raises(CalibrationError, match=r"model is a transformer without a pipeline .* \(samples=\.\.\.\)"):
         balance_checkpoint(model, Recipe(), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -197,7 +197,7 @@ def wrong_file(kind: str, path: Path) -> Path:
     [
         ("missing", CalibrationError, "cannot read calibration samples from .*samples: No such file"),
         ("text", CalibrationError, "cannot read calibration samples from .*samples: "),
-        ("weights", CalibrationError, "samples is not a file of calibration samples"),
+        ("weights", CalibrationError, "samples is not a calibration samples file"),
         ("another model", ArgumentError, "SD3Transformer2DModel takes no argument 'class_labels'; it takes 'hidden_st"),
         (
             "another size",

@@ -194,7 +194,7 @@ def test_what_fails_leaves_the_rest_alone(settings, tmp_path, counted):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"samples": 7}, r"float32-2.json was made with samples 6, not 7; give another folder \(--output\)"),
+        ({"samples": 7}, r"float32-2.json was made with samples 6, not 7; give another folder \(output=\.\.\.\)"),
         ({"seed": 1}, r"float32-2.json was made with seed 3000, not 3001"),
         ({"guidance": 2.0}, r"float32-2.json was made with guidance 1.5, not 2.0"),
         ({"calibration_images": 3}, r"plain-w4a8.json was made with recipe.calibration.samples 2, not 3"),
