@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 from torch.fx import GraphModule, Node
@@ -294,13 +295,14 @@ class _Swap:
     def attention(self, attention: Attention) -> None:
         for name, (x, product) in attention.operands.items():
             spec = product.meta[Q_ANNOTATION_KEY].input_qspec_map[x]
-            self._swap(
-                (x, product),
-                spec,
-                lambda spec, x=x, name=name: self._operand_observer(x, f"{attention.name} ({name})", spec),
-            )
+            self._swap((x, product), spec, partial(self._operand_observer, x, f"{attention.name} ({name})"))
 
-    def _swap(self, edge: tuple[Node, Node], spec: QuantizationSpec, make) -> None:
+    def _swap(
+        self,
+        edge: tuple[Node, Node],
+        spec: QuantizationSpec,
+        make: Callable[[QuantSpec], ObserverOrFakeQuantize],
+    ) -> None:
         old = self.observers[edge]
         if old in self.ours:  # shared with an edge that came before
             return

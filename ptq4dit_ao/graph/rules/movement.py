@@ -381,7 +381,7 @@ def _hint(value: object) -> int | None:
     return None if value is None else hint(value)
 
 
-def _defaults(given: tuple[object, ...], defaults: tuple) -> list:
+def _defaults(given: tuple[object, ...], defaults: tuple[object, ...]) -> list[Any]:
     return [*given, *defaults[len(given) :]]
 
 

@@ -111,14 +111,21 @@ def test_the_report_says_repq_and_why_not(quantized):
     assert attention["reason"].endswith("no shift is added here (scaled_dot_product_attention)")
 
 
+def test_the_former_names_are_refused_with_the_new_ones():
+    with pytest.raises(ArgumentError, match="the argument 'aggregation' is called 'balance' now: balance='repq'"):
+        PTQ4DiTQuantizer(aggregation="repq")
+    with pytest.raises(ArgumentError, match="the argument 'aggregation' is called 'method' now: method='max'"):
+        BalanceSettings(aggregation="max")
+
+
 def test_an_exponent_means_nothing():
     with pytest.raises(ArgumentError, match="alpha is 0.7, but method 'repq' has no exponent; leave alpha out"):
         PTQ4DiTQuantizer(alpha=0.7, **REPQ)
     with pytest.raises(ArgumentError, match="alpha is 'auto', but method 'repq'"):
-        BalanceSettings(alpha="auto", **REPQ)
+        BalanceSettings(alpha="auto", method="repq")
 
 
 def test_a_float_graph_alone_does_not_know_the_widths(tiny_exported, tiny_samples):
     statistics = collect_salience(tiny_exported, tiny_samples)
     with pytest.raises(ArgumentError, match="'repq' needs to know how the inputs will be quantized, which only PTQ4"):
-        balance(tiny_exported, statistics, BalanceSettings(**REPQ))
+        balance(tiny_exported, statistics, BalanceSettings(method="repq"))

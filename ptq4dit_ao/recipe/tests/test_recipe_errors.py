@@ -26,6 +26,7 @@ WRONG = {
         "balance.q: unknown key; the keys here are method, alpha, max_scale, fold_form, couple_blocks, "
         "vector_multiply, min_variables, verify",
     ),
+    "former name": ("balance: {aggregation: ssc}", "balance: the key 'aggregation' is called 'method' now; rename it"),
     "text for a number": ("weights: {bits: '8'}", f"weights.bits: '8' (text) is not allowed; it must be {WIDTH}"),
     "boolean for a number": ("activations: {bits: true}", f"activations.bits: true is not allowed; it must be {BITS}"),
     "fraction for a count": ("weights: {bits: 8.0}", f"weights.bits: 8.0 is not allowed; it must be {WIDTH}"),

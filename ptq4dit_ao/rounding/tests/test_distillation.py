@@ -275,7 +275,7 @@ def test_notes_of_another_run_are_refused(rounded, tiny_samples, notes):
 def test_damaged_notes_are_named(rounded, tiny_samples, notes):
     path = notes / "distillation.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(CalibrationError, match="cannot read a distillation from .*distillation.safetensors"):
+    with pytest.raises(CalibrationError, match="cannot read distillation from .*distillation.safetensors"):
         distill(rounded(), tiny_samples, steps=4, resume=notes)
 
 
@@ -285,7 +285,7 @@ def test_notes_that_cannot_be_written_are_named(rounded, tiny_samples, tmp_path,
         _formats, "save_file", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     with pytest.raises(
-        CalibrationError, match=r"cannot write a distillation to .*distillation.safetensors: No space left on device"
+        CalibrationError, match=r"cannot write distillation to .*distillation.safetensors: No space left on device"
     ):
         distill(rounded(), tiny_samples, steps=2, resume=tmp_path)
     assert list(tmp_path.iterdir()) == []
