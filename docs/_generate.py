@@ -70,7 +70,7 @@ def _key(schema: Mapping[str, Any], section: Mapping[str, Any], *path: str) -> s
     own = section["properties"][key]
     node = node_at(schema, path)
     needed = key in section.get("required", ())
-    default = "needed" if needed else f"default: {_default(own['default'])}" if "default" in own else "may be left out"
+    default = "required" if needed else f"default: {_default(own['default'])}" if "default" in own else "may be left out"
     lines = [f"### `{'.'.join(path)}`\n", f"*{_text(_first_upper(_allowed(node)))}; {default}.*\n"]
     lines += [_paragraph(own.get("description", ""))]
     for inner in _mappings(schema, node):
@@ -79,7 +79,7 @@ def _key(schema: Mapping[str, Any], section: Mapping[str, Any], *path: str) -> s
         for name, value in inner["properties"].items():
             what = _allowed(node_at({**value, "$defs": schema["$defs"]}, []))
             needed = name in inner.get("required", ())
-            default = "needed" if needed else f"default {_default(value['default'])}" if "default" in value else ""
+            default = "required" if needed else f"default {_default(value['default'])}" if "default" in value else ""
             note = f"{_text(what)}; {default}" if default else _text(what)
             lines.append(f"* `{name}` ({note}): {_text(value.get('description', ''))}")
         lines.append("")
@@ -102,7 +102,7 @@ def _argument(action: argparse.Action) -> str:
     value = _value(action)
     shown = ", ".join(f"`{option} {value}`" if value else f"`{option}`" for option in action.option_strings)
     text = (action.help or "") % {**vars(action), "default": _shown(action.default)}
-    notes = ["needed" if action.option_strings and action.required else ""]
+    notes = ["required" if action.option_strings and action.required else ""]
     notes.append(f"one of {', '.join(map(str, action.choices))}" if action.choices else "")
     silent = not action.option_strings or action.nargs == 0 or action.default in (None, argparse.SUPPRESS)
     notes.append("" if silent or "default" in text else f"default: {_shown(action.default)}")
