@@ -35,8 +35,8 @@ CLI_HEAD = """\
 
 Made by `{command}` from the grammar of the command line, not by hand.
 
-`ptq4dit-ao` is installed with the package; `python -m ptq4dit_ao` is the same. Exit codes: 0, it is done; 1, it could not
-be done, and the message says why; 2, the command line is wrong.
+`ptq4dit-ao` is installed with the package; `python -m ptq4dit_ao` is the same. Exit codes: 0, it is done; 1, it could
+not be done, and the message says why; 2, the command line is wrong.
 """
 
 
@@ -70,7 +70,9 @@ def _key(schema: Mapping[str, Any], section: Mapping[str, Any], *path: str) -> s
     own = section["properties"][key]
     node = node_at(schema, path)
     needed = key in section.get("required", ())
-    default = "required" if needed else f"default: {_default(own['default'])}" if "default" in own else "may be left out"
+    default = (
+        "required" if needed else f"default: {_default(own['default'])}" if "default" in own else "may be left out"
+    )
     lines = [f"### `{'.'.join(path)}`\n", f"*{_text(_first_upper(_allowed(node)))}; {default}.*\n"]
     lines += [_paragraph(own.get("description", ""))]
     for inner in _mappings(schema, node):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +43,8 @@ def without_fractions(text: str) -> str:
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch) -> Iterator[None]:
+def folder(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    yield
 
 
 def test_pt2e(capsys):
