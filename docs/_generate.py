@@ -60,7 +60,8 @@ def cli_page(parser: argparse.ArgumentParser) -> str:
     for name, command in commands.choices.items():
         parts += [f"## `{name}`\n", _paragraph(command.description or f"{_first_upper(briefs[name] or '')}.")]
         parts += ["```console", f"$ {parser.prog} {name} {_usage(command)}".rstrip(), "```\n"]
-        parts += [*(line for action in command._actions if (line := _argument(action))), ""]
+        ordered = sorted(command._actions, key=lambda a: (bool(a.option_strings), "-v" in a.option_strings))
+        parts += [*(line for action in ordered if (line := _argument(action))), ""]
     return "\n".join(parts).rstrip() + "\n"
 
 
