@@ -77,6 +77,7 @@ PUBLIC += (".graph", ".observers", ".workflow", ".errors")
 def setup(app: Sphinx) -> None:
     app.connect("missing-reference", link_to_public_name)
     app.connect("source-read", without_empty_glob)
+    app.connect("autodoc-process-docstring", without_types, priority=400)  # before napoleon
 
 
 def link_to_public_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, text: Element) -> Element | None:
@@ -98,3 +99,9 @@ def without_empty_glob(app: Sphinx, page: str, source: list[str]) -> None:
     """A pattern that matches no page is a warning; the maintainers' pages are whatever stands in their folder."""
     if page == "maintainers_index" and not any(app.srcdir.glob("maintainers/*.md")):
         source[0] = source[0].replace("maintainers/*\n", "")
+
+
+def without_types(app: Sphinx, what: str, name: str, value: object, options: object, lines: list[str]) -> None:
+    """Napoleon takes what stands before a colon in an attribute's first line for its type; here it is a sentence."""
+    if what in ("attribute", "property", "data"):
+        lines[:0] = ["..", ""]  # an empty comment is the first line now

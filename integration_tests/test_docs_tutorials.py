@@ -9,17 +9,20 @@ from typing import Any
 
 import pytest
 
-from ptq4dit_ao.cli.main import build_parser
 from ptq4dit_ao.errors import RecipeError
 from ptq4dit_ao.recipe import load_recipe
 
 TUTORIALS = Path(__file__).parents[1] / "docs" / "tutorials"
-PAGES = sorted(path.stem for path in TUTORIALS.glob("*.md"))
+PAGES = sorted({path.stem for path in TUTORIALS.glob("*.md")} - {"index"})
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
     """(language, text) of each block of code, in order."""
     return re.findall(r"```(\w+)\n(.*?)```", (TUTORIALS / f"{page}.md").read_text(), flags=re.DOTALL)
+
+
+def texts(page: str, language: str) -> list[str]:
+    return [text for kind, text in blocks(page) if kind == language]
 
 
 def run(page: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -66,33 +69,27 @@ def test_nncf(capsys):
 
 
 def test_recipe(capsys):
-    texts = [text for language, text in blocks("recipe") if language == "yaml"]
-    *steps, wrong = texts
-    shown = [text for language, text in blocks("recipe") if language == "text"]
-    for text in steps:
-        Path("my.yaml").write_text(text)
-        assert load_recipe("my.yaml").widths in {"W4A8", "W4-8A8"}
-    assert load_recipe("my.yaml").calibration.sampler == "ddpm"
+    *steps, wrong = texts("recipe", "yaml")
+    loads, applies = texts("recipe", "python")
+    shown = texts("recipe", "text")
+    scope: dict[str, Any] = {}
+
+    Path("my.yaml").write_text(steps[0])
+    exec(compile(loads, "recipe.md", "exec"), scope)
+    assert capsys.readouterr().out == shown[0]
+
     Path("my.yaml").write_text(wrong)
     with pytest.raises(RecipeError) as raised:
         load_recipe("my.yaml")
     assert str(raised.value) == shown[1].strip()
-    Path("my.yaml").write_text(steps[0])
-    first = blocks("recipe")[1][1]
-    exec(compile(first, "recipe.md", "exec"), {})
-    assert capsys.readouterr().out == shown[0]
-    Path("my.yaml").write_text(steps[-1])
-    scope: dict[str, Any] = {}
-    exec(compile([text for language, text in blocks("recipe") if language == "python"][-1], "recipe.md", "exec"), scope)
+
+    Path("my.yaml").write_text(steps[1])
+    assert [override.skip for override in load_recipe("my.yaml").overrides] == [None, True]
+    Path("my.yaml").write_text(steps[2])
+    assert load_recipe("my.yaml").calibration.sampler == "ddpm"
+    exec(compile(applies, "recipe.md", "exec"), scope)
     assert capsys.readouterr().out == shown[2]
     assert scope["quantized"].recipe.weights.bits == 4
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_the_commands_parse(page):
-    text = (TUTORIALS / f"{page}.md").read_text()
-    for command in re.findall(r"^\$ ptq4dit-ao ([^#\n]+)", text, flags=re.MULTILINE):
-        build_parser().parse_args(command.split())
 
 
 def test_every_tutorial_is_run():

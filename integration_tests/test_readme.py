@@ -62,11 +62,13 @@ def test_the_shown_recipe_is_valid(tmp_path):
     assert load_recipe(path).weights.bits == 4
 
 
-@pytest.mark.parametrize("command", re.findall(r"^\$ ptq4dit-ao ([^#\n]+)", README, flags=re.MULTILINE))
-def test_the_commands_parse(command):
-    args = build_parser().parse_args(command.split())
-    if args.command == "quantize" and not args.recipe.endswith(".yaml"):
-        assert args.recipe in shipped_recipes()
+def test_the_commands_parse():
+    commands = re.findall(r"^\$ ptq4dit-ao ([^#\n]+)", README, flags=re.MULTILINE)
+    assert len(commands) > 9
+    for command in commands:
+        args = build_parser().parse_args(command.split())
+        if args.command == "quantize" and not args.recipe.endswith(".yaml"):
+            assert args.recipe in shipped_recipes()
 
 
 def test_the_environments_exist():
