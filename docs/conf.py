@@ -30,6 +30,7 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_copy_source = False
+html_sidebars = {"index": [], "get_started": []}  # neither has a section to list
 html_theme_options = {
     "navigation_with_keys": False,
     "show_toc_level": 2,
