@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import logging
 import re
 from pathlib import Path
 
@@ -22,11 +23,11 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_python_snippets_run_in_order(tiny_dit, tiny_samples, tmp_path, monkeypatch):
-    snippets = blocks("python")
-    assert len(snippets) == 5
+    snippets = [snippet for snippet in blocks("python") if "import nncf" not in snippet]
+    assert len(snippets) == 3
     monkeypatch.chdir(tmp_path)
     sampling = Sampling(channels=4, size=8, null_label=10, clip=False)
-    scope = {"model": tiny_dit, "samples": tiny_samples, "inputs": tiny_samples[0], "batches": tiny_samples}
+    scope = {"model": tiny_dit, "samples": tiny_samples}
     scope |= {"pipe": SamplingPipeline(tiny_dit, sampling), "prompts": [0, 1, 2, 3]}
     snippets[0] = snippets[0].replace('"x86_inductor"', '"fbgemm"')  # the same call without a compiler
     with torch.no_grad():
@@ -35,11 +36,20 @@ def test_the_python_snippets_run_in_order(tiny_dit, tiny_samples, tmp_path, monk
         expected = tiny_dit(*tiny_samples[-1], return_dict=False)[0]
     assert scope["fast"].proof.integer_gemms == scope["fast"].proof.promised > 0
     assert scope["noise"].shape == expected.shape
-    assert torch.allclose(scope["balanced"](*tiny_samples[-1]), expected, atol=1e-4)
-    assert len(scope["report"].outcomes) == 7 and scope["report"].output_change < 1e-5
+    assert scope["quantizer"].variant
     assert scope["denoiser"].proof.integer_gemms > 0
     assert scope["pipe"].transformer.lowered is scope["denoiser"]
     assert scope["pipe"]([3], num_inference_steps=2).shape == (1, 4, 8, 8)
+
+
+def test_the_nncf_snippet_runs(tiny_dit, tiny_samples):
+    pytest.importorskip("nncf")
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    (snippet,) = (snippet for snippet in blocks("python") if "import nncf" in snippet)
+    assert len(snippet.splitlines()) <= 6
+    scope = {"model": tiny_dit, "samples": tiny_samples}
+    exec(compile(snippet, "README.md", "exec"), scope)
+    assert sum(op.get_type_name() == "FakeQuantize" for op in scope["quantized"].get_ops()) > 0
 
 
 def test_the_snippet_is_ten_lines_or_so():
@@ -52,11 +62,13 @@ def test_the_shown_recipe_is_valid(tmp_path):
     assert load_recipe(path).weights.bits == 4
 
 
-@pytest.mark.parametrize("command", re.findall(r"^\$ ptq4dit-ao ([^#\n]+)", README, flags=re.MULTILINE))
-def test_the_commands_parse(command):
-    args = build_parser().parse_args(command.split())
-    if args.command == "quantize" and not args.recipe.endswith(".yaml"):
-        assert args.recipe in shipped_recipes()
+def test_the_commands_parse():
+    commands = re.findall(r"^\$ ptq4dit-ao ([^#\n]+)", README, flags=re.MULTILINE)
+    assert len(commands) > 9
+    for command in commands:
+        args = build_parser().parse_args(command.split())
+        if args.command == "quantize" and not args.recipe.endswith(".yaml"):
+            assert args.recipe in shipped_recipes()
 
 
 def test_the_environments_exist():
