@@ -143,12 +143,8 @@ def _shown(value: object) -> str:
 
 
 def _allowed(node: Mapping[str, Any]) -> str:
-    """What ``allowed`` says, and what messages never say: pydantic has its own for these."""
-    if "const" in node:
-        return _plain(node["const"])
-    if node.get("type") == "array" and node["items"].get("type") == "string":
-        return "a list of non-empty texts"
-    return "true or false" if node.get("type") == "boolean" else allowed(node)
+    """What a key may be, in the words of the error messages."""
+    return _plain(node["const"]) if "const" in node else allowed(node)
 
 
 def _default(value: object) -> str:

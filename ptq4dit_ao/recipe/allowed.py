@@ -13,7 +13,7 @@ Node = Mapping[str, object]
 
 _UNIONS = ("oneOf", "anyOf")
 
-_NOUNS = {"number": "numbers", "integer": "whole numbers"}
+_NOUNS = {"number": "numbers", "integer": "whole numbers", "string": "non-empty texts"}
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
 
@@ -99,6 +99,7 @@ def _list(node: Node) -> str:
 _TYPES: dict[str, Callable[[Node], str]] = {
     "integer": lambda node: _range(node, "a whole number"),
     "number": lambda node: _range(node, "a number"),
+    "boolean": lambda node: "true or false",
     "string": lambda node: "non-empty text" if "minLength" in node else "text, in quotes where needed",
     "array": _list,
     "object": lambda node: f"a mapping (keys: {', '.join(choices(node))})",
