@@ -1,4 +1,4 @@
-"""Interface of a captured graph: the shapes and dtypes of its inputs, and checks and casts of what it is called with."""
+"""Interface of a captured graph: shapes and dtypes of its inputs, and checks and casts of the tensors of a call."""
 
 from __future__ import annotations
 

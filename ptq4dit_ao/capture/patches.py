@@ -66,7 +66,8 @@ def _lumina2(model: Any) -> Attributes:
     """Patch of Lumina 2, which joins the caption and the patches of each sample without the caption's padding.
 
     The original reads the captions' lengths into Python and moves the padding to the end. Here the padding stays
-    between caption and patches. Every token keeps its rotary position, which for patches starts at the caption's length.
+    between caption and patches. Every token keeps its rotary position; the patches' ones begin with the caption's
+    length.
     """
 
     def forward(

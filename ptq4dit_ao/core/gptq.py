@@ -16,7 +16,7 @@ from torch import Tensor
 from ptq4dit_ao.errors import CalibrationError
 
 DOUBLE = 2048
-"""Maximum number of channels that are factored in float64; float32 saves memory for more, and damping hides its error."""
+"""Maximum number of channels that are factored in float64. For more, float32 saves memory; damping hides its error."""
 
 BLOCK = 128
 """Number of columns after which their errors are propagated to the rest of the weight in one product."""
