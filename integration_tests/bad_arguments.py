@@ -331,7 +331,7 @@ BAD: dict[str, list[Bad]] = {
         (
             lambda w: apply_recipe(w.graph, load_recipe("auto"), w.batches, resume="/proc/version"),
             CalibrationError,
-            "cannot keep rounded layers in /proc/version: File exists .*; remove it to start anew",
+            "cannot keep rounded layers in /proc/version: File exists .*; remove it to start again",
         ),
         (
             lambda w: apply_recipe(w.graph, load_recipe("auto"), w.batches, resume=""),
