@@ -65,7 +65,7 @@ def export_transformer(
     call, tensors = _how_to_call(model, example_inputs, dynamic_batch)
     inputs = tuple(tensors.values())
     if not inputs:
-        raise ExportError("the example inputs hold no tensor; the first one gives the batch")
+        raise ExportError("the example inputs hold no tensor; give at least one, whose first axis is the batch")
     # The call precedes the export: a table that the first call builds would otherwise stay a fake tensor.
     expected = None
     if check and not _on_meta(model):
@@ -121,7 +121,7 @@ def call_like(graph_module: GraphModule, model: nn.Module, inputs: Sequence[Tens
         ExportError: the graph does not come from :func:`export_transformer`.
     """
     if _SIGNATURE not in graph_module.meta:
-        raise ExportError("this graph does not know how its module is called; capture it with export_transformer")
+        raise ExportError("this graph has no signature of its module's call; capture it with export_transformer")
     return Call(uncompiled(model), graph_module.meta[_SIGNATURE])(inputs)
 
 

@@ -27,8 +27,8 @@ class SitePolicy:
     """Policy by which folds are accepted; all folds are exact.
 
     Attributes:
-        couple_blocks: whether linears of several blocks may share one vector, such as where every block's
-            cross-attention reads one caption projection.
+        couple_blocks: whether linears of several blocks, or linears that depend on one another, may share one vector,
+            such as where every block's cross-attention reads one caption projection.
         vector_multiply: whether a fold may add one multiply per call on a modulation vector (N, C), where one layer
             makes it for all blocks (adaLN-single). All other folds cost nothing at run time.
         min_variables: smallest number of free scales of a site; sites with fewer are refused.
@@ -170,7 +170,7 @@ def find_sites(
     check_type("policy", policy, (SitePolicy, type(None)), "a SitePolicy")
     if unknown := set(only or ()) - {node.name for node in linears(graph_module)}:
         raise ArgumentError(
-            f"only has {sorted(unknown)[0]!r}, which is no linear node of the graph; give names of those"
+            f"only has {sorted(unknown)[0]!r}, which is no linear node of the graph; give names of linear nodes"
         )
     search = _Search(GraphIndex(graph_module), policy or SitePolicy())
     sites: list[Site] = []

@@ -120,8 +120,8 @@ def balance_module(
         for path in replaced:
             _replace(model, model.get_parameter(path), parameters[path])
         raise BalanceError(
-            f"balancing {type(model).__name__} in its parameters changed its output by {change:.2g} of its size; it is "
-            "as it was. Please report this model"
+            f"balancing {type(model).__name__} in its parameters changed its output by {change:.2g} of its size; its "
+            "parameters were restored. Please report this model"
         )
     left = {site.name: site.refusal for site in settled if site.refusal is not None}
     return ModuleBalance(outcomes=outcomes, left=left, output_change=change, unread=tuple(unread))
@@ -171,8 +171,8 @@ def _expressible(
             why = f"{folded[0]} is also part of a weight that is computed from it"
         elif (beside := next(filter(None, (_beside(path, unread) for path in paths)), None)) is not None:
             why = (
-                f"{beside} is not read by the captured call, and one that reads it would go wrong; capture a call that "
-                "does, or take it away"
+                f"{beside} is not read by the captured call, and a call that reads it would give wrong results; "
+                "capture such a call, or remove the parameter"
             )
     try:
         for scalar in site.scalars if why is None else ():

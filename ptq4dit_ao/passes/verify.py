@@ -74,7 +74,7 @@ class SelfCheck:
             BalanceError: the output differs although no site is balanced.
         """
         if not all(leaf.isfinite().all() for leaf in self.expected):
-            logger.warning("the float model's output is not finite; what balancing did to it was not checked")
+            logger.warning("the float model's output is not finite; the effect of balancing on it was not checked")
             return tuple(sites), dict(outcomes)
         error, undone = self.error(model), {}
         remaining = list(outcomes.values())

@@ -56,8 +56,7 @@ def _warn_of_others(model: GraphModule, found: list[Attention]) -> None:
     others = [node.name for node in model.graph.nodes if node.target in SOFTMAX and node not in read]
     if others:
         logger.warning(
-            "%d of %d softmaxes do not stand between two matrix products that could be read; what they are multiplied "
-            "with stays float: %s",
+            "%d of %d softmaxes are not between two matrix products that can be read; their operands stay float: %s",
             len(others),
             len(others) + len(read),
             ", ".join(others[:3]),

@@ -75,7 +75,7 @@ def plan_layers(
     beside = adapters(model)
     if beside:
         names = sorted(map(layer_name, beside))
-        logger.info("%d linears of adapters stay float (%s, ...); fuse them to be rid of them", len(names), names[0])
+        logger.info("%d linears of adapters stay float (%s, ...); fuse them to quantize them", len(names), names[0])
     matched: set[str] = set()
     for node in linears(model):
         plan = LayerPlan(layer=layer_name(node), weight_bits=weight_bits, activation_bits=activation_bits)

@@ -110,7 +110,7 @@ class BalancePlan:
         """
         if not (self.sequential and self._done):
             raise CalibrationError(
-                "only what was rounded layer by layer can be distilled: prepare with sequential=True, and call "
+                "only a model that was rounded layer by layer can be distilled: prepare with sequential=True, and call "
                 "ptq4dit_ao.round_sequentially(prepared, batches) first"
             )
         distill(model, batches, settings, on_progress=on_progress, resume=resume)

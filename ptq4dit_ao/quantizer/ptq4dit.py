@@ -111,7 +111,7 @@ class PTQ4DiTQuantizer(Quantizer):
         verify: bool = True,
     ) -> None:
         super().__init__()
-        check_type("base", base, (Quantizer, type(None)), "a quantizer of torchao, or None for ours")
+        check_type("base", base, (Quantizer, type(None)), "a quantizer of torchao, or None for LinearQuantizer")
         check_type("rounding", rounding, (str, RoundingSettings), "its name, or RoundingSettings")
         check_type("policy", policy, (SitePolicy, type(None)), "a SitePolicy")
         for name, given in (("layers", layers), ("overrides", overrides)):

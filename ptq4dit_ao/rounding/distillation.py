@@ -174,7 +174,7 @@ def distill(
     after = _error(run, inputs, targets, some)
     logger.info("distilled in %d steps: square error of the output %.3g, before %.3g", clock.steps, after, before)
     if not after < before:
-        logger.warning("%d steps of distillation gained nothing; all is left as it was rounded", clock.steps)
+        logger.warning("%d steps of distillation did not reduce the error; the rounded model is kept", clock.steps)
         return
     for linear in linears.values():
         linear.harden()

@@ -22,7 +22,7 @@ from ptq4dit_ao.rounding.settings import RoundingSettings
 from ptq4dit_ao.rounding.solve import Inputs, choose_range, quantize_tokens, solve
 
 ROWS = 1024
-"""Approximate maximum number of output channels that a score uses, per group and weight spec."""
+"""Maximum number of output channels that a score uses, per group and weight spec."""
 
 STEP = 4
 """Stride of the tokens that are used to choose a candidate's range."""

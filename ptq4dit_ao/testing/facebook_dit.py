@@ -30,7 +30,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def sincos_position_embedding(hidden_size: int, grid: int) -> Tensor:
-    """Position embedding, (grid * grid, hidden_size) float64; half the channels encode the column, half the row."""
+    """Position embedding, (grid * grid, hidden_size) float64: first the channels of the column, then of the row."""
     quarter = hidden_size // 4
     omega = MAX_PERIOD ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
     angles = torch.outer(torch.arange(grid, dtype=torch.float64), omega)

@@ -12,7 +12,7 @@ def noise(g: Generator, *shape: int) -> Tensor:
 
 
 def timesteps(g: Generator, batch: int, low: float = 20.0, high: float = 980.0) -> Tensor:
-    """One distinct timestep for each sample, (batch,) float32.
+    """One timestep for each sample, (batch,) float32, distinct in batches of up to 64.
 
     The values are representable in bfloat16, so that models in bfloat16 and float32 get the same timesteps.
     """
@@ -22,7 +22,7 @@ def timesteps(g: Generator, batch: int, low: float = 20.0, high: float = 980.0) 
 
 
 def int_timesteps(g: Generator, batch: int) -> Tensor:
-    """One of 1000 timesteps for each sample, (batch,) int64; the first 960 samples have distinct ones."""
+    """One of 1000 timesteps for each sample, (batch,) int64, distinct in batches of up to 960."""
     return 20 + torch.randperm(max(batch, 960), generator=g)[:batch] % 960
 
 
