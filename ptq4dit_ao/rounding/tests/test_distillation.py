@@ -275,7 +275,7 @@ def test_notes_of_another_run_are_refused(rounded, tiny_samples, notes):
 def test_damaged_notes_are_named(rounded, tiny_samples, notes):
     path = notes / "distillation.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(CalibrationError, match="cannot read a distillation from .*distillation.safetensors"):
+    with pytest.raises(CalibrationError, match="cannot read distillation from .*distillation.safetensors"):
         distill(rounded(), tiny_samples, steps=4, resume=notes)
 
 
