@@ -331,7 +331,7 @@ BAD: dict[str, list[Bad]] = {
         (
             lambda w: apply_recipe(w.graph, load_recipe("auto"), w.batches, resume="/proc/version"),
             CalibrationError,
-            "cannot keep rounded layers in /proc/version: File exists .*; remove it to start anew",
+            "cannot keep rounded layers in /proc/version: File exists .*; remove it to start again",
         ),
         (
             lambda w: apply_recipe(w.graph, load_recipe("auto"), w.batches, resume=""),
@@ -452,7 +452,7 @@ BAD: dict[str, list[Bad]] = {
         ),
         (lambda w: export_transformer(w.model().train(), w.batches[0]), ExportError, "training mode; call .eval()"),
         (lambda w: export_transformer(w.float_model, ()), ExportError, r"have batch sizes \[\]; a dynamic batch needs"),
-        (lambda w: export_transformer(w.float_model, {}), ExportError, "inputs hold no tensor; the first one gives"),
+        (lambda w: export_transformer(w.float_model, {}), ExportError, "inputs hold no tensor; give at least one"),
         (lambda w: export_transformer(w.float_model, "ab"), ExportError, "inputs are a str; give a tuple of tensors"),
         (lambda w: export_transformer(w.float_model, w.batches[0][0]), ExportError, "are a Tensor; give a tuple of"),
         (lambda w: export_transformer(w.float_model, ([1], [2])), ExportError, "give a tuple of tensors in the order"),

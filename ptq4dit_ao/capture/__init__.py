@@ -1,4 +1,4 @@
-"""How a graph is got from a model: export, patches for models by name, the call's signature."""
+"""Capture of a model as a graph: export, patches for certain models, and the call's signature."""
 
 from ptq4dit_ao.capture.export import export_transformer
 

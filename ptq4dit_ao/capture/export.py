@@ -1,4 +1,4 @@
-"""Capture a transformer as the graph that everything here reads."""
+"""Capture a transformer as the graph that this package works on."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from ptq4dit_ao.errors import ExportError
 from ptq4dit_ao.graph.constants import fold_constant_weights
 
 MAX_BATCH = 4096
-"""Upper bound of the exported batch; export checks it at every call, so it is generous."""
+"""Upper bound of the exported batch, which the graph checks at every call; it is generous for that reason."""
 
 _SIGNATURE, _MODULE = "ptq4dit_signature", "ptq4dit_module"
 
 AGREEMENT = 0.5
-"""Exponent of the dtype's resolution: how far, relative to its size, the graph's output may be from the model's."""
+"""Exponent on the dtype's eps that gives the tolerated relative error of the graph's output against the model's."""
 
 
 @own_modes()
@@ -40,24 +40,24 @@ def export_transformer(
     dynamic_batch: bool = True,
     check: bool = True,
 ) -> GraphModule:
-    """``torch.export`` a denoiser to a graph of aten ops that is called with the same tensors, by position.
+    """Export a denoiser with ``torch.export`` to a graph of aten ops that takes the same tensors by position.
 
     A model that takes ``return_dict`` (diffusers) is captured with ``return_dict=False``. The graph returns the
-    model's output, or a tuple where there are several tensors. The model is not changed; the graph shares its
-    parameters. Functions of diffusers that cannot be captured are replaced by equal ones meanwhile.
+    model's output, or a tuple if it has several tensors. The model is not changed, and the graph shares its
+    parameters. During the export, functions of diffusers that cannot be captured are replaced by equivalent ones.
 
     Args:
         model: an eval-mode module.
-        example_inputs: tensors in the order of ``forward``; or its keyword arguments, of which the tensors (also those
-            in lists) become the graph's inputs, in the order of ``forward``, and everything else is fixed.
-        dynamic_batch: let the batch, the first axis of the first tensor, differ from call to call. Of keyword
-            arguments, every tensor with a first axis of that size is taken to carry the batch.
-        check: run the model and the graph on the example and compare. Without it, layers that build their tables in
-            the first call must have been called before.
+        example_inputs: tensors in the order of ``forward``, or its keyword arguments. All tensors among the arguments,
+            also those in lists, become the graph's inputs in the order of ``forward``. Other values are fixed.
+        dynamic_batch: whether the batch, the first axis of the first tensor, may differ from call to call. Among
+            keyword arguments, every tensor whose first axis has that size is assumed to carry the batch.
+        check: whether to run the model and the graph on the example and compare. Without the check, layers that build
+            tables in their first call must have been called before.
 
     Raises:
         ExportError: the inputs do not share a batch axis, the model is no float model or cannot be captured, or the
-            graph computes something else than the model.
+            graph's output differs from the model's.
     """
     model = uncompiled(model)
     check_float_module(model)
@@ -65,13 +65,13 @@ def export_transformer(
     call, tensors = _how_to_call(model, example_inputs, dynamic_batch)
     inputs = tuple(tensors.values())
     if not inputs:
-        raise ExportError("the example inputs hold no tensor; the first one gives the batch")
-    # Before the export: a table that is built in the first call would be captured as a fake tensor, and stay one.
+        raise ExportError("the example inputs hold no tensor; give at least one, whose first axis is the batch")
+    # The call precedes the export: a table that the first call builds would otherwise stay a fake tensor.
     expected = None
     if check and not _on_meta(model):
         try:
             expected = call(inputs)
-        except Exception as error:  # whatever the model raises
+        except Exception as error:  # a model may raise any type
             raise ExportError(
                 f"{type(model).__name__} cannot run on the example inputs: {_first_line(error)}; check their order, "
                 "shapes and types"
@@ -81,7 +81,7 @@ def export_transformer(
             program = torch.export.export(
                 _view(model, call, list(tensors)), inputs, dynamic_shapes=_shapes(inputs, dynamic_batch), strict=False
             )
-    except Exception as error:  # torch.export raises many types; all mean "cannot be captured"
+    except Exception as error:  # torch.export raises many types
         raise ExportError(_explain(model, error)) from error
     graph_module = program.module(check_guards=False)
     write_out_regions(graph_module)
@@ -96,7 +96,7 @@ def export_transformer(
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The module that ``torch.compile`` has wrapped, if it has: a graph is captured of that, with its names."""
+    """The module inside a ``torch.compile`` wrapper, whose parameter names have no prefix; else the module itself."""
     return getattr(model, "_orig_mod", model)
 
 
@@ -106,8 +106,8 @@ def captured_module(graph_module: GraphModule) -> CapturedModule | None:
 
 
 def _config(model: nn.Module) -> dict[str, Any] | None:
-    """What ``config.json`` says of a diffusers model."""
-    diffusers = sys.modules.get("diffusers")  # which such a model has imported
+    """The configuration of a diffusers model as in its ``config.json``; None for other models."""
+    diffusers = sys.modules.get("diffusers")  # a diffusers model has imported it already
     if diffusers is None or not isinstance(model, diffusers.ModelMixin):
         return None
     public = {name: value for name, value in model.config.items() if not name.startswith("_")}
@@ -121,7 +121,7 @@ def call_like(graph_module: GraphModule, model: nn.Module, inputs: Sequence[Tens
         ExportError: the graph does not come from :func:`export_transformer`.
     """
     if _SIGNATURE not in graph_module.meta:
-        raise ExportError("this graph does not know how its module is called; capture it with export_transformer")
+        raise ExportError("this graph has no signature of its module's call; capture it with export_transformer")
     return Call(uncompiled(model), graph_module.meta[_SIGNATURE])(inputs)
 
 
@@ -131,9 +131,10 @@ class Call:
 
     model: nn.Module
     signature: CallSignature | None
-    """Keyword arguments; without it, the tensors are passed by position."""
+    """Keyword arguments of the call; None passes the tensors by position."""
 
     def __call__(self, tensors: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+        """Call the module; return its only output tensor, or a tuple of several."""
         forward = self.model.forward
         options = {"return_dict": False} if "return_dict" in inspect.signature(forward).parameters else {}
         if self.signature is None:
@@ -190,7 +191,7 @@ def _shapes(inputs: Sequence[Tensor], dynamic_batch: bool) -> tuple[dict[int, ob
 
 
 def _check_evaluates(model: nn.Module) -> None:
-    """Raises ExportError if the model, or a layer of it that works otherwise then, is in training mode."""
+    """Raise ExportError if the model, or a layer whose output depends on it, is in training mode."""
     if model.training:
         raise ExportError(f"{type(model).__name__} is in training mode; call .eval() before exporting it")
     for name, module in model.named_modules():
@@ -203,7 +204,7 @@ def _check_evaluates(model: nn.Module) -> None:
 
 
 def _view(model: nn.Module, call: Call, names: list[str]) -> nn.Module:
-    """A shallow copy whose ``forward`` takes positional tensors and returns tensors; parameter names stay."""
+    """A shallow copy whose ``forward`` takes tensors by position and returns tensors; parameter names stay the same."""
     view = copy.copy(model)
 
     def forward(*tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -217,7 +218,7 @@ def _view(model: nn.Module, call: Call, names: list[str]) -> nn.Module:
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()  # a bare assert says nothing
+    lines = str(error).strip().splitlines()  # empty for a bare assert
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
@@ -236,7 +237,7 @@ def _explain(model: nn.Module, error: Exception) -> str:
 
 
 def _compare(model: nn.Module, expected: Any, got: Any) -> None:
-    """Raises ExportError if the graph's outputs are not the model's."""
+    """Raise ExportError if the graph's outputs differ from the model's."""
     trains = next((name for name, module in model.named_modules() if module.training), None)
     random = "its output is random" if trains is None else f"it is random, as {trains!r} is in training mode"
     for i, (one, other) in enumerate(zip(tree_leaves(expected), tree_leaves(got), strict=True)):

@@ -1,4 +1,4 @@
-"""Is a model a float one with its weights in memory? Others would fail late, or be captured as something else."""
+"""Checks that a model is a float model with its weights in memory; others would fail late or be captured wrongly."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ QUANTIZERS = (
     "auto_gptq", "awq", "bitsandbytes", "compressed_tensors", "gptqmodel", "hqq", "modelopt", "nunchaku",
     "optimum.quanto", "quanto", "torchao",
 )  # fmt: skip
-"""Packages whose layers and tensors are quantized ones."""
+"""Packages whose layers and tensors are quantized."""
 
 QUANTIZED_OPS = ("quantized_decomposed", "torchao", "pt2e_quant")
 """Namespaces of the operators that ``convert_pt2e`` and NNCF put into a graph."""
@@ -24,7 +24,7 @@ START = "start from the float model"
 
 
 def check_float_module(model: object) -> None:
-    """Raises ExportError if a model is quantized or cast, or if hooks move its weights or change what it computes."""
+    """Raise ExportError if a model is quantized or cast, or if hooks move its weights or change its output."""
     kind = type(model).__name__
     if not isinstance(model, nn.Module):
         inside = " (its transformer is one)" if hasattr(model, "transformer") else ""
@@ -38,7 +38,7 @@ def check_float_module(model: object) -> None:
 
 
 def check_float_graph(graph: object) -> None:
-    """Raises ExportError if a graph is quantized or prepared already, or if its weights are not in memory."""
+    """Raise ExportError if a graph is quantized or prepared already, or if its weights are not in memory."""
     if not isinstance(graph, GraphModule):
         raise ExportError(f"{type(graph).__name__} is not a graph; capture the model with export_transformer")
     if (why := _quantized(graph)) is not None:
@@ -47,7 +47,7 @@ def check_float_graph(graph: object) -> None:
 
 
 def check_in_memory(model: nn.Module) -> None:
-    """Raises ExportError if a parameter is on the meta device."""
+    """Raise ExportError if a parameter is on the meta device."""
     name = next((name for name, tensor in model.named_parameters() if tensor.is_meta), None)
     if name is not None:
         raise ExportError(

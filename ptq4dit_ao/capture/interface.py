@@ -1,4 +1,4 @@
-"""What stands between a graph and who calls it in place of the module that it was captured from."""
+"""Interface of a captured graph: shapes and dtypes of its inputs, and checks and casts of the tensors of a call."""
 
 from __future__ import annotations
 
@@ -18,27 +18,32 @@ from ptq4dit_ao.graph.shapes import example_shape, symbolic_axes, tensor_of
 
 @dataclass(frozen=True, kw_only=True)
 class InputSpec:
-    """One input of a graph."""
+    """Name, shape and dtype of one input of a graph."""
 
     name: str
     shape: tuple[int, ...]
-    """At the example inputs."""
+    """Shape of the example input."""
     dtype: torch.dtype
     batched: bool
-    """Is its first axis the batch, which may differ from call to call?"""
+    """Whether the first axis is the batch, which may differ from call to call."""
 
     @classmethod
     def of(cls, node: Node) -> InputSpec:
-        """Of an exported graph's placeholder."""
+        """The spec of a placeholder of an exported graph."""
         shape, dtype = example_shape(node), node.meta["val"].dtype
         return cls(name=node.name, shape=shape, dtype=dtype, batched=0 in symbolic_axes(node))
 
     def to_dict(self) -> dict[str, object]:
+        """The spec as JSON values."""
         return {"name": self.name, "shape": list(self.shape), "dtype": _name(self.dtype), "batched": self.batched}
 
     @classmethod
     def from_dict(cls, data: object) -> InputSpec:
-        """Raises ArtifactError for anything but what :meth:`to_dict` gives."""
+        """Read what :meth:`to_dict` has written.
+
+        Raises:
+            ArtifactError: ``data`` has another form.
+        """
         match data:
             case {"name": str(name), "shape": [*shape], "dtype": str(kind), "batched": bool(batched), **rest}:
                 dtype = getattr(torch, kind, None)
@@ -48,7 +53,7 @@ class InputSpec:
 
 
 def input_specs(graph_module: GraphModule) -> tuple[InputSpec, ...] | None:
-    """The inputs of an exported graph; None of one that does not say what they look like, such as a loaded one."""
+    """The inputs of an exported graph; None if it does not have their shapes, such as a graph that was loaded."""
     nodes = placeholders(graph_module)
     return None if any(tensor_of(node) is None for node in nodes) else tuple(map(InputSpec.of, nodes))
 
@@ -56,12 +61,12 @@ def input_specs(graph_module: GraphModule) -> tuple[InputSpec, ...] | None:
 def random_inputs(
     specs: Sequence[InputSpec], device: torch.device | None = None, *, rows: int | None = None
 ) -> tuple[Tensor, ...]:
-    """Inputs of the example's shapes: normal values, and ones for labels, masks and integer times; equal in each call.
+    """Random inputs of the example's shapes, equal in each call: normal floats, and ones for every other dtype.
 
     Args:
-        specs: what they look like.
-        device: where they go; the CPU if not given.
-        rows: of the inputs with a free batch; the example's if not given.
+        specs: names, shapes and dtypes of the inputs.
+        device: device of the inputs; the CPU by default.
+        rows: size of the batch of inputs that carry it; the example's by default.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -75,14 +80,18 @@ def random_inputs(
 
 @dataclass(frozen=True, kw_only=True)
 class CapturedModule:
-    """The diffusers model that a graph was captured from, and how it was called."""
+    """The diffusers model that a graph was captured from, and the signature of its call."""
 
     config: Mapping[str, Any]
-    """As in its ``config.json``; ``_class_name`` names the class."""
+    """The model's configuration as in its ``config.json``; ``_class_name`` is the name of its class."""
     call: CallSignature
 
     def to_dict(self) -> dict[str, object]:
-        """Raises ArtifactError if the call has no stored form."""
+        """The model's configuration and call as JSON values.
+
+        Raises:
+            ArtifactError: the call cannot be stored as JSON.
+        """
         try:
             return {"config": dict(self.config), "call": self.call.to_json()}
         except ValueError as error:
@@ -90,7 +99,11 @@ class CapturedModule:
 
     @classmethod
     def from_dict(cls, data: object) -> CapturedModule:
-        """Raises ArtifactError for anything but what :meth:`to_dict` gives."""
+        """Read what :meth:`to_dict` has written.
+
+        Raises:
+            ArtifactError: ``data`` has another form.
+        """
         match data:
             case {"config": {"_class_name": str()} as config, "call": call, **rest} if not rest:
                 try:
@@ -103,10 +116,16 @@ class CapturedModule:
 def check_batch(
     graph_module: GraphModule, batch: object, what: str, error: type[PTQ4DiTError] = CalibrationError
 ) -> tuple[Tensor, ...]:
-    """A batch as a tuple, if it has a tensor of the right shape for each input of an exported graph.
+    """A batch as a tuple, after a check that it has a tensor of the right shape for each input of an exported graph.
+
+    Args:
+        graph_module: the exported graph.
+        batch: the batch to check.
+        what: name of the batch in error messages.
+        error: type of the exception that is raised.
 
     Raises:
-        error: it has not. ``what`` is what the message calls it.
+        error: the batch does not fit the graph.
     """
     nodes = placeholders(graph_module)
     names = ", ".join(node.name for node in nodes)
@@ -134,7 +153,7 @@ def _check_shape(node: Node, x: Tensor, what: str, error: type[PTQ4DiTError]) ->
 
 
 def cannot_run(what: str, error: Exception) -> CalibrationError:
-    """What to raise when a graph fails on a batch that has the right shapes."""
+    """The exception for a graph that fails on a batch of the right shapes; an out-of-memory error is raised itself."""
     if isinstance(error, torch.OutOfMemoryError):
         raise error
     lines = str(error).strip().splitlines()
@@ -145,15 +164,17 @@ def cannot_run(what: str, error: Exception) -> CalibrationError:
 
 
 def fit_inputs(specs: Sequence[InputSpec], tensors: Sequence[Tensor], *, binned: bool = False) -> list[Tensor]:
-    """Tensors as the graph takes them: in its dtypes, and a row for each sample where there is one for all of them.
+    """Tensors cast to the graph's dtypes, with single rows expanded to the batch.
 
     Args:
-        specs: what the graph takes.
-        tensors: what it is given.
-        binned: may the pipeline have taken another height and width than it was asked for (resolution binning)?
+        specs: the graph's inputs.
+        tensors: the tensors of a call.
+        binned: whether the pipeline may have replaced the requested height and width (resolution binning); error
+            messages mention it.
 
     Raises:
-        ArgumentError: a tensor has another shape, holds what the graph's dtype cannot, or is bool where that is not.
+        ArgumentError: a tensor has another shape, has values that the graph's dtype cannot represent, or only one of
+            the two dtypes is bool.
     """
     pairs = list(zip(specs, tensors, strict=True))
     batch = next((len(x) for spec, x in pairs if spec.batched and x.ndim and len(x) != 1), 1)
@@ -173,7 +194,7 @@ def _fit(spec: InputSpec, x: Tensor, batch: int, binned: bool) -> Tensor:
 
 
 def _way_out(spec: InputSpec, x: Tensor, *, binned: bool) -> str:
-    """What helps where a shape is wrong. How many pixels make a latent is the pipeline's knowledge."""
+    """The advice for a wrong shape; it cannot give sizes in pixels, because only the pipeline knows them."""
     if x.shape[1:] == spec.shape[1:] and x.ndim == len(spec.shape):
         if spec.batched:
             return "give all inputs the same number of rows"
@@ -185,9 +206,9 @@ def _way_out(spec: InputSpec, x: Tensor, *, binned: bool) -> str:
 
 
 def _cast(spec: InputSpec, x: Tensor) -> Tensor:
-    """Between floating dtypes, as pipelines in 16 bits need it; between others only if no value changes.
+    """Cast a tensor to the graph's dtype: floating dtypes freely, as 16-bit pipelines need it, others without loss.
 
-    Never from or to bool: a bool mask says what is seen, a floating one is added to scores.
+    A cast from or to bool is an error, because a bool mask selects keys while a floating mask is added to scores.
     """
     if (x.dtype is torch.bool) != (spec.dtype is torch.bool):
         raise ArgumentError(

@@ -1,12 +1,12 @@
-"""Let ``torch.export`` capture the diffusers transformers it stumbles over.
+"""Patches for diffusers transformers that ``torch.export`` cannot capture unchanged.
 
-A few of them read mask values or the batch size into Python: loops over the samples, lists as long as the batch,
-branches on tensors. While ``exportable`` is active, those methods are replaced by others that compute the same with
-tensor operations only. Where the original packs the valid tokens of each sample to the front, the replacement leaves
-them in place and masks the padding instead: attention does not depend on the order of its keys. Positions of padding
-may then hold other values than the original's, but nothing valid sees them.
+These models read mask values or the batch size into Python, by loops over the samples, lists as long as the batch, or
+branches on tensors. While :func:`exportable` is active, such methods are replaced by equivalent ones that use tensor
+operations only. Where the original packs the valid tokens of each sample to the front, the replacement leaves them in
+place and masks the padding instead, which is equivalent because attention does not depend on the order of its keys.
+Padding positions may then have other values than in the original, but no valid token reads them.
 
-Masks are prefixes of ones, as tokenizers make that pad on the right.
+The patches assume masks that are a prefix of ones, which tokenizers with padding on the right give.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Attributes = dict[str, Any]
-"""Attributes that a patched module gets; they hide those of its class."""
+"""Attributes that a patched module instance gets; they take precedence over those of its class."""
 
 _MISSING = object()
 
 
 @contextmanager
 def exportable(model: nn.Module) -> Iterator[None]:
-    """Replace, while active, what ``torch.export`` cannot capture in ``model``; a model without such parts is left.
+    """Replace, while active, the methods in ``model`` that ``torch.export`` cannot capture.
 
-    Only the instances in ``model`` are changed, never their classes, and they get back what they had.
+    Only the instances in ``model`` are changed, never their classes. Afterwards they are restored.
     """
     saved: list[tuple[dict[str, Any], str, Any]] = []
     try:
@@ -56,17 +56,18 @@ def exportable(model: nn.Module) -> Iterator[None]:
 
 
 def _result(model: nn.Module, sample: Tensor, return_dict: bool) -> Any:
-    """What every transformer of diffusers returns."""
+    """The output of a diffusers transformer for a sample: a tuple, or a ``Transformer2DModelOutput``."""
     if not return_dict:
         return (sample,)
     return sys.modules[type(model).__module__].Transformer2DModelOutput(sample=sample)
 
 
 def _lumina2(model: Any) -> Attributes:
-    """Lumina 2: joins the caption and the patches of each sample without the caption's padding.
+    """Patch of Lumina 2, which joins the caption and the patches of each sample without the caption's padding.
 
-    The lengths of the captions become Python integers there, and the padding goes to the end. Here it stays between
-    caption and patches. Every token has the rotary position it had: a patch has the caption's length as its first.
+    The original reads the captions' lengths into Python and moves the padding to the end. Here the padding stays
+    between caption and patches. Every token keeps its rotary position; the patches' ones begin with the caption's
+    length.
     """
 
     def forward(
@@ -89,7 +90,7 @@ def _lumina2(model: Any) -> Attributes:
         place = torch.arange(text_tokens, device=x.device)
         length = encoder_attention_mask.sum(dim=1, keepdim=True)
         valid = place < length
-        place = torch.where(valid, place, 0)  # padding has no position: the table may be too short for one
+        place = torch.where(valid, place, 0)  # the rotary table may be too short for positions of padding
         text_ids = torch.stack([place, torch.zeros_like(place), torch.zeros_like(place)], dim=-1)
         row = torch.arange(rows, device=x.device).repeat_interleave(columns).expand(batch, -1)
         column = torch.arange(columns, device=x.device).repeat(rows).expand(batch, -1)
@@ -112,9 +113,9 @@ def _lumina2(model: Any) -> Attributes:
 
 
 def _lumina_patch_embed(module: Any) -> Attributes:
-    """Lumina-Next: returns a list with the image size of each sample, which fixes the batch.
+    """Patch of Lumina-Next, whose list with the image size of each sample fixes the batch.
 
-    All are equal and the model reads the first only, so the list has one.
+    All sizes are equal and the model reads only the first one, so the list here has one entry.
     """
 
     def forward(x: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor, list[tuple[int, int]], Tensor]:
@@ -130,7 +131,7 @@ def _lumina_patch_embed(module: Any) -> Attributes:
 
 
 def _chroma_time_embed(module: Any) -> Attributes:
-    """Chroma: makes the zero guidance from a list of the batch's length, which fixes the batch."""
+    """Patch of Chroma, which makes its zero guidance from a list of the batch's length and so fixes the batch."""
 
     def forward(timestep: Tensor) -> Tensor:
         time = module.time_proj(timestep).to(timestep.dtype)
@@ -143,9 +144,9 @@ def _chroma_time_embed(module: Any) -> Attributes:
 
 
 def _omnigen_rope(module: Any) -> Attributes:
-    """OmniGen: branches on the largest position, and keeps the frequencies in a buffer that it computes at each call.
+    """Patch of OmniGen, which branches on the largest position and writes the frequencies to a buffer at each call.
 
-    Both sets of factors are constants of the model, so one is selected with ``where``; the buffer stays as it is.
+    Both sets of factors are constants of the model. Here ``where`` selects one, and the buffer is not written.
     """
 
     def forward(hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,7 +157,7 @@ def _omnigen_rope(module: Any) -> Attributes:
         factors = torch.where(is_long, constant(module.long_factor), constant(module.short_factor))
         exponents = torch.arange(0, module.dim, 2, dtype=torch.int64, device=hidden_states.device).float() / module.dim
         frequencies = 1.0 / (factors * module.base**exponents)
-        # The first sample's positions serve all of them.
+        # The original also uses the first sample's positions for all samples.
         angles = position_ids[0, :, None].float() * frequencies
         angles = torch.cat([angles, angles], dim=-1)
         scale = module.max_position_embeddings / module.original_max_position_embeddings
@@ -170,9 +171,9 @@ def _omnigen_rope(module: Any) -> Attributes:
 
 
 def _hidream_experts(module: Any) -> Attributes:
-    """HiDream: counts the tokens of each expert in NumPy and gives it no others.
+    """Patch of HiDream's experts, which count in NumPy the tokens that are routed to each expert.
 
-    Here each expert sees every token, and its output is weighted with 0 where the token was not routed to it.
+    Here each expert computes every token, and its output has weight 0 for tokens that are not routed to it.
     """
 
     def moe_infer(x: Tensor, flat_expert_indices: Tensor, flat_expert_weights: Tensor) -> Tensor:
@@ -188,17 +189,17 @@ def _hidream_experts(module: Any) -> Attributes:
 
 
 class _Grid(NamedTuple):
-    """The patches of an image, equal for all samples."""
+    """Numbers of rows and columns of an image's patches, equal for all samples."""
 
     rows: int
     columns: int
 
 
 def _hidream(model: Any) -> Attributes:
-    """HiDream: reads the size of each image out of a tensor and unpatchifies the samples one by one.
+    """Patch of HiDream, which reads the size of each image from a tensor and unpatchifies the samples one by one.
 
-    The sizes that ``patchify`` finds are those of ``hidden_states``, so all samples are unpatchified together. Sizes
-    from the caller are left to the original.
+    The sizes that ``patchify`` returns are those of ``hidden_states``, so all samples can be unpatchified together.
+    The original method still handles sizes that the caller gives.
     """
     patchify, unpatchify = model.patchify, model.unpatchify
 
@@ -209,7 +210,7 @@ def _hidream(model: Any) -> Attributes:
 
     def unpatchify_(x: Tensor, img_sizes: Any, is_training: bool) -> Tensor:
         if not isinstance(img_sizes, _Grid) or (is_training and not model.config.force_inference_output):
-            return unpatchify(x, img_sizes, is_training)  # in training it only transposes
+            return unpatchify(x, img_sizes, is_training)  # in training, the original only transposes
         rows, columns = img_sizes
         p = model.config.patch_size
         x = x[:, : rows * columns].reshape(x.shape[0], rows, columns, p, p, -1).permute(0, 5, 1, 3, 2, 4)
@@ -219,9 +220,9 @@ def _hidream(model: Any) -> Attributes:
 
 
 def _mochi_attention(attention: Any) -> Attributes:
-    """Mochi: attends in each sample separately, among the patches and the valid text tokens.
+    """Patch of Mochi's attention, which loops over the samples, each with its patches and valid text tokens.
 
-    Here all samples attend together with the padding masked. As in the original, padding receives 0.
+    Here one attention covers all samples, with the padding masked. As in the original, the output of padding is 0.
     """
     if type(attention.processor).__name__ != "MochiAttnProcessor2_0":
         return {}
@@ -264,9 +265,9 @@ def _mochi_attention(attention: Any) -> Attributes:
 
 
 def _cosmos_pos_embed(module: Any) -> Attributes:
-    """Cosmos: normalises with the root of a quotient of element counts, which contain the batch.
+    """Patch of Cosmos's position embedding, which normalises by a ratio of element counts that include the batch.
 
-    The embedding is made of parameters and is the same for all samples, so it is made for one.
+    The embedding depends on parameters only and is the same for all samples, so it is computed for one sample.
     """
     original = module.forward
 
@@ -277,7 +278,7 @@ def _cosmos_pos_embed(module: Any) -> Attributes:
 
 
 def _hunyuan_video15(model: Any) -> Attributes:
-    """HunyuanVideo 1.5: branches on whether the image is blank and packs the valid tokens of each sample.
+    """Patch of HunyuanVideo 1.5, which branches on a blank image and packs the valid tokens of each sample.
 
     Here image, glyphs and text stay in place, with padding and a blank image masked. They have no rotary positions.
     """
@@ -294,7 +295,7 @@ def _hunyuan_video15(model: Any) -> Attributes:
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Any:
-        assert encoder_attention_mask_2 is not None and image_embeds is not None  # the original needs them, too
+        assert encoder_attention_mask_2 is not None and image_embeds is not None  # required by the original as well
         rotary = model.rope(hidden_states)
         temb = model.time_embed(timestep, timestep_r=timestep_r)
         x = model.x_embedder(hidden_states)
@@ -313,9 +314,9 @@ def _hunyuan_video15(model: Any) -> Attributes:
 
 
 def _framepack(model: Any) -> Attributes:
-    """HunyuanVideo Framepack: fills the mask sample by sample, and cuts the padding off if there is only one.
+    """Patch of HunyuanVideo Framepack, which fills the mask sample by sample and drops the padding of a single sample.
 
-    Here the mask comes from comparing places with lengths, and one sample's padding is masked as in a larger batch.
+    Here the mask is a comparison of positions with lengths, and a single sample's padding is masked as in any batch.
     """
 
     def forward(
@@ -360,7 +361,7 @@ def _framepack(model: Any) -> Attributes:
 
 
 def _video(model: Any, x: Tensor, latents: Tensor) -> Tensor:
-    """The tokens ``x`` of HunyuanVideo as a video of the size of ``latents``."""
+    """HunyuanVideo's tokens ``x`` unpatchified to a video of the size of ``latents``."""
     batch, _, frames, height, width = latents.shape
     p_t, p = model.config.patch_size_t, model.config.patch_size
     x = x.reshape(batch, frames // p_t, height // p, width // p, -1, p_t, p, p).permute(0, 4, 1, 5, 2, 6, 3, 7)
@@ -368,9 +369,9 @@ def _video(model: Any, x: Tensor, latents: Tensor) -> Tensor:
 
 
 def _cogvideox_patch_embed(embed: Any) -> Attributes:
-    """CogVideoX: at another size than its own, it writes positions into an empty table, which cannot be traced.
+    """Patch of CogVideoX, which for sizes other than its own writes positions into an empty table.
 
-    Here the table is joined: zeros for the text, then the positions of the patches.
+    Such writes cannot be traced. Here the table is a concatenation of zeros for the text and the patches' positions.
     """
     module = sys.modules[type(embed).__module__]
 
@@ -390,9 +391,9 @@ def _cogvideox_patch_embed(embed: Any) -> Attributes:
 
 
 def _wan_animate(model: Any) -> Attributes:
-    """Wan-Animate: encodes the faces in chunks to save memory; their number depends on the batch.
+    """Patch of Wan-Animate, which encodes faces in chunks to save memory; the number of chunks depends on the batch.
 
-    Faces are encoded independently, so one chunk, larger than any batch, takes them all.
+    Faces are encoded independently, so here one chunk that is larger than any batch takes them all.
     """
     original = model.forward
 
@@ -418,4 +419,4 @@ PATCHES: dict[str, Callable[[Any], Attributes]] = {
     "OmniGenSuScaledRotaryEmbedding": _omnigen_rope,
     "WanAnimateTransformer3DModel": _wan_animate,
 }
-"""Class name to what the instances of that class get."""
+"""Patches by class name; a patch returns the attributes that an instance of the class gets."""

@@ -1,7 +1,7 @@
-"""Regions of a graph that a context manager opened, written out in the graph around them.
+"""Inlining of subgraphs that ``torch.export`` makes for context managers.
 
-``torch.export`` keeps ``with torch.no_grad()`` and ``with torch.autocast(..., enabled=False)`` as calls of a graph of
-their own. A graph for inference runs without gradients and without autocast anyway, so the regions say nothing, but
+``torch.export`` keeps ``with torch.no_grad()`` and ``with torch.autocast(..., enabled=False)`` as calls of subgraphs
+(regions). A graph for inference runs without gradients and without autocast anyway, so the regions have no effect, but
 nothing in them could be balanced, stored or converted.
 """
 
@@ -19,7 +19,7 @@ higher_order = torch.ops.higher_order
 
 
 def write_out_regions(graph_module: GraphModule) -> None:
-    """Replace every region that changes nothing here by what it computes, in place; regions with autocast on stay."""
+    """Inline every region that has no effect on inference, in place; regions with autocast enabled stay."""
     graph, inlined = graph_module.graph, False
     for node in list(graph.nodes):
         region = _region(graph_module, node)
@@ -35,7 +35,7 @@ def write_out_regions(graph_module: GraphModule) -> None:
 
 
 def _region(graph_module: GraphModule, node: Node) -> tuple[GraphModule, tuple[Any, ...]] | None:
-    """The graph of a region and what it is called with."""
+    """The graph of a region and its inputs; None if the node is no call of a region that can be inlined."""
     arguments: tuple[Any, ...] = node.args
     if node.target is higher_order.wrap_with_set_grad_enabled:
         _, body, *inputs = arguments
@@ -71,7 +71,7 @@ def _write_out(graph_module: GraphModule, node: Node, body: GraphModule, inputs:
 
 
 def _own(graph_module: GraphModule, body: GraphModule, node: Node) -> Node:
-    """A tensor, or a graph, that only the region knew, as one of the graph around it."""
+    """Copy an attribute of a region (a tensor or a graph) to the outer graph; return the node that reads it."""
     name = f"{node.name}_of_region"
     while hasattr(graph_module, name):
         name += "_"

@@ -1,7 +1,7 @@
-"""What a denoiser is called with: keyword arguments, and the tensors among them as a flat, named list.
+"""Signature of a denoiser's call: keyword arguments, and the tensors among them as a flat, named list.
 
-Transformers of diffusers take tensors, lists of tensors, None and plain values; a graph takes tensors by position, and
-computes for the plain values that it was captured with.
+Transformers of diffusers take tensors, lists of tensors, None and plain values. A graph takes tensors by position, and
+its plain values are fixed to those that it was captured with.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ CONSTANTS = (bool, int, float, str, type(None))
 
 @dataclass(frozen=True)
 class TensorName:
-    """Stands for a tensor in a :class:`CallSignature`."""
+    """Placeholder for a tensor in a :class:`CallSignature`."""
 
     name: str
 
     def __repr__(self) -> str:
-        """As messages show it."""
+        """The text that error messages show."""
         return "a tensor"
 
 
@@ -40,18 +40,18 @@ class CallSignature:
 
     @property
     def names(self) -> list[str]:
-        """Of the tensors, in the order in which a captured graph takes them."""
+        """Names of the tensors, in the order in which a captured graph takes them."""
         found: list[str] = []
         _map(self.arguments, lambda leaf: found.append(leaf.name) if isinstance(leaf, TensorName) else None)
         return found
 
     def bind(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
-        """The arguments again, with these tensors."""
+        """The arguments with tensors in place of their names."""
         table = dict(zip(self.names, tensors, strict=True))
         return _map(self.arguments, lambda leaf: table[leaf.name] if isinstance(leaf, TensorName) else leaf)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values.
+        """The arguments as JSON values.
 
         Raises:
             ValueError: a dict has keys that are no strings, which JSON would change.
@@ -60,16 +60,20 @@ class CallSignature:
 
     @classmethod
     def from_json(cls, data: object) -> CallSignature:
-        """Raises ValueError for anything but what :meth:`to_json` gives."""
+        """Read what :meth:`to_json` has written.
+
+        Raises:
+            ValueError: ``data`` has another form.
+        """
         if not isinstance(data, dict):
             raise ValueError(f"unknown structure {json.dumps(data)} in the signature")
         return cls({name: _from_json(value) for name, value in data.items()})
 
 
 def flatten_call(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[CallSignature, dict[str, Tensor]]:
-    """Take the tensors out of keyword arguments, in the order of ``model.forward``.
+    """Separate the tensors from keyword arguments, in the order of ``model.forward``.
 
-    A tensor in a list, tuple or dict is named after its place: ``x_0``; if that is taken, ``x_0_``.
+    A tensor in a list, tuple or dict is named after its position, such as ``x_0``, or ``x_0_`` if that name is taken.
 
     Raises:
         ArgumentError: ``forward`` has no such argument, or a value is neither a tensor, a plain value nor a container.
@@ -108,11 +112,11 @@ def flatten_call(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[CallSi
 def tensors_like(captured: CallSignature, model: nn.Module, arguments: Mapping[str, Any]) -> list[Tensor]:
     """The tensors of another call of ``model``, in the order in which the captured graph takes them.
 
-    A number where there was a tensor becomes one, as the timestep may in many models of diffusers.
+    A number becomes a tensor if the captured call had a tensor there, such as the timestep of many diffusers models.
 
     Raises:
-        ArgumentError: the call differs from the captured one in more than tensors. What says nothing (None, an empty
-            container, a default) is equal to what is left out, and one list to equal lists for each sample.
+        ArgumentError: the call differs from the captured one in more than tensors. None, an empty container and a
+            default count as equal to a missing argument, and one list as equal to a list of equal lists per sample.
     """
     signature, tensors = flatten_call(model, {name: _tensor(captured, name, x) for name, x in arguments.items()})
     defaults = {name: p.default for name, p in inspect.signature(model.forward).parameters.items()}
@@ -127,14 +131,14 @@ def tensors_like(captured: CallSignature, model: nn.Module, arguments: Mapping[s
 
 
 def _tensor(captured: CallSignature, name: str, value: Any) -> Any:
-    """A number as a tensor, if the argument was one."""
+    """A number as a tensor, if the captured call had a tensor there; else the value itself."""
     if type(value) not in (int, float) or not isinstance(captured.arguments.get(name), TensorName):
         return value
     return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float32)
 
 
 def _meaning(value: Any) -> Any:
-    """Equal for values that say the same: lists and tuples, and nothing in whichever form."""
+    """A normal form of a value, in which lists equal tuples, and empty containers equal None."""
     if isinstance(value, Mapping):
         return {key: said for key, part in value.items() if (said := _meaning(part)) is not None} or None
     if isinstance(value, (list, tuple)):
@@ -143,13 +147,13 @@ def _meaning(value: Any) -> Any:
 
 
 def _once(value: Any) -> Any:
-    """The one of equal lists: Qwen-Image is told the shape of each sample, and reads that of the first."""
+    """The first of equal lists as a list of one; Qwen-Image takes each sample's shape, but reads only the first."""
     same = isinstance(value, list) and isinstance(value[0], list) and all(part == value[0] for part in value)
     return value[:1] if same else value
 
 
 def _to_json(value: Any) -> Any:
-    """Containers and tensors as an object with one key, the kind, so that tuples and lists stay apart."""
+    """A JSON value in which containers and tensors are objects with one key, their kind; it tells tuples from lists."""
     if isinstance(value, TensorName):
         return {"tensor": value.name}
     if isinstance(value, Mapping):
@@ -186,7 +190,7 @@ def _map(value: Any, change: Any) -> Any:
 
 
 def _like(value: Sequence[Any], parts: list[Any]) -> Sequence[Any]:
-    """A list, tuple or named tuple of these parts; what is more special, as ``torch.Size``, becomes a plain one."""
+    """A list, tuple or named tuple of these parts; a special type such as ``torch.Size`` becomes a plain tuple."""
     if hasattr(value, "_fields"):
         return type(value)(*parts)
     return tuple(parts) if isinstance(value, tuple) else parts

@@ -1,4 +1,4 @@
-"""The maths of PTQ4DiT: tensors in, tensors out. No model, no graph, no state."""
+"""The maths of PTQ4DiT as pure functions of tensors, independent of models and graphs."""
 
 from ptq4dit_ao.core.allocation import allocate
 from ptq4dit_ao.core.balance import balance_vector, clip_balance

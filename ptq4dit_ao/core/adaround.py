@@ -1,4 +1,4 @@
-"""AdaRound: a weight rounded up or down by a variable that gradients can move (Nagel et al. 2020, arXiv 2004.10568).
+"""AdaRound: weights that are rounded up or down by a learnable variable V (Nagel et al. 2020, arXiv 2004.10568).
 
 ``W_q = scale * clamp(floor(W / scale) + h(V))`` with ``h(V) = clamp(1.2 sigmoid(V) - 0.1, 0, 1)`` (eq. 22, 23). A
 regularizer, ``1 - |2 h - 1|^beta``, drives every h to 0 or 1 as beta falls (eq. 24).
@@ -10,27 +10,27 @@ import torch
 from torch import Tensor
 
 STRETCH, SHIFT = 1.2, -0.1
-"""h reaches 0 and 1 for finite V."""
+"""Stretch and shift of the sigmoid in h(V), by which h reaches 0 and 1 for finite V (eq. 23)."""
 
 WARM_UP = 0.2
-"""The part of the time in which h is free."""
+"""Fraction of the optimization at its start during which the regularizer is off."""
 
 BETA = (20.0, 2.0)
-"""Where the regularizer's exponent starts, and ends."""
+"""First and last value of the regularizer's exponent beta."""
 
 
 def rectified_sigmoid(v: Tensor) -> Tensor:
-    """h(V), in [0, 1]."""
+    """Rectified sigmoid h(V) in [0, 1], elementwise (eq. 23)."""
     return (torch.sigmoid(v) * STRETCH + SHIFT).clamp(0, 1)
 
 
 def inverse_rectified_sigmoid(h: Tensor) -> Tensor:
-    """V for h in [0, 1]."""
+    """The variable V for which the rectified sigmoid is h in [0, 1], elementwise."""
     return torch.logit((h - SHIFT) / STRETCH)
 
 
 def exponent(progress: float) -> float | None:
-    """beta after a part of the time, 0 to 1; None while the regularizer is off."""
+    """The regularizer's exponent beta at a progress from 0 to 1; None while the regularizer is off."""
     if progress < WARM_UP:
         return None
     start, end = BETA
@@ -38,5 +38,5 @@ def exponent(progress: float) -> float | None:
 
 
 def undecided(h: Tensor, beta: float) -> Tensor:
-    """``1 - |2 h - 1|^beta``, elementwise: 0 where h is 0 or 1."""
+    """The regularizer ``1 - |2 h - 1|^beta``, elementwise, which is 0 where h is 0 or 1 (eq. 24)."""
     return 1 - (2 * h - 1).abs().pow(beta)

@@ -1,7 +1,7 @@
-"""Which of several options each item takes, so that the sum of errors is least and the sum of costs within a budget.
+"""A multiple-choice knapsack: one option for each item, with the least total error within a cost budget.
 
-A multiple-choice knapsack, solved exactly by dynamic programming over the budget: ``least[c]``, the least error of the
-items so far at a cost of at most c, is for the next item ``min over its options of least[c - cost] + error``.
+It is solved exactly by dynamic programming over the budget. ``least[c]`` is the least error of the items so far at a
+cost of at most c. With the next item it becomes ``min over its options of least[c - cost] + error``.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ import numpy as np
 from ptq4dit_ao.errors import ArgumentError
 
 RESOLUTION = 20_000
-"""Steps of the budget, at most: where costs have no common divisor that leaves fewer, they are rounded up to steps."""
+"""Maximum number of steps of the budget; costs are rounded up to steps if no common divisor gives fewer."""
 
 
 def allocate(costs: Sequence[Sequence[int]], errors: Sequence[Sequence[float]], budget: int) -> list[int]:
-    """The option of each item: least total error among all choices whose cost is at most ``budget``.
+    """The index of each item's option, with the least total error among all choices that cost at most ``budget``.
 
-    Exact if the costs beyond the cheapest share a divisor of at least ``(budget - cheapest) / RESOLUTION``; else each
-    counts as up to that much more than it is, so that the budget still holds.
+    The result is exact if the costs in excess of each item's cheapest option share a divisor of at least
+    ``(budget - cheapest) / RESOLUTION``. Otherwise costs are overestimated by up to that much, so that the budget still
+    holds.
 
     Args:
-        costs: of item i's option k, >= 0.
-        errors: likewise, finite; may be negative.
-        budget: of all together.
+        costs: ``costs[i][k]`` is the cost of item i's option k, >= 0.
+        errors: ``errors[i][k]`` is the error of item i's option k, finite; may be negative.
+        budget: maximum total cost.
 
     Raises:
         ArgumentError: the cheapest options cost more than the budget.

@@ -1,7 +1,7 @@
 """CSB: channel-wise salience balancing (PTQ4DiT, eq. 6 to 9).
 
-A linear ``X W^T`` is unchanged by ``(X diag(1/b)) (W diag(b))^T``. With ``b = sqrt(s(X) / s(W))`` both sides get
-the same salience per channel, their geometric mean.
+A linear ``X W^T`` equals ``(X diag(1/b)) (W diag(b))^T``. With ``b = sqrt(s(X) / s(W))``, activation and weight have
+the same salience per channel, the geometric mean of the two.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from ptq4dit_ao.errors import ArgumentError, check_type
 
 
 def balance_vector(salience_x: Tensor, salience_w: Tensor, alpha: float = 0.5) -> Tensor:
-    """``b = s(X)^alpha / s(W)^(1-alpha)``: (C,) with (C,) -> (C,) float64, positive and finite.
+    """Balancing vector ``b = s(X)^alpha / s(W)^(1-alpha)``: (C,) and (C,) -> (C,) float64, positive and finite.
 
-    ``alpha`` = 0.5 is the paper's geometric mean. A dead channel (either salience zero or not finite) gets 1.
+    ``alpha`` = 0.5 is the paper's geometric mean (eq. 6). A dead channel (either salience zero or not finite) gets 1.
 
     Raises:
         ArgumentError: ``alpha`` is outside [0, 1].
@@ -28,14 +28,14 @@ def balance_vector(salience_x: Tensor, salience_w: Tensor, alpha: float = 0.5) -
     sx, sw = salience_x.to(torch.float64), salience_w.to(torch.float64)
     alive = (sx > 0) & (sw > 0) & sx.isfinite() & sw.isfinite()
     sx, sw = sx.where(alive, 1.0), sw.where(alive, 1.0)
-    # In logarithms, so that extreme saliences neither overflow nor underflow.
+    # Logarithms keep extreme saliences from overflowing or underflowing.
     return (alpha * sx.log() - (1 - alpha) * sw.log()).exp()
 
 
 def clip_balance(b: Tensor, max_scale: float) -> tuple[Tensor, Tensor]:
-    """Bound ``b`` to [1/max_scale, max_scale]; returns it and the mask of the clipped channels.
+    """Clip ``b`` to [1/max_scale, max_scale]; return it and the mask of the clipped channels.
 
-    Folding b into 16-bit parameters costs digits as b leaves 1, so the bound caps that loss.
+    The farther b is from 1, the more digits are lost when it is folded into 16-bit parameters. The bound limits that.
 
     Raises:
         ArgumentError: ``max_scale`` is below 1.

@@ -1,4 +1,4 @@
-"""Ranges that are smaller than minimum and maximum, where cutting the tails costs less than a wider step."""
+"""Clipping: quantization ranges below minimum and maximum, where clipped tails cost less than a wider step."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ WEIGHT_RATIOS = torch.linspace(1.0, 0.6, 9).tolist()
 ACTIVATION_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 
 Qparams = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""``(minimum, maximum) -> (scale, zero_point)``."""
+"""Function of a quantizer, ``(minimum, maximum) -> (scale, zero_point)``."""
 
 
 def clipped_weight_range(
     weight: Tensor, importance: Tensor, qparams: Qparams, quant_min: int, quant_max: int
 ) -> tuple[Tensor, Tensor]:
-    """Per output channel, the part of its range with the least ``sum_j E[x_j^2] (Q(w_j) - w_j)^2``.
+    """Clipped range of each output channel with the least ``sum_j E[x_j^2] (Q(w_j) - w_j)^2``.
 
     Args:
         weight: (C_out, C_in).
         importance: E[x_j^2], (C_in,).
-        qparams: the quantizer's.
+        qparams: the quantizer's function from a range to scale and zero point.
         quant_min: smallest integer.
         quant_max: largest integer.
 
@@ -52,18 +52,21 @@ def clipped_activation_range(
     quant_min: int,
     quant_max: int,
 ) -> tuple[float, float]:
-    """The part of a range with the least error of the layer's output, ``|(Q(x) - x) W^T|^2`` over some tokens.
+    """Clipped range of an activation with the least error of the layer's output, ``|(Q(x) - x) W^T|^2``.
 
-    Both ends are drawn in together first, then each by itself.
+    Both ends are reduced by the same ratio first, then each end separately.
 
     Args:
         tokens: (n, C_in).
-        low: smallest value of the whole activation, not of these tokens alone.
-        high: largest value.
+        low: smallest value of the whole activation, not only of these tokens.
+        high: largest value of the whole activation.
         weight: (C_out, C_in).
-        qparams: the quantizer's.
+        qparams: the quantizer's function from a range to scale and zero point.
         quant_min: smallest integer.
         quant_max: largest integer.
+
+    Returns:
+        Minimum and maximum.
     """
     metric = weight.T @ weight if len(weight) > weight.shape[1] else None
 

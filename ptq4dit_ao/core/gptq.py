@@ -1,9 +1,9 @@
-"""GPTQ: round a weight column by column, and let the columns that follow make up for each error.
+"""GPTQ: round a weight column by column, and compensate for each column's error in the columns after it.
 
-The layer's error ``E |x (W_q - W)^T|^2 = tr((W_q - W) H (W_q - W)^T)`` needs of the inputs only their second moment
-``H = E[x x^T]`` (Frantar et al. 2023, arXiv 2210.17323, algorithm 1). Balancing transforms H exactly,
-``H' = diag(1/b) H diag(1/b)``, so that a balancing vector can be judged, and its weight rounded, from statistics of the
-model as it was.
+The layer's error ``E |x (W_q - W)^T|^2 = tr((W_q - W) H (W_q - W)^T)`` depends on the inputs only through their second
+moment ``H = E[x x^T]`` (Frantar et al. 2023, arXiv 2210.17323, algorithm 1). Balancing transforms H exactly,
+``H' = diag(1/b) H diag(1/b)``. So statistics of the unbalanced model are enough to score a balancing vector and to
+round the balanced weight.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch import Tensor
 from ptq4dit_ao.errors import CalibrationError
 
 DOUBLE = 2048
-"""Up to so many channels are factored in double precision; beyond, memory matters more than digits below damping."""
+"""Maximum number of channels that are factored in float64. For more, float32 saves memory; damping hides its error."""
 
 BLOCK = 128
-"""Columns after which the errors are handed on to the rest of the weight at once."""
+"""Number of columns after which their errors are propagated to the rest of the weight in one product."""
 
 
 def gptq(
     weight: Tensor, scale: Tensor, moment: Tensor, quant_min: int, quant_max: int, *, damping: float = 0.01
 ) -> Tensor:
-    """Integers of a weight, per output channel and symmetric, that keep the layer's output.
+    """Integers of a weight, quantized per output channel and symmetrically, with a small error of the layer's output.
 
-    Columns are taken by falling ``H_jj`` ("act-order"): those that matter most are rounded while all others can still
-    make up for them. A column that is never used (``H_jj`` = 0) is rounded to nearest.
+    Columns are rounded in descending order of ``H_jj`` ("act-order"), so that all other columns can still compensate
+    for the most important ones. A column that is never used (``H_jj`` = 0) is rounded to nearest.
 
     Args:
         weight: (C_out, C_in).
@@ -36,7 +36,7 @@ def gptq(
         moment: H, (C_in, C_in), positive semi-definite.
         quant_min: smallest integer.
         quant_max: largest integer.
-        damping: what is added to the diagonal of H, as a part of its mean.
+        damping: term that is added to the diagonal of H, as a fraction of its mean.
 
     Returns:
         (C_out, C_in) int8.
@@ -48,19 +48,23 @@ def gptq(
 def gptq_and_scale(
     weight: Tensor, scales: Tensor, moment: Tensor, quant_min: int, quant_max: int, *, damping: float = 0.01
 ) -> tuple[Tensor, Tensor]:
-    """The same, with each output channel's scale chosen of several by the error that its row is left with.
+    """Integers of a weight by :func:`gptq`, with the scale of each output channel that leaves its row the least error.
 
     Args:
-        weight: as for :func:`gptq`, like all others.
-        scales: (K, C_out).
+        weight: (C_out, C_in).
+        scales: candidate scales, (K, C_out), positive.
+        moment: the same as for :func:`gptq`.
+        quant_min: smallest integer.
+        quant_max: largest integer.
+        damping: the same as for :func:`gptq`.
 
     Returns:
         Integers, (C_out, C_in) int8, and scales, (C_out,) float32.
     """
     order = moment.diagonal().argsort(descending=True)
-    # Row i of the upper factor of H^-1 holds what the error of column i costs the columns after it.
+    # Row i of the upper factor of H^-1 has the weights by which later columns compensate for the error of column i.
     factor = cholesky(lambda: factored(moment)[order.unsqueeze(1), order], damping, inverse=True).to(torch.float32)
-    # Columns as rows, so that what a step reads and writes is contiguous.
+    # Columns are stored as rows, so that each step reads and writes contiguous memory.
     columns = weight.to(torch.float32).T[order]
     scale, *others = scales.to(torch.float32)
     integers, least = _round(columns.clone(), scale, factor, quant_min, quant_max)
@@ -73,7 +77,7 @@ def gptq_and_scale(
 
 
 def _round(w: Tensor, scale: Tensor, factor: Tensor, quant_min: int, quant_max: int) -> tuple[Tensor, Tensor]:
-    """Integers (C_in, C_out) of w, which is overwritten, and the error (C_out,) of each output."""
+    """Integers (C_in, C_out) of w, which is overwritten, and the error (C_out,) of each output channel."""
     integers, total = torch.empty_like(w, dtype=torch.int8), torch.zeros_like(scale)
     for start in range(0, len(w), BLOCK):
         end = min(start + BLOCK, len(w))
@@ -85,36 +89,36 @@ def _round(w: Tensor, scale: Tensor, factor: Tensor, quant_min: int, quant_max: 
             torch.div(block[i] - q * scale, row[i], out=errors[i])
             block[i + 1 :].addr_(row[i + 1 :], errors[i], alpha=-1)
         w[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
-        total += errors.square().sum(0)  # of all: (W_q - W) H (W_q - W)^T, with H as damped
+        total += errors.square().sum(0)  # in the end the diagonal of (W_q - W) H (W_q - W)^T, with damped H
     return integers, total
 
 
 def nearest(weight: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
-    """Integers of a weight, per output channel and symmetric, each rounded by itself: (C_out, C_in) int8."""
+    """Integers of a weight, per output channel and symmetric, rounded to nearest: (C_out, C_in) int8."""
     return (weight / scale.to(weight.dtype).unsqueeze(1)).round_().clamp_(quant_min, quant_max).to(torch.int8)
 
 
 def factored(moment: Tensor) -> Tensor:
-    """A second moment in the precision of its factors: float64, or float32 for more channels than :data:`DOUBLE`."""
+    """A second moment in the dtype for factoring: float64, or float32 for more channels than :data:`DOUBLE`."""
     return moment.to(torch.float64 if len(moment) <= DOUBLE else torch.float32)
 
 
 def cholesky(fresh: Callable[[], Tensor], damping: float, *, inverse: bool = False) -> Tensor:
-    """The lower Cholesky factor of a second moment whose diagonal grows by a part of its mean, in the moment's place.
+    """The lower Cholesky factor of a damped second moment, computed in the moment's memory.
 
-    Channels that are never used get the mean. Where rounding has made the moment indefinite, the part is ten times
-    larger, until it is not.
+    A fraction of the diagonal's mean is added to the diagonal. Channels that are never used get the mean first. If
+    rounding has made the moment indefinite, the fraction is increased tenfold until the factorization succeeds.
 
     Args:
-        fresh: a new copy of the moment, which is overwritten.
-        damping: the part of the mean.
-        inverse: give the upper factor of the inverse instead.
+        fresh: returns a new copy of the moment, which is overwritten.
+        damping: the fraction of the mean.
+        inverse: return the upper factor of the inverse instead.
 
     Raises:
         CalibrationError: the moment is not finite.
     """
     while True:
-        h = fresh().mT  # equal, and by columns: so LAPACK needs no copy
+        h = fresh().mT  # the moment is symmetric, and LAPACK needs no copy of a column-major matrix
         diagonal = h.diagonal()
         if not diagonal.isfinite().all():
             raise CalibrationError("the second moment of a layer's input is not finite; look at the calibration set")
@@ -128,7 +132,7 @@ def cholesky(fresh: Callable[[], Tensor], damping: float, *, inverse: bool = Fal
 
 
 def _factor_(h: Tensor, *, upper: bool = False) -> bool:
-    """Factor in place; False if it is indefinite."""
+    """Compute the Cholesky factor in place; False if the matrix is not positive definite."""
     failed = torch.empty((), dtype=torch.int32, device=h.device)
     torch.linalg.cholesky_ex(h, upper=upper, out=(h, failed))
     return not failed

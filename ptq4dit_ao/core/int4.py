@@ -1,4 +1,4 @@
-"""Two 4-bit integers per byte, the first one in the low nibble."""
+"""Packing of two 4-bit integers per byte, the first one in the low nibble."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ INT4_MIN, INT4_MAX = -8, 7
 
 
 def pack_int4(values: Tensor) -> Tensor:
-    """int8 of any shape, each value in [-8, 7] -> uint8 (ceil(numel / 2),); an odd count pads with a zero nibble.
+    """Pack int8 values in [-8, 7] of any shape into (ceil(numel / 2),) uint8; an odd count gets a zero nibble.
 
     Raises:
         ArtifactError: the dtype is not int8, or a value needs more than 4 bits.
@@ -30,10 +30,10 @@ def pack_int4(values: Tensor) -> Tensor:
 
 
 def unpack_int4(packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """uint8 (ceil(numel / 2),) -> int8 of ``shape``, the inverse of ``pack_int4``.
+    """Unpack (ceil(numel / 2),) uint8 into int8 of ``shape``, the inverse of :func:`pack_int4`.
 
     Raises:
-        ArtifactError: ``packed`` is not a row of bytes as long as ``shape`` needs.
+        ArtifactError: ``packed`` is not a 1-D uint8 tensor of the length that ``shape`` needs.
     """
     count = math.prod(shape)
     if packed.dtype != torch.uint8 or tuple(packed.shape) != (packed_length(shape),):
@@ -42,12 +42,12 @@ def unpack_int4(packed: Tensor, shape: Sequence[int]) -> Tensor:
             f"{packed.dtype} {tuple(packed.shape)}; the weights do not belong to this shape, save the model again"
         )
     nibbles = torch.stack((packed & 0xF, packed >> 4), dim=-1).reshape(-1)[:count].view(torch.int8)
-    # Sign extension in two's complement: 0..7 stay, 8..15 become -8..-1.
+    # Two's complement sign extension keeps 0..7 and maps 8..15 to -8..-1.
     return ((nibbles ^ 8) - 8).reshape(tuple(shape))
 
 
 def packed_length(shape: Sequence[int]) -> int:
-    """Bytes that an int4 tensor of ``shape`` takes."""
+    """Number of bytes of a packed int4 tensor of ``shape``."""
     return (math.prod(shape) + 1) // 2
 
 

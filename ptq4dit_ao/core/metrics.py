@@ -1,4 +1,4 @@
-"""Paired error measures."""
+"""Error measures of an approximation against its reference."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
 
 
 def energy_ratio_db(signal: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    """``10 log10(signal / noise)`` of energies, element by element; no noise gives ``inf``, no signal ``-inf``."""
+    """Energy ratio ``10 log10(signal / noise)`` in dB, elementwise; ``inf`` without noise, ``-inf`` without signal."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(noise == 0, np.inf, 10 * (np.log10(signal) - np.log10(noise)))

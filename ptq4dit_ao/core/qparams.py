@@ -19,15 +19,15 @@ def affine_qparams(
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point that cover [minimum, maximum] and represent 0 exactly; any shape, elementwise.
 
-    The conventions are those of torchao's observers, so that graphs from either lower alike: affine
-    ``scale = (max - min) / (quant_max - quant_min)``; symmetric ``scale = max|x| / ((quant_max - quant_min) / 2)``
-    with zero point 0 for signed ranges and the middle of the range for unsigned ones. ``scale >= eps``.
+    The conventions are those of torchao's observers, so that lowering treats both alike. An affine scale is
+    ``(max - min) / (quant_max - quant_min)``. A symmetric scale is ``max|x| / ((quant_max - quant_min) / 2)``, with
+    zero point 0 for signed ranges and the middle of the range for unsigned ones. ``scale >= eps``.
 
     Returns:
         ``(scale, zero_point)`` as float32 and int64.
 
     Raises:
-        ArgumentError: the quantized range is empty, or a bound is not finite.
+        ArgumentError: the integer range is empty, or a bound is not finite.
     """
     if quant_min >= quant_max:
         raise ArgumentError(f"quant_min {quant_min} must be below quant_max {quant_max}")
@@ -41,11 +41,11 @@ def affine_qparams(
     else:
         scale = (high - low) / (quant_max - quant_min)
         zero_point = quant_min - (low / scale.clamp(min=eps)).round()
-    # float32 before the zero point is used with it: both must agree with what the kernel multiplies by.
+    # Kernels multiply by the scale in float32.
     return scale.clamp(min=eps).to(torch.float32), zero_point.clamp(quant_min, quant_max).to(torch.int64)
 
 
 def fake_quantize(x: Tensor, scale: Tensor | float, zero_point: Tensor | int, quant_min: int, quant_max: int) -> Tensor:
-    """Quantize and dequantize; ``scale`` and ``zero_point`` broadcast against ``x``. Rounds half to even."""
+    """Quantize and dequantize ``x``, rounding half to even; ``scale`` and ``zero_point`` broadcast against ``x``."""
     q = (x / scale).round_().add_(zero_point).clamp_(quant_min, quant_max)
     return q.sub_(zero_point).mul_(scale)

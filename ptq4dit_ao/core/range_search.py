@@ -1,11 +1,11 @@
-"""The range searches of the papers: of some candidates, the range that keeps the values themselves best.
+"""The range searches of the papers, which take the candidate range with the least error of the values themselves.
 
-``percentile``: percentiles of the values at both ends, mean square error (PTQ4DiT, arXiv 2405.16005; the code of
-RepQ-ViT, arXiv 2212.08254). ``lp``: minimum and maximum drawn in together by up to 79 %, error in the norm L2.4
-(PTQ4DM, arXiv 2211.15736; the code of Q-Diffusion, arXiv 2302.04304; after LAPQ, arXiv 1911.07190).
+``percentile`` tries percentiles of the values at both ends, with the mean square error (PTQ4DiT, arXiv 2405.16005; the
+code of RepQ-ViT, arXiv 2212.08254). ``lp`` shrinks minimum and maximum together by up to 79 %, with the error in the
+norm L2.4 (PTQ4DM, arXiv 2211.15736; the code of Q-Diffusion, arXiv 2302.04304; after LAPQ, arXiv 1911.07190).
 
-In the authors' code one quantizer serves weights, each output channel by itself, and activations, as a whole; so does
-this. Their weights have zero points, the ones here are symmetric.
+As in the authors' code, one search serves both weights (per output channel) and activations (per tensor). Their
+weights have zero points; the ones here are symmetric.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ SHRINK = tuple(1 - i / 100 for i in range(80))
 def search_range(
     values: Tensor, low: Tensor, high: Tensor, how: str, qparams: Qparams, quant_min: int, quant_max: int
 ) -> tuple[Tensor, Tensor]:
-    """For each row of values, the candidate with the least ``mean |Q(x) - x|^p``; of equals the first.
+    """The range of each row of values with the least ``mean |Q(x) - x|^p``; the first one of equal candidates.
 
     Args:
         values: (R, n); a weight, or all values of some tokens as one row.
-        low: (R,), the smallest value of the whole tensor, not of these alone; only ``lp`` looks at it.
-        high: (R,), the largest.
+        low: (R,), smallest value of the whole tensor, not only of ``values``; only ``lp`` uses it.
+        high: (R,), largest value of the whole tensor.
         how: a key of :data:`SEARCHES`.
-        qparams: the quantizer's.
+        qparams: the quantizer's function from a range to scale and zero point.
         quant_min: smallest integer.
         quant_max: largest integer.
 
@@ -57,7 +57,7 @@ Candidates = Callable[[Tensor, Tensor, Tensor], Iterator[tuple[Tensor, Tensor]]]
 
 
 def _percentiles(values: Tensor, low: Tensor, high: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    # NumPy, as torch.quantile refuses more than 16 million values.
+    # torch.quantile refuses more than 16 million values, NumPy does not.
     array = values.detach().cpu().numpy()
     fractions = [1 - p for p in PERCENTILES] + list(PERCENTILES)
     ends = torch.from_numpy(np.quantile(array, fractions, axis=1)).to(values)
@@ -69,4 +69,4 @@ def _shrunk(values: Tensor, low: Tensor, high: Tensor) -> Iterator[tuple[Tensor,
 
 
 SEARCHES: dict[str, tuple[Candidates, float]] = {"percentile": (_percentiles, 2.0), "lp": (_shrunk, 2.4)}
-"""Candidates, and p of the norm in which their error is taken."""
+"""Candidate ranges and the exponent p of their error, by the name of the search."""

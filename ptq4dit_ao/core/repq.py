@@ -1,12 +1,14 @@
-"""RepQ: channels quantized each by itself, in the form of one quantizer for all (RepQ-ViT, arXiv 2212.08254).
+"""RepQ: per-channel quantization expressed as per-tensor quantization (RepQ-ViT, arXiv 2212.08254).
 
-Channel j alone would get scale ``d_j`` and zero point ``z_j``. All get ``d``, the mean of the scales, and ``z``, that
-of the zero points, if the activation is ``x' = x / r - o`` instead, with ``r_j = d_j / d`` and ``o_j = d (z - z_j)``:
+A per-channel quantizer gives channel j the scale ``d_j`` and zero point ``z_j``. The per-tensor quantizer has the mean
+scale ``d`` and mean zero point ``z``. It yields the same integers if the activation becomes ``x' = x / r - o`` with
+``r_j = d_j / d`` and ``o_j = d (z - z_j)``:
 
     round(x'_j / d) + z = round(x_j / d_j + z_j - z) + z = round(x_j / d_j) + z_j
 
-exactly, as z and z_j are integers. In the paper's words ``o = -z_j d_j / r + z d``, as ``d_j / r_j = d``. The next
-linear undoes it, ``W x = (W r) (x' + o)``: columns of W times r, and ``(W r) o`` more in the bias.
+This is exact, as z and z_j are integers. The paper writes ``o = -z_j d_j / r + z d``, which is equal as
+``d_j / r_j = d``. The next linear undoes the change, ``W x = (W r) (x' + o)``: its columns are multiplied by r, and
+``(W r) o`` is added to its bias.
 """
 
 from __future__ import annotations
@@ -19,31 +21,31 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Reparameterisation:
-    """What makes all channels alike."""
+    """Ratio and offset per channel that make a per-tensor quantizer act like a per-channel one."""
 
     ratio: Tensor
-    """r, (C,) float64, positive."""
+    """Ratio r of each channel's scale to the common one, (C,) float64, positive."""
     low: Tensor
-    """What integer 0 stands for in each channel, ``-z_j d_j``: (C,)."""
+    """Value that integer 0 represents in each channel, ``-z_j d_j``, (C,)."""
     scale: float
-    """d."""
+    """Common scale d."""
     zero_point: int
-    """z."""
+    """Common zero point z."""
 
     def offset(self, ratio: Tensor) -> Tensor:
-        """o for a ratio, (C,); if it was bounded, integer 0 still stands for the same in all channels."""
+        """Offset o, (C,), for a ratio, (C,), by which integer 0 represents ``low`` even if the ratio was clipped."""
         return self.low / ratio + self.zero_point * self.scale
 
     def range(self, quant_min: int, quant_max: int) -> tuple[float, float]:
-        """What scale and zero point cover."""
+        """Quantization range that the common scale and zero point cover."""
         return (quant_min - self.zero_point) * self.scale, (quant_max - self.zero_point) * self.scale
 
 
 def reparameterise(minimum: Tensor, maximum: Tensor, quant_min: int, quant_max: int) -> Reparameterisation:
-    """From the range of each channel, (C,) each.
+    """The reparameterisation for the minimum and maximum of each channel, (C,) each.
 
-    A channel's own range need not hold 0, nor its zero point be an integer of the quantizer. The common zero point is
-    one, so the mean is rounded, and bounded. A channel that never varies has no scale: its ratio is 1, and x' is 0.
+    A channel's range need not contain 0, and its zero point may lie outside [quant_min, quant_max]. The common zero
+    point is the mean, rounded and clamped to that range. A constant channel has no scale: its ratio is 1, and x' is 0.
     """
     minimum, maximum = minimum.to(torch.float64), maximum.to(torch.float64)
     varies = maximum > minimum

@@ -11,15 +11,15 @@ from ptq4dit_ao.errors import ArgumentError
 
 
 def channel_salience(x: Tensor, channel_axis: int = -1) -> Tensor:
-    """``s_j = max |x_j|`` over everything but the channel: any shape -> (C,)."""
+    """Channel salience ``s_j = max |x_j|`` over all axes but the channel's: any shape -> (C,)."""
     return x.movedim(channel_axis, -1).reshape(-1, x.shape[channel_axis]).abs().amax(0)
 
 
 def aggregate_salience(salience_x: Tensor, salience_w: Tensor, how: Aggregation = "ssc") -> Tensor:
     """Reduce activation salience per timestep, (T, C), to one vector (C,).
 
-    ``ssc``: ``sum_t eta_t s(X^(t))`` with Spearman weights against ``salience_w`` (C,) (eq. 12);
-    ``max``: over timesteps, what SmoothQuant uses; ``mean``: plain CSB's average over timesteps.
+    ``ssc`` is ``sum_t eta_t s(X^(t))`` with Spearman weights against ``salience_w`` (C,) (eq. 12). ``max`` is the
+    maximum over timesteps, as in SmoothQuant. ``mean`` is the average over timesteps, as in plain CSB.
 
     Raises:
         ArgumentError: ``how`` is unknown.

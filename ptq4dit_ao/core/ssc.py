@@ -11,7 +11,7 @@ from torch import Tensor
 def spearman(u: Tensor, v: Tensor) -> Tensor:
     """Spearman's rank correlation with average ranks for ties: (..., C) with (C,) -> (...) float64.
 
-    A constant vector has no rank correlation; its rho is 0 here, so it neither gains nor loses weight.
+    A constant vector has no rank correlation. Its rho is set to 0, so that its timestep keeps a neutral weight.
     """
     ranks_u = _centred_ranks(u)
     ranks_v = _centred_ranks(v)
@@ -22,8 +22,8 @@ def spearman(u: Tensor, v: Tensor) -> Tensor:
 def ssc_weights(salience_x: Tensor, salience_w: Tensor) -> tuple[Tensor, Tensor]:
     """Timestep weights ``eta_t = exp(-rho_t) / sum_tau exp(-rho_tau)`` (eq. 11).
 
-    Where the channels that are salient in the activations differ from those salient in the weights (low rho),
-    balancing has most to give, so that timestep weighs more.
+    Balancing helps most at timesteps where the channels that are salient in the activations differ from those that are
+    salient in the weights (low rho), so these timesteps weigh more.
 
     Args:
         salience_x: activation salience per timestep, (T, C).

@@ -1,4 +1,4 @@
-"""What is in an exported graph: names, shapes, and the scale propagation that finds where a balancing vector folds."""
+"""Analysis of exported graphs: names, shapes, and the scale propagation that finds the folds of balancing vectors."""
 
 from ptq4dit_ao.graph.sites import (
     Consumer,

@@ -1,4 +1,4 @@
-"""Attention: its two matrix products, found in a graph, or spelt out where a graph holds it as one operation."""
+"""Attention in a graph: search for its two matrix products, and decomposition of a fused op into them."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default})
 SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default, aten._safe_softmax.default})
 
 _AFTER = MOVEMENT | {aten.dropout.default}
-"""What may stand between a softmax and the product with v."""
+"""Ops that are allowed between a softmax and the product with v."""
 
 _BEFORE = MOVEMENT | {
     *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar),
     *(aten.where.self, aten.where.ScalarOther, aten.masked_fill.Scalar, aten.masked_fill.Tensor),
 }
-"""What may stand between the product of q and k and the softmax: scale and mask."""
+"""Ops that are allowed between the product of q and k and the softmax, which apply the scale and the mask."""
 
 
 @dataclass(frozen=True)
 class Attention:
-    """``softmax(q k^T) v``; any number of axes before the last two."""
+    """The nodes of one ``softmax(q k^T) v``, with any number of axes before the last two."""
 
     scores: Node
     """The product of q and k^T."""
@@ -42,12 +42,12 @@ class Attention:
 
     @property
     def name(self) -> str:
-        """Its module, such as ``transformer_blocks.0.attn1``; else its first node."""
+        """Name of its module, such as ``transformer_blocks.0.attn1``; else of its first node."""
         return module_of(self.scores) or self.scores.name
 
     @property
     def operands(self) -> dict[str, tuple[Node, Node]]:
-        """What is multiplied -> the tensor, and the product that reads it."""
+        """Operands of the products by name (q, k, probabilities, v): the tensor, and the product that reads it."""
         return {
             name: (_operand(product, index), product)
             for name, product, index in (
@@ -60,7 +60,7 @@ class Attention:
 
 
 def find_attention(graph_module: GraphModule) -> list[Attention]:
-    """Every product, softmax, product of a graph, in execution order; fused ones are not seen."""
+    """Every attention of a graph that is a product, a softmax and a product, in execution order; fused ops are not."""
     found = []
     for mixed in graph_module.graph.nodes:
         if mixed.target not in PRODUCTS:
@@ -75,12 +75,12 @@ def find_attention(graph_module: GraphModule) -> list[Attention]:
 
 
 def decompose_attention(graph_module: GraphModule) -> int:
-    """Spell fused attention out as matmul, softmax, matmul, in place; returns how often.
+    """Replace fused attention by matmul, softmax, matmul, in place; return the number of replacements.
 
-    Sizes that may differ from call to call still may.
+    Symbolic sizes stay symbolic.
 
     Raises:
-        ArgumentError: one drops some of its probabilities.
+        ArgumentError: an attention has dropout.
     """
     graph = graph_module.graph
     fused = graph.find_nodes(op="call_function", target=FUSED)
@@ -95,13 +95,13 @@ def decompose_attention(graph_module: GraphModule) -> int:
 
 
 def module_of(node: Node) -> str | None:
-    """The path of the module that a node was captured in, if the graph says so."""
+    """Path of the module that a node was captured in; None if the graph does not have it."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     return stack[-1][0] or None if stack else None
 
 
 class _Decomposition:
-    """``scaled_dot_product_attention`` of q (..., L, E), k (..., S, E) and v (..., S, D), as nodes before its own."""
+    """Decomposition of ``scaled_dot_product_attention`` of q (..., L, E), k (..., S, E) and v (..., S, D)."""
 
     def __init__(self, node: Node) -> None:
         names = [argument.name for argument in FUSED._schema.arguments]
@@ -118,7 +118,7 @@ class _Decomposition:
             )
 
     def mixed(self) -> Node:
-        """The node that computes the same."""
+        """Insert the decomposed attention and return its last node, the product of the probabilities and v."""
         k, v = (self._repeated(x) for x in (self.k, self.v))
         channels = _shape(self.q)[-1]
         scale = 1 / math.sqrt(channels) if self.scale is None else self.scale
@@ -127,13 +127,13 @@ class _Decomposition:
         k = self._call(aten.transpose.int, (k, -2, -1), (*heads, channels, keys))
         shape = (*_shape(self.node)[:-1], keys)
         scores = self._masked(self._call(aten.matmul.default, (q, k), shape), shape)
-        # With a mask, a query may see no key at all: its probabilities are 0 then, not NaN.
+        # A mask may exclude every key of a query. The safe softmax gives probabilities of 0 then, not NaN.
         softmax = aten.softmax.int if self.mask is None else aten._safe_softmax.default
         probabilities = self._call(softmax, (scores, -1), shape)
         return self._call(aten.matmul.default, (probabilities, v), _shape(self.node))
 
     def _repeated(self, x: Node) -> Node:
-        """Keys or values with a head for every head of the queries."""
+        """Keys or values with their heads repeated to the number of query heads (grouped-query attention)."""
         groups = 1 if not self.grouped else _shape(self.q)[-3] // _shape(x)[-3]
         if groups == 1:
             return x
@@ -158,7 +158,7 @@ class _Decomposition:
         node = self.node.graph.call_function(target, args, kwargs)
         node.meta = {key: value for key, value in self.node.meta.items() if key in ("nn_module_stack", "stack_trace")}
         example = self.node.meta["val"]
-        # Made of sizes that are there: running the op on fake tensors would add guards to them.
+        # The shape is computed from existing sizes, because running the op on fake tensors would add guards to them.
         with example.fake_mode:
             node.meta["val"] = example.new_empty(tuple(shape), dtype=like or kwargs.get("dtype"))
         return node
@@ -175,7 +175,7 @@ def _operand(node: Node, index: int) -> Node:
 
 
 def _source(node: Node, targets: Collection[object], through: Collection[object]) -> Node | None:
-    """The nearest node of these targets from which this one comes by way of ops in ``through``."""
+    """The nearest node with one of these targets that reaches this node through ops in ``through`` only."""
     queue, seen = [node], {node}
     for one in queue:
         if one.target in targets:

@@ -1,4 +1,4 @@
-"""What is computed from parameters alone."""
+"""Values of a graph that depend on parameters only."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _SOURCES = "ptq4dit_folded_sources"
 
 
 def fold_constant_weights(graph_module: GraphModule) -> int:
-    """Replace every weight and bias of a linear that parameters alone determine by a buffer; returns how many.
+    """Replace every weight and bias of a linear that is computed from parameters only by a buffer; return the number.
 
-    Such as ``weight * gain``, or a part of one long bias: neither a quantizer nor a fold nor a kernel can work with
-    what is computed at every call. The parameters themselves stay as they are.
+    Examples are ``weight * gain``, or a slice of one long bias. Quantizers, folds and kernels cannot work with a
+    weight that is computed at every call. The parameters themselves do not change.
     """
     constant = constants(graph_module)
     folded: dict[Node, Node] = {}
@@ -38,7 +38,7 @@ def fold_constant_weights(graph_module: GraphModule) -> int:
 
 
 def constants(graph_module: GraphModule) -> set[Node]:
-    """What is computed from attributes only, with fixed shapes."""
+    """The nodes whose values depend on attributes only and have fixed shapes, the attributes' nodes included."""
     found: set[Node] = set()
     for node in graph_module.graph.nodes:
         values = tree_leaves(node.meta.get("val"))
@@ -54,12 +54,12 @@ def constants(graph_module: GraphModule) -> set[Node]:
 
 
 def folded_sources(graph_module: GraphModule) -> frozenset[str]:
-    """Parameters that a folded weight was computed from: an edit of one of them no longer reaches it."""
+    """Paths of the parameters that folded weights were computed from; edits of them no longer affect those weights."""
     return graph_module.meta.get(_SOURCES, frozenset())
 
 
 def _pure(node: Node) -> bool:
-    """Does the op give the same for the same inputs, and leave them as they are?"""
+    """Whether the op is deterministic and does not modify its inputs."""
     op = node.target
     if isinstance(op, torch._ops.OpOverload):
         return not op._schema.is_mutable and torch.Tag.nondeterministic_seeded not in op.tags
@@ -67,7 +67,7 @@ def _pure(node: Node) -> bool:
 
 
 def _as_buffer(graph_module: GraphModule, node: Node) -> Node:
-    """A buffer with the value of a constant node, beside the first parameter it is made of."""
+    """Add a buffer with the value of a constant node, in the module of the first parameter that the node depends on."""
     first = node
     while first.op != "get_attr":
         first = first.all_input_nodes[0]
@@ -85,14 +85,14 @@ def _as_buffer(graph_module: GraphModule, node: Node) -> Node:
 
 
 def _sources(node: Node) -> set[str]:
-    """The attributes that a constant is computed from."""
+    """Paths of the attributes that a constant is computed from."""
     if node.op == "get_attr":
         return {str(node.target)}
     return set().union(*(_sources(source) for source in node.all_input_nodes))
 
 
 class _Evaluate(Interpreter):
-    """Runs only what one node needs."""
+    """Interpreter that runs only the nodes that a given node depends on."""
 
     @torch.no_grad()
     def value(self, node: Node) -> torch.Tensor:

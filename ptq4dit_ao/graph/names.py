@@ -1,4 +1,4 @@
-"""Names in exported graphs: attributes, layers, inputs."""
+"""Names of attributes, layers and inputs in exported graphs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ptq4dit_ao.errors import ArgumentError
 LINEAR = torch.ops.aten.linear.default
 
 WRAPPED = "base_layer"
-"""What PEFT calls a layer inside of the adapter that takes its place."""
+"""PEFT's name for the original layer inside an adapter."""
 
 CONSTANT = "_constant"
-"""Ends the name of a weight that was computed from parameters."""
+"""Suffix of the name of a weight that was computed from parameters."""
 
 
 def get_attribute(module: nn.Module, path: str) -> Any:
@@ -31,9 +31,9 @@ def get_attribute(module: nn.Module, path: str) -> Any:
 
 
 def set_tensor(module: nn.Module, path: str, value: Tensor) -> None:
-    """Put a new tensor at a dotted path, as what the old one was (parameter or buffer); never writes into it.
+    """Replace the tensor at a dotted path by a new one of the same kind (parameter or buffer).
 
-    ``ep.module()`` shares storage with the user's model, so parameters are replaced, not changed.
+    ``ep.module()`` shares storage with the user's model, so the old tensor is never modified.
     """
     *parents, name = path.split(".")
     owner = get_attribute(module, ".".join(parents)) if parents else module
@@ -46,12 +46,12 @@ def set_tensor(module: nn.Module, path: str, value: Tensor) -> None:
 
 
 def is_linear(node: Node) -> bool:
-    """A linear whose weight is a parameter or buffer of the model."""
+    """Whether a node is a linear whose weight is a parameter or buffer of the model."""
     return node.op == "call_function" and node.target is LINEAR and _weight_node(node) is not None
 
 
 def linears(graph_module: GraphModule) -> list[Node]:
-    """Every linear with a weight of its own, in execution order."""
+    """Every linear whose weight is a parameter or buffer, in execution order."""
     return [node for node in graph_module.graph.nodes if is_linear(node)]
 
 
@@ -63,17 +63,17 @@ def weight_path(node: Node) -> str:
 
 
 def layer_name(node: Node) -> str:
-    """The module name of a linear, such as ``transformer_blocks.0.attn1.to_q``; also of one that an adapter wraps."""
+    """Module name of a linear, such as ``transformer_blocks.0.attn1.to_q``, without the names of adapters around it."""
     return unwrapped(weight_path(node).rstrip("_").removesuffix(CONSTANT).removesuffix(".weight"))
 
 
 def unwrapped(path: str) -> str:
-    """The name that a layer has without the adapter around it."""
+    """The path of a layer without the adapter around it."""
     return ".".join(name for name in path.split(".") if name != WRAPPED)
 
 
 def adapters(graph_module: GraphModule) -> set[Node]:
-    """The linears of adapters that were not fused (LoRA): they stand beside the one that the adapter wraps."""
+    """The linears of adapters (LoRA) that were not fused, without the linears that the adapters wrap."""
     paths = {node: weight_path(node) for node in linears(graph_module)}
     wraps = {path.partition(f".{WRAPPED}.")[0] for path in paths.values() if f".{WRAPPED}." in path}
     return {
@@ -84,7 +84,7 @@ def adapters(graph_module: GraphModule) -> set[Node]:
 
 
 def joint_name(layers: Iterable[str]) -> str:
-    """``blocks.0.attn.{to_q,to_k,to_v}``: the common module path and what differs; without adapters' own linears."""
+    """Joint name of layers, such as ``blocks.0.attn.{to_q,to_k,to_v}``; linears of adapters are left out."""
     layers = list(dict.fromkeys(layers))
     layers = [layer for layer in layers if not any(layer.startswith(f"{other}.") for other in layers)]
     if len(layers) == 1:
@@ -112,12 +112,13 @@ def _weight_node(node: Node) -> Node | None:
 
 
 def writes_in_place(graph_module: GraphModule) -> bool:
-    """Does any node change a tensor that it reads?"""
+    """Whether any node modifies a tensor that it reads."""
     targets = (node.target for node in graph_module.graph.nodes)
     return any(isinstance(target, OpOverload) and target._schema.is_mutable for target in targets)
 
 
 def placeholders(graph_module: GraphModule) -> list[Node]:
+    """The nodes of the graph's inputs, in order."""
     return [node for node in graph_module.graph.nodes if node.op == "placeholder"]
 
 
@@ -125,7 +126,7 @@ TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 
 
 def timestep_placeholder(graph_module: GraphModule, name: str | None = None) -> Node | None:
-    """The graph input that holds the timestep; without a name, one that is called like it, if there is one.
+    """The graph input that holds the timestep: the one with the given name, else one of :data:`TIMESTEP_NAMES` or None.
 
     Raises:
         ArgumentError: the graph has no input of that name.

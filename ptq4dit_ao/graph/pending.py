@@ -1,8 +1,8 @@
-"""Weights times vectors that are multiplied out when somebody reads them.
+"""Weights times vectors that are multiplied only when they are read.
 
-Balancing scales rows and columns of nearly every weight of a model. While a prepared graph is converted, the factors
-wait beside the weights, so that a float copy of each exists only for as long as it takes to quantize it, and never all
-of them at once.
+Balancing scales rows and columns of nearly every weight of a model. During the conversion of a prepared graph, the
+factors are pending: they are stored next to the weights. So the scaled float copy of a weight exists only while that
+weight is quantized, and memory never holds all of them.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from torch.fx import GraphModule
 from ptq4dit_ao.graph.names import get_attribute, set_tensor
 
 Factors = dict[str, list[Tensor]]
-"""Tensor path -> float64 factors that broadcast to its shape."""
+"""Pending float64 factors by tensor path; they broadcast to the tensor's shape."""
 
 _KEY = "ptq4dit_pending"
 
 BLOCK = 2**18
-"""Elements that are computed at a time."""
+"""Number of elements that are computed at a time."""
 
 SMALL = 8
-"""A factor waits if it has so many times fewer elements than its tensor."""
+"""Ratio of a tensor's elements to a factor's from which on the factor is kept pending."""
 
 
 def tensor_at(model: GraphModule, path: str) -> Tensor:
-    """The tensor at a path, with its factors; computed in float64, of its own dtype."""
+    """The tensor at a path times its pending factors, computed in float64 and returned in the tensor's own dtype."""
     tensor: Tensor = get_attribute(model, path)
     factors = pending(model).get(path)
     if not factors:
@@ -44,14 +44,14 @@ def tensor_at(model: GraphModule, path: str) -> Tensor:
 
 
 def row_blocks(tensor: Tensor) -> Iterator[slice]:
-    """Slices of the first axis, small enough that what is computed from them is no burden."""
+    """Slices of the first axis of about :data:`BLOCK` elements each."""
     step = max(1, BLOCK * len(tensor) // max(1, tensor.numel()))
     for start in range(0, len(tensor), step):
         yield slice(start, start + step)
 
 
 def scale_later(model: GraphModule, paths: Sequence[str], factor: Tensor) -> bool:
-    """Note a factor of a tensor, under all its paths; False if it must be multiplied now."""
+    """Add a pending factor of a tensor under all its paths; False if the caller must multiply it now."""
     if _KEY not in model.meta or factor.numel() * SMALL > get_attribute(model, paths[0]).numel():
         return False
     for path in paths:
@@ -60,21 +60,22 @@ def scale_later(model: GraphModule, paths: Sequence[str], factor: Tensor) -> boo
 
 
 def pending(model: GraphModule) -> Factors:
-    """All factors that wait."""
+    """All pending factors of a graph."""
     return model.meta.get(_KEY, {})
 
 
 def set_pending(model: GraphModule, factors: Factors) -> None:
-    """Let these wait instead, if any may."""
+    """Replace all pending factors, if the graph is inside :func:`factors_wait`."""
     if _KEY in model.meta:
         model.meta[_KEY] = {path: list(waiting) for path, waiting in factors.items()}
 
 
 @contextmanager
 def factors_wait(model: GraphModule, may_stay: Callable[[str], bool]) -> Iterator[None]:
-    """Within, :func:`scale_later` takes factors; afterwards those stay of which ``may_stay(path)`` says so.
+    """Context in which :func:`scale_later` keeps factors pending.
 
-    Who stays must be read with :func:`tensor_at`.
+    On exit the factors are multiplied, except those of tensors for which ``may_stay(path)`` is true. Such tensors must
+    still be read with :func:`tensor_at`.
     """
     model.meta.setdefault(_KEY, {})
     yield

@@ -1,18 +1,18 @@
-"""Scale propagation: which tensors may carry 1/b so that a linear's input is divided by b and nothing else changes.
+"""Scale propagation: find tensors to divide so that a linear's input is divided by b and the output stays the same.
 
-Every tensor's abstract value is an array of scale-variable ids, the variables its elements are *divided* by. Rules,
-one per aten op (``rules/``), state which ids of an op's inputs and output must be equal for the op to commute
-with the scaling; they only ever join variables. Starting from free variables on one linear's input channels, the
-fixpoint visits the producer and every user of each tensor that takes part. What is still free at the end can be
-folded: exactly, whatever the model around it looks like. The fixpoint knows no op, and no model.
+Every tensor has an array of scale-variable ids, the variables that its elements are *divided* by. Rules, one per aten
+op (``rules/``), state which ids of an op's inputs and output must be equal for the op to commute with the scaling. They
+can only join variables. Propagation starts from free variables on one linear's input channels, and visits the producer
+and every user of each tensor that has them, until nothing changes (the fixpoint). Variables that are still free then
+can be folded exactly, in any model. The fixpoint itself depends on neither ops nor models.
 
-A *slot* is where ids live:
+A *slot* holds ids. It is one of these:
 
-* a node's name: an activation, or a parameter (all ``get_attr`` nodes of one tensor share a slot),
-* :class:`Columns`: the input channels of a linear's weight, which are *multiplied*,
-* :class:`Scalar`: a Python number among an op's arguments, such as the 1 of ``1 + scale``,
-* :class:`NewWeight`: the weight that a norm without one may be given,
-* :class:`Cut`: a small operand at one place where it is read, to be multiplied there; only where cutting is allowed.
+* a node's name, for an activation or a parameter (all ``get_attr`` nodes of one tensor share a slot),
+* :class:`Columns`, for the input channels of a linear's weight, which are *multiplied*,
+* :class:`Scalar`, for a Python number among an op's arguments, such as the 1 of ``1 + scale``,
+* :class:`NewWeight`, for the weight that a norm without one may get,
+* :class:`Cut`, for a small operand that is multiplied where one node reads it, if cuts are allowed.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from ptq4dit_ao.graph.variables import PINNED, Ids, ScaleVariables
 
 @dataclass(frozen=True)
 class Columns:
-    """Input channels of the linear weight held by slot ``weight``."""
+    """Slot of the input channels of the linear weight in slot ``weight``."""
 
     weight: str
 
 
 @dataclass(frozen=True)
 class Scalar:
-    """Positional argument ``index`` of node ``node``."""
+    """Slot of a Python number, the positional argument ``index`` of node ``node``."""
 
     node: str
     index: int
@@ -46,14 +46,14 @@ class Scalar:
 
 @dataclass(frozen=True)
 class NewWeight:
-    """The missing weight of norm ``node``."""
+    """Slot of the missing weight of norm ``node``."""
 
     node: str
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Positional argument ``index`` of node ``node``, multiplied just before ``node`` reads it."""
+    """Slot of a positional argument ``index`` of node ``node`` that is multiplied just before ``node`` reads it."""
 
     node: str
     index: int
@@ -65,7 +65,7 @@ Rule = Callable[["Propagation", Node], None]
 
 @dataclass
 class GraphIndex:
-    """What is looked up again and again while analysing one graph; built once."""
+    """Tables of one graph for repeated lookups: nodes by name, slots by node name, and the nodes of each slot."""
 
     graph_module: GraphModule
     nodes: dict[str, Node] = field(init=False)
@@ -81,46 +81,49 @@ class GraphIndex:
             if node.op == "get_attr":
                 value = get_attribute(self.graph_module, str(node.target))
                 if isinstance(value, torch.Tensor):
-                    # The storage, not data_ptr(): on the meta device that is 0 for every tensor.
+                    # data_ptr() would be 0 for every tensor on the meta device.
                     key = (value.untyped_storage()._cdata, value.storage_offset(), value.shape, value.stride())
                     slot = owner.setdefault(key, node.name)
             self.slot[node.name] = slot
             self.aliases.setdefault(slot, []).append(node)
 
     def users(self, slot: str) -> Iterable[Node]:
+        """The nodes that read a slot under any of its aliases."""
         return (user for node in self.aliases[slot] for user in node.users)
 
 
 class Propagation:
-    """One fixpoint, over the region that the seeds reach."""
+    """The fixpoint computation over the region of a graph that the seed reaches."""
 
     def __init__(
         self, index: GraphIndex, rules: dict[object, Rule], ignored: frozenset[object], *, cut: bool = False
     ) -> None:
         self.index = index
         self.cut = cut
-        """May small operands be multiplied at run time where they meet a larger tensor?"""
+        """Whether small operands may be multiplied at run time where an op combines them with a larger tensor."""
         self.variables = ScaleVariables()
         self.values: dict[Slot, Ids] = {}
         self.pins: list[tuple[str, str]] = []
-        """(node, why) in the order in which free variables were pinned."""
+        """Pairs of a node and a reason, in the order in which free variables were pinned."""
         self.choices: dict[str, int] = {}
-        """For a product, which factor carries the scale; undecided ones take their first candidate."""
+        """Index of the factor that carries the scale, by product node; by default the first candidate."""
         self.candidates: dict[str, list[int]] = {}
         self._rules, self._ignored = rules, ignored
         self._dormant: list[Slot] = []
         self._seeded = 0
 
-    # -- what the rules use ------------------------------------------------------------------------------------
+    # -- methods that rules call -------------------------------------------------------------------------------
 
     def value(self, slot: Slot | Node) -> Ids | None:
+        """The ids of a slot; None if they are not known."""
         return self.values.get(self._key(slot))
 
     def known(self, slot: Slot | Node) -> bool:
+        """Whether the ids of a slot are known."""
         return self._key(slot) in self.values
 
     def merge(self, slot: Slot | Node, ids: Ids) -> None:
-        """Join ``ids`` into a slot. Axes along which a node's tensor has size 1 or no fixed size become uniform."""
+        """Join ``ids`` into a slot; axes of size 1 or without a fixed size become uniform."""
         key = self._key(slot)
         node = self._tensor_node(key)
         ids = self._fit(node, ids) if node is not None else ids
@@ -132,7 +135,7 @@ class Propagation:
             self.variables.union(present, ids)
 
     def equate(self, *slots: Slot | Node) -> None:
-        """All slots hold the same ids (broadcast from the last axis), as soon as one of them is known."""
+        """Join the ids of all slots, broadcast from the last axis, if one of the slots is known."""
         for source in slots:
             ids = self.value(source)
             if ids is not None:
@@ -142,7 +145,7 @@ class Propagation:
                 return
 
     def link(self, source: Node, target: Node, forward: Callable[[Ids], Ids], backward: Callable[[Ids], Ids]) -> None:
-        """``target``'s ids are a rearrangement of ``source``'s."""
+        """Link two nodes of which ``target``'s ids are a rearrangement of ``source``'s, from the one that is known."""
         ids = self.value(source)
         if ids is not None:
             self.merge(target, forward(ids))
@@ -150,14 +153,14 @@ class Propagation:
             self.merge(source, backward(ids))
 
     def pin(self, slot: Slot | Node, node: Node, why: str) -> None:
-        """The slot, if known, must keep its scale; ``why`` ends up in the report."""
+        """Pin the variables of a slot, if it is known, to scale 1; the report shows ``why``."""
         ids = self.value(slot)
         if ids is not None and self.variables.is_free(ids):
             self.variables.pin(ids)
             self.pins.append((node.name, why))
 
     def uniform(self, ids: Ids, axes: Iterable[int]) -> Ids:
-        """Join all variables along ``axes``, which shrink to length 1."""
+        """Join all variables along ``axes``; return ids in which these axes have length 1."""
         for axis in axes:
             if ids.shape[axis] > 1:
                 first = ids.take([0], axis=axis)
@@ -166,24 +169,24 @@ class Propagation:
         return ids
 
     def choose(self, node: Node, candidates: list[int]) -> int:
-        """Which of several arguments carries the scale of ``node``."""
+        """The index of the argument that carries the scale of ``node``, among several candidates."""
         self.candidates.setdefault(node.name, candidates)
         return self.choices.setdefault(node.name, candidates[0])
 
     # -- the fixpoint ------------------------------------------------------------------------------------------
 
     def seed(self, node: Node, channels: int) -> None:
-        """Free variables on the last axis of a tensor; they must be the first ones made."""
+        """Put free variables on the last axis of a tensor; no other variables may exist yet."""
         self.merge(node, self.variables.fresh((1,) * (len(shape_of(node)) - 1) + (channels,)))
         self._seeded = channels
 
     def live(self, slot: Slot | Node) -> bool:
-        """Does the slot carry a free variable of the seed? Only those spread: all others may as well be 1."""
+        """Whether the slot has a free variable of the seed; only these propagate, as all others may stay 1."""
         ids = self.value(slot)
         return ids is not None and bool(self.seeded(ids).any())
 
     def seeded(self, ids: Ids) -> Ids:
-        """The representatives of ``ids`` that belong to the seed, 0 for all others.
+        """The representatives of ``ids`` that belong to the seed, and 0 for all others.
 
         Seed variables have the smallest ids, and the smallest id represents its class.
         """
@@ -215,7 +218,7 @@ class Propagation:
             self.refuse(node)
 
     def refuse(self, node: Node, why: str | None = None) -> None:
-        """No rule: everything around the node keeps its scale."""
+        """Pin all inputs and the output of a node that does not commute with a scale."""
         why = why or f"{op_name(node)} does not commute with a scale per channel"
         for slot in [node, *node.all_input_nodes]:
             self.pin(slot, node, why)
@@ -227,7 +230,7 @@ class Propagation:
         return self.index.slot[slot.name] if isinstance(slot, Node) else slot
 
     def _tensor_node(self, key: Slot) -> Node | None:
-        """The node whose tensor a slot's ids must fit, if the slot stands for a tensor of the graph."""
+        """The node whose tensor a slot's ids must fit; None for slots without a tensor of the graph."""
         if isinstance(key, str):
             return self.index.nodes[key]
         if isinstance(key, Cut):
@@ -249,11 +252,11 @@ class Propagation:
         if not value.dtype.is_floating_point and self.variables.is_free(ids):
             self.variables.pin(ids)
             self.pins.append((node.name, f"a tensor of {value.dtype} cannot be scaled"))
-        return ids.copy()  # np.ascontiguousarray would give a tensor without axes one
+        return ids.copy()  # np.ascontiguousarray would add an axis to 0-d arrays
 
 
 def op_name(node: Node) -> str:
-    """What to call a node's operation in a report."""
+    """Name of a node's operation for reports."""
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._opname
     return {"placeholder": "a model input", "output": "a model output"}.get(node.op, str(node.target))

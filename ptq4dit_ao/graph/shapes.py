@@ -1,7 +1,7 @@
-"""Id arrays of tensors: broadcasting, reshaping, slicing.
+"""Broadcasting, reshaping and slicing of tensors' id arrays.
 
-An id array has as many axes as its tensor; an axis of length 1 means "the same variable all along". Batch and token
-axes stay at length 1 throughout, so that the arrays are about as large as the channel count.
+An id array has as many axes as its tensor. An axis of length 1 has the same variable at every position. Batch and token
+axes always have length 1, so the arrays are about as large as the number of channels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ptq4dit_ao.graph.variables import Ids
 Shape = tuple[int, ...]
 
 FIRST = 4099
-"""Smallest size that stands for a symbol: a prime beyond any number of heads, patches or frames."""
+"""Smallest number that replaces a symbolic size, a prime larger than any number of heads, patches or frames."""
 
 _primes: dict[str, int] = {}
 _turn = Lock()
@@ -35,7 +35,7 @@ def tensor_of(node: Node) -> torch.Tensor | None:
 
 
 def shape_of(node: Node) -> Shape:
-    """The node's shape, symbolic sizes by numbers that stand for them."""
+    """The node's shape, with symbolic sizes replaced by numbers (:func:`hint`)."""
     value = tensor_of(node)
     assert value is not None, f"{node.name} is not a tensor"
     return tuple(hint(size) for size in value.shape)
@@ -50,13 +50,13 @@ def symbolic_axes(node: Node) -> list[int]:
 
 @functools.lru_cache(maxsize=4096)
 def _evaluate(expression: Any) -> int:
-    """A symbolic size with a prime for each of its symbols, so that no two sizes are equal by accident."""
+    """The value of a symbolic size with a distinct prime for each symbol, so that sizes are never equal by accident."""
     symbols = sorted(expression.free_symbols, key=str)
     return int(expression.subs({symbol: prime_of(str(symbol)) for symbol in symbols}))
 
 
 def prime_of(symbol: str) -> int:
-    """The prime that stands for a symbol in this process: the next one, in the order in which symbols appear."""
+    """The prime that replaces a symbol in this process; symbols get primes in order of appearance."""
     with _turn:
         if symbol not in _primes:
             _primes[symbol] = _next_prime(max(_primes.values(), default=FIRST - 1))
@@ -69,9 +69,9 @@ def _next_prime(number: int) -> int:
 
 
 def batch_axis(node: Node) -> int | None:
-    """The axis along which a tensor's samples lie; None if it is the same for all of them.
+    """The batch axis of a node's tensor; None if the tensor is the same for all samples.
 
-    That is the axis whose size is made of the batch's; in a graph with a fixed batch, the first.
+    It is the axis whose size depends on the batch symbol, or the first axis in a graph with a fixed batch.
     """
     batch: set[object] = set()
     for source in node.graph.find_nodes(op="placeholder"):
@@ -90,7 +90,7 @@ def _symbols(size: object) -> set[object]:
 
 
 def hint(size: object) -> int:
-    """A size as a number: itself, or, for one that differs from call to call, one that stands for it."""
+    """A size as a number; a symbolic size is evaluated with a prime for each of its symbols."""
     if isinstance(size, torch.SymInt):
         return _evaluate(size.node.expr)
     if isinstance(size, Node):
@@ -114,17 +114,18 @@ def example_size(size: object) -> int:
 
 
 def fixed_size(node: Node) -> int:
-    """Elements per entry of the axes that may differ from call to call."""
+    """Product of the sizes that do not differ from call to call."""
     shape = shape_of(node)
     return math.prod(size for axis, size in enumerate(shape) if axis not in symbolic_axes(node))
 
 
 def normalize_axis(axis: int, ndim: int) -> int:
+    """The non-negative form of an axis that may count from the end."""
     return axis + ndim if axis < 0 else axis
 
 
 def align_groups(source: Shape, target: Shape) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Split two shapes of one element count into the shortest runs of axes with equal products."""
+    """Split two shapes with the same number of elements into the shortest runs of axes with equal products."""
     groups, i, j = [], 0, 0
     while i < len(source) or j < len(target):
         start_i, start_j = i, j
@@ -143,7 +144,7 @@ def align_groups(source: Shape, target: Shape) -> list[tuple[tuple[int, int], tu
 
 
 def reshape_ids(ids: Ids, source: Shape, target: Shape) -> Ids:
-    """The id array of ``tensor.reshape(target)``; its own inverse with the shapes exchanged."""
+    """The id array of ``tensor.reshape(target)``; exchanging the shapes gives the inverse."""
     expanded: list[int] = []
     result: list[int] = []
     for (i0, i1), (j0, j1) in align_groups(source, target):
@@ -159,7 +160,7 @@ def broadcast_ids(ids: Ids, ndim: int) -> Ids:
 
 
 def embed_ids(part: Ids, axis: int, start: int, whole: Ids) -> Ids:
-    """``whole`` with ``part`` laid over ``[start, start + len)`` of ``axis``."""
+    """A copy of ``whole`` in which ``part`` replaces ``[start, start + len)`` of ``axis``."""
     shape = np.broadcast_shapes(
         _without(part.shape, axis),
         _without(whole.shape, axis),
@@ -172,14 +173,14 @@ def embed_ids(part: Ids, axis: int, start: int, whole: Ids) -> Ids:
 
 
 def take_axis(ids: Ids, axis: int, start: int, length: int) -> Ids:
-    """Ids of a contiguous slice; an axis that is uniform stays so."""
+    """Ids of a contiguous slice; a uniform axis keeps length 1."""
     if ids.shape[axis] == 1:
         return ids
     return ids.take(range(start, start + length), axis=axis)
 
 
 def part_sizes(total: int, chunks: int) -> list[int]:
-    """Sizes that ``torch.chunk`` gives."""
+    """Sizes of the parts that ``torch.chunk`` returns."""
     size = math.ceil(total / chunks)
     return [min(size, total - start) for start in range(0, total, size)]
 

@@ -1,4 +1,4 @@
-"""Balance sites: which linears share a balancing vector, and where it folds to."""
+"""Balance sites: groups of linears that share a balancing vector, and the edits that fold it."""
 
 from __future__ import annotations
 
@@ -19,19 +19,22 @@ from ptq4dit_ao.graph.shapes import shape_of
 from ptq4dit_ao.graph.variables import PINNED, Ids
 
 MAX_ATTEMPTS = 16
-"""Ways of sending the scale through the products of one site's region that are tried before it is given up."""
+"""Maximum number of combinations of carrying factors, for the products in a site's region, that are tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SitePolicy:
-    """Which folds are worth having; every one that is found is exact.
+    """Policy by which folds are accepted; all folds are exact.
 
     Attributes:
-        couple_blocks: allow one vector for linears that follow one another in the network, as where every block's
-            cross-attention reads one caption projection.
-        vector_multiply: allow one multiply per call on a modulation vector (N, C), where the layer that makes it
-            serves all blocks (adaLN-single). Everything else costs nothing at run time.
-        min_variables: refuse a site with fewer free scales than this.
+        couple_blocks: whether linears of several blocks, or linears that depend on one another, may share one vector,
+            such as where every block's cross-attention reads one caption projection.
+        vector_multiply: whether a fold may add one multiply per call on a modulation vector (N, C), where one layer
+            makes it for all blocks (adaLN-single). All other folds cost nothing at run time.
+        min_variables: smallest number of free scales of a site; sites with fewer are refused.
+
+    Raises:
+        ArgumentError: an attribute has another type, or ``min_variables`` is below 1.
     """
 
     couple_blocks: bool = False
@@ -54,14 +57,14 @@ class Consumer:
     layer: str
     weight: str
     input: str
-    """Name of the node whose output it reads."""
+    """Name of the node whose output the linear reads."""
     variables: Ids
-    """(C_in,): index into the site's variables, 0 where the channel cannot be scaled."""
+    """Index of each input channel's variable, (C_in,), 1-based; 0 where the channel cannot be scaled."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterEdit:
-    """Divide the parameter at these attribute paths (aliases of one tensor) by b[variables]."""
+    """Edit that divides the parameter at these attribute paths (aliases of one tensor) by b[variables]."""
 
     paths: tuple[str, ...]
     variables: Ids
@@ -69,7 +72,7 @@ class ParameterEdit:
 
 @dataclass(frozen=True, kw_only=True)
 class ScalarEdit:
-    """Replace the Python number at ``node.args[index]`` by the tensor number / b[variables]."""
+    """Edit that replaces the Python number at ``node.args[index]`` by the tensor number / b[variables]."""
 
     node: str
     index: int
@@ -78,7 +81,7 @@ class ScalarEdit:
 
 @dataclass(frozen=True, kw_only=True)
 class NormEdit:
-    """Give the norm ``node``, which has no weight, the weight 1 / b[variables]."""
+    """Edit that gives the norm ``node``, which has no weight, the weight 1 / b[variables]."""
 
     node: str
     variables: Ids
@@ -86,7 +89,7 @@ class NormEdit:
 
 @dataclass(frozen=True, kw_only=True)
 class CutEdit:
-    """Multiply ``node.args[index]`` by 1 / b[variables] where ``node`` reads it."""
+    """Edit that multiplies ``node.args[index]`` by 1 / b[variables] where ``node`` reads it."""
 
     node: str
     index: int
@@ -95,19 +98,19 @@ class CutEdit:
 
 @dataclass(frozen=True, kw_only=True)
 class ShiftEdit:
-    """Subtract from elements of the parameter at these attribute paths (aliases of one tensor)."""
+    """Edit that subtracts from elements of the parameter at these attribute paths (aliases of one tensor)."""
 
     paths: tuple[str, ...]
     elements: Ids
-    """(C,): for each channel of the site's input, the position in the flattened parameter."""
+    """Position of each channel of the site's input in the flattened parameter, (C,)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """One balancing vector: its consumers, and the edits that make their inputs arrive divided by it.
+    """The place of one balancing vector: its consumers, and the edits that divide their inputs by it.
 
-    ``num_variables`` counts the free entries of the vector (1-based; 0 means "pinned to 1"). A site with a
-    ``refusal`` cannot be folded: it says at which node and why.
+    ``num_variables`` is the number of free entries of the vector; indices into it are 1-based, and 0 means "pinned to
+    1". A site with a ``refusal`` cannot be folded; the refusal names the node and the reason.
     """
 
     name: str
@@ -118,16 +121,16 @@ class Site:
     norms: tuple[NormEdit, ...] = ()
     cuts: tuple[CutEdit, ...] = ()
     activations: Mapping[str, Ids] = field(default_factory=dict)
-    """Node -> index into the variables of what its output is divided by, with the output's axes or 1 along them."""
+    """Variable indices of the activations that are divided, by node name, broadcastable to the node's output."""
     shift: ShiftEdit | None = None
-    """What can shift the input; known only where somebody asked (:func:`ptq4dit_ao.passes.offset.find_shifts`)."""
+    """Edit that can shift the input; set only by :func:`ptq4dit_ao.passes.offset.find_shifts`."""
     couples_blocks: bool = False
-    """Are the consumers of several blocks, or does one read what another one made?"""
+    """Whether the consumers belong to several blocks, or one of them depends on another one's output."""
     refusal: str | None = None
 
     @property
     def kind(self) -> SiteKind:
-        """How the site folds, for reports: what it costs, and whether all channels take part."""
+        """Kind of the fold for reports, by its cost and by whether it covers all channels."""
         if self.refusal is not None:
             return "refused"
         if self.cuts:
@@ -136,11 +139,12 @@ class Site:
 
     @property
     def channels(self) -> int:
+        """Number of channels of the site's input."""
         return len(self.consumers[0].variables)
 
     @property
     def inputs(self) -> dict[str, Consumer]:
-        """The distinct tensors that the consumers read: a stable key -> the first consumer that reads it."""
+        """The first consumer of each distinct tensor that the consumers read, by a stable key."""
         first: dict[str, Consumer] = {}
         for consumer in self.consumers:
             if all(consumer.input != other.input for other in first.values()):
@@ -155,18 +159,18 @@ def find_sites(
     """Group the linears of an exported graph into balance sites, in execution order.
 
     Args:
-        graph_module: as ``torch.export.export(..., strict=False).module(check_guards=False)`` gives it.
-        only: names of the linear nodes to start from; a site may draw in others that share its scale.
+        graph_module: a graph from ``torch.export.export(..., strict=False).module(check_guards=False)``.
+        only: names of the linear nodes to start from; a site may include other linears that share its scale.
         policy: which folds to take; the default adds at most a multiply of a vector.
 
     Raises:
-        ArgumentError: one of these is something else.
+        ArgumentError: an argument has another type, or a name in ``only`` is no linear node.
     """
     check_type("graph_module", graph_module, GraphModule, "a graph of export_transformer")
     check_type("policy", policy, (SitePolicy, type(None)), "a SitePolicy")
     if unknown := set(only or ()) - {node.name for node in linears(graph_module)}:
         raise ArgumentError(
-            f"only has {sorted(unknown)[0]!r}, which is no linear node of the graph; give names of those"
+            f"only has {sorted(unknown)[0]!r}, which is no linear node of the graph; give names of linear nodes"
         )
     search = _Search(GraphIndex(graph_module), policy or SitePolicy())
     sites: list[Site] = []
@@ -183,7 +187,7 @@ def find_sites(
 
 
 def refuse_sites(sites: Sequence[Site], nodes: Collection[str], why: str) -> list[Site]:
-    """The sites, refused where one of ``nodes`` is a consumer: it would be balanced along with the others."""
+    """The sites; those with one of ``nodes`` among their consumers are refused, as it would be balanced as well."""
     refused = []
     for site in sites:
         odd = [consumer.node for consumer in site.consumers if consumer.node in nodes]
@@ -192,23 +196,23 @@ def refuse_sites(sites: Sequence[Site], nodes: Collection[str], why: str) -> lis
 
 
 def first_refusals(sites: Sequence[Site]) -> str:
-    """The first reasons, for a message that nothing could be balanced; empty without sites."""
+    """The refusals of the first three sites as one text for messages; empty without sites."""
     return "; ".join(f"{site.name}: {site.refusal}" for site in sites[:3])
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """A fixpoint, and what it is worth."""
+    """A fixpoint, with its number of free variables and the linears that take part."""
 
     p: Propagation
     free: int
     members: dict[Node, Ids]
-    """Linears that take part -> ids of their input channels."""
+    """Ids of the input channels of the linears that take part."""
     couples: bool
 
 
 class _Search:
-    """Looks for the best plan of each site."""
+    """Search for the best plan of each site."""
 
     def __init__(self, index: GraphIndex, policy: SitePolicy) -> None:
         self.index, self.policy = index, policy
@@ -221,9 +225,9 @@ class _Search:
             self.readers.setdefault(columns, []).append(node)
             self.siblings.setdefault(data_input(node), []).append(node)
         self.coupled: set[str] = set()
-        """Linears known to share their offline scale with others before or after them."""
+        """Linears whose scale, without cuts, is shared across blocks."""
         self.taken: dict[Columns, Node] = {}
-        """What the sites so far balance: by another way through a product, a later one might reach it again."""
+        """Linears of the sites so far; a later site might reach them again by another factor of a product."""
 
     def take(self, site: Site) -> None:
         for consumer in site.consumers:
@@ -231,7 +235,7 @@ class _Search:
             self.taken[self.columns[node]] = node
 
     def site(self, linear: Node) -> Site:
-        """The plan with the most free channels; among equals one that couples no blocks, then the cheaper one."""
+        """The site of the plan with the most free channels, preferably one that couples no blocks and has no cuts."""
         channels = shape_of(data_input(linear))[-1]
         plans = []
         if linear.name not in self.coupled or self.policy.couple_blocks:
@@ -248,9 +252,10 @@ class _Search:
         return self._site(plans[0])
 
     def _plan(self, linear: Node, *, cut: bool) -> _Plan:
-        """The fixpoint with the most free channels over the ways to pass products; the first full one wins.
+        """The fixpoint with the most free channels over the choices of the products' carrying factors.
 
-        Breadth first: one other choice near the seed is tried before many far away.
+        The search is breadth first, so that a single other choice near the seed is tried before several far from it. It
+        ends when all channels are free, or after :data:`MAX_ATTEMPTS`.
         """
         source = data_input(linear)
         channels = shape_of(source)[-1]
@@ -267,7 +272,7 @@ class _Search:
             for columns, node in self.taken.items():
                 p.pin(columns, node, f"{layer_name(node)} is balanced by another site")
             roots = p.seeded(p.values[self.index.slot[source.name]])
-            free = len(np.unique(roots[roots != PINNED]))  # different ones: one for all channels is worth little
+            free = len(np.unique(roots[roots != PINNED]))  # distinct scales; a single scale for all balances nothing
             if best is None or free > best[0]:
                 best = (free, p)
             queue.extend(_alternatives(p, len(given)))
@@ -286,7 +291,7 @@ class _Search:
         }
 
     def _couples(self, members: list[Node]) -> bool:
-        """Are these, in execution order, of several blocks, or is one computed from another's output?"""
+        """Whether these linears (in execution order) belong to several blocks, or one depends on another's output."""
         if len({block for node in members if (block := block_name(layer_name(node)))}) > 1:
             return True
         last = self.position[members[-1]]
@@ -346,7 +351,7 @@ class _Search:
 
 
 def _alternatives(p: Propagation, fixed: int) -> Iterator[dict[str, int]]:
-    """Other ways through one product each, the ones nearest the seed first; those before it stay."""
+    """Choices that differ from a fixpoint's at one product, nearest to the seed first, and keep those before it."""
     names = list(p.candidates)
     for i in range(fixed, len(names)):
         before = {name: p.choices[name] for name in names[:i]}
@@ -356,7 +361,7 @@ def _alternatives(p: Propagation, fixed: int) -> Iterator[dict[str, int]]:
 
 
 def _edits(index: GraphIndex, p: Propagation, renumber: Callable[[Ids], Ids]) -> dict[str, Any]:
-    """The fields of a site that say what to change."""
+    """The edits of a site, by field name of :class:`Site`."""
     parameters, scalars, norms, cuts = [], [], [], []
     activations: dict[str, Ids] = {}
     for slot, ids in p.values.items():
@@ -385,6 +390,6 @@ def _weight(linear: Node) -> Node:
 
 
 def block_name(layer: str) -> str | None:
-    """The block that a layer belongs to: its module path up to the first number, None if there is none."""
+    """Name of the block that a layer belongs to: its module path up to the first number, or None without a number."""
     parts = layer.split(".")
     return next((".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()), None)

@@ -1,7 +1,7 @@
-"""Equal tensors become one, and what is computed from them is computed once.
+"""Deduplication of equal tensors, and of computations that become equal by it.
 
-Checkpoints of DiT hold the timestep and class embedder of the only one the model has in every block: 28 copies of the
-same parameters, of which torch.export knows nothing.
+Checkpoints of DiT store the model's single timestep and class embedder once per block: 28 copies of the same
+parameters, whose equality torch.export does not detect.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch.utils._pytree import tree_flatten
 from ptq4dit_ao.graph.names import get_attribute, writes_in_place
 
 SMALL = 1024
-"""Bytes below which a tensor is not worth a look."""
+"""Minimum size in bytes of a tensor that is compared."""
 
 
 def share_equal_tensors(model: GraphModule) -> int:
-    """Let equal tensors of a graph be read under the name of the first of them, in place; returns the bytes saved."""
+    """Make equal tensors of a graph share the path of the first of them, in place; return the bytes saved."""
     first: dict[object, str] = {}
     names: dict[str, str] = {}
     saved = 0
@@ -39,9 +39,9 @@ def share_equal_tensors(model: GraphModule) -> int:
 
 
 def merge_equal_computations(model: GraphModule) -> int:
-    """Compute each value of a graph once, in place; returns how many nodes that saves.
+    """Merge equal computations of a graph, in place; return the number of nodes removed.
 
-    A graph that writes into tensors is left alone: what is equal before the write is not so after it.
+    A graph that writes into tensors is not changed, because equal computations may differ after a write.
     """
     graph = model.graph
     if writes_in_place(model):
@@ -52,7 +52,7 @@ def merge_equal_computations(model: GraphModule) -> int:
         if node.op not in ("call_function", "get_attr") or _is_random(node):
             continue
         leaves, spec = tree_flatten((node.args, node.kwargs))
-        # The types too, as 1 == True == 1.0.
+        # The key includes the types, as 1 == True == 1.0.
         kept = first.setdefault((node.op, node.target, *leaves, *map(type, leaves), str(spec)), node)
         if kept is not node:
             node.replace_all_uses_with(kept)

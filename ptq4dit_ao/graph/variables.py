@@ -1,7 +1,7 @@
-"""Scale variables: a vectorised union-find that knows nothing of graphs.
+"""Scale variables: a vectorised union-find, independent of graphs.
 
-A variable stands for an unknown positive scale. Variable 0 is *pinned*: its scale is 1. Joining anything with it
-pins that too, because the smallest id of a class is its representative.
+A variable is an unknown positive scale. Variable 0 is *pinned*: its scale is 1. Joining a variable with it pins that
+variable too, because the smallest id of a class is its representative.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ PINNED = 0
 
 
 class ScaleVariables:
-    """Union-find over int64 ids; every operation takes and returns whole arrays."""
+    """Union-find over int64 ids, whose operations take and return whole arrays."""
 
     def __init__(self) -> None:
         self._parent: Ids = np.zeros(1, dtype=np.int64)
         self._count = 1
 
     def fresh(self, shape: tuple[int, ...]) -> Ids:
-        """New variables, one per element of ``shape``."""
+        """An array of new variables of this shape."""
         n = int(np.prod(shape, dtype=np.int64))
         end = self._count + n
         if end > len(self._parent):
@@ -47,7 +47,7 @@ class ScaleVariables:
         return roots
 
     def union(self, a: Ids, b: Ids) -> bool:
-        """Make ``a`` and ``b`` (broadcast against each other) the same variables; was anything new?"""
+        """Join ``a`` and ``b``, broadcast against each other; return whether any of them were different before."""
         left, right = np.broadcast_arrays(self.find(a), self.find(b))
         different = left != right
         if not different.any():
@@ -63,9 +63,9 @@ class ScaleVariables:
         return True
 
     def pin(self, ids: Ids) -> bool:
-        """Set the scale of ``ids`` to 1; was any of them free?"""
+        """Set the scale of ``ids`` to 1; return whether any of them was free."""
         return self.union(ids, np.zeros((), dtype=np.int64))
 
     def is_free(self, ids: Ids) -> bool:
-        """Is any of ``ids`` not pinned?"""
+        """Whether any of ``ids`` is not pinned."""
         return bool((self.find(ids) != PINNED).any())

@@ -1,4 +1,4 @@
-"""Observers that torchao's prepare/convert insert and call, and the statistics they keep."""
+"""Observers that torchao's ``prepare_pt2e`` and ``convert_pt2e`` insert and call, and the statistics that they keep."""
 
 from ptq4dit_ao.observers.attention import AttentionObserver
 from ptq4dit_ao.observers.clock import InputObserver, TimestepClock

@@ -1,4 +1,4 @@
-"""The range of what attention multiplies: q, k, v and the probabilities."""
+"""Observer of the ranges of attention's operands: q, k, v and the probabilities."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ptq4dit_ao.observers.qdq import QuantSpec
 
 
 class AttentionObserver(ActivationObserver):
-    """Minimum and maximum of an operand of attention, apart along the axes on which balancing may divide it.
+    """Observer of minimum and maximum of an operand of attention, separate along the axes that balancing may divide.
 
-    That is v, whose channels a fold of the attention output divides by b: as with
-    :class:`~ptq4dit_ao.observers.SalienceObserver` the range after it is ``min_j(min_j / b_j) .. max_j(max_j / b_j)``.
+    Only v can be divided: a fold of the attention output divides its channels by b. As with
+    :class:`~ptq4dit_ao.observers.SalienceObserver`, the range is then ``min_j(min_j / b_j) .. max_j(max_j / b_j)``.
     """
 
     def __init__(
@@ -27,10 +27,11 @@ class AttentionObserver(ActivationObserver):
         self.minimum, self.maximum = torch.tensor(torch.inf), torch.tensor(-torch.inf)
 
     def divide(self, b: Tensor) -> None:
-        """Record that a fold divides the operand by b, float64, which broadcasts to it and differs on ``axes``."""
+        """Record that a fold divides the operand by b, float64, broadcastable to it and varying along ``axes`` only."""
         self.balance = b if self.balance is None else self.balance * b
 
     def forward(self, x: Tensor) -> Tensor:
+        """Update minimum and maximum from an operand; return it unchanged."""
         over = [axis for axis in range(x.ndim) if axis not in self.axes]
         low, high = x.detach().amin(over, keepdim=True), x.detach().amax(over, keepdim=True)
         check_finite(low, high, x, self.layer, self.clock)
@@ -39,6 +40,11 @@ class AttentionObserver(ActivationObserver):
         return x
 
     def range(self) -> tuple[Tensor, Tensor]:
+        """Smallest and largest value after division by the balancing vector: scalars, float64.
+
+        Raises:
+            CalibrationError: nothing was observed.
+        """
         if (self.minimum > self.maximum).any():
             raise not_calibrated(self.layer)
         divisor = 1.0 if self.balance is None else self.balance

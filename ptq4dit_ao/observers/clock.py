@@ -1,4 +1,4 @@
-"""The timestep of the batch in flight, read from the graph's own timestep input."""
+"""The timesteps of the current batch, which an observer reads from the graph's timestep input."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from ptq4dit_ao.errors import CalibrationError
 
 
 class TimestepClock:
-    """Shared by all observers of one prepared model: one observer sets it, the others read it."""
+    """The current timesteps, shared by all observers of a prepared model; the :class:`InputObserver` sets them."""
 
     def __init__(self) -> None:
         self.current: Tensor | None = None
         self.example: tuple[Tensor, ...] | None = None
-        """The first inputs that were seen."""
+        """Inputs of the first batch; None before it."""
 
     def rows(self, batch: int, where: str) -> Tensor:
-        """One timestep per row of a tensor with ``batch`` rows: (batch,) float64.
+        """One timestep per row of a tensor with ``batch`` rows: (batch,) float64; zeros without a timestep input.
 
-        A multiple of the samples is taken for tokens beside the batch, sample by sample. Of a timestep per token,
-        (N, T), the largest counts.
+        If there are several rows per sample, the rows of a sample are assumed to be adjacent. If each token has a
+        timestep, (N, T), the largest one of the sample is used.
 
         Raises:
-            CalibrationError: the rows cannot be told apart.
+            CalibrationError: the rows cannot be assigned to samples.
         """
         if self.current is None:
             return torch.zeros(batch, dtype=torch.float64)
@@ -42,13 +42,13 @@ class TimestepClock:
         )
 
     def all(self) -> Tensor:
-        """The distinct timesteps in flight: (T,) float64."""
+        """The distinct timesteps of the current batch: (T,) float64."""
         samples = 1 if self.current is None or not self.current.ndim else len(self.current)
         return self.rows(samples, "the batch").unique()
 
 
 class InputObserver(ObserverBase):
-    """Sets the clock from a graph's inputs, and keeps the first of them; leaves no trace in the converted graph."""
+    """Observer that sets the clock from a graph's inputs and keeps those of the first batch; conversion removes it."""
 
     def __init__(self, clock: TimestepClock, timestep: int | None) -> None:
         super().__init__(dtype=torch.float32)
@@ -57,7 +57,11 @@ class InputObserver(ObserverBase):
         """Position of the input that holds the timestep."""
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Raises CalibrationError: autocast is on, with which the graph would compute in other dtypes than its own."""
+        """Set the clock; return the first input.
+
+        Raises:
+            CalibrationError: autocast is on, so the graph would compute in dtypes other than its own.
+        """
         if autocasts():
             raise CalibrationError(
                 "the prepared model is called under torch.autocast, which changes what it computes; calibrate outside "
@@ -70,9 +74,10 @@ class InputObserver(ObserverBase):
         return inputs[0]
 
     def calculate_qparams(self, **kwargs: object) -> tuple[Tensor, Tensor]:
+        """Raise AssertionError, because inputs are not quantized here."""
         raise AssertionError("inputs are not quantized here")
 
     def convert(self, model: GraphModule, node: Node) -> None:
-        """Called by ``convert_pt2e``."""
+        """Remove the observer from the graph; called by ``convert_pt2e``."""
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
         model.graph.erase_node(node)

@@ -1,7 +1,7 @@
-"""Observers with a ``convert`` hook: before the first of them is converted, the model is balanced and folded.
+"""Observers with a ``convert`` hook, which balances and folds the model before the first of them is converted.
 
-``convert_pt2e`` visits weight observers first, so weight ranges must wait for the fold: weights are looked at then,
-not during calibration. Activation ranges after balancing follow exactly from minimum and maximum per channel.
+Weight ranges depend on the fold, so weight observers read weights on conversion and not during calibration. Activation
+ranges after balancing follow exactly from minimum and maximum per channel.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ from ptq4dit_ao.observers.statistics import ChannelStatistics
 
 
 class ConvertHook(Protocol):
-    """What runs once, before the first observer of a prepared model is converted."""
+    """Protocol of the hook that observers call before they are converted."""
 
-    def before_convert(self, model: GraphModule) -> None: ...
+    def before_convert(self, model: GraphModule) -> None:
+        """Finish a prepared model; only the first call, before any observer is converted, has an effect."""
+        ...
 
 
 class _HookedObserver(ObserverBase):
-    """An observer that replaces itself by quantize/dequantize nodes, after the hook has run."""
+    """An observer that calls the hook, and then replaces itself by quantize/dequantize nodes."""
 
     def __init__(self, spec: QuantSpec, hook: ConvertHook) -> None:
         super().__init__(dtype=spec.dtype)
@@ -40,13 +42,14 @@ class _HookedObserver(ObserverBase):
 
     @own_modes()
     def convert(self, model: GraphModule, node: Node) -> None:
-        """Called by ``convert_pt2e``."""
+        """Call the hook and replace the observer by quantize/dequantize nodes; called by ``convert_pt2e``."""
         self.hook.before_convert(model)
         source = node.args[0]
         assert isinstance(source, Node)
         self._convert(model, node, source)
 
     def calculate_qparams(self, **kwargs: object) -> tuple[Tensor, Tensor]:
+        """Raise NotImplementedError, because the parameters depend on the fold."""
         raise NotImplementedError("qparams depend on the fold; convert_pt2e computes them")
 
     def _convert(self, model: GraphModule, node: Node, source: Node) -> None:
@@ -54,7 +57,7 @@ class _HookedObserver(ObserverBase):
 
 
 class ActivationObserver(_HookedObserver):
-    """What is known of one quantized activation, (N, ..., C): its range, and its moments if anybody asks for them."""
+    """Observer of one quantized activation, (N, ..., C): of its range, and of its moments if they are needed."""
 
     def __init__(
         self, spec: QuantSpec, hook: ConvertHook, layer: str, clock: TimestepClock, moments: Moments | None = None
@@ -62,13 +65,13 @@ class ActivationObserver(_HookedObserver):
         super().__init__(spec, hook)
         self.layer, self.clock, self.moments = layer, clock, moments
         self.tokens = 0
-        """Rows of C numbers seen, by a linear."""
+        """Number of tokens (rows of C numbers) that were observed."""
         self.chosen_range: tuple[float, float] | None = None
-        """A range chosen after balancing, instead of minimum and maximum."""
+        """Quantization range chosen after balancing; None takes minimum and maximum."""
         self.balance: Tensor | None = None
-        """The balancing vector that divides the activation after the fold, (C,) or broadcast to it, float64."""
+        """Balancing vector that divides the activation after the fold, (C,) or broadcastable to it, float64."""
         self.offset: Tensor | None = None
-        """What is subtracted from the activation before it is divided, (C,) float64."""
+        """Offset that is subtracted from the activation before it is divided, (C,) float64."""
 
     def range(self) -> tuple[Tensor, Tensor]:
         """Smallest and largest value, after balancing: scalars.
@@ -84,12 +87,12 @@ class ActivationObserver(_HookedObserver):
             self.moments.update(x.detach())
 
     def qparams(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero point."""
+        """Scale and zero point of the activation's quantization."""
         low, high = self.range() if self.chosen_range is None else map(torch.tensor, self.chosen_range)
         return self.spec.qparams(low, high)
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        """What the quantized network computes with instead of ``x``, of its shape and dtype."""
+        """The activation quantized and dequantized, of the shape and dtype of ``x``."""
         scale, zero_point = self.qparams()
         return fake_quantize(x, float(scale), int(zero_point), self.spec.quant_min, self.spec.quant_max)
 
@@ -98,7 +101,7 @@ class ActivationObserver(_HookedObserver):
 
 
 class RangeObserver(ActivationObserver):
-    """Minimum and maximum of a whole activation, for inputs that no balancing vector reaches."""
+    """Observer of minimum and maximum of a whole activation, for inputs that are not balanced."""
 
     def __init__(
         self, spec: QuantSpec, hook: ConvertHook, layer: str, clock: TimestepClock, moments: Moments | None = None
@@ -107,6 +110,7 @@ class RangeObserver(ActivationObserver):
         self.minimum, self.maximum = torch.tensor(torch.inf), torch.tensor(-torch.inf)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Update minimum, maximum and moments from an activation; return it unchanged."""
         low, high = torch.aminmax(x.detach())
         check_finite(low, high, x, self.layer, self.clock)
         self.minimum = torch.minimum(self.minimum, low.to("cpu", torch.float32))
@@ -115,16 +119,21 @@ class RangeObserver(ActivationObserver):
         return x
 
     def range(self) -> tuple[Tensor, Tensor]:
+        """Smallest and largest value: scalars.
+
+        Raises:
+            CalibrationError: nothing was observed.
+        """
         if self.minimum > self.maximum:
             raise not_calibrated(self.layer)
         return self.minimum, self.maximum
 
 
 class SalienceObserver(ActivationObserver):
-    """Minimum and maximum per (timestep, channel) of a balance site's input, (N, ..., C), N at ``batch_axis``.
+    """Observer of minimum and maximum per timestep and channel of a site's input, (N, ..., C), N at ``batch_axis``.
 
-    After the hook has set :attr:`balance` (C,), the range is ``min_j(min_j / b_j) .. max_j(max_j / b_j)``: exact,
-    no second pass. An :attr:`offset` (C,), if there is one, is subtracted first.
+    After the hook has set :attr:`balance` (C,), the range is ``min_j(min_j / b_j) .. max_j(max_j / b_j)``. It is exact
+    and needs no second pass over the data. An :attr:`offset` (C,), if there is one, is subtracted first.
     """
 
     def __init__(
@@ -142,23 +151,29 @@ class SalienceObserver(ActivationObserver):
         self.statistics = ChannelStatistics(channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Record ranges and moments of a site's input; return it unchanged."""
         record_range(x.detach(), self.statistics, self.clock, self.layer, self.batch_axis)
         self._count(x)
         return x
 
     def range(self) -> tuple[Tensor, Tensor]:
+        """Smallest and largest value after balancing: scalars, float64.
+
+        Raises:
+            CalibrationError: nothing was observed.
+        """
         if len(self.statistics.timesteps) == 0:
             raise not_calibrated(self.layer)
         return self.statistics.range(self.balance, self.offset)
 
 
 class Rounded:
-    """A weight that was rounded in view of its inputs. It waits beside the float one, so 4 bits are kept as 4 bits.
+    """A rounded weight, which is kept next to the float one until conversion; 4-bit integers are stored packed.
 
     Args:
         integers: (C_out, C_in) int8.
         scale: (C_out,) float32.
-        bias: (C_out,) float32: corrected for what rounding does to the output's mean; None leaves the layer's own.
+        bias: (C_out,) float32, corrected for the change of the output's mean by rounding; None keeps the layer's own.
     """
 
     def __init__(self, *, integers: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
@@ -171,30 +186,31 @@ class Rounded:
 
     @property
     def integers(self) -> Tensor:
-        """(C_out, C_in) int8."""
+        """Integers of the weight, (C_out, C_in) int8."""
         return unpack_int4(self._integers, self._shape) if self._packed else self._integers
 
     def weight(self) -> Tensor:
-        """The weight that the integers stand for, (C_out, C_in) float32."""
+        """The dequantized weight, (C_out, C_in) float32."""
         return self.integers * self.scale.unsqueeze(1)
 
 
 class WeightObserver(_HookedObserver):
-    """Looks at the weight when converting, once, after the fold; costs nothing during calibration."""
+    """Observer of a weight, which reads it once on conversion, after the fold; calibration costs nothing."""
 
     def __init__(self, spec: QuantSpec, hook: ConvertHook) -> None:
         super().__init__(spec, hook)
         self.rounded: Rounded | None = None
-        """What rounding has decided; else the weight is rounded to nearest."""
+        """The result of rounding; None rounds the weight to nearest."""
 
     def forward(self, weight: Tensor) -> Tensor:
+        """Return the weight unchanged."""
         return weight
 
     def qparams(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point that cover a weight.
 
         Raises:
-            CalibrationError: it is not finite.
+            CalibrationError: the weight is not finite.
         """
         axis = self.spec.channel_axis
         rows = weight.reshape(1, -1) if axis is None else weight.movedim(axis, 0).reshape(weight.shape[axis], -1)
@@ -205,7 +221,7 @@ class WeightObserver(_HookedObserver):
         return self.spec.qparams(low, high)
 
     def fake_quantize(self, name: str, weight: Tensor) -> Tensor:
-        """What the quantized network computes with instead of ``weight``, of its shape and dtype."""
+        """The weight quantized and dequantized, of the shape and dtype of ``weight``."""
         if self.rounded is not None:
             return self.rounded.weight().to(weight.dtype)
         scale, zero_point = self.qparams(name, weight)
@@ -229,10 +245,10 @@ class WeightObserver(_HookedObserver):
 def record_range(
     x: Tensor, statistics: ChannelStatistics, clock: TimestepClock, layer: str, batch_axis: int | None
 ) -> None:
-    """Take in a tensor (..., C) whose samples lie along ``batch_axis``; None if all samples share it.
+    """Record the range of a tensor (..., C) whose samples lie along ``batch_axis``; None if all samples share it.
 
     Raises:
-        CalibrationError: it has NaN or infinite values, or its rows cannot be told apart.
+        CalibrationError: the tensor has NaN or infinite values, or its rows cannot be assigned to samples.
     """
     x = x.unsqueeze(0) if batch_axis is None else x.movedim(batch_axis, 0)
     low, high = channel_range(x)
@@ -248,7 +264,7 @@ def channel_range(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_finite(low: Tensor, high: Tensor, x: Tensor, layer: str, clock: TimestepClock) -> None:
-    """Raises CalibrationError, with layer and timesteps, if the range of ``x`` is not finite."""
+    """Raise CalibrationError, with layer and timesteps, if the range of ``x`` is not finite."""
     if low.isfinite().all() and high.isfinite().all():
         return
     bad = ~x.detach().reshape(len(x), -1).isfinite().all(1).cpu()
@@ -262,7 +278,7 @@ def check_finite(low: Tensor, high: Tensor, x: Tensor, layer: str, clock: Timest
 
 
 def not_calibrated(layer: str) -> CalibrationError:
-    """The error of an observer that has seen nothing."""
+    """The exception of an observer that has observed nothing."""
     return CalibrationError(
         f"{layer!r} was never run: call the prepared model on calibration samples before convert_pt2e"
     )

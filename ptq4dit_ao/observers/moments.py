@@ -1,4 +1,4 @@
-"""Second moment, mean and a sample of a linear's inputs: what rounding and the search for b need beside min and max."""
+"""Second moment, mean and a sample of a linear's inputs, which rounding and the search for b need."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from torch import Tensor
 from ptq4dit_ao._modes import own_modes
 
 TOKENS = 2048
-"""Tokens that are kept."""
+"""Maximum number of tokens that a sample keeps."""
 
 _HASH = 2654435761
-"""Knuth's multiplicative hash; spreads consecutive numbers evenly over 32 bits."""
+"""Factor of Knuth's multiplicative hash, which spreads consecutive numbers evenly over 32 bits."""
 
 
 class TokenSample:
-    """Some of the tokens seen: those whose running number hashes lowest.
+    """A sample of all tokens seen: those whose running numbers have the lowest hashes.
 
-    So they are spread evenly over batches, samples and positions, and are the same in every run.
+    The sample is spread evenly over batches, samples and positions, and is the same in every run.
     """
 
     def __init__(self, channels: int) -> None:
         self.count = 0
-        """Tokens seen."""
+        """Number of tokens seen."""
         self.tokens = torch.empty(0, channels)
         """Tokens kept, (n, C) float32."""
         self._priority = torch.empty(0, dtype=torch.int64)
 
     def update(self, rows: Tensor) -> None:
-        """Take in tokens, (N, C)."""
+        """Add tokens, (N, C)."""
         priority = (torch.arange(self.count, self.count + len(rows)) * _HASH) % 2**32
         self.count += len(rows)
         best = priority.argsort()[:TOKENS]
@@ -39,7 +39,7 @@ class TokenSample:
 
 
 class Moments:
-    """``E[x x^T]``, ``E[x]`` and some tokens of everything seen, (..., C); memory C^2, however many there are."""
+    """``E[x x^T]``, ``E[x]`` and a sample of all tokens seen, (..., C), in C^2 memory for any number of tokens."""
 
     def __init__(self, channels: int) -> None:
         self._second = torch.zeros(channels, channels)
@@ -48,7 +48,7 @@ class Moments:
 
     @property
     def count(self) -> int:
-        """Tokens seen."""
+        """Number of tokens seen."""
         return self._sample.count
 
     @property
@@ -58,17 +58,17 @@ class Moments:
 
     @property
     def second(self) -> Tensor:
-        """``E[x x^T]``, (C, C) float32."""
+        """Second moment ``E[x x^T]``, (C, C) float32."""
         return self._second / max(1, self.count)
 
     @property
     def mean(self) -> Tensor:
-        """``E[x]``, (C,) float32."""
+        """Mean ``E[x]``, (C,) float32."""
         return (self._sum / max(1, self.count)).to(torch.float32)
 
     @own_modes()
     def update(self, x: Tensor) -> None:
-        """Take in a tensor (..., C)."""
+        """Add the tokens of a tensor (..., C)."""
         rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
         self._second = self._second.to(rows.device).addmm_(rows.T, rows)
         self._sum = self._sum.to(rows.device) + rows.sum(0, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""How a tensor is quantized, and the quantize/dequantize nodes that say so in a graph."""
+"""Specification of a tensor's quantization, and its quantize/dequantize nodes in a graph."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PER_CHANNEL = (torch.per_channel_symmetric, torch.per_channel_affine)
 
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec:
-    """What a torchao ``QuantizationSpec`` asks for, without its observer; ``channel_axis`` None is per tensor."""
+    """Contents of a torchao ``QuantizationSpec`` without its observer; ``channel_axis`` None means per tensor."""
 
     dtype: torch.dtype
     quant_min: int
@@ -36,7 +36,7 @@ class QuantSpec:
 
     @classmethod
     def of(cls, spec: QuantizationSpec, *, eps: float = DEFAULT_EPS) -> QuantSpec:
-        """Read a torchao spec; a missing range means all of its dtype."""
+        """Read a torchao spec; a missing integer range is that of its dtype."""
         bounds = torch.iinfo(spec.dtype)
         return cls(
             dtype=spec.dtype,
@@ -49,11 +49,11 @@ class QuantSpec:
 
     @property
     def levels(self) -> int:
-        """How many integers there are."""
+        """Number of integers in the range."""
         return self.quant_max - self.quant_min + 1
 
     def qparams(self, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero point for a range."""
+        """Scale and zero point for a range; any shape, elementwise."""
         return affine_qparams(minimum, maximum, self.quant_min, self.quant_max, symmetric=self.symmetric, eps=self.eps)
 
 
@@ -65,10 +65,10 @@ def insert_qdq(
     zero_point: Tensor,
     integers: Tensor | None = None,
 ) -> None:
-    """Replace an observer node by ``dequantize(quantize(x))``, in the form torchao's own convert writes.
+    """Replace an observer node by ``dequantize(quantize(x))``, in the form that torchao's own convert writes.
 
-    An attribute, that is a weight, is quantized now, unless its integers are known: torchao's own folding gives up
-    where the graph writes in place.
+    A weight (an attribute) is quantized here, unless its integers are given, because torchao's own folding fails on
+    graphs that write in place.
     """
     source = observer.args[0]
     assert isinstance(source, Node)
@@ -102,7 +102,7 @@ def insert_qdq(
 
 
 def insert_bias(model: GraphModule, linear: Node, bias: Tensor) -> None:
-    """Give a linear this bias, (C_out,), instead of the one it has, if it has one."""
+    """Give a linear this bias, (C_out,), in place of its own, if it has one."""
     value = linear.meta.get("val")
     stored = bias if value is None else bias.to(value.device, value.dtype)
     with model.graph.inserting_before(linear):
@@ -113,7 +113,7 @@ def insert_bias(model: GraphModule, linear: Node, bias: Tensor) -> None:
 
 
 def _integers(tensor: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """What torchao's quantize op gives, of the tensor's shape, without its float temporaries of that shape."""
+    """Result of torchao's quantize op, computed in blocks to avoid float temporaries of the tensor's size."""
     stored = torch.empty_like(tensor, dtype=spec.dtype)
     bounds = (spec.quant_min, spec.quant_max, spec.dtype)
     scale, zero_point = scale.to(tensor.device), zero_point.to(tensor.device)

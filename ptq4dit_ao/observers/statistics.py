@@ -1,4 +1,4 @@
-"""Minimum and maximum per (timestep, channel): all that CSB, SSC and exact post-balance ranges need."""
+"""Minimum and maximum per timestep and channel, from which CSB, SSC and exact ranges after balancing follow."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FORMAT = TensorFormat(name="salience statistics", version=2, error=CalibrationEr
 
 
 class ChannelStatistics:
-    """State of O(timesteps x channels), merged by elementwise min/max: the order of batches does not matter."""
+    """Minimum and maximum per timestep and channel of one tensor; the order of updates does not matter."""
 
     def __init__(self, channels: int) -> None:
         self._row: dict[float, int] = {}
@@ -25,6 +25,7 @@ class ChannelStatistics:
 
     @property
     def channels(self) -> int:
+        """Number of channels C."""
         return self._minimum.shape[1]
 
     @property
@@ -34,21 +35,29 @@ class ChannelStatistics:
 
     @property
     def minimum(self) -> Tensor:
-        """(T, C) float32, rows as in :attr:`timesteps`."""
+        """Minimum per timestep and channel, (T, C) float32, rows in the order of :attr:`timesteps`."""
         return self._minimum[self._order()]
 
     @property
     def maximum(self) -> Tensor:
-        """(T, C) float32, rows as in :attr:`timesteps`."""
+        """Maximum per timestep and channel, (T, C) float32, rows in the order of :attr:`timesteps`."""
         return self._maximum[self._order()]
 
     @property
     def salience(self) -> Tensor:
-        """``max |x|`` per timestep and channel: (T, C) float32."""
+        """Salience ``max |x|`` per timestep and channel, (T, C) float32, rows in the order of :attr:`timesteps`."""
         return torch.maximum(self.minimum.abs(), self.maximum.abs())
 
     def range(self, scale: Tensor | None = None, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Smallest and largest value of any channel, each less its offset and divided by its scale, (C,) positive."""
+        """Smallest and largest value over all channels, after subtraction of an offset and division by a scale.
+
+        Args:
+            scale: (C,), positive; 1 by default.
+            offset: (C,); 0 by default.
+
+        Returns:
+            Two scalars, float64.
+        """
         low, high = self.minimum.amin(0).to(torch.float64), self.maximum.amax(0).to(torch.float64)
         if offset is not None:
             low, high = low - offset, high - offset
@@ -58,7 +67,7 @@ class ChannelStatistics:
 
     @own_modes()
     def update(self, timesteps: Tensor, minimum: Tensor, maximum: Tensor) -> None:
-        """Take in rows: timesteps (N,), minimum and maximum (N, C)."""
+        """Merge rows: timesteps (N,), minimum and maximum (N, C)."""
         keys = timesteps.to(torch.float64).tolist()
         for key in keys:
             self._row.setdefault(key, len(self._row))
@@ -72,7 +81,7 @@ class ChannelStatistics:
         self._maximum.scatter_reduce_(0, rows, maximum.to("cpu", torch.float32), "amax")
 
     def merge(self, other: ChannelStatistics) -> None:
-        """Take in what another observer of the same tensor saw.
+        """Merge the statistics of another observer of the same tensor.
 
         Raises:
             CalibrationError: the channel counts differ.
@@ -94,7 +103,7 @@ class SalienceStatistics(Mapping[str, ChannelStatistics]):
         check_type("tables", tables, (Mapping, type(None)), "a dict of ChannelStatistics by site")
         self._tables = dict(tables or {})
         self.example = example
-        """Inputs of the model, from the first calibration batch; not saved."""
+        """Inputs of the model from the first calibration batch; not saved."""
 
     def __getitem__(self, name: str) -> ChannelStatistics:
         return self._tables[name]
@@ -106,7 +115,7 @@ class SalienceStatistics(Mapping[str, ChannelStatistics]):
         return len(self._tables)
 
     def merge(self, other: SalienceStatistics) -> None:
-        """Take in the statistics of another run over the same model, such as another process's share.
+        """Merge the statistics of another run over the same model, such as another process's share of the samples.
 
         Raises:
             CalibrationError: the sites differ.
@@ -119,10 +128,10 @@ class SalienceStatistics(Mapping[str, ChannelStatistics]):
             table.merge(other[name])
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file: three tensors per site.
+        """Write a safetensors file with three tensors per site.
 
         Raises:
-            CalibrationError: it cannot be written.
+            CalibrationError: the file cannot be written.
         """
         tensors = {}
         for name, table in self._tables.items():
@@ -133,10 +142,10 @@ class SalienceStatistics(Mapping[str, ChannelStatistics]):
 
     @classmethod
     def load(cls, path: str | Path) -> SalienceStatistics:
-        """Read what :meth:`save` wrote.
+        """Read a file that :meth:`save` wrote.
 
         Raises:
-            CalibrationError: the file is missing or is something else.
+            CalibrationError: the file is missing, or holds no salience statistics.
         """
         _, tensors = FORMAT.read(path)
         try:

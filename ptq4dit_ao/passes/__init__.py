@@ -1,4 +1,4 @@
-"""Graph passes: solve for the balancing vectors, insert them, fold them away."""
+"""Graph passes that compute the balancing vectors, insert them, and fold them into parameters."""
 
 from ptq4dit_ao.passes.fold import fold_balance
 from ptq4dit_ao.passes.graph import balance, balanced_as, collect_salience

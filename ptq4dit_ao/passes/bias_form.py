@@ -1,6 +1,6 @@
 """The paper's form of the adaLN fold: ``c + (W x + bias)`` divided by b is ``c + (W/b x + (bias + c)/b - c)``.
 
-Forgetting the ``(c + ...) - c`` is the classic bug.
+The bias must become ``(bias + c)/b - c``. Storing ``bias/b`` instead is a common bug.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from ptq4dit_ao.graph.shapes import example_shape, example_size
 
 
 def bias_shift(add: Node, index: int, scale: Tensor) -> tuple[str, Tensor]:
-    """What to add to the bias behind ``add`` once its linear's rows are divided by b: exactly 0 where b is 1.
+    """The term to add to the bias behind ``add`` once its linear's rows are divided by b; exactly 0 where b is 1.
 
-    For ``k y + c`` with a linear's rearranged output y, that is ``(c/b - c) / k``.
+    For ``k y + c`` with a linear's rearranged output y, the term is ``(c/b - c) / k``.
 
     Args:
-        add: an add or sub, a number at position ``index``.
+        add: an add or sub of a number.
+        index: the number's position in the op's arguments.
         scale: b, broadcastable to the add's shape, float64.
 
     Returns:
-        The bias's attribute path, and (C_out,) float64.
+        The bias's attribute path and the term, (C_out,) float64.
 
     Raises:
         BalanceError: the other operand is not a rearrangement of one linear's output with a bias of its own.
@@ -67,7 +68,7 @@ def _terms(add: Node, index: int) -> tuple[float, float]:
 
 
 def _chain_to_linear(add: Node, operand: Node) -> list[Node]:
-    """The nodes from a linear to ``add``, the linear first; every one of them read by the next only."""
+    """The nodes from a linear (the first) to ``add``; each node is read by the next one only."""
     chain, reader = [operand], add
     while True:
         node = chain[0]
@@ -86,14 +87,15 @@ def _chain_to_linear(add: Node, operand: Node) -> list[Node]:
 
 
 def splits(node: Node) -> bool:
-    """Does the node return parts, each of which has its own readers?"""
+    """Whether the node returns parts, each of which has its own readers."""
     return isinstance(node.meta["val"], (list, tuple))
 
 
 def replay(chain: list[Node], source: Node, value: Tensor) -> Tensor:
-    """Run movement ops on ``value`` in place of ``source``, symbolic sizes by their hints; each reads the one before.
+    """Run a chain of movement ops on ``value`` in place of ``source``; symbolic sizes become their hints.
 
-    What is summed up with something else is spread over the sum.
+    Each node of the chain reads the one before it. For an op that is no movement, such as a sum, the value is expanded
+    to the op's shape.
     """
     values: dict[Node, object] = {source: value}
     for before, node in pairwise([source, *chain]):

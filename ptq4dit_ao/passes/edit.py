@@ -1,4 +1,4 @@
-"""Small edits of graphs and their tensors: computed in float64, stored in the tensor's own dtype."""
+"""Small edits of graphs and of their tensors, which are computed in float64 and stored in the tensor's own dtype."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ptq4dit_ao.graph.variables import Ids
 
 
 class Snapshot:
-    """A graph and its tensors as they are now; balancing replaces tensors, so references are enough."""
+    """The current state of a graph and its tensors. Balancing replaces tensors, so references to them are enough."""
 
     def __init__(self, model: GraphModule) -> None:
         self._nodes = {node: (node.target, node.args, node.kwargs) for node in model.graph.nodes}
@@ -24,7 +24,7 @@ class Snapshot:
         self._tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
 
     def restore(self, model: GraphModule) -> None:
-        """Bring everything back, exactly, node by node: whoever iterates over the graph may go on."""
+        """Restore the state exactly and in place, node by node, so that iterators over the graph stay valid."""
         for node, (target, args, kwargs) in self._nodes.items():
             node.target, node.args, node.kwargs = target, args, kwargs
         for node in reversed(list(model.graph.nodes)):
@@ -44,13 +44,13 @@ class Snapshot:
 
 
 def scale_of(b: Tensor, variables: Ids | Sequence[int]) -> Tensor:
-    """``b`` spread over channels: variables of any shape, 1-based, 0 meaning 1 -> float64 of that shape."""
+    """Scale of every element, float64: ``b[v - 1]`` for a variable v >= 1, and 1 for variable 0."""
     padded = torch.cat([torch.ones(1, dtype=torch.float64), b.detach().to("cpu", torch.float64)])
     return padded[torch.from_numpy(np.asarray(variables, dtype=np.int64))]
 
 
 def replace_tensor(model: GraphModule, paths: Sequence[str], change: Callable[[Tensor], Tensor]) -> None:
-    """Put ``change(tensor)`` where a tensor (and its aliases) stood; the old tensor, perhaps shared, is untouched."""
+    """Replace a tensor and its aliases by ``change(tensor)``; the old tensor, which may be shared, is not modified."""
     old = tensor_at(model, paths[0]).detach()
     new = change(old.to(torch.float64).cpu()).to(old.device, old.dtype)
     for path in paths:
@@ -59,13 +59,13 @@ def replace_tensor(model: GraphModule, paths: Sequence[str], change: Callable[[T
 
 
 def scale_tensor(model: GraphModule, paths: Sequence[str], factor: Tensor) -> None:
-    """Multiply a tensor (and its aliases) by a factor that broadcasts to it; at once, or when it is read."""
+    """Multiply a tensor and its aliases by a factor that broadcasts to it, now or (pending) when it is read."""
     if not scale_later(model, paths, factor):
         replace_tensor(model, paths, lambda tensor: tensor * factor)
 
 
 def add_constant(model: GraphModule, name: str, value: Tensor, *, like: Node) -> Node:
-    """A buffer of the dtype and device of node ``like``, read at the graph's insertion point."""
+    """Add a buffer with the dtype and device of node ``like``; return the node that reads it at the insertion point."""
     example = like.meta["val"]
     path = next(path for i in itertools.count() if not hasattr(model, path := f"_ptq4dit_{name}_{i}"))
     tensor = value.to(example.device, example.dtype)

@@ -1,13 +1,14 @@
-"""Fold explicit balancing away: what :mod:`.insert` put before the consumers moves into existing parameters.
+"""Fold explicit balancing: move the multiplies that :mod:`.insert` put before the consumers into parameters.
 
-The re-parameterisation of PTQ4DiT (section 3.3), for any graph that scale propagation could read:
+This is the re-parameterisation of PTQ4DiT (section 3.3), for any graph that scale propagation can read:
 
-* rows of a linear (adaLN's shift and scale, V) and affine norms: ``W / b``, ``bias / b``;
-* a norm without a weight gets ``1/b`` as one; a modulation vector that serves all blocks is multiplied by ``1/b``
-  where it is read, the only thing here that costs an op, on (N, C) numbers;
-* the constant of ``1 + scale``: ``1 -> 1/b`` as a tensor. The paper's form, which keeps the 1 and stores
-  ``(1 + bias)/b - 1``, is exact too but loses digits of 16-bit parameters and needs a bias; it is for writing back
-  to checkpoints.
+* Rows of a linear (adaLN's shift and scale, V) and affine norms become ``W / b`` and ``bias / b``.
+* A norm without a weight gets the weight ``1/b``.
+* A modulation vector that serves all blocks is multiplied by ``1/b`` where it is read. This is the only fold that
+  costs an op, on (N, C) numbers.
+* The constant of ``1 + scale`` becomes the tensor ``1/b``. The paper's form keeps the 1 and stores
+  ``(1 + bias)/b - 1``. It is exact too, but it loses digits of 16-bit parameters and needs a bias. It serves to write
+  the folds back to checkpoints.
 """
 
 from __future__ import annotations
@@ -26,28 +27,28 @@ from ptq4dit_ao.passes.edit import add_constant, replace_tensor, scale_of, scale
 from ptq4dit_ao.passes.insert import MARK
 
 CUT = "ptq4dit_cut"
-"""``node.meta`` key of a multiply that a fold inserted."""
+"""Key in ``node.meta`` that marks a multiply which a fold inserted."""
 
 
 def fold_balance(model: GraphModule, site: Site, b: Tensor, form: FoldForm = "constant") -> None:
-    """Remove a site's balancing nodes and make its producers deliver ``x / b``.
+    """Remove a site's balancing nodes and make its producers compute ``x / b``.
 
     Args:
-        model: as :func:`.insert_balance` left it; changed in place.
+        model: a graph to which :func:`.insert_balance` was applied; changed in place.
         site: a site without refusal.
         b: (num_variables,) float64, the vector that was inserted.
         form: where the 1 of ``1 + scale`` goes.
 
     Raises:
         ArgumentError: ``form`` is unknown.
-        BalanceError: the site is refused, or its scalars do not sit behind a bias (form "bias").
+        BalanceError: the site is refused, or its scalars are not added to a linear's output with a bias (form "bias").
     """
     check_choice("fold form", form, FOLD_FORMS)
     if site.refusal is not None:
         raise BalanceError(f"{site.name} cannot be folded: {site.refusal}")
     nodes = {node.name: node for node in model.graph.nodes}
     shifts = []
-    if form == "bias":  # looked up first: a refusal leaves the model as it was
+    if form == "bias":  # before any edit, so that a refusal leaves the model unchanged
         shifts = [bias_shift(nodes[s.node], s.index, scale_of(b, s.variables)) for s in site.scalars]
     for edit in site.parameters:
         scale_tensor(model, edit.paths, 1 / scale_of(b, edit.variables))
@@ -65,7 +66,7 @@ def fold_balance(model: GraphModule, site: Site, b: Tensor, form: FoldForm = "co
 
 def _divide_scalar(model: GraphModule, node: Node, scalar: ScalarEdit, b: Tensor) -> None:
     value, scale = node.args[scalar.index], scale_of(b, scalar.variables)
-    if isinstance(value, Node):  # another site was here first
+    if isinstance(value, Node):  # an earlier site has replaced the number by a tensor
         replace_tensor(model, (str(value.target),), lambda c: c / scale)
         return
     assert isinstance(value, (int, float))
@@ -73,7 +74,7 @@ def _divide_scalar(model: GraphModule, node: Node, scalar: ScalarEdit, b: Tensor
         node.update_arg(scalar.index, add_constant(model, "constant", value / scale, like=node))
     if node.target in _TENSOR_OVERLOAD:
         node.target = _TENSOR_OVERLOAD[node.target]
-        if len(node.args) > 2:  # positional in the scalar overload only
+        if len(node.args) > 2:  # alpha is positional in the scalar overload only
             node.kwargs = {**node.kwargs, "alpha": node.args[2]}
             node.args = node.args[:2]
 
@@ -85,9 +86,9 @@ _TENSOR_OVERLOAD: dict[object, torch._ops.OpOverload] = {
 
 
 def _divide_norm(model: GraphModule, node: Node, scale: Tensor) -> None:
-    """Give a norm the weight 1/b."""
+    """Give a norm the weight 1/b, or divide the weight that it has by b."""
     weight = node.args[2] if len(node.args) > 2 else None
-    if isinstance(weight, Node):  # another site was here first
+    if isinstance(weight, Node):  # an earlier site has added the weight
         replace_tensor(model, (str(weight.target),), lambda w: w / scale)
         return
     with model.graph.inserting_before(node):
@@ -99,7 +100,7 @@ def _cut(model: GraphModule, node: Node, index: int, scale: Tensor) -> None:
     """Multiply an operand by 1/b where ``node`` reads it."""
     operand = node.args[index]
     assert isinstance(operand, Node)
-    if operand.meta.get(CUT):  # another site was here first
+    if operand.meta.get(CUT):  # an earlier site has inserted the multiply
         replace_tensor(model, (str(operand.args[1].target),), lambda c: c / scale)  # type: ignore[union-attr]
         return
     with model.graph.inserting_before(node):

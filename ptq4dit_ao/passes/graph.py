@@ -1,4 +1,4 @@
-"""The balance-first door: measure a float graph, balance it, hand it to any quantizer."""
+"""Balancing of a float graph before quantization: record its salience and balance it, for any quantizer."""
 
 from __future__ import annotations
 
@@ -36,15 +36,16 @@ def collect_salience(
     """Run a float graph on calibration samples and record every balance site's input.
 
     Args:
-        exported: from :func:`~ptq4dit_ao.export_transformer`; not changed.
+        exported: a graph from :func:`~ptq4dit_ao.export_transformer`; not changed.
         samples: input tuples.
-        exclude: patterns of layer names (``fnmatch``) not to balance.
-        timestep_input: name of the graph input that holds the timestep, if it is not an obvious one.
+        exclude: patterns (``fnmatch``) of the names of layers that are not balanced.
+        timestep_input: name of the graph input that holds the timestep; not needed if it is called
+            ``timestep``, ``timesteps`` or ``t``.
         policy: which folds to take.
 
     Raises:
         BalanceError: nothing can be balanced.
-        CalibrationError: there are no samples, one does not fit the graph, or makes a site's input NaN or infinite.
+        CalibrationError: there are no samples, or one does not fit the graph or makes a site's input NaN or infinite.
     """
     recorder = _SalienceRecorder(exported, balance_sites_of(exported, exclude, policy), timestep_input)
     example = None
@@ -72,16 +73,16 @@ def balance(
     sites: Sequence[Site] | None = None,
     verify: bool = True,
 ) -> GraphModule:
-    """A graph that computes the same, with salience balanced and folded; ready for any quantizer.
+    """Balance and fold a float graph; the result computes the same and is ready for any quantizer.
 
     Args:
-        exported: not changed; the result shares the tensors that balancing leaves alone.
+        exported: not changed; the result shares the tensors that balancing does not edit.
         statistics: from :func:`collect_salience` on this graph.
-        settings: defaults to the paper's.
-        exclude: as given to :func:`collect_salience`.
-        policy: as given to :func:`collect_salience`.
-        sites: of this graph, if they are known already.
-        verify: run the graph before and after, and undo any site that changes what it computes.
+        settings: settings of balancing; the paper's by default.
+        exclude: the same as for :func:`collect_salience`.
+        policy: the same as for :func:`collect_salience`.
+        sites: the sites of this graph, if they are known already.
+        verify: whether to run the graph before and after balancing, and undo any site that changes its output.
 
     Raises:
         BalanceError: nothing can be balanced.
@@ -108,7 +109,7 @@ def balance(
 
 
 def balanced_as(exported: GraphModule, result: BalanceResult) -> GraphModule:
-    """The float graph with the vectors of a result folded in; shares the tensors that balancing leaves alone."""
+    """The float graph with the vectors of a result folded; it shares the tensors that balancing does not edit."""
     model = GraphModule(exported, copy.deepcopy(exported.graph))
     if result.settings is not None:
         for outcome in reversed(result.outcomes.values()):
@@ -118,7 +119,11 @@ def balanced_as(exported: GraphModule, result: BalanceResult) -> GraphModule:
 
 
 def balance_sites_of(exported: GraphModule, exclude: Sequence[str], policy: SitePolicy | None) -> list[Site]:
-    """The sites of a graph; those that touch excluded layers are refused. Raises BalanceError if none is left."""
+    """The sites of a graph; those that touch excluded layers are refused.
+
+    Raises:
+        BalanceError: every site is refused, or there is none.
+    """
     check_type("exported", exported, GraphModule, "a graph of export_transformer")
     check_float_graph(exported)
     if isinstance(exclude, str):
@@ -134,11 +139,11 @@ def balance_sites_of(exported: GraphModule, exclude: Sequence[str], policy: Site
 
 
 class _SalienceRecorder(Interpreter):
-    """Runs the graph node by node and looks at the sites' inputs as they pass."""
+    """Run a graph node by node and record the ranges of the sites' inputs."""
 
     def __init__(self, exported: GraphModule, sites: Sequence[Site], timestep_input: str | None) -> None:
         super().__init__(exported)
-        self.extra_traceback = False  # torch.fx would add to messages which node it was at
+        self.extra_traceback = False  # torch.fx would add the current node to error messages
         self.clock = TimestepClock()
         self.timestep = timestep_placeholder(exported, timestep_input)
         self.tables: dict[str, ChannelStatistics] = {}

@@ -1,6 +1,6 @@
 """Insert explicit balancing: ``x -> x * (1/b)`` before the consumers of a site, ``W -> W diag(b)`` in them.
 
-Exact for any site and any positive b, at the price of one multiply per site input; :mod:`.fold` removes it.
+This is exact for any site and any positive b. It costs one multiply per site input, which :mod:`.fold` removes.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from ptq4dit_ao.graph import Site
 from ptq4dit_ao.passes.edit import add_constant, scale_of, scale_tensor
 
 MARK = "ptq4dit_balance"
-"""``node.meta`` key of an explicit balancing node: the name of its site."""
+"""Key in ``node.meta`` of an explicit balancing node; its value is the name of the site."""
 
 
 def insert_balance(model: GraphModule, site: Site, b: Tensor) -> None:
     """Add the balancing nodes of one site and scale its consumers' columns.
 
     Args:
-        model: changed in place; parameters are replaced, never written into.
+        model: the graph, changed in place; parameters are replaced, never modified.
         site: from :func:`ptq4dit_ao.graph.find_sites` on this graph.
         b: (num_variables,) float64, positive.
     """

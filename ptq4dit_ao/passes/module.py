@@ -1,6 +1,6 @@
-"""Balance once, quantize anywhere: write the folds into a module's own parameters.
+"""Balance a module in its own parameters.
 
-The architecture stays what it was, so the module saves as an ordinary checkpoint and any tool quantizes it.
+The architecture stays the same, so the module can be saved as an ordinary checkpoint and quantized by any tool.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from ptq4dit_ao.passes.verify import SelfCheck, floating_outputs, relative_error
 logger = logging.getLogger(__name__)
 
 NATIVE = 2
-"""The module runs in its own dtype, and rounds on the way as well: so much more is tolerated than in the graph."""
+"""Factor on the self-check's tolerance, because the module runs in its own dtype and also rounds activations."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleBalance:
-    """What :func:`balance_module` did."""
+    """Result of :func:`balance_module`."""
 
     outcomes: dict[str, SiteOutcome]
-    """Site name -> what was folded into the module."""
+    """Outcome of every site that was folded into the module, by site name."""
     left: dict[str, str]
-    """Site name -> why it was left as it is."""
+    """Reason why a site was not balanced, by site name."""
     output_change: float
-    """``|y - y0| / |y0|`` of the module's output on two rows of the example, in its own dtype: rounding."""
+    """Relative change ``|y - y0| / |y0|`` of the module's output on two rows of the example, in its own dtype."""
     unread: tuple[str, ...] = ()
-    """Parameters that the captured call does not read, and that were left. Sites beside them are left, too."""
+    """Parameters that the captured call does not read. They and the sites next to them were not changed."""
 
 
 @own_modes()
@@ -59,26 +59,27 @@ def balance_module(
     exclude: Sequence[str] = (),
     policy: SitePolicy | None = None,
 ) -> ModuleBalance:
-    """Balance a module in place, using nothing but the parameters it has.
+    """Balance a module in place, using only the parameters that it has.
 
-    Folded are the sites that need only rows and columns of linears, affine norms, and the bias behind ``1 + scale``
-    (the paper's form, ``(1 + bias)/b - 1``). Others are left, with the reason. Of weights that diffusers has fused,
-    as q, k and v, those that were fused are balanced, too: they are what is saved, and what unfusing brings back.
+    A site is folded if it needs only rows and columns of linears, affine norms, and the bias behind ``1 + scale``
+    (the paper's form, ``(1 + bias)/b - 1``). Other sites are not changed; the result has the reasons. If diffusers has
+    fused weights, such as q, k and v, the original weights are balanced along with the fused one, because checkpoints
+    hold them and unfusing restores them.
 
     Args:
-        model: changed: parameters are replaced, tied ones by one new parameter.
+        model: the module. Its parameters are replaced, tied ones by one new parameter.
         exported: its graph, from :func:`~ptq4dit_ao.export_transformer`; not changed.
         statistics: from :func:`~ptq4dit_ao.collect_salience` on ``exported``.
-        settings: defaults to the paper's. ``fold_form`` does not matter here.
-        exclude: as given to :func:`~ptq4dit_ao.collect_salience`.
-        policy: as given to :func:`~ptq4dit_ao.collect_salience`, which should have ``vector_multiply=False``, as that
-            cannot be stored.
+        settings: settings of balancing; the paper's by default. ``fold_form`` is ignored.
+        exclude: the same as for :func:`~ptq4dit_ao.collect_salience`.
+        policy: the same as for :func:`~ptq4dit_ao.collect_salience`. It should have ``vector_multiply=False``, because
+            parameters cannot hold that multiply.
 
     Raises:
         ArgumentError: the graph is not this module's.
-        BalanceError: nothing can be folded into the parameters, or the module computed something else afterwards,
-            and was put back.
-        ExportError: the graph does not come from ``export_transformer``, or the module is no float one any more.
+        BalanceError: nothing can be folded into the parameters; or balancing changed the module's output, and was
+            undone.
+        ExportError: the graph does not come from ``export_transformer``, or the module is no longer a float model.
         CalibrationError: the statistics belong to another model, or have too few timesteps.
     """
     check_type("model", model, nn.Module, "the module that was exported")
@@ -119,15 +120,15 @@ def balance_module(
         for path in replaced:
             _replace(model, model.get_parameter(path), parameters[path])
         raise BalanceError(
-            f"balancing {type(model).__name__} in its parameters changed its output by {change:.2g} of its size; it is "
-            "as it was. Please report this model"
+            f"balancing {type(model).__name__} in its parameters changed its output by {change:.2g} of its size; its "
+            "parameters were restored. Please report this model"
         )
     left = {site.name: site.refusal for site in settled if site.refusal is not None}
     return ModuleBalance(outcomes=outcomes, left=left, output_change=change, unread=tuple(unread))
 
 
 def _unread(exported: GraphModule, parameters: Mapping[str, nn.Parameter]) -> list[str]:
-    """The module's parameters that the graph reads under no name."""
+    """Paths of the module's parameters that the graph does not read, under this or another name."""
     read = {str(node.target) for node in exported.graph.find_nodes(op="get_attr") if node.users}
     read |= folded_sources(exported)
     known = {id(parameters[path]) for path in read & parameters.keys()}
@@ -135,10 +136,10 @@ def _unread(exported: GraphModule, parameters: Mapping[str, nn.Parameter]) -> li
 
 
 def _shared(exported: GraphModule, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """The module's parameters that the graph reads, by path, as the graph has them.
+    """The graph's tensors of the module's parameters that it reads, by path.
 
     Raises:
-        ArgumentError: the graph's are not the module's.
+        ArgumentError: a tensor of the graph is not the module's parameter.
     """
     read = {path: tensor for path in parameters if (tensor := _tensor(exported, path)) is not None}
     for path, tensor in read.items():
@@ -154,7 +155,7 @@ def _expressible(
     computed_from: frozenset[str],
     unread: Sequence[str],
 ) -> Site:
-    """The site, refused if one of its edits is not of a parameter that the module has, or reaches only part of it."""
+    """The site, refused if the module's parameters cannot hold one of its edits, or hold it only in part."""
     if site.refusal is not None:
         return site
     why = None
@@ -170,8 +171,8 @@ def _expressible(
             why = f"{folded[0]} is also part of a weight that is computed from it"
         elif (beside := next(filter(None, (_beside(path, unread) for path in paths)), None)) is not None:
             why = (
-                f"{beside} is not read by the captured call, and one that reads it would go wrong; capture a call that "
-                "does, or take it away"
+                f"{beside} is not read by the captured call, and a call that reads it would give wrong results; "
+                "capture such a call, or remove the parameter"
             )
     try:
         for scalar in site.scalars if why is None else ():
@@ -182,7 +183,7 @@ def _expressible(
 
 
 def _beside(path: str, unread: Sequence[str]) -> str | None:
-    """An unread parameter whose module works together with that of ``path``: a sibling, or another adapter of it."""
+    """An unread parameter whose module is a sibling of, or an adapter for, the module of ``path``."""
     owner = path.rpartition(".")[0]
     parent, _, name = owner.rpartition(".")
     for other in unread:
@@ -200,7 +201,7 @@ def _tensor(graph: GraphModule, path: str) -> torch.Tensor | None:
 
 
 def _replace(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
-    """Put a parameter wherever another one is."""
+    """Replace a parameter wherever the module uses it."""
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is old:

@@ -1,8 +1,9 @@
 """Subtract a vector c from a site's input, and undo it in its linears: ``W (x - c) + (bias + W c) = W x + bias``.
 
-It costs nothing where x ends in a sum, one operand of which a parameter makes: the rows of adaLN's linear, or of a
-block's table, that are the shift; the bias of an affine norm. That parameter is what c is subtracted from. A product
-on the way, such as that with ``1 + scale``, does not commute with c: without such a parameter there is no offset.
+The subtraction costs nothing if x is a sum with an operand that comes from a parameter, such as the shift rows of
+adaLN's linear or of a block's table, or the bias of an affine norm. Then c is subtracted from that parameter. A
+product, such as that with ``1 + scale``, does not commute with the subtraction. A site without such a parameter cannot
+be offset.
 """
 
 from __future__ import annotations
@@ -28,22 +29,22 @@ from ptq4dit_ao.passes.edit import add_constant, replace_tensor
 aten = torch.ops.aten
 
 BIAS = {aten.linear.default: 2, aten.layer_norm.default: 3}
-"""Ops that end in the sum with a bias -> its position."""
+"""Position of the bias in the arguments of the ops that add one last."""
 
 
 def find_shifts(model: GraphModule, sites: Sequence[Site]) -> list[Site]:
-    """The sites of a float graph, each with the parameter that shifts its input, or refused."""
+    """The sites of a float graph, each with the parameter that shifts its input; refused if it has none."""
     index = GraphIndex(model)
     return [_with_shift(index, site) if site.refusal is None else site for site in sites]
 
 
 def subtract_offset(model: GraphModule, site: Site, offset: Tensor) -> None:
-    """Make a site's input arrive less ``offset``, (C,) float64, and its linears compute what they did; in place.
+    """Subtract an offset from a site's input, and compensate for it in the biases of its linears, in place.
 
     Args:
-        model: not balanced at this site yet, or not any more: the offset is one of the input as it is.
-        site: with a shift.
-        offset: c.
+        model: a graph that is not balanced at this site, because the offset refers to the unbalanced input.
+        site: a site with a shift.
+        offset: the vector c, (C,) float64.
     """
     assert site.shift is not None, site.name
     channels = torch.as_tensor(site.shift.elements)
@@ -101,7 +102,11 @@ def _numbered(parameter: Node) -> Tensor:
 
 
 def _from_parameter(index: GraphIndex, node: Node, reader: Node | None = None) -> list[Node]:
-    """The nodes from a parameter that is added into ``node``, which nobody but ``reader`` reads, to ``node``."""
+    """The nodes from a parameter that is added into ``node`` to ``node`` itself, each read by the next one only.
+
+    Raises:
+        BalanceError: there is no such chain, or a node other than ``reader`` reads ``node``.
+    """
     if reader is not None and (other := _other_reader(index, node, reader)) is not None:
         raise BalanceError(f"{node.name}: {other.name} reads it, too")
     if node.op == "get_attr":
@@ -121,7 +126,7 @@ def _from_parameter(index: GraphIndex, node: Node, reader: Node | None = None) -
 
 
 def _from_operand(index: GraphIndex, add: Node) -> list[Node]:
-    """From the first operand that can take it, the last one first: that is where the shift stands."""
+    """The chain of the last operand of a sum that comes from a parameter; the shift is usually the last operand."""
     refusals = []
     for operand in reversed(add.args):
         try:

@@ -1,4 +1,4 @@
-"""What balancing did, carried in the ``meta`` of the graph it was done to."""
+"""The result of balancing, which the ``meta`` of the balanced graph carries."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _META = "ptq4dit_balance_result"
 
 @dataclass(frozen=True, kw_only=True)
 class BalanceResult:
-    """Every site that was looked at, in execution order, and the outcome of those that were folded.
+    """Result of balancing: every site in execution order, and the outcomes of those that were folded.
 
-    ``settings`` is None where balancing was switched off.
+    ``settings`` is None if balancing was switched off.
     """
 
     sites: tuple[Site, ...]
@@ -27,21 +27,21 @@ class BalanceResult:
     statistics: SalienceStatistics
     settings: BalanceSettings | None
     layers: dict[str, str]
-    """Node name of every linear -> its layer's name, which the converted graph no longer knows."""
+    """Layer name of every linear, by its node name; the converted graph itself no longer has layer names."""
     clipping: dict[str, float] = field(default_factory=dict)
-    """Node name of a linear -> the range of its input, as a part of the range from minimum to maximum."""
+    """Width of the quantization range of a linear's input, by node name, as a fraction of maximum minus minimum."""
 
 
 def attach_result(model: GraphModule, result: BalanceResult) -> None:
-    """``convert_pt2e`` hands a prepared model's ``meta`` on to the converted one."""
+    """Store a result in a graph's ``meta``, which ``convert_pt2e`` copies to the converted graph."""
     model.meta[_META] = result
 
 
 def balance_result(model: GraphModule) -> BalanceResult:
-    """What balancing did to a model from ``convert_pt2e`` or :func:`~ptq4dit_ao.balance`.
+    """The result of balancing a model from ``convert_pt2e`` or :func:`~ptq4dit_ao.balance`.
 
     Raises:
-        BalanceError: the model was made some other way.
+        BalanceError: the model was made in another way.
     """
     check_type("model", model, GraphModule, "a graph that was converted or balanced")
     result = model.meta.get(_META)

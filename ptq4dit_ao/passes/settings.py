@@ -13,24 +13,32 @@ from ptq4dit_ao.core import balance_vector, clip_balance
 from ptq4dit_ao.errors import ArgumentError, check_choice, renamed
 
 ALPHAS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
-"""Exponents that a search tries."""
+"""Exponents that the search of ``alpha="auto"`` tries."""
 
 
 SEARCHED: tuple[Aggregation, ...] = ("ssc", "max")
-"""Aggregations that a search tries."""
+"""Aggregations that the search of ``method="auto"`` tries."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BalanceSettings:
-    """How b is computed and folded.
+    """Settings by which b is computed and folded.
 
-    ``alpha`` or ``method`` ``"auto"``: of several, and of no balancing at all, each site takes what scores best.
-    ``method`` ``"repq"``: not the salience, but the range of each channel over all timesteps decides, and the
-    input is also shifted (:mod:`ptq4dit_ao.core.repq`); there is no ``alpha`` then.
-    ``max_scale`` bounds b to [1/max_scale, max_scale]; ``min_timesteps`` is how many distinct timesteps SSC needs.
-    Storing ``(1 + bias)/b - 1`` (fold form ``bias``) rounds ``1 + scale`` by up to ``b * eps/2`` of its size;
-    ``max_rounding`` bounds that: a vector that exceeds 2.56 in bfloat16, 20 in float16, is scaled down as a whole.
-    ``stored_dtype`` says what a float32 model will be stored in.
+    Args:
+        method: aggregation of salience over timesteps (``ssc``, ``max`` or ``mean``). With ``auto``, each site takes
+            the candidate with the best score, which may be no balancing. ``repq`` uses the range of each channel over
+            all timesteps instead of salience, and also shifts the input (:mod:`ptq4dit_ao.core.repq`).
+        alpha: exponent of ``b = s(X)^alpha / s(W)^(1 - alpha)``, or ``auto`` for a choice by score. ``repq`` has none.
+        max_scale: bound on b, to [1/max_scale, max_scale].
+        fold_form: where the 1 of ``1 + scale`` goes; see :mod:`ptq4dit_ao.passes.fold`.
+        max_rounding: bound on the rounding of ``1 + scale`` in fold form ``bias``, which stores ``(1 + bias)/b - 1``
+            and so rounds by up to ``b * eps/2`` of its size. A vector that exceeds 2.56 in bfloat16, or 20 in float16,
+            is scaled down as a whole.
+        stored_dtype: the dtype in which a float32 model will be stored; None for the model's own.
+        min_timesteps: number of distinct timesteps that SSC needs.
+
+    Raises:
+        ArgumentError: a value is out of range.
     """
 
     method: BalanceMethod = "ssc"
@@ -54,14 +62,14 @@ class BalanceSettings:
 
     @property
     def searches(self) -> bool:
-        """Does it take a score to find b?"""
+        """Whether b is chosen among candidates by a score."""
         return "auto" in (self.alpha, self.method)
 
     def candidates(self) -> list[tuple[Aggregation, float]]:
-        """Aggregations and exponents to choose from."""
+        """Candidate aggregations and exponents; a single pair without a search."""
         if self.method == "auto":
             aggregations = SEARCHED
-        else:  # RepQ's b does not come from salience, which is for the report then
+        else:  # RepQ does not need salience; the report shows the maximum
             aggregations = tuple(how for how in AGGREGATIONS if how == self.method) or ("max",)
         alphas = ALPHAS if isinstance(self.alpha, str) else (self.alpha,)
         return list(itertools.product(aggregations, alphas))

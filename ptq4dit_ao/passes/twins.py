@@ -1,4 +1,4 @@
-"""Weights of which a module holds a second copy: fused q, k and v beside those that they were fused from."""
+"""Weights that a module holds twice, such as a fused q, k and v weight next to the originals."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Twin:
-    """A parameter that repeats rows of another one."""
+    """A parameter that equals rows of another one."""
 
     source: str
     """Path of the other parameter."""
     rows: slice
 
     def rows_of(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """What it is to be, if its source becomes one of ``tensors``."""
+        """The parameter's new value, if its source is replaced by one of ``tensors``; else None."""
         return tensors[self.source][self.rows] if self.source in tensors else None
 
 
 def find_twins(parameters: Mapping[str, nn.Parameter], unread: Sequence[str]) -> dict[str, Twin]:
-    """Path of a parameter that a call does not read -> its source, a sibling that the call reads.
+    """Twins by path: unread parameters that equal rows of a sibling's parameters, which the call reads.
 
-    A module is a twin if its weight is found once among the rows of the sibling's, and all its parameters are the same
-    rows of the sibling's.
+    A module is a twin if its weight occurs exactly once among the rows of the sibling's weight, and each of its
+    parameters equals the same rows of the sibling's.
     """
     modules: dict[str, list[str]] = defaultdict(list)
     siblings: dict[str, list[str]] = defaultdict(list)
@@ -53,7 +53,7 @@ def find_twins(parameters: Mapping[str, nn.Parameter], unread: Sequence[str]) ->
 
 
 def _rows(whole: Tensor, part: Tensor) -> tuple[int, int] | None:
-    """Where ``part`` stands among the rows of ``whole``, if in one place."""
+    """Start and end of ``part`` among the rows of ``whole``; None unless it occurs exactly once."""
     if whole.ndim != part.ndim or whole.shape[1:] != part.shape[1:] or whole.dtype != part.dtype or not len(part):
         return None
     starts = (whole == part[0]).reshape(len(whole), -1).all(1).nonzero().flatten().tolist()

@@ -1,4 +1,4 @@
-"""From statistics to a balanced graph: CSB and SSC per site, folded one site after another."""
+"""Balancing vectors computed from statistics (CSB and SSC per site), and folded one site after another."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ logger = logging.getLogger(__name__)
 
 
 Score = Callable[[GraphModule, Site, Tensor], float]
-"""``score(model, site, b)``: how bad a balancing vector (V,) is for a site that is not balanced yet."""
+"""Function ``score(model, site, b)`` that rates a balancing vector (V,) of an unbalanced site; lower is better."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SiteOutcome:
-    """What balancing did to one site; vectors are per variable, (V,), or per timestep, (T,)."""
+    """Outcome of balancing one site; vectors are per variable, (V,), or per timestep, (T,)."""
 
     site: Site
     b: Tensor
@@ -42,19 +42,19 @@ class SiteOutcome:
     salience_w: Tensor
     timesteps: Tensor
     salience_t: Tensor
-    """Largest salience of any channel, per timestep."""
+    """Largest salience of any channel, per timestep: (T,)."""
     rho: Tensor
     eta: Tensor
     method: BalanceMethod
-    """``none``: a search found that the site is best left alone; b is 1."""
+    """The method that was used; ``none`` if a search found no balancing (b = 1) best."""
     alpha: float | None
-    """None: it has no exponent."""
+    """The exponent; None if the method has none."""
     scores: dict[str, float] = field(default_factory=dict)
-    """What a search found: ``"AGGREGATION ALPHA"`` or ``"none"`` -> score, less is better."""
+    """Scores of a search's candidates, lower is better; keys are ``"AGGREGATION ALPHA"`` and ``"none"``."""
     offset: Tensor | None = None
-    """What the input is less before it is divided by b, (C,)."""
+    """Offset that is subtracted from the input before it is divided by b, (C,); None if there is none."""
     range: tuple[float, float] | None = None
-    """What the input is to be quantized in, if that is decided, too."""
+    """Quantization range of the balanced input, if the method determines it."""
 
 
 def balance_sites(
@@ -67,13 +67,13 @@ def balance_sites(
 ) -> dict[str, SiteOutcome]:
     """Balance and fold every site without refusal, in place, from the output towards the input.
 
-    The order matters: folding an attention output changes rows of V's weight, whose salience the QKV site before it
-    is about to read.
+    The order matters: folding an attention output changes rows of V's weight, and the salience of the QKV site before
+    it is computed from that weight.
 
     Raises:
-        ArgumentError: the settings ask for a search, and there is no score; or for RepQ, and it is not known (by site
-            input) how the inputs are quantized.
-        CalibrationError: a site was not observed, or at too few timesteps; the graph is untouched then.
+        ArgumentError: the settings ask for a search, but there is no score; or for RepQ, but ``specs`` (by site input)
+            is missing.
+        CalibrationError: a site was not observed, or at too few timesteps; the graph is not changed then.
     """
     if settings.searches and score is None:
         raise ArgumentError(
@@ -100,7 +100,7 @@ def balance_sites(
 
 
 def apply_outcome(model: GraphModule, outcome: SiteOutcome, form: FoldForm) -> None:
-    """Insert and fold one site's vector; ``model.recompile()`` is the caller's."""
+    """Insert and fold one site's vector; the caller must call ``model.recompile()``."""
     if outcome.offset is not None:
         subtract_offset(model, outcome.site, outcome.offset)
     if outcome.method != "none":
@@ -109,7 +109,11 @@ def apply_outcome(model: GraphModule, outcome: SiteOutcome, form: FoldForm) -> N
 
 
 def _observed(site: Site, statistics: SalienceStatistics, settings: BalanceSettings) -> tuple[Tensor, Tensor]:
-    """Timesteps (T,) and activation salience (T, V), as many as the method needs."""
+    """Timesteps (T,) and activation salience (T, V).
+
+    Raises:
+        CalibrationError: there are fewer timesteps than the method needs.
+    """
     timesteps, salience_t = _activation_salience(site, statistics)
     if settings.method in ("ssc", "auto") and len(timesteps) < settings.min_timesteps:
         raise CalibrationError(
@@ -162,7 +166,7 @@ def _solve(
 def _reparameterised(
     outcome: SiteOutcome, statistics: SalienceStatistics, specs: Mapping[str, QuantSpec], max_scale: float
 ) -> SiteOutcome:
-    """The outcome with RepQ's vector, offset and range; the site has one input, and a variable for each channel."""
+    """The outcome with RepQ's vector, offset and range, for a site with one input and a variable for each channel."""
     ((key, consumer),) = outcome.site.inputs.items()
     table, spec = statistics[key], specs[key]
     found = reparameterise(table.minimum.amin(0), table.maximum.amax(0), spec.quant_min, spec.quant_max)
@@ -183,7 +187,7 @@ def _reparameterised(
 
 def _bounded(model: GraphModule, site: Site, b: Tensor, settings: BalanceSettings) -> tuple[Tensor, Tensor]:
     if settings.fold_form == "bias" and site.scalars:
-        # A common factor of b changes nothing but the digits that the bias keeps.
+        # Scaling all of b by a common factor does not affect the balance, only the precision of the stored bias.
         dtype = settings.stored_dtype or get_attribute(model, site.parameters[0].paths[0]).dtype
         b = b * (2 * settings.max_rounding / torch.finfo(dtype).eps / b.max()).clamp_max(1)
     return clip_balance(b, settings.max_scale)
@@ -192,7 +196,7 @@ def _bounded(model: GraphModule, site: Site, b: Tensor, settings: BalanceSetting
 def _activation_salience(site: Site, statistics: SalienceStatistics) -> tuple[Tensor, Tensor]:
     """Timesteps (T,) and salience per variable (T, V), the largest over all tensors and channels that share it.
 
-    A tensor without statistics beside others that have some does not count: only layers that stay float read it.
+    If some tensors have statistics, those without are ignored, because only layers that stay float read them.
     """
     timesteps, total = None, None
     observed = {key: consumer for key, consumer in site.inputs.items() if key in statistics}
@@ -221,7 +225,7 @@ def _weight_salience(model: GraphModule, site: Site) -> Tensor:
 
 
 def _per_variable(channels: Tensor, consumer: Consumer, num_variables: int) -> Tensor:
-    """Largest of the channels of each variable: (T, C) -> (T, V)."""
+    """The largest value over the channels of each variable, (T, C) -> (T, V)."""
     index = torch.from_numpy(consumer.variables).expand(len(channels), -1)
     table = torch.zeros(len(channels), num_variables + 1, dtype=channels.dtype)
     return table.scatter_reduce_(1, index, channels, "amax")[:, 1:]

@@ -1,4 +1,4 @@
-"""The self-check: a balanced graph must compute what it computed before, and a site that breaks it is undone."""
+"""Self-check that a balanced graph has the same output as before, and undoes the sites that change it."""
 
 from __future__ import annotations
 
@@ -29,19 +29,22 @@ logger = logging.getLogger(__name__)
 
 NARROW = (torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
-"""By the parameters' dtype. Storing them anew changes the output of small models by 2e-7 in float32, 4e-3 in bfloat16;
-float64 models of diffusers cast to float32 inside."""
+"""Tolerated relative error of the output, by the parameters' dtype.
+
+Rounding the balanced parameters changes the output of small models by 2e-7 in float32 and by 4e-3 in bfloat16. The
+tolerance of float64 is large because float64 models of diffusers cast to float32 inside.
+"""
 
 ROWS = 2
-"""Samples of the batch that are run."""
+"""Number of samples of a batch that the self-check runs."""
 
 
 class SelfCheck:
-    """Remembers what a float graph computes, before it is balanced.
+    """Output of a float graph before it is balanced, to compare with the output afterwards.
 
     Args:
-        model: a captured or prepared graph; observers are passed by.
-        example: inputs to run; made up from the graph's input shapes if None. At most two rows are used.
+        model: a captured or prepared graph; observers are skipped.
+        example: inputs to run, of which at most two rows are used; random inputs of the graph's shapes if None.
     """
 
     def __init__(self, model: GraphModule, example: Sequence[Tensor] | None = None) -> None:
@@ -51,24 +54,27 @@ class SelfCheck:
         self.expected = self._run(model)
 
     def error(self, model: GraphModule) -> float:
-        """``|y - y0| / |y0|``, the largest over the outputs; infinite if one is not finite."""
+        """Relative error ``|y - y0| / |y0|``, the largest over the outputs; infinite if one is not finite."""
         return relative_error(self.expected, self._run(model))
 
     @property
     def tolerance(self) -> float:
-        """Well above what rounding does, below what a wrong fold does."""
+        """Tolerated relative error, well above the effect of rounding and below that of a wrong fold."""
         return TOLERANCE[self.dtype]
 
     def settle(
         self, model: GraphModule, sites: Sequence[Site], outcomes: Mapping[str, SiteOutcome], form: FoldForm
     ) -> tuple[tuple[Site, ...], dict[str, SiteOutcome]]:
-        """Undo, in place, every site without which the graph computes what it did; says which.
+        """Undo, in place, the sites that change the graph's output, and log a warning for each.
 
         Returns:
-            The sites, those that were undone with a refusal, and the outcomes that remain.
+            All sites, with a refusal for those that were undone, and the remaining outcomes.
+
+        Raises:
+            BalanceError: the output differs although no site is balanced.
         """
         if not all(leaf.isfinite().all() for leaf in self.expected):
-            logger.warning("the float model's output is not finite; what balancing did to it was not checked")
+            logger.warning("the float model's output is not finite; the effect of balancing on it was not checked")
             return tuple(sites), dict(outcomes)
         error, undone = self.error(model), {}
         remaining = list(outcomes.values())
@@ -87,7 +93,7 @@ class SelfCheck:
         }
 
     def _first_wrong(self, model: GraphModule, folded: list[SiteOutcome], form: FoldForm) -> SiteOutcome:
-        """Bisect: the first site with which the graph computes something else."""
+        """The first site that changes the graph's output, found by bisection."""
         right, wrong = 0, len(folded)
         while wrong - right > 1:
             middle = (right + wrong) // 2
@@ -99,7 +105,7 @@ class SelfCheck:
         return folded[wrong - 1]
 
     def _fold_only(self, model: GraphModule, outcomes: Sequence[SiteOutcome], form: FoldForm) -> None:
-        """The graph as it was, with these sites folded."""
+        """Restore the graph and fold only these sites, in place."""
         self.before.restore(model)
         for outcome in outcomes:
             apply_outcome(model, outcome, form)
@@ -112,10 +118,10 @@ class SelfCheck:
 
 
 def example_inputs(model: GraphModule) -> tuple[Tensor, ...]:
-    """Random inputs of the exported shapes, a batch of two.
+    """Random inputs of the exported shapes, with a batch of two.
 
     Raises:
-        BalanceError: the graph does not say what an input looks like.
+        BalanceError: the graph does not have the shapes of its inputs.
     """
     specs = input_specs(model)
     if specs is None:
@@ -125,7 +131,7 @@ def example_inputs(model: GraphModule) -> tuple[Tensor, ...]:
 
 
 def _few_rows(model: GraphModule, example: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The first rows of inputs that carry the batch."""
+    """The first :data:`ROWS` rows of the inputs that carry the batch, and the other inputs as a whole."""
     nodes = placeholders(model)
     return tuple(
         x[:ROWS] if tensor_of(node) is not None and 0 in symbolic_axes(node) else x
@@ -139,7 +145,7 @@ def _narrowest(model: GraphModule) -> torch.dtype:
 
 
 def relative_error(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
-    """``|got - expected| / |expected|``, the largest over pairs of tensors; infinite if one is not finite."""
+    """Relative error ``|got - expected| / |expected|``, the largest over pairs; infinite if one is not finite."""
     worst = 0.0
     for one, other in zip(expected, got, strict=True):
         one, other = one.to(torch.float64), other.to(torch.float64)
@@ -149,28 +155,28 @@ def relative_error(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
 
 
 def floating_outputs(output: Any) -> list[Tensor]:
-    """The floating tensors among what a model returns."""
+    """The floating-point tensors in a model's output."""
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 @dataclass(frozen=True)
 class _Weight:
-    """Stands for a weight with factors that wait."""
+    """Placeholder value of a weight that has pending factors."""
 
     path: str
 
 
 class _PastObservers(Interpreter):
-    """Runs a prepared graph as the float graph it was made from."""
+    """Interpreter that runs a prepared graph without its observers, as the float graph it was made from."""
 
     module: GraphModule
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # All weights stand at the top of the graph: those with factors are multiplied out where they are used.
+        # Graphs read all weights first. Multiplying pending factors only where a weight is used saves memory.
         return _Weight(target) if target in pending(self.module) else super().get_attr(target, args, kwargs)
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if isinstance(self.fetch_attr(target), ObserverBase):  # not self.submodules, which knows a shared one once
+        if isinstance(self.fetch_attr(target), ObserverBase):  # self.submodules lists a shared observer only once
             return args[0]
         return super().call_module(target, args, kwargs)
 
@@ -183,7 +189,7 @@ class _PastObservers(Interpreter):
 
 
 class _Float32(_PastObservers):
-    """Runs a 16-bit graph in float32, so that rounding on the way does not hide, or look like, a wrong fold."""
+    """Interpreter that runs a 16-bit graph in float32, so that rounding neither hides nor resembles a wrong fold."""
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         return super().run(*tree_map(_widen, args), **kwargs)

@@ -1,4 +1,4 @@
-"""The torchao quantizer: annotate, observe, balance, fold, convert; called by torchao's own functions."""
+"""The torchao quantizer, whose steps (annotate, observe, balance, fold, convert) torchao's own functions call."""
 
 from ptq4dit_ao.quantizer.linear import LinearQuantizer
 from ptq4dit_ao.quantizer.overrides import PAPER_LAYERS, SAFE_LAYERS, Override

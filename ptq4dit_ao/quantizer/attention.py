@@ -1,7 +1,8 @@
-"""Attention's operands as integers: which specs they get.
+"""Quantization specs of attention's operands.
 
-As in PTQ4DiT (arXiv 2405.16005, section 4.1): q, k, v and the probabilities, static and per tensor. No zero points:
-q, k and v are symmetric, probabilities start at 0. That is the form in which integer kernels take two activations.
+Like PTQ4DiT (arXiv 2405.16005, section 4.1), they quantize q, k, v and the probabilities statically and per tensor.
+No operand has a zero point other than 0: q, k and v are symmetric, and probabilities start at 0. Integer kernels that
+multiply two activations expect this form.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ptq4dit_ao.quantizer.overrides import with_bits
 
 logger = logging.getLogger(__name__)
 
-# Of a thousand tokens, each gets a probability of about 0.001: torchao's 2**-12 would be a coarse step.
+# Among a thousand tokens, each gets a probability of about 0.001. torchao's smallest scale, 2**-12, is coarse for that.
 PROBABILITIES = dataclasses.replace(ACTIVATION, observer_or_fake_quant_ctr=MinMaxObserver.with_args(eps=2**-40))
 OPERAND = dataclasses.replace(
     PROBABILITIES, dtype=torch.int8, quant_min=-128, quant_max=127, qscheme=torch.per_tensor_symmetric
@@ -31,10 +32,10 @@ SPECS = {"q": OPERAND, "k": OPERAND, "probabilities": PROBABILITIES, "v": OPERAN
 
 
 def annotate_attention(model: GraphModule, bits: int) -> None:
-    """Ask for quantized operands of every attention, whatever the base quantizer has asked for.
+    """Annotate the operands of every attention as quantized; this overrides the base quantizer's annotations.
 
     Raises:
-        ArgumentError: the graph has none.
+        ArgumentError: the graph has no attention that can be read.
     """
     found = find_attention(model)
     if not found:
@@ -55,8 +56,7 @@ def _warn_of_others(model: GraphModule, found: list[Attention]) -> None:
     others = [node.name for node in model.graph.nodes if node.target in SOFTMAX and node not in read]
     if others:
         logger.warning(
-            "%d of %d softmaxes do not stand between two matrix products that could be read; what they are multiplied "
-            "with stays float: %s",
+            "%d of %d softmaxes are not between two matrix products that can be read; their operands stay float: %s",
             len(others),
             len(others) + len(read),
             ", ".join(others[:3]),

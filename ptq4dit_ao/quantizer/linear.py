@@ -1,8 +1,8 @@
-"""A small annotator: every linear, nothing else. Static uint8 activations per tensor, int8 weights per output channel.
+"""A small quantizer of linears only, with static per-tensor uint8 activations and per-output-channel int8 weights.
 
-Its graphs are what the x86 Inductor backend and the eager integer kernels lower. It annotates no element-wise op and
-no pattern, so it does not trip over the graphs of diffusion transformers that X86InductorQuantizer refuses
-(``1 + linear(x)``, a reused SiLU, products of activations).
+The x86 Inductor backend and the eager integer kernels can lower its graphs. It annotates neither element-wise ops nor
+patterns, so it also accepts graphs of diffusion transformers that X86InductorQuantizer refuses (``1 + linear(x)``, a
+reused SiLU, products of activations).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ACTIVATION = QuantizationSpec(
     qscheme=torch.per_tensor_affine,
     observer_or_fake_quant_ctr=MinMaxObserver.with_args(eps=2**-12),
 )
-# Not the 2**-12 of torchao's x86 configuration: an output channel whose weights stay below 0.03 would be cut short.
+# torchao's x86 configuration has eps 2**-12, which is too coarse for output channels whose weights stay below 0.03.
 WEIGHT = QuantizationSpec(
     dtype=torch.int8,
     quant_min=-128,
@@ -37,6 +37,7 @@ class LinearQuantizer(Quantizer):
     """Annotate the input and the weight of every ``aten.linear`` whose weight is a parameter."""
 
     def annotate(self, model: GraphModule) -> GraphModule:
+        """Annotate every linear of a graph, in place; called by ``prepare_pt2e``."""
         for node in linears(model):
             x, weight = node.args[:2]
             node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(
@@ -46,4 +47,4 @@ class LinearQuantizer(Quantizer):
         return model
 
     def validate(self, model: GraphModule) -> None:
-        pass
+        """Accept every graph; called by ``prepare_pt2e``."""

@@ -1,4 +1,4 @@
-"""Bits and exceptions per layer, written into the annotations of any base quantizer."""
+"""Bit widths and exceptions per layer, written into the annotations of any base quantizer."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ MIN_BITS, MAX_BITS = 2, 8
 
 @dataclass(frozen=True, kw_only=True)
 class Override:
-    """What differs for the layers whose module name matches ``pattern`` (``fnmatch``: ``*`` crosses dots).
+    """Exception for the layers whose module name matches ``pattern`` (``fnmatch``: ``*`` crosses dots).
 
-    Of several matching overrides the later one wins, field by field. ``None`` leaves a field as it is.
+    If several overrides match a layer, the later one wins, field by field. ``None`` leaves a field unchanged.
     """
 
     pattern: str
@@ -35,7 +35,7 @@ class Override:
     activation_bits: int | None = None
     balance: bool | None = None
     must_match: bool = True
-    """Refuse a model in which no layer matches."""
+    """Whether a model in which no layer matches is refused."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str) or not self.pattern:
@@ -54,7 +54,7 @@ class Override:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPlan:
-    """What one linear gets."""
+    """Quantization of one linear: skipped or not, bit widths, balanced or not."""
 
     layer: str
     skip: bool = False
@@ -66,7 +66,7 @@ class LayerPlan:
 def plan_layers(
     model: GraphModule, *, weight_bits: int, activation_bits: int, overrides: Sequence[Override]
 ) -> dict[str, LayerPlan]:
-    """Node name of each linear -> its plan. The linears of adapters that were not fused stay float.
+    """Plan of every linear by its node name. Linears of adapters that were not fused stay float.
 
     Raises:
         OverrideError: an override matches no layer.
@@ -75,7 +75,7 @@ def plan_layers(
     beside = adapters(model)
     if beside:
         names = sorted(map(layer_name, beside))
-        logger.info("%d linears of adapters stay float (%s, ...); fuse them to be rid of them", len(names), names[0])
+        logger.info("%d linears of adapters stay float (%s, ...); fuse them to quantize them", len(names), names[0])
     matched: set[str] = set()
     for node in linears(model):
         plan = LayerPlan(layer=layer_name(node), weight_bits=weight_bits, activation_bits=activation_bits)
@@ -102,12 +102,12 @@ def _apply(plan: LayerPlan, override: Override) -> LayerPlan:
         if (value := getattr(override, name)) is not None
     }
     if "skip" not in changes and not override.skip and any(k.endswith("bits") for k in changes):
-        changes["skip"] = False  # asking for bits brings a layer back that an earlier override skipped
+        changes["skip"] = False  # an override that sets bits undoes the skip of an earlier one
     return dataclasses.replace(plan, **changes)
 
 
 def apply_plan(node: Node, plan: LayerPlan) -> None:
-    """Rewrite a linear's annotation; a base that did not annotate it is left alone."""
+    """Rewrite a linear's annotation; do nothing if the base quantizer did not annotate it."""
     annotation = node.meta.get(Q_ANNOTATION_KEY)
     if annotation is None:
         return
@@ -122,7 +122,7 @@ def apply_plan(node: Node, plan: LayerPlan) -> None:
 
 
 def with_bits(spec: QuantizationSpec, bits: int) -> QuantizationSpec:
-    """The spec with the range of ``bits`` in the same dtype; 8 bits keep the base's own range."""
+    """The spec with the integer range of ``bits`` in the same dtype; 8 bits keep the base quantizer's range."""
     if bits == MAX_BITS or spec.dtype not in (torch.int8, torch.uint8):
         return spec
     half = 2 ** (bits - 1)
@@ -131,7 +131,7 @@ def with_bits(spec: QuantizationSpec, bits: int) -> QuantizationSpec:
 
 
 def check_bits(name: str, bits: int) -> None:
-    """Raises ArgumentError unless ``bits`` is an integer from 2 to 8."""
+    """Raise ArgumentError unless ``bits`` is an integer from 2 to 8."""
     if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
         raise ArgumentError(f"{name} is {bits!r}; it must be an integer from {MIN_BITS} to {MAX_BITS}")
 
@@ -147,9 +147,9 @@ _EMBEDDERS = (
 _FINAL = ("proj_out", "proj_out_1", "proj_out_2", "norm_out*", "final_layer*")
 
 SAFE_LAYERS = _skip(*_EMBEDDERS, *_FINAL)
-"""Embedders and the final layer stay float: few parameters, run once a step, and most sensitive."""
+"""Overrides that keep embedders and the final layer float: they have few parameters and are the most sensitive."""
 
 PAPER_LAYERS: tuple[Override, ...] = tuple(
     Override(pattern=pattern, weight_bits=8, must_match=False) for pattern in _FINAL
 )
-"""As PTQ4DiT: all linears are quantized, embedders too; the last layer keeps 8 bits."""
+"""Overrides of the PTQ4DiT paper: all linears are quantized, embedders included; the last layer keeps 8 bits."""

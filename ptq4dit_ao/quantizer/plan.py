@@ -1,4 +1,4 @@
-"""What a prepared model carries in its observers: how to balance it when it is converted."""
+"""The plan that a prepared model carries in its observers, by which it is balanced when it is converted."""
 
 from __future__ import annotations
 
@@ -41,22 +41,22 @@ from ptq4dit_ao.rounding import (
 class BalancePlan:
     """The :class:`~ptq4dit_ao.observers.ConvertHook` of one prepared model.
 
-    Holds names, never fx nodes, so that a prepared model can be deep-copied.
+    It holds names and no fx nodes, so that a prepared model can be deep-copied.
     """
 
     sites: tuple[Site, ...]
     settings: BalanceSettings | None
     rounding: RoundingSettings
     sequential: bool
-    """Are weights rounded by :meth:`round_sequentially`, or in one pass?"""
+    """Whether weights are rounded by :meth:`round_sequentially` instead of in one pass."""
     clock: TimestepClock
     verify: bool
     layers: dict[str, str]
-    """Node name of every linear -> its layer's name."""
+    """Layer name of every linear, by its node name."""
     observers: dict[str, list[SalienceObserver]] = field(default_factory=dict)
-    """Site input key -> its observers (more than one if layers ask for different bits)."""
+    """Observers by site input key; several for one key if layers ask for different bits."""
     operands: dict[str, list[AttentionObserver]] = field(default_factory=dict)
-    """Node that attention multiplies -> its observers."""
+    """Observers of attention's operands, by node name."""
     _balanced: bool = False
     _done: bool = False
 
@@ -64,7 +64,7 @@ class BalancePlan:
         """Balance, fold and round, once.
 
         Raises:
-            CalibrationError: it was to be rounded layer by layer, and was not.
+            CalibrationError: the plan is sequential, but the model was not rounded layer by layer yet.
         """
         if self._done:
             return
@@ -84,13 +84,13 @@ class BalancePlan:
         """Balance, fold, and round layer by layer.
 
         Raises:
-            CalibrationError: it was done before.
+            CalibrationError: the model was rounded before.
         """
         if self._done:
-            raise CalibrationError("this model has been rounded already; prepare it again to round it anew")
+            raise CalibrationError("this model has been rounded already; prepare it again to round it again")
         self.balance(model)
         for observer in self._every_observer():
-            observer.moments = None  # the search is over, and memory is short
+            observer.moments = None  # only the search needs them; this frees memory for rounding
         round_sequentially(model, batches, self.rounding, on_progress=on_progress, resume=resume)
         balance_result(model).clipping.update(activation_clipping(model))
         self._done = True
@@ -103,21 +103,21 @@ class BalancePlan:
         on_progress: OnProgress,
         resume: Path | None,
     ) -> None:
-        """Let all that was rounded layer by layer learn from the float network's output.
+        """Distill a model that was rounded layer by layer from the float network's output.
 
         Raises:
-            CalibrationError: it was not.
+            CalibrationError: the model was not rounded layer by layer.
         """
         if not (self.sequential and self._done):
             raise CalibrationError(
-                "only what was rounded layer by layer can be distilled: prepare with sequential=True, and call "
+                "only a model that was rounded layer by layer can be distilled: prepare with sequential=True, and call "
                 "ptq4dit_ao.round_sequentially(prepared, batches) first"
             )
         distill(model, batches, settings, on_progress=on_progress, resume=resume)
         balance_result(model).clipping.update(activation_clipping(model))
 
     def balance(self, model: GraphModule) -> None:
-        """Balance and fold, once: what comes after may fail, and be tried again."""
+        """Balance and fold, once; a second call, such as after a failed rounding, does nothing."""
         if self._balanced:
             return
         statistics = self.statistics()
@@ -146,7 +146,7 @@ class BalancePlan:
         self._balanced = True
 
     def statistics(self) -> SalienceStatistics:
-        """What the observers have seen so far."""
+        """The salience statistics that the observers have gathered so far."""
         return SalienceStatistics(
             {key: observers[0].statistics for key, observers in self.observers.items()}, self.clock.example
         )
@@ -166,7 +166,7 @@ class BalancePlan:
 
 
 def _only_quantized(model: GraphModule) -> set[str]:
-    """Paths of the tensors that weight observers read, and nothing else."""
+    """Paths of the tensors that only weight observers read."""
     readers: dict[str, set[bool]] = {}
     for node in model.graph.nodes:
         if node.op == "get_attr":

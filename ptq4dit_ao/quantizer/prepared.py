@@ -46,7 +46,7 @@ def salience_statistics(prepared: GraphModule) -> SalienceStatistics:
 
 
 def tokens_seen(prepared: GraphModule) -> int:
-    """How many tokens the calibration of a prepared model has shown to the layer that saw most.
+    """Number of calibration tokens that the most used layer of a prepared model has seen.
 
     Raises:
         CalibrationError: the model was not prepared with :class:`PTQ4DiTQuantizer`.
@@ -65,16 +65,16 @@ def round_sequentially(
 ) -> None:
     """Balance a calibrated model and round it layer by layer; then call ``convert_pt2e``.
 
-    Each layer is rounded for what the layers before it hand it once they are quantized, and fitted to what the float
-    network's layer puts out.
+    Each layer is rounded for the inputs that it receives from the quantized layers before it, and fitted to the output
+    of the same layer in the float network.
 
     Args:
         prepared: from ``prepare_pt2e`` with ``PTQ4DiTQuantizer(sequential=True, ...)``, run on calibration samples.
-        batches: input tuples, such as those samples. Their activations are all held at once: in the float and in the
-            quantized network, those that a later layer still reads.
-        on_progress: called with the number of parts done, and in all.
-        resume: a folder to note what is rounded in. A later call with the same model and batches, as after it was
-            killed, takes what it finds there.
+        batches: input tuples, such as those samples. Memory holds every activation of all batches that a later layer
+            still reads, for both the float and the quantized network.
+        on_progress: called with the number of parts done and the total.
+        resume: a checkpoint folder. A later call with the same model and batches, such as after the process was
+            killed, resumes from it.
 
     Raises:
         CalibrationError: the model was not prepared with :class:`PTQ4DiTQuantizer`, or was not run; there are no
@@ -94,24 +94,25 @@ def distill(
     on_progress: OnProgress = ignore,
     resume: str | Path | None = None,
 ) -> None:
-    """Let a model that was rounded layer by layer learn from the float network's output; then call ``convert_pt2e``.
+    """Distill a model that was rounded layer by layer from the float network's output; then call ``convert_pt2e``.
 
-    Integers, scales and biases of all weights, and the ranges of their inputs, follow the gradient of the output's mean
-    square error. That takes some six numbers of 32 bits for each weight, and all activations of one batch; notes to go
-    on from (``resume``) take three for each weight on disk.
+    Integers, scales and biases of all weights, and the quantization ranges of their inputs, follow the gradient of the
+    output's mean square error. Memory holds about six 32-bit numbers for each weight, and all activations of one batch.
+    A checkpoint (``resume``) holds three 32-bit numbers for each weight.
 
     Args:
-        prepared: as :func:`round_sequentially` has left it.
-        batches: input tuples, such as calibration samples; the more, the better what is learned holds for others.
-        steps: how often everything is updated, with one batch each time.
-        minutes: what that may take; what ends sooner counts, so that with a time limit results depend on the machine.
-        on_progress: called with the number of steps done, and in all.
-        resume: a folder to note progress in. A later call with the same model, batches and settings goes on from there.
+        prepared: a model that :func:`round_sequentially` has rounded.
+        batches: input tuples, such as calibration samples. More of them generalize better.
+        steps: number of updates, each with one batch.
+        minutes: a time limit. Learning ends after ``steps`` or ``minutes``, whichever comes first, so results depend on
+            the machine's speed if there is a limit.
+        on_progress: called with the number of steps done and the total.
+        resume: a checkpoint folder. A later call with the same model, batches and settings resumes from it.
 
     Raises:
-        ArgumentError: there are no steps, or no time.
-        CalibrationError: the model was not rounded layer by layer; there are no batches; the folder has notes of
-            another run, or cannot be written.
+        ArgumentError: ``steps`` or ``minutes`` is not positive.
+        CalibrationError: the model was not rounded layer by layer; there are no batches; the folder has the checkpoint
+            of another run, or cannot be written.
     """
     settings = DistillationSettings(steps=steps, minutes=minutes)
     _plan_of(prepared).distill(

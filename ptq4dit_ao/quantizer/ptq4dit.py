@@ -1,4 +1,4 @@
-"""``PTQ4DiTQuantizer``: any torchao quantizer, on a balanced and folded graph."""
+"""``PTQ4DiTQuantizer``, which applies any torchao quantizer to a balanced and folded graph."""
 
 from __future__ import annotations
 
@@ -53,39 +53,40 @@ class PTQ4DiTQuantizer(Quantizer):
             prepared(x, t, y)
         quantized = convert_pt2e(prepared)
 
-    Calibration records minimum and maximum per timestep and channel; ``convert_pt2e`` computes the balancing vectors,
-    folds them into parameters that exist, and quantizes what comes out. The converted graph has no op that the base
-    quantizer alone would not have left, but for one multiply of a vector where one layer modulates all blocks.
+    Calibration records minimum and maximum per timestep and channel. ``convert_pt2e`` computes the balancing vectors,
+    folds them into existing parameters, and quantizes the result. The converted graph has the ops that the base
+    quantizer alone would leave. The only addition is one multiply by a vector where one layer modulates all blocks.
 
     Args:
-        base: the quantizer that decides what is quantized to what; ``None`` takes :class:`LinearQuantizer`.
-        weight_bits: 2 to 8, of every linear weight, per output channel.
-        activation_bits: 2 to 8, of every linear input, per tensor.
-        attention_bits: 2 to 8, of what attention multiplies, per tensor: q, k, v and the probabilities; ``None`` leaves
-            attention float. Where a graph has it as one operation, that becomes matmul, softmax, matmul.
+        base: the quantizer that decides which tensors are quantized, and to which dtypes; ``None`` takes
+            :class:`LinearQuantizer`.
+        weight_bits: 2 to 8, for every linear weight, per output channel.
+        activation_bits: 2 to 8, for every linear input, per tensor.
+        attention_bits: 2 to 8, for attention's operands (q, k, v and the probabilities), per tensor; ``None`` leaves
+            attention float. An attention that is a single op becomes matmul, softmax, matmul.
         balance: how salience over timesteps becomes one vector: ``ssc``, ``max`` (SmoothQuant) or ``mean``;
-            ``none`` does not balance, ``auto`` lets each site choose. ``repq`` balances the steps of the channels' own
-            quantizers, and shifts their ranges onto each other, where adaLN or a norm adds a shift (RepQ-ViT).
-        alpha: ``b = s(X)^alpha / s(W)^(1 - alpha)``; ``auto`` lets each site choose, by the error after rounding.
-            Means nothing with ``repq``.
+            ``none`` does not balance, ``auto`` lets each site choose. ``repq`` (RepQ-ViT) aligns the per-channel
+            quantization ranges, in step size and in offset, where adaLN or a norm adds a shift.
+        alpha: exponent of ``b = s(X)^alpha / s(W)^(1 - alpha)``; ``auto`` lets each site choose by the error after
+            rounding. ``repq`` has no exponent.
         max_scale: bound on b, to [1/max_scale, max_scale].
-        rounding: ``nearest``; or ``gptq``, which rounds weights, cuts ranges and corrects biases in view of what the
-            weights are multiplied with (observers then also keep the second moment of every quantized input, C_in^2
-            numbers); or ``adaround``, by which blocks learn how to round (with ``sequential``); or settings.
-        sequential: round layer by layer for the inputs of the quantized network, which is more exact, in
-            :func:`~ptq4dit_ao.round_sequentially`, before ``convert_pt2e``.
+        rounding: ``nearest``; or ``gptq``, which rounds weights, clips ranges and corrects biases to keep the layers'
+            outputs (observers then also keep the second moment of every quantized input, C_in^2 numbers); or
+            ``adaround``, which learns the rounding block by block (with ``sequential``); or :class:`RoundingSettings`.
+        sequential: round layer by layer for the inputs of the quantized network, which is more exact. Call
+            :func:`~ptq4dit_ao.round_sequentially` before ``convert_pt2e``.
         fold_form: where the 1 of ``1 + scale`` goes; see :mod:`ptq4dit_ao.passes.fold`.
-        layers: which layers differ by default; :data:`SAFE_LAYERS` or :data:`PAPER_LAYERS`.
+        layers: exceptions by default; :data:`SAFE_LAYERS` or :data:`PAPER_LAYERS`.
         overrides: exceptions by module name, applied after ``layers``.
-        timestep_input: name of the graph input that holds the timestep; found by itself if it is called
+        timestep_input: name of the graph input that holds the timestep; not needed if it is called
             ``timestep``, ``timesteps`` or ``t``.
         policy: which folds to take; see :class:`~ptq4dit_ao.SitePolicy`.
-        verify: run the float graph before and after balancing, and undo any site that changes what it computes.
+        verify: whether to run the float graph before and after balancing, and undo any site that changes its output.
 
     Raises:
         ArgumentError: an argument is out of range; or (from ``prepare_pt2e``) there is no attention to quantize.
         BalanceError: (from ``prepare_pt2e``) nothing in the model can be balanced.
-        ExportError: (from ``prepare_pt2e``) the graph is quantized or prepared already, or on the meta device.
+        ExportError: (from ``prepare_pt2e``) the graph is quantized or prepared already, or is on the meta device.
         OverrideError: (from ``prepare_pt2e``) an override matches no layer.
         CalibrationError: (from the calibration loop or ``convert_pt2e``) samples are missing, too few or not finite.
     """
@@ -111,7 +112,7 @@ class PTQ4DiTQuantizer(Quantizer):
         verify: bool = True,
     ) -> None:
         super().__init__()
-        check_type("base", base, (Quantizer, type(None)), "a quantizer of torchao, or None for ours")
+        check_type("base", base, (Quantizer, type(None)), "a quantizer of torchao, or None for LinearQuantizer")
         check_type("rounding", rounding, (str, RoundingSettings), "its name, or RoundingSettings")
         check_type("policy", policy, (SitePolicy, type(None)), "a SitePolicy")
         for name, given in (("layers", layers), ("overrides", overrides)):
@@ -147,14 +148,14 @@ class PTQ4DiTQuantizer(Quantizer):
         self._layers: dict[str, LayerPlan] = {}
 
     def variant(self, *, weight_bits: int, sequential: bool) -> PTQ4DiTQuantizer:
-        """The same quantizer with another width of weights, rounding in another way."""
+        """The same quantizer with other ``weight_bits`` and ``sequential``."""
         check_bits("weight_bits", weight_bits)
         other = copy.copy(self)
         other._bits, other._sequential = {**self._bits, "weight_bits": weight_bits}, sequential
         return other
 
     def plan(self, model: GraphModule) -> dict[str, LayerPlan]:
-        """Node name of every linear of an exported graph -> what it gets.
+        """Plan of every linear of an exported graph, by its node name.
 
         Raises:
             OverrideError: an override matches no layer.
@@ -162,14 +163,14 @@ class PTQ4DiTQuantizer(Quantizer):
         return plan_layers(model, **self._bits, overrides=self._overrides)
 
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
-        """Called by ``prepare_pt2e``."""
+        """Check a float graph and decompose its attention if that is quantized; called by ``prepare_pt2e``."""
         check_float_graph(model)
         if self._attention_bits is not None:
             decompose_attention(model)
         return self._base.transform_for_annotation(model)
 
     def annotate(self, model: GraphModule) -> GraphModule:
-        """Called by ``prepare_pt2e``: the base annotates, then bits and exceptions are applied."""
+        """Let the base quantizer annotate a graph, then apply bits and exceptions; called by ``prepare_pt2e``."""
         self._layers = self.plan(model)
         model = self._base.annotate(model)
         fixed = constants(model)
@@ -182,14 +183,14 @@ class PTQ4DiTQuantizer(Quantizer):
         return model
 
     def validate(self, model: GraphModule) -> None:
-        """Called by ``prepare_pt2e``."""
+        """Let the base quantizer validate a graph; called by ``prepare_pt2e``."""
         self._base.validate(model)
 
     @own_modes()
     def prepare_obs_or_fq_callback(
         self, model: GraphModule, edge_or_node_to_obs_or_fq: dict[EdgeOrNode, ObserverOrFakeQuantize]
     ) -> None:
-        """Called by ``prepare_pt2e``: swap the base's observers for ours, which balance when converted."""
+        """Replace the base quantizer's observers by those that balance on conversion; called by ``prepare_pt2e``."""
         self._base.prepare_obs_or_fq_callback(model, edge_or_node_to_obs_or_fq)
         quantized = [node for node in linears(model) if _activation_spec(node) is not None]
         if not quantized:
@@ -214,7 +215,7 @@ class PTQ4DiTQuantizer(Quantizer):
         self._observe_inputs(model, clock)
 
     def _sites(self, model: GraphModule, quantized: list[Node]) -> tuple[Site, ...]:
-        """The sites whose every consumer may be balanced."""
+        """The graph's sites; those with a consumer that may not be balanced are refused."""
         if self._settings is None:
             return ()
         excluded = {name for name, plan in self._layers.items() if not plan.balance}
@@ -256,7 +257,7 @@ class PTQ4DiTQuantizer(Quantizer):
 
 
 class _Swap:
-    """Replaces the base's observers, keeping which edges share one."""
+    """Replace the base quantizer's observers; edges that shared an observer still share one."""
 
     def __init__(
         self,
@@ -304,7 +305,7 @@ class _Swap:
         make: Callable[[QuantSpec], ObserverOrFakeQuantize],
     ) -> None:
         old = self.observers[edge]
-        if old in self.ours:  # shared with an edge that came before
+        if old in self.ours:  # shared with an earlier edge
             return
         new = make(QuantSpec.of(spec, eps=float(getattr(old, "eps", DEFAULT_EPS))))
         self.ours.add(new)
@@ -331,7 +332,7 @@ class _Swap:
         return observer
 
     def _moments(self, x: Node, *, searched: bool) -> Moments | None:
-        """What rounding and the search for b will ask of an input."""
+        """Second moments of an input, if rounding or the search for b will need them."""
         rounded = not self.plan.sequential and not self.plan.rounding.plain
         searched = searched and self.plan.settings is not None and self.plan.settings.searches
         return Moments(shape_of(x)[-1]) if rounded or searched else None

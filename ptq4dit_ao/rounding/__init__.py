@@ -1,4 +1,4 @@
-"""Weights rounded in view of what they are multiplied with: in one pass, or layer by layer; then learned as a whole."""
+"""Rounding of weights for small errors of the layers' outputs: in one pass, layer by layer, and by distillation."""
 
 from ptq4dit_ao.rounding.distillation import distill
 from ptq4dit_ao.rounding.layers import activation_clipping

@@ -1,4 +1,4 @@
-"""The parts of a prepared graph whose weights are rounded together."""
+"""Blocks: parts of a prepared graph whose weights are rounded together."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from ptq4dit_ao.rounding.layers import Group, Layer
 
 @dataclass(frozen=True)
 class Block:
-    """Layers that follow each other, and all that is computed from the first of them to the next block."""
+    """Consecutive layers, and all nodes from the first of them to the next block."""
 
     groups: tuple[Group, ...]
-    """Whose input is observed here. Their layers may lie in later blocks, as keys and values of one caption do."""
+    """Groups whose input is observed in this block; their layers may lie in later blocks (a caption's k and v)."""
     layers: tuple[Layer, ...]
-    """Whose input may have been observed in an earlier block."""
+    """Layers of this block, whose input may be observed in an earlier block."""
     nodes: tuple[Node, ...]
-    """Without placeholders, which may lie between the others."""
+    """Nodes of this block, without placeholders, which may lie between them."""
     start: Node
     end: Node
-    """The node after the last."""
+    """Node after the last one of this block."""
 
     def weights(self, prepared: GraphModule) -> int:
-        """How many numbers are rounded."""
+        """Number of weight elements that are rounded."""
         return sum(get_attribute(prepared, weight_path(layer.node)).numel() for layer in self.layers)
 
     def outputs(self) -> list[Node]:
-        """What later nodes read and the weights decide."""
+        """Nodes that later nodes read and that depend on the block's weights."""
         inside, changed = set(self.nodes), {layer.node for layer in self.layers}
         for node in self.nodes:
             if not changed.isdisjoint(node.all_input_nodes):
@@ -40,7 +40,7 @@ class Block:
         return [node for node in self.nodes if node in changed and not inside.issuperset(node.users)]
 
     def parts(self, groups: Sequence[Group]) -> list[Group]:
-        """All that is decided here: of the groups observed here everything, of others the layers that lie here."""
+        """Groups that this block determines: those observed here, and the layers here of groups observed earlier."""
         own = set(self.layers)
         others = (group for group in groups if group not in self.groups and not own.isdisjoint(group.layers))
         return [
@@ -50,7 +50,7 @@ class Block:
 
 
 def find_blocks(prepared: GraphModule, groups: Sequence[Group], *, together: bool) -> Iterator[Block]:
-    """Every group by itself; or the layers that follow each other in the same transformer block."""
+    """Blocks in execution order: one per group, or (``together``) one per run of layers in a transformer block."""
     nodes = list(prepared.graph.nodes)
     place = {node: i for i, node in enumerate(nodes)}
     if together:
@@ -67,7 +67,7 @@ def find_blocks(prepared: GraphModule, groups: Sequence[Group], *, together: boo
 
 
 def _starts(parts: Iterable[Sequence[int]], observed: Sequence[int]) -> list[int]:
-    """Where blocks start: at the first input observed since the block before ended, at the latest at a layer."""
+    """Start positions of blocks: the first input observed after the previous block, or the block's first layer."""
     starts, done = [], -1
     for part in parts:
         starts.append(min((place for place in observed if done < place < part[0]), default=part[0]))
@@ -76,5 +76,5 @@ def _starts(parts: Iterable[Sequence[int]], observed: Sequence[int]) -> list[int
 
 
 def block_name(layer: str) -> str:
-    """The member of a list of modules that a layer belongs to, such as ``transformer_blocks.3``; else the layer."""
+    """Name of the block that a layer belongs to, such as ``transformer_blocks.3``; the layer itself without one."""
     return sites.block_name(layer) or layer

@@ -1,10 +1,10 @@
-"""Distillation: all linears that were quantized learn together, until the network puts out what the float one does.
+"""Distillation: all quantized linears learn together from the float network's output.
 
-Rounding a layer, or a block, for its own output's sake cannot know what the rest of the network makes of the error.
-Here integers, scales, biases and the steps of activations all follow the gradient of the mean square error of the
-network's output. Integers move by a straight-through estimator (Bengio et al. 2013, arXiv 1308.3432): gradients pass
-the rounding as if it was not there. Scales are learned as in LSQ (Esser et al. 2020, arXiv 1902.08153). No data is
-needed but what calibrates, and the targets are the float network's own.
+Rounding that minimizes the output error of a layer or block ignores the effect of the error on the rest of the network.
+Here integers, scales, biases and the scales of activations follow the gradient of the mean square error of the
+network's output. Integers learn by a straight-through estimator (Bengio et al. 2013, arXiv 1308.3432), whose gradient
+ignores the rounding. Scales learn as in LSQ (Esser et al. 2020, arXiv 1902.08153). Distillation needs only calibration
+data; the targets are the float network's outputs.
 """
 
 from __future__ import annotations
@@ -35,17 +35,20 @@ from ptq4dit_ao.rounding.streams import Values, copied, float_network, run_node
 logger = logging.getLogger(__name__)
 
 RATE = 0.01
-"""Learning rate, in steps of the quantizer: of a weight's place among its integers, of the last integer as a scale or a
-range grows, of a bias beside inputs of size 1. It falls to 0 along a cosine.
+"""Learning rate in steps of the quantizer, which falls to 0 along a cosine.
+
+It is the rate of a weight's position among its integers, of the largest integer's position under a change of the scale
+or range, and of a bias for inputs of size 1.
 """
 
 REACH = 1.0
-"""How far a weight can get at least, in steps of its quantizer: with few steps, the rate is higher. It starts in the
-middle of its integer's cell.
+"""Minimum distance that a weight can move in total, in steps of its quantizer, from the middle of its integer's cell.
+
+The learning rate is increased for it if there are few updates.
 """
 
 COMPARED = 32
-"""Batches on which the network must have gained."""
+"""Maximum number of batches on which the errors before and after distillation are compared."""
 
 SEED = 0
 
@@ -53,14 +56,14 @@ FILE = "distillation.safetensors"
 FORMAT = TensorFormat(name="distillation", version=2, error=CalibrationError, remedy="remove it to start again")
 
 PAUSE = 60.0
-"""Seconds between two notes of how far it has come."""
+"""Minimum number of seconds between two checkpoints."""
 
 SHARE = 0.05
-"""Of the time that may go into notes; where they take more, the pauses are longer."""
+"""Maximum fraction of the time that is spent on checkpoints; the pauses become longer if writing takes more."""
 
 
 class LearnedLinear(nn.Module):
-    """A linear whose integers, scales and bias learn, from where rounding has left them."""
+    """A linear whose integers, scales and bias are learned, starting from the result of rounding."""
 
     def __init__(self, prepared: GraphModule, layer: Layer) -> None:
         super().__init__()
@@ -74,26 +77,27 @@ class LearnedLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.clone())
 
     def forward(self, x: Tensor) -> Tensor:
+        """Output (..., C_out) for an input (..., C_in), with a straight-through gradient for the integers."""
         position = self.position
-        integers = position + (self.integers() - position).detach()  # the gradient is that of the position
+        integers = position + (self.integers() - position).detach()  # value of the integers, gradient of the position
         weight = integers * self.scale().unsqueeze(1)
         return functional.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def integers(self) -> Tensor:
-        """(C_out, C_in), as floating point numbers."""
+        """Integers of the weight as floating-point numbers, (C_out, C_in)."""
         return self.position.round().clamp(self.spec.quant_min, self.spec.quant_max)
 
     def scale(self) -> Tensor:
-        """(C_out,)."""
+        """Scale of each output channel, (C_out,)."""
         return self.start * self.log_ratio.exp()
 
     @torch.no_grad()
     def clamp_(self) -> None:
-        """Keep every place beside an integer that there is: what goes astray would be long in coming back."""
+        """Clamp positions to the integer range, because positions far outside would take many steps to return."""
         self.position.clamp_(self.spec.quant_min - INSIDE, self.spec.quant_max + INSIDE)
 
     def harden(self) -> None:
-        """Leave what was learned in the layer's observer."""
+        """Store the learned weight and bias in the layer's observer."""
         self.layer.observer.rounded = Rounded(
             integers=self.integers().detach().to(torch.int8),
             scale=self.scale().detach(),
@@ -109,19 +113,20 @@ def distill(
     on_progress: OnProgress = ignore,
     resume: Path | None = None,
 ) -> None:
-    """Let all rounded weights and their inputs' ranges learn, and leave in the observers what was learned.
+    """Learn all rounded weights and their inputs' ranges, and store the result in the observers.
 
-    Where the output's error is no smaller then, on some of the batches, all is left as it was.
+    If this does not reduce the output's error on some of the batches, the observers are not changed.
 
     Args:
         prepared: a balanced graph whose weights have been rounded.
-        batches: input tuples. The float network's outputs are held for each.
-        settings: how long.
+        batches: input tuples. Memory holds the float network's outputs for all of them.
+        settings: number of steps and time limit.
         on_progress: called after each step.
-        resume: a folder to note in how far it has come; what is found there is not done again.
+        resume: a checkpoint folder; a run resumes from a checkpoint in it.
 
     Raises:
-        CalibrationError: there are no batches; the folder has notes of another run, or cannot be written.
+        CalibrationError: no layer was rounded; there are no batches; the folder has the checkpoint of another run, or
+            cannot be written.
     """
     groups = find_groups(prepared)
     layers = [layer for group in groups for layer in group.layers]
@@ -143,7 +148,7 @@ def distill(
     some = range(0, len(inputs), -(-len(inputs) // COMPARED))
     before = _error(run, inputs, targets, some)
     learning = nn.ModuleList([*linears.values(), *ranges.values()])
-    rate = max(RATE, 2 * REACH / settings.steps)  # along the cosine, Adam gets half its rate a step at most
+    rate = max(RATE, 2 * REACH / settings.steps)  # the cosine halves Adam's largest step on average
     optimizer = _optimizer(linears.values(), ranges.values(), rate)
     clock = _Clock(settings)
     notes = None
@@ -155,7 +160,8 @@ def distill(
             for parameters in optimizer.param_groups:
                 parameters["lr"] = parameters["rate"] * (1 + math.cos(math.pi * spent)) / 2
             batch = _batch(clock.steps, len(inputs))
-            loss = run.error(inputs[batch], targets[batch]) / (before or 1.0)  # gradients of a size that Adam can tell
+            # The division keeps gradients well above Adam's epsilon.
+            loss = run.error(inputs[batch], targets[batch]) / (before or 1.0)
             optimizer.zero_grad()
             loss.backward(inputs=list(learning.parameters()))  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -168,7 +174,7 @@ def distill(
     after = _error(run, inputs, targets, some)
     logger.info("distilled in %d steps: square error of the output %.3g, before %.3g", clock.steps, after, before)
     if not after < before:
-        logger.warning("%d steps of distillation gained nothing; all is left as it was rounded", clock.steps)
+        logger.warning("%d steps of distillation did not reduce the error; the rounded model is kept", clock.steps)
         return
     for linear in linears.values():
         linear.harden()
@@ -208,33 +214,34 @@ def _sums_of(rounded: Rounded | None) -> tuple[object, ...]:
 
 
 def _batch(step: int, count: int) -> int:
-    """All batches in random order, then all in another."""
+    """Index of the batch for a step; every pass over all batches has another random order."""
     generator = torch.Generator().manual_seed(SEED + step // count)
     return int(torch.randperm(count, generator=generator)[step % count])
 
 
 class _Clock:
-    """How far learning has come: in steps, or in time where that runs out sooner."""
+    """Progress of learning, in steps or in time, whichever is further."""
 
     def __init__(self, settings: DistillationSettings) -> None:
         self._settings = settings
         self._start = time.monotonic()
         self.steps = 0
         self.earlier = 0.0
-        """Seconds that runs before this one took."""
+        """Seconds that earlier runs of a resumed distillation took."""
 
     def seconds(self) -> float:
+        """Seconds that learning has taken, earlier runs included."""
         return self.earlier + time.monotonic() - self._start
 
     def spent(self) -> float:
-        """The part of the budget, from 0 to 1."""
+        """The fraction of the budget that is spent, from 0 to 1."""
         steps = self.steps / self._settings.steps
         minutes = self._settings.minutes
         return min(1.0, steps if minutes is None else max(steps, self.seconds() / (60 * minutes)))
 
 
 class _Notes:
-    """A file with all that a killed run needs to go on: what has been learned, the optimizer's state, the clock."""
+    """The checkpoint file from which a killed run resumes: learned parameters, optimizer state and clock."""
 
     def __init__(
         self, folder: Path, fingerprint: str, learning: nn.Module, optimizer: torch.optim.Optimizer, clock: _Clock
@@ -249,7 +256,7 @@ class _Notes:
         metadata, tensors = FORMAT.read(self._path)
         if metadata["fingerprint"] != self._fingerprint:
             raise CalibrationError(
-                f"{self._path} was learned by another model, recipe or calibration set; remove it to start anew, or "
+                f"{self._path} was learned by another model, recipe or calibration set; remove it to start again, or "
                 "give another folder"
             )
         state: dict[int, dict[str, Tensor]] = {}
@@ -264,10 +271,10 @@ class _Notes:
         self._clock.steps, self._clock.earlier = int(metadata["steps"]), float(metadata["seconds"])
 
     def write(self) -> None:
-        """Note how far it has come, if the last time was long ago.
+        """Write a checkpoint, if enough time has passed since the last one.
 
         Raises:
-            CalibrationError: it cannot be written.
+            CalibrationError: the file cannot be written.
         """
         start = time.monotonic()
         if start - self._last < self._pause:

@@ -18,17 +18,17 @@ from ptq4dit_ao.observers.qdq import QuantSpec
 
 @dataclass(frozen=True)
 class Layer:
-    """One linear of a prepared graph."""
+    """One linear of a prepared graph, with the observer of its weight."""
 
     node: Node
     observer: WeightObserver
 
     def weight(self, model: GraphModule) -> Tensor:
-        """(C_out, C_in) float32, balanced."""
+        """The balanced weight, (C_out, C_in) float32."""
         return tensor_at(model, weight_path(self.node)).detach().to(torch.float32)
 
     def bias(self, model: GraphModule) -> Tensor | None:
-        """(C_out,) float32, balanced."""
+        """The balanced bias, (C_out,) float32; None if there is none."""
         path = bias_of(self.node)
         return None if path is None else tensor_at(model, path).detach().to(torch.float32)
 
@@ -38,16 +38,17 @@ class Group:
     """Linears that read one quantized input."""
 
     node: Node
-    """The observer's."""
+    """Node of the input's observer."""
     observer: ActivationObserver
     layers: tuple[Layer, ...]
 
     @property
     def name(self) -> str:
+        """Name of the group's first layer."""
         return layer_name(self.layers[0].node)
 
     def by_spec(self) -> dict[QuantSpec, list[Layer]]:
-        """Layers that are quantized alike."""
+        """Layers by the spec of their weights."""
         layers = defaultdict(list)
         for layer in self.layers:
             layers[layer.observer.spec].append(layer)
@@ -55,10 +56,10 @@ class Group:
 
 
 def find_groups(prepared: GraphModule) -> list[Group]:
-    """Every group of a model from ``prepare_pt2e`` with our quantizer, in execution order.
+    """Every group of a model that ``prepare_pt2e`` has prepared with our quantizer, in execution order.
 
-    Left out, and rounded to nearest, are weights that several linears read, and those of another form than symmetric
-    int8 with one scale for each output channel, or for all of them.
+    Groups include only weights that a single linear reads, quantized to symmetric int8 with one scale per output
+    channel or per tensor. All other weights are rounded to nearest.
     """
     groups = []
     for node in prepared.graph.nodes:
@@ -69,9 +70,9 @@ def find_groups(prepared: GraphModule) -> list[Group]:
 
 
 def activation_clipping(prepared: GraphModule) -> dict[str, float]:
-    """Node name of a linear -> the range of its input, as a part of the float network's from minimum to maximum.
+    """Width of the quantization range of each linear's input, by node name, as a fraction of the float network's range.
 
-    Above 1 where the range was taken from the quantized network, and that goes further.
+    The fraction is above 1 if the range was chosen in the quantized network and is wider there.
     """
     return {layer.node.name: _clipping(group.observer) for group in find_groups(prepared) for layer in group.layers}
 
@@ -83,7 +84,7 @@ def _clipping(observer: ActivationObserver) -> float:
 
 
 def weight_observer(prepared: GraphModule, linear: Node) -> WeightObserver | None:
-    """Ours, if the linear's weight has one."""
+    """The :class:`WeightObserver` of a linear's weight; None without one."""
     weight = linear.args[1]
     assert isinstance(weight, Node)
     observer = module_of(prepared, weight)
@@ -91,13 +92,13 @@ def weight_observer(prepared: GraphModule, linear: Node) -> WeightObserver | Non
 
 
 def bias_of(linear: Node) -> str | None:
-    """Attribute path of a linear's bias."""
+    """Attribute path of a linear's bias; None without one."""
     bias = linear.args[2] if len(linear.args) > 2 else None
     return str(bias.target) if isinstance(bias, Node) else None
 
 
 def is_stored(linear: Node) -> bool:
-    """Is the bias, if there is one, an attribute?"""
+    """Whether a linear's bias is an attribute or missing, and not computed."""
     bias = linear.args[2] if len(linear.args) > 2 else None
     return bias is None or (isinstance(bias, Node) and bias.op == "get_attr")
 

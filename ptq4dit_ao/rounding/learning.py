@@ -1,4 +1,4 @@
-"""What learns beside the roundings: ranges of activations; and a part of the quantized network that gradients pass."""
+"""Learned ranges of activations, and differentiable runs of a part of the quantized network."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ptq4dit_ao.rounding.layers import module_of
 from ptq4dit_ao.rounding.streams import Instead, Values, copied, quantized_network, run_node
 
 INSIDE = 0.49
-"""A place that far from an integer is still nearest to it."""
+"""Distance from an integer, in steps, within which a position is still rounded to it."""
 
 
 class LearnedRange(nn.Module):
-    """An activation's quantizer whose step is learned, its zero point kept (LSQ, Esser et al. 2020)."""
+    """An activation's quantizer with a learned scale and a fixed zero point (LSQ, Esser et al. 2020)."""
 
     def __init__(self, observer: ActivationObserver) -> None:
         super().__init__()
@@ -28,19 +28,20 @@ class LearnedRange(nn.Module):
         self.log_scale = nn.Parameter(scale.log())
 
     def scale(self) -> Tensor:
-        """(), no smaller than the quantizer has it."""
+        """Scale, (), at least the eps of the quantizer."""
         return self.log_scale.exp().clamp_min(self.spec.eps)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The activation quantized and dequantized, with a straight-through gradient."""
         scale = self.scale()
         q = x / scale
         q = (q + (q.round() - q).detach() + self.zero_point).clamp(self.spec.quant_min, self.spec.quant_max)
         return (q - self.zero_point) * scale
 
     def harden(self) -> None:
-        """Leave the range in the observer."""
+        """Store the learned range in the observer."""
         scale = float(self.scale())
-        if self.spec.symmetric:  # the scale is that of half of all levels
+        if self.spec.symmetric:  # a symmetric scale is the largest magnitude over half the number of steps
             half = scale * (self.spec.quant_max - self.spec.quant_min) / 2
             self.observer.chosen_range = -half, half
         else:
@@ -49,14 +50,14 @@ class LearnedRange(nn.Module):
 
 
 class Run:
-    """A part of the quantized network, with modules that learn in the place of some of its nodes.
+    """A runnable part of the quantized network, in which learned modules replace some nodes.
 
     Args:
         prepared: the graph.
-        nodes: of the part, in order.
-        outputs: of these, what the part puts out.
-        linears: what some linears do instead of what they do.
-        ranges: observers whose range learns, wherever they stand; all others keep theirs.
+        nodes: nodes of the part, in order.
+        outputs: nodes among them whose values are the part's outputs.
+        linears: functions that replace some linears.
+        ranges: learned ranges by observer; the ranges of all other observers are fixed.
     """
 
     def __init__(
@@ -72,18 +73,18 @@ class Run:
         self._instead = quantized_network(prepared, [node for node in nodes if node not in linears]) | linears
         for node in nodes:
             observer = module_of(prepared, node)
-            if isinstance(observer, ActivationObserver):  # rounding as such would let no gradient through
+            if isinstance(observer, ActivationObserver):  # plain rounding has no gradient
                 self._instead[node] = ranges.get(observer) or LearnedRange(observer).requires_grad_(False)
 
     def __call__(self, inputs: Values) -> Values:
-        """What the part puts out."""
+        """The part's outputs for the values that it reads."""
         values = {node: copied(value) for node, value in inputs.items()} if self._in_place else dict(inputs)
         for node in self._nodes:
             values[node] = run_node(self._interpreter, node, values.__getitem__, self._instead)
         return {node: values[node] for node in self._outputs}
 
     def error(self, inputs: Values, targets: Values) -> Tensor:
-        """Square error of what the part puts out, summed over the last axis and all outputs, mean over the rest."""
+        """Square error of the part's outputs, summed over outputs and the last axis, averaged over the other axes."""
         outputs = self(inputs)
         pairs = zip(*(tree_leaves([values[node] for node in outputs]) for values in (outputs, targets)), strict=True)
         errors = [(x - y).float().square().sum(-1).mean() for x, y in pairs if _is_floating(y)]
@@ -91,9 +92,9 @@ class Run:
 
 
 def learnable(prepared: GraphModule, batches: Iterable[Sequence[Tensor]]) -> list[tuple[Tensor, ...]]:
-    """The batches, with copies in the place of what inference mode has made; so, too, in the graph.
+    """The batches, with copies in place of inference tensors; such tensors of the graph are replaced as well, in place.
 
-    Gradients pass no tensor that was made there.
+    Autograd does not accept tensors that were created in inference mode.
     """
     for node in prepared.graph.find_nodes(op="get_attr"):
         tensor = get_attribute(prepared, str(node.target))

@@ -1,4 +1,4 @@
-"""Rounding inside plain prepare and convert: from the float model's moments, with no second pass over the samples."""
+"""Rounding from the float model's moments, without a second pass over the samples."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 def round_in_one_pass(prepared: GraphModule, settings: RoundingSettings) -> None:
-    """Leave in the observers of a balanced, prepared graph what ``convert_pt2e`` shall write.
+    """Round the weights of a balanced, prepared graph, and store the result in its observers for ``convert_pt2e``.
 
     Raises:
-        CalibrationError: an input was never seen.
+        CalibrationError: an input was never observed.
     """
     if settings.plain:
         return
@@ -52,7 +52,7 @@ def _round(prepared: GraphModule, group: Group, moments: Moments, settings: Roun
 def balanced_moments(
     moments: Moments, balance: Tensor | None, offset: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens (n, C), ``E[x x^T]`` and ``E[x]`` of the inputs less an offset, divided by a balancing vector."""
+    """Tokens (n, C), ``E[x x^T]`` and ``E[x]`` of the inputs after an offset is subtracted and b divides them."""
     tokens, second, mean = moments.tokens, moments.second, moments.mean
     if offset is not None:
         c = offset.to(tokens)

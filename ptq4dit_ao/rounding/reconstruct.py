@@ -1,7 +1,7 @@
-"""AdaRound by blocks: all weights of a block learn which way to round, so that its output comes close to the float one.
+"""AdaRound by blocks: the weights of a block learn to round up or down so that its output is close to the float one.
 
-As in BRECQ (Li et al. 2021, arXiv 2102.05426), whose procedure PTQ4DiT follows: what goes in is the quantized
-network's, the target is the float network's, and the steps of the activations are learned, too.
+The procedure is that of BRECQ (Li et al. 2021, arXiv 2102.05426), which PTQ4DiT follows. The inputs are the quantized
+network's, the targets are the float network's, and the scales of activations are learned as well.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from ptq4dit_ao.rounding.settings import RoundingSettings
 from ptq4dit_ao.rounding.streams import Values
 
 REGULARIZER = 0.01
-"""Weight of the regularizer against the block's square error, summed over channels (BRECQ, Q-Diffusion)."""
+"""Weight of the regularizer relative to the block's square error summed over channels (BRECQ, Q-Diffusion)."""
 
 NEAR = 0.5
-"""How far on the way from GPTQ's integer to the float weight, or to the next integer, learning starts."""
+"""Start of learning with ``start="gptq"``, as a fraction of the way from GPTQ's integer to the float weight."""
 
 RANGE_RATE = 4e-4
-"""Learning rate of the logarithm of an activation's step."""
+"""Learning rate of the logarithm of an activation's scale."""
 
 SEED = 0
 
 
 def rounding_rate(steps: float) -> float:
-    """Learning rate of V: the papers' 1e-3 for their 20,000 steps, so that fewer can lead as far."""
+    """Learning rate of V, which is the papers' 1e-3 at their 20,000 steps and larger for fewer steps."""
     return min(0.03, 20 / steps)
 
 
 class Budget:
-    """How far a block's learning has come: in steps, or in time where that runs out sooner.
+    """Budget of all blocks' learning, in steps and in time.
 
     Args:
-        settings: ``steps`` of every block, ``minutes`` for all of them.
-        work: of each block; time is shared out accordingly.
+        settings: ``steps`` for every block, ``minutes`` for all of them together.
+        work: amount of work of each block, in proportion to which blocks get time.
     """
 
     def __init__(self, settings: RoundingSettings, work: Sequence[int]) -> None:
@@ -53,7 +53,7 @@ class Budget:
         self._deadline = None if settings.minutes is None else time.monotonic() + 60 * settings.minutes
 
     def progress(self, block: int) -> Iterator[float]:
-        """Parts of a block's budget that are spent, rising from 0, one for each step that is to be made."""
+        """Fractions of a block's budget that are spent, rising from 0, one for each step that is to be made."""
         start = time.monotonic()
         seconds = float("inf")
         if self._deadline is not None:
@@ -65,7 +65,7 @@ class Budget:
 
 
 class SoftLinear(nn.Module):
-    """A linear whose weight lies between its two nearest roundings."""
+    """A linear whose weight elements lie between rounding down and up, by a learned h(V) in [0, 1]."""
 
     def __init__(self, prepared: GraphModule, layer: Layer, settings: RoundingSettings) -> None:
         super().__init__()
@@ -74,20 +74,22 @@ class SoftLinear(nn.Module):
         self.scale = self.rounded.scale.unsqueeze(1)
         self.bias = layer.bias(prepared) if self.rounded.bias is None else self.rounded.bias
         position = layer.weight(prepared) / self.scale
-        if settings.start == "gptq":  # its integers are the nearest to where learning starts
+        if settings.start == "gptq":  # GPTQ's integers must be the nearest ones to the start
             position = self.rounded.integers + NEAR * (position - self.rounded.integers).clamp(-INSIDE, INSIDE)
         self.floor = position.floor()
         self.v = nn.Parameter(inverse_rectified_sigmoid(position - self.floor))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Output (..., C_out) for an input (..., C_in), with the soft-rounded weight."""
         weight = self._integers(self.h()) * self.scale
         return functional.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def h(self) -> Tensor:
+        """Fraction h(V) of rounding up, (C_out, C_in), in [0, 1]."""
         return rectified_sigmoid(self.v)
 
     def harden(self) -> None:
-        """Leave the decision in the layer's observer."""
+        """Round every element up if h >= 0.5, else down, and store the result in the layer's observer."""
         integers = self._integers(self.h() >= 0.5).to(torch.int8)
         self.layer.observer.rounded = Rounded(integers=integers, scale=self.rounded.scale, bias=self.rounded.bias)
 
@@ -105,16 +107,16 @@ def reconstruct(
     progress: Iterator[float],
     ranges: Sequence[ActivationObserver],
 ) -> None:
-    """Let a block's weights, rounded before, and some of its ranges learn.
+    """Learn the rounding of a block's weights, which are rounded already, and some of its ranges.
 
     Args:
         prepared: the graph.
-        block: part of it.
-        inputs: what the block reads in the quantized network, batch by batch.
-        targets: what its outputs are in the float network.
-        settings: how.
-        progress: parts of the time that are spent, one for each step.
-        ranges: observers whose range may change.
+        block: a block of the graph.
+        inputs: values that the block reads in the quantized network, batch by batch.
+        targets: the block's outputs in the float network, batch by batch.
+        settings: settings of rounding.
+        progress: fractions of the block's budget that are spent, one for each step.
+        ranges: observers whose range is learned.
     """
     linears = {layer.node: SoftLinear(prepared, layer, settings) for layer in block.layers}
     learned = {observer: LearnedRange(observer) for observer in ranges}
@@ -126,7 +128,7 @@ def reconstruct(
     generator = torch.Generator().manual_seed(SEED)
     with torch.enable_grad():
         for step, spent in enumerate(progress):
-            if step and spent > 0:  # as many steps as are to be expected, where time limits them
+            if step and spent > 0:  # step / spent is the expected number of steps, also with a time limit
                 optimizer.param_groups[0]["lr"] = rounding_rate(step / spent)
             batch = int(torch.randint(len(inputs), (), generator=generator))
             loss = run.error(inputs[batch], targets[batch])

@@ -1,4 +1,4 @@
-"""What a sequential rounding has done so far, on disk: one safetensors file for each input, and what they belong to."""
+"""Checkpoint of a sequential rounding: a folder with one safetensors file per block and a fingerprint of the run."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from ptq4dit_ao.observers import ActivationObserver, Rounded
 from ptq4dit_ao.rounding.layers import Group
 
 PARTS = ("integers", "scale", "bias")
-"""Of a :class:`~ptq4dit_ao.observers.Rounded`; there may be no bias."""
+"""Attributes of :class:`~ptq4dit_ao.observers.Rounded` that are stored; the bias may be missing."""
 FORMAT = TensorFormat(
     name="rounded layers", version=3, error=CalibrationError, remedy="remove it, and it is computed again"
 )
 
 
 class Progress:
-    """A folder of rounded layers, or nothing at all if there is no folder.
+    """The checkpoint folder of rounded layers; without a folder, nothing is stored or found.
 
     Args:
-        folder: made if it is missing.
-        fingerprint: of the model, the batches and the settings.
-        device: where the model is.
+        folder: the folder, which is created if it is missing; or None.
+        fingerprint: fingerprint of the model, the batches and the settings.
+        device: device of the model, to which tensors are loaded.
 
     Raises:
-        CalibrationError: the folder belongs to another run, or cannot be made.
+        CalibrationError: the folder belongs to another run, or cannot be created.
     """
 
     def __init__(self, folder: Path | None, fingerprint: str, device: str = "cpu") -> None:
@@ -51,7 +51,7 @@ class Progress:
                 if found != expected:
                     raise CalibrationError(
                         f"{folder} holds layers that were rounded for another model, recipe or calibration set; "
-                        "remove it to start anew, or give another folder"
+                        "remove it to start again, or give another folder"
                     )
             elif not all(is_unfinished(path) for path in folder.iterdir()):
                 raise CalibrationError(f"{folder} holds something else than rounded layers; give another folder")
@@ -60,11 +60,11 @@ class Progress:
         except (OSError, ValueError) as error:
             reason = because(error) if isinstance(error, OSError) else f"{about} is damaged ({error})"
             raise CalibrationError(
-                f"cannot keep rounded layers in {folder}: {reason}; remove it to start anew, or give another folder"
+                f"cannot keep rounded layers in {folder}: {reason}; remove it to start again, or give another folder"
             ) from error
 
     def load(self, index: int, groups: Sequence[Group]) -> bool:
-        """Give groups what was found for them; False if there is nothing."""
+        """Load the results of groups into their observers; False if the folder has none."""
         if self._folder is None or not (path := self._path(index)).exists():
             return False
         _, tensors = FORMAT.read(path)
@@ -77,10 +77,10 @@ class Progress:
         return True
 
     def save(self, index: int, groups: Sequence[Group]) -> None:
-        """Note what was found for groups.
+        """Save the results of groups.
 
         Raises:
-            CalibrationError: it cannot be written.
+            CalibrationError: the file cannot be written.
         """
         if self._folder is None:
             return
@@ -97,7 +97,7 @@ class Progress:
 def fingerprint(
     prepared: GraphModule, groups: Iterable[Group], batches: Sequence[Sequence[Tensor]], settings: object
 ) -> str:
-    """A digest of all that decides what is found: parameters, balanced weights and batches by their sums."""
+    """A digest of everything that determines the result; tensors enter by their shapes and sums."""
     digest = hashlib.sha256(repr(settings).encode())
     digest.update(repr([(name, sums(parameter)) for name, parameter in prepared.named_parameters()]).encode())
     activations = [module for module in prepared.modules() if isinstance(module, ActivationObserver)]
@@ -127,12 +127,12 @@ def _read(tensors: Mapping[str, Tensor], prefix: str, group: Group) -> tuple[tup
     rounded = []
     for i in range(len(group.layers)):
         found = {part: name for part in PARTS if (name := f"{prefix}{i}.{part}") in tensors or part != "bias"}
-        # Copies: what is not copied keeps the whole file in memory.
+        # A tensor that is not copied would keep the whole file in memory.
         rounded.append(Rounded(**{part: tensors[name].clone() for part, name in found.items()}))
     return (low, high), rounded
 
 
 def sums(x: Tensor) -> tuple[object, ...]:
-    """What tells a tensor from others: its shape, the sum of its elements and of their squares."""
+    """Shape, sum and sum of squares of a tensor, which identify it in a fingerprint."""
     x = x.to(torch.float64)
     return tuple(x.shape), float(x.sum()), float(x.square().sum())

@@ -1,7 +1,7 @@
-"""A site's balancing vector, judged by the error of its layers' outputs after rounding at the true bit widths.
+"""Score of a site's balancing vector: the error of its layers' outputs after rounding at the true bit widths.
 
-Rounding to nearest would prefer vectors that spare the weights, whose error GPTQ removes anyway; so candidates are
-rounded as the weights will be, but at one scale each, where GPTQ may then try several and would take as much longer.
+Candidates are rounded by the same method as the weights will be. Rounding to nearest would favour vectors with small
+weight errors, which GPTQ reduces anyway. To save time, GPTQ rounds candidates at one scale only.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from ptq4dit_ao.rounding.settings import RoundingSettings
 from ptq4dit_ao.rounding.solve import Inputs, choose_range, quantize_tokens, solve
 
 ROWS = 1024
-"""Output channels that are tried, of each set of layers that are quantized alike."""
+"""Maximum number of output channels that a score uses, per group and weight spec."""
 
 STEP = 4
-"""Of so many tokens, one is taken to choose a candidate's range."""
+"""Stride of the tokens that are used to choose a candidate's range."""
 
 
 class PostRoundingScore:
-    """``score(model, site, b)``: mean square error of the site's outputs on the tokens that its observers kept."""
+    """Score function ``score(model, site, b)``: mean square error of the site's outputs on its observers' tokens."""
 
     def __init__(
         self, prepared: GraphModule, observers: Mapping[str, Sequence[SalienceObserver]], settings: RoundingSettings
     ) -> None:
         self._observers = observers
-        # What is learned is closer to GPTQ's solution than to rounding to nearest.
+        # Learned rounding is closer to GPTQ's solution than to rounding to nearest.
         self._settings = replace(settings, rounding="gptq") if settings.learned else settings
         self._groups: dict[SalienceObserver, list[Group]] = {}
         for group in find_groups(prepared):
@@ -43,7 +43,7 @@ class PostRoundingScore:
                 self._groups.setdefault(group.observer, []).append(group)
 
     def __call__(self, model: GraphModule, site: Site, b: Tensor) -> float:
-        """Error with the balancing vector ``b`` (V,) of a site that is not balanced yet."""
+        """Error with the balancing vector ``b`` (V,), for a site that is not balanced yet."""
         total = 0.0
         for key, consumer in site.inputs.items():
             scale = scale_of(b, consumer.variables)

@@ -1,8 +1,8 @@
 """Rounding layer by layer, with the float and the quantized network in lockstep.
 
-Each layer is rounded for the inputs that the quantized network hands it, and fitted to what the float network's layer
-puts out, so that it also makes up for the error of the layers before it. All calibration batches advance together, from
-one quantized input to the next; of the activations only those are kept which a later node still reads.
+Each layer is rounded for its inputs in the quantized network and fitted to its output in the float network, so that it
+also compensates for the errors of the layers before it. All calibration batches advance together from one quantized
+input to the next. Memory holds only activations that a later node still reads.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 PARTS = 100
-"""In so many parts the progress of a block that learns is told."""
+"""Number of parts in which the progress of a block that learns is reported."""
 
 
 @own_modes()
@@ -44,14 +44,17 @@ def round_sequentially(
     on_progress: OnProgress = ignore,
     resume: Path | None = None,
 ) -> None:
-    """Leave in the observers of a balanced, prepared graph what ``convert_pt2e`` shall write.
+    """Round a balanced, prepared graph layer by layer, and store the result in its observers for ``convert_pt2e``.
 
     Args:
-        prepared: from ``prepare_pt2e`` with our quantizer, calibrated, balanced.
-        batches: input tuples; all of them are held at once.
-        settings: how.
-        on_progress: called as layers are done.
-        resume: a folder to note them in; what is found there is not done again.
+        prepared: a calibrated and balanced graph from ``prepare_pt2e`` with our quantizer.
+        batches: input tuples; memory holds all of them.
+        settings: settings of rounding.
+        on_progress: called with the number of parts done and the total.
+        resume: a checkpoint folder; results in it are reused.
+
+    Raises:
+        CalibrationError: there are no batches; the folder has the checkpoint of another run, or cannot be written.
     """
     groups, batches = find_groups(prepared), learnable(prepared, batches)
     learns = settings.learned
@@ -75,7 +78,7 @@ def round_sequentially(
                     _round(prepared, block.groups[0], streams, settings)
                 progress.save(index + 1, block.parts(groups))
             on_progress((index + 1) * parts, len(blocks) * parts)
-    except BaseException:  # as it was, for another try
+    except BaseException:  # restore the observers, so that the caller can try again
         for group in groups:
             group.observer.chosen_range = given[group.observer]
             for layer in group.layers:
@@ -100,7 +103,7 @@ def _learn(
 
 
 def _told(progress: Iterator[float], block: int, blocks: int, on_progress: OnProgress) -> Iterator[float]:
-    """The same, with every hundredth told to ``on_progress``."""
+    """The fractions of ``progress``, of which every hundredth is reported to ``on_progress``."""
     told = 0
     for spent in progress:
         if int(spent * PARTS) > told:
@@ -112,7 +115,7 @@ def _told(progress: Iterator[float], block: int, blocks: int, on_progress: OnPro
 def _round(prepared: GraphModule, group: Group, streams: Streams, settings: RoundingSettings) -> None:
     observer = group.observer
     weights = {layer: layer.weight(prepared) for layer in group.layers}
-    if observer.chosen_range is None:  # else it observed another tensor, too, and was here before
+    if observer.chosen_range is None:  # a shared observer has its range from an earlier group
         tokens, low, high = _look(streams, group.node)
         weight = torch.cat(list(weights.values()))
         observer.chosen_range = choose_range(observer.spec, tokens, low, high, weight, settings.ranges)
@@ -121,7 +124,7 @@ def _round(prepared: GraphModule, group: Group, streams: Streams, settings: Roun
 
 
 def _look(streams: Streams, node: Node) -> tuple[Tensor, Tensor, Tensor]:
-    """Some tokens of the quantized network's input, and its range."""
+    """A sample of tokens of a node's input in the quantized network, and the input's minimum and maximum."""
     sample, low, high = None, [], []
     for _, x in streams.inputs(node):
         rows = x.flatten(0, -2)
@@ -134,7 +137,7 @@ def _look(streams: Streams, node: Node) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _inputs(streams: Streams, node: Node, observer: ActivationObserver) -> Inputs:
-    """The moments of a layer's inputs in both networks."""
+    """Moments of a layer's inputs in both networks."""
     example, _ = next(streams.inputs(node))
     channels, device = example.shape[-1], example.device
     mean, quantized_mean = torch.zeros(2, channels, dtype=torch.float64, device=device)

@@ -1,4 +1,4 @@
-"""How weights are rounded, and ranges chosen."""
+"""Settings of rounding and distillation."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ from ptq4dit_ao.errors import ArgumentError, check_choice, check_type
 
 @dataclass(frozen=True, kw_only=True)
 class RoundingSettings:
-    """What happens to a linear's weight and to the range of its input after balancing.
+    """Settings by which a linear's weight is rounded and the range of its input is chosen, after balancing.
 
-    ``rounding`` is ``nearest``; ``gptq``, which also corrects the bias; or ``adaround``, by which the weights of a
-    block learn together which way to round, and its inputs' ranges how wide to be. ``ranges`` is ``minmax``;
-    ``output``, which cuts the tails where the layer's output gains; or a search of the papers', ``percentile`` or
-    ``lp`` (:mod:`ptq4dit_ao.core.range_search`). ``damping`` is what GPTQ adds to the diagonal of the inputs' second
-    moment, as a part of its mean.
+    Args:
+        rounding: ``nearest``; ``gptq``, which also corrects the bias; or ``adaround``, which learns the rounding of a
+            block's weights together with its inputs' ranges.
+        ranges: ``minmax``; ``output``, which clips if that reduces the error of the layer's output; or a search of the
+            papers, ``percentile`` or ``lp`` (:mod:`ptq4dit_ao.core.range_search`).
+        damping: term that GPTQ adds to the diagonal of the inputs' second moment, as a fraction of its mean.
+        start: start of learning: the float weight (``nearest``), or close to GPTQ's solution (``gptq``).
+        steps: number of updates of each block, with one batch each.
+        minutes: a time limit for all blocks together. Learning ends after ``steps`` or ``minutes``, whichever comes
+            first, so results depend on the machine's speed if there is a limit.
 
-    Learning starts (``start``) at the float weight, or near what GPTQ has found. ``steps`` is how often a block is
-    updated, with one batch each time, and ``minutes`` what all blocks may take together; what ends sooner counts, so
-    that with a time limit results depend on the machine.
+    Raises:
+        ArgumentError: a value is out of range.
     """
 
     rounding: RoundingMethod = "nearest"
@@ -41,26 +45,31 @@ class RoundingSettings:
 
     @property
     def learned(self) -> bool:
-        """Do weights learn how to round?"""
+        """Whether the rounding of weights is learned."""
         return self.rounding == "adaround"
 
     @property
     def closed_form(self) -> str:
-        """How weights are rounded before they learn."""
+        """Rounding method before any learning: ``nearest`` or ``gptq``."""
         return self.start if self.rounding == "adaround" else self.rounding
 
     @property
     def plain(self) -> bool:
-        """Is every weight rounded to nearest in the range of its minimum and maximum?"""
+        """Whether every weight is rounded to nearest in the range of its minimum and maximum."""
         return self.rounding == "nearest" and self.ranges == "minmax"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationSettings:
-    """How long the whole quantized network learns from the float one, after its weights have been rounded.
+    """Settings by which the whole quantized network is distilled from the float one, after its weights are rounded.
 
-    ``steps`` is how often all of it is updated, with one batch each time, and ``minutes`` what that may take; what ends
-    sooner counts, so that with a time limit results depend on the machine.
+    Args:
+        steps: number of updates, with one batch each.
+        minutes: a time limit. Learning ends after ``steps`` or ``minutes``, whichever comes first, so results depend on
+            the machine's speed if there is a limit.
+
+    Raises:
+        ArgumentError: a value is out of range.
     """
 
     steps: int = 1000

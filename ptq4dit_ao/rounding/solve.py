@@ -1,4 +1,4 @@
-"""One group of linears, from the statistics of its input to integers, scales, biases and a range."""
+"""Integers, scales, biases and a range for one group of linears, from the statistics of its input."""
 
 from __future__ import annotations
 
@@ -20,33 +20,36 @@ from ptq4dit_ao.rounding.layers import Group, Layer
 from ptq4dit_ao.rounding.settings import RoundingSettings
 
 FEW_LEVELS = 64
-"""Beyond 6 bits, a scale that is chosen for rounding to nearest is as good (0.05 dB at W8A8, 0.4 at W4A8)."""
+"""Maximum number of levels (6 bits) for which GPTQ tries several scales.
+
+With more levels it gains little over the scale for rounding to nearest (0.05 dB at W8A8, but 0.4 dB at W4A8).
+"""
 
 FLOOR = 1e-5
-"""A variance below this part of the mean square cannot be told from 0 in float32 sums."""
+"""Fraction of the mean square below which a variance from float32 sums cannot be distinguished from 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What a group's weights are multiplied with, after balancing; q is quantized, x is the float network's.
+    """Statistics of a group's input after balancing, quantized (q) and in the float network (x).
 
-    The bias takes the means, so the weight is rounded and fitted for what is left of the inputs without them.
+    The bias compensates for the means, so the weight is rounded and fitted for the centred inputs.
     """
 
     mean: Tensor
-    """E[x], (C,)."""
+    """Mean E[x], (C,)."""
     quantized_mean: Tensor
-    """E[q], (C,)."""
+    """Mean E[q], (C,)."""
     covariance: Tensor
-    """Of q, or of x, (C, C); its diagonal raised by :data:`FLOOR`."""
+    """Covariance of q, or of x if q is not known, (C, C), with :data:`FLOOR` times the mean squares on the diagonal."""
     cross: Tensor | None = None
     """Covariance of q and x - q, (C, C); None if only x is known."""
 
     @classmethod
     def from_moments(cls, mean: Tensor, quantized_mean: Tensor, moment: Tensor, cross: Tensor | None = None) -> Inputs:
-        """From ``E[q q^T]`` and ``E[q (x - q)^T]``, both of which are overwritten.
+        """Statistics from ``E[q q^T]`` (``moment``) and ``E[q (x - q)^T]`` (``cross``), which are overwritten.
 
-        Without the latter, ``moment`` is ``E[x x^T]``: the covariance of q is taken to be that of x.
+        Without ``cross``, ``moment`` is ``E[x x^T]``, and the covariance of q is assumed to be that of x.
         """
         center, floor = mean if cross is None else quantized_mean, FLOOR * moment.diagonal()
         moment.addr_(center, center, alpha=-1).diagonal().add_(floor)
@@ -63,7 +66,19 @@ def choose_range(
     weight: Tensor,
     ranges: str,
 ) -> tuple[float, float]:
-    """The range of an activation: tokens (n, C_in), weight (C_out, C_in)."""
+    """Quantization range of an activation.
+
+    Args:
+        spec: spec of the activation.
+        tokens: sample of tokens, (n, C_in).
+        low: smallest value of the whole activation.
+        high: largest value of the whole activation.
+        weight: weights of the layers that read it, (C_out, C_in).
+        ranges: method, as in :class:`RoundingSettings`.
+
+    Returns:
+        Minimum and maximum.
+    """
     if ranges == "minmax" or len(tokens) == 0:
         return float(low), float(high)
     quantizer = (spec.qparams, spec.quant_min, spec.quant_max)
@@ -75,7 +90,7 @@ def choose_range(
 
 
 def quantize_tokens(spec: QuantSpec, tokens: Tensor, bounds: tuple[float, float]) -> Tensor:
-    """Tokens as the quantized layer sees them."""
+    """Tokens quantized and dequantized in a range."""
     scale, zero_point = spec.qparams(torch.tensor(bounds[0]), torch.tensor(bounds[1]))
     return fake_quantize(tokens, scale, zero_point, spec.quant_min, spec.quant_max)
 
@@ -83,7 +98,7 @@ def quantize_tokens(spec: QuantSpec, tokens: Tensor, bounds: tuple[float, float]
 def solve_group(
     prepared: GraphModule, group: Group, weights: Mapping[Layer, Tensor], inputs: Inputs, settings: RoundingSettings
 ) -> None:
-    """Leave in the weight observers of a group what its weights, (C_out, C_in) each, are rounded to."""
+    """Round a group's weights, (C_out, C_in) each, and store the result in their observers."""
     for spec, layers in group.by_spec().items():
         biases = [layer.bias(prepared) for layer in layers]
         solved = solve([weights[layer] for layer in layers], biases, spec, inputs, settings)
@@ -100,16 +115,16 @@ def solve(
     *,
     try_scales: bool = True,
 ) -> list[Rounded]:
-    """Round the weights of linears that read one input and are quantized alike; rounded to nearest, biases stay.
+    """Round the weights of linears that read one input and share one spec; only GPTQ corrects biases.
 
     Args:
         weights: (C_out, C_in) each.
         biases: (C_out,) each, or None.
-        spec: of the weights; symmetric.
-        inputs: what they are multiplied with.
-        settings: how.
-        try_scales: where GPTQ rounds to few levels and cuts ranges, round with each scale and take each channel's best;
-            else the scale is chosen for rounding to nearest.
+        spec: spec of the weights; symmetric.
+        inputs: statistics of the weights' input.
+        settings: settings of rounding.
+        try_scales: whether GPTQ, if it rounds to few levels and clips ranges, rounds with each candidate scale and
+            keeps the best one of each channel. Otherwise the scale is chosen for rounding to nearest.
     """
     weight = torch.cat(list(weights))
     target, compensated = weight, settings.closed_form == "gptq"
@@ -140,7 +155,7 @@ def solve(
 
 
 def weight_scale(weight: Tensor, spec: QuantSpec, importance: Tensor, settings: RoundingSettings) -> Tensor:
-    """(C_out,) float32; equal for all channels where the spec has one scale."""
+    """Scale of each output channel, (C_out,) float32; equal for all channels if the spec is per tensor."""
     quantizer = (spec.qparams, spec.quant_min, spec.quant_max)
     rows = weight if spec.channel_axis is not None else weight.reshape(1, -1)
     low, high = torch.aminmax(rows, dim=1)

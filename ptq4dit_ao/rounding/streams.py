@@ -1,4 +1,4 @@
-"""A prepared graph run as two networks at once, float and quantized so far, over all calibration batches."""
+"""Lockstep execution of a prepared graph as a float and a quantized network, over all calibration batches."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Instead = dict[Node, Callable[[Tensor], Tensor]]
 
 
 class Streams:
-    """Of every batch, what the rest of the graph still reads, in both networks.
+    """Values of every batch that the rest of the graph still reads, in both networks.
 
-    Where they agree, as before the first quantized layer, a value is held once.
+    A value that is equal in both networks, such as before the first quantized layer, is stored once.
 
     Args:
         prepared: a balanced graph with our observers.
@@ -46,11 +46,11 @@ class Streams:
         if not self._float:
             raise CalibrationError("there are no calibration samples; pass at least one tuple of inputs")
         self._quantized: list[Values] = [{} for _ in self._float]
-        if self._in_place:  # nothing may be shared
+        if self._in_place:  # in-place writes of one network must not change values of the other
             self._quantized = [{node: value.clone() for node, value in batch.items()} for batch in self._float]
 
     def advance(self, stop: Node) -> None:
-        """Run every batch up to a node."""
+        """Run every batch up to a node, which is not run itself."""
         end = self._nodes.index(stop)
         segment = [node for node in self._nodes[self._next : end] if node.op != "placeholder"]
         self._next = max(self._next, end)
@@ -60,13 +60,13 @@ class Streams:
                 self._step(node, instead, exact, quantized)
 
     def inputs(self, node: Node) -> Iterator[tuple[Tensor, Tensor]]:
-        """What a node is about to read, batch by batch: in the float network, and in the quantized one."""
+        """The input of the next node, batch by batch: in the float network, and in the quantized one."""
         (source,) = node.all_input_nodes
         for exact, quantized in zip(self._float, self._quantized, strict=True):
             yield exact[source], quantized[source] if source in quantized else exact[source]
 
     def held(self, nodes: Sequence[Node]) -> list[Values]:
-        """What nodes about to be run read from before them, batch by batch, in the quantized network."""
+        """Values that the next nodes read from earlier ones, batch by batch, in the quantized network."""
         inside = set(nodes)
         sources = dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in inside)
         batches = zip(self._float, self._quantized, strict=True)
@@ -76,11 +76,11 @@ class Streams:
         return held
 
     def exact(self, nodes: Sequence[Node]) -> list[Values]:
-        """What nodes have put out, and a later one reads, batch by batch, in the float network."""
+        """Outputs of nodes that a later node reads, batch by batch, in the float network."""
         return [{node: values[node] for node in nodes} for values in self._float]
 
     def redo(self, nodes: Sequence[Node], held: Sequence[Values]) -> None:
-        """Run nodes that were run before again in the quantized network, as their weights are by now."""
+        """Run nodes again in the quantized network, with their new weights."""
         instead = quantized_network(self._model, nodes)
         for before, quantized in zip(held, self._quantized, strict=True):
             values = dict(before)
@@ -111,10 +111,10 @@ def run_node(interpreter: Interpreter, node: Node, read: Callable[[Node], Any], 
     """The value of one node of a prepared graph.
 
     Args:
-        interpreter: of the graph.
-        node: any but a placeholder or the output.
-        read: gives the value of an earlier node.
-        instead: what some nodes do with their first input instead of what they say. Other observers do nothing.
+        interpreter: interpreter of the graph.
+        node: any node other than a placeholder or the output.
+        read: function that returns the value of an earlier node.
+        instead: functions of the first input that replace some nodes. Other observers pass their input on.
     """
     if node.op == "get_attr":
         return interpreter.fetch_attr(str(node.target))
@@ -127,12 +127,12 @@ def run_node(interpreter: Interpreter, node: Node, read: Callable[[Node], Any], 
 
 
 def float_network(model: GraphModule, nodes: Iterable[Node]) -> Instead:
-    """What linears of a prepared graph do in the float network: multiply with balanced weights."""
+    """Functions of a prepared graph's linears in the float network, with balanced weights."""
     return {node: _Linear(*_stored(model, node)) for node in nodes if is_linear(node) and is_stored(node)}
 
 
 def quantized_network(model: GraphModule, nodes: Iterable[Node]) -> Instead:
-    """What observed inputs and linears of a prepared graph do in the quantized network."""
+    """Functions of a prepared graph's observers and linears in the quantized network."""
     instead = float_network(model, nodes)
     for node in nodes:
         if isinstance(module := module_of(model, node), ActivationObserver):
@@ -146,7 +146,7 @@ def quantized_network(model: GraphModule, nodes: Iterable[Node]) -> Instead:
 
 
 def _quantizes(model: GraphModule, node: Node) -> bool:
-    """Is what a node puts out another in the quantized network, even if what it reads is not?"""
+    """Whether a node's output differs in the quantized network even for equal inputs."""
     if isinstance(module_of(model, node), ActivationObserver):
         return True
     return is_linear(node) and is_stored(node) and weight_observer(model, node) is not None
@@ -167,5 +167,5 @@ def _stored(model: GraphModule, node: Node) -> tuple[Tensor, Tensor | None]:
 
 
 def copied(value: Any) -> Any:
-    """A value of a node, which no operation on the other changes."""
+    """A copy of a node's value, whose tensors share no memory with the original."""
     return map_aggregate(value, lambda part: part.clone() if isinstance(part, Tensor) else part)

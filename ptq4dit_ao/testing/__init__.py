@@ -1,1 +1,1 @@
-"""Models to test with."""
+"""Models for tests."""

@@ -1,9 +1,9 @@
-"""A double of the class-conditional DiT of facebookresearch/DiT, with the parameter names of its checkpoints.
+"""Reimplementation of facebookresearch/DiT, a class-conditional DiT, with the parameter names of its checkpoints.
 
-Written from the architecture (Peebles and Xie, arXiv 2212.09748), so that this form of DiT (fused qkv, one
-timestep embedder for all blocks, ``blocks.0.adaLN_modulation.1``) can be tested without its repository or timm.
-Two liberties: the timestep's sinusoids, float32, are cast to the dtype of the weights, so that the model runs in
-any dtype; and a fresh model has torch's default initialisation but for the zeros of adaLN-Zero.
+It is written from the architecture (Peebles and Xie, arXiv 2212.09748), so that this form of DiT (fused qkv, one
+timestep embedder for all blocks, ``blocks.0.adaLN_modulation.1``) can be tested without its repository or timm. It
+differs from the original in two ways. The timestep's sinusoids, float32, are cast to the dtype of the weights, so that
+the model runs in any dtype. A new model has torch's default initialisation, except for the zeros of adaLN-Zero.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from torch import Tensor, nn
 
 NORM_EPS = 1e-6
 FREQUENCIES = 256
-"""Width of the timestep's sinusoids: half cosines, half sines."""
+"""Number of the timestep's sinusoids, of which half are cosines and half are sines."""
 MAX_PERIOD = 10000
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """``x`` (N, T, D) under ``shift`` and ``scale`` (N, D)."""
+    """Modulate tokens ``x`` (N, T, D) with ``shift`` and ``scale`` (N, D)."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 def sincos_position_embedding(hidden_size: int, grid: int) -> Tensor:
-    """(grid * grid, hidden_size) float64: the token's column in the first half of the channels, its row in the rest."""
+    """Position embedding, (grid * grid, hidden_size) float64: first the channels of the column, then of the row."""
     quarter = hidden_size // 4
     omega = MAX_PERIOD ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
     angles = torch.outer(torch.arange(grid, dtype=torch.float64), omega)
@@ -39,24 +39,26 @@ def sincos_position_embedding(hidden_size: int, grid: int) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """(N, C, H, W) -> (N, T, D), one token a patch."""
+    """Embedding of patches as tokens, (N, C, H, W) -> (N, T, D)."""
 
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images (N, C, H, W) -> tokens (N, T, D)."""
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
 class TimestepEmbedder(nn.Module):
-    """Timesteps (N,), integer or not -> (N, D)."""
+    """Embedding of timesteps, (N,), integer or floating -> (N, D)."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
+        """Timesteps (N,) -> embeddings (N, D)."""
         half = FREQUENCIES // 2
         exponents = -math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=t.device) / half
         angles = t[:, None].float() * exponents.exp()[None]
@@ -65,9 +67,10 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Labels (N,) -> (N, D). Label ``num_classes`` is the null class; in train mode a label becomes it by chance.
+    """Embedding of labels, (N,) -> (N, D).
 
-    Without chance, ``dropout_prob=0``, there is no null class.
+    Label ``num_classes`` is the null class, which replaces a label with probability ``dropout_prob`` in train mode.
+    With ``dropout_prob=0`` there is no null class.
     """
 
     def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
@@ -76,6 +79,7 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + int(dropout_prob > 0), hidden_size)
 
     def forward(self, y: Tensor) -> Tensor:
+        """Labels (N,) -> embeddings (N, D)."""
         if self.training and self.dropout_prob > 0:
             dropped = torch.rand(y.shape, device=y.device) < self.dropout_prob
             y = y.masked_fill(dropped, self.num_classes)
@@ -93,6 +97,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Tokens (N, T, D) -> tokens (N, T, D)."""
         n, tokens, width = x.shape
         qkv = self.qkv(x).reshape(n, tokens, 3, self.num_heads, width // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (N, heads, T, D / heads) each
@@ -104,7 +109,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """(N, T, D) -> (N, T, D) by way of ``hidden`` channels and GELU in its tanh form."""
+    """MLP of two linears with ``hidden`` channels and the tanh form of GELU between them, (N, T, D) -> (N, T, D)."""
 
     def __init__(self, hidden_size: int, hidden: int, *, bias: bool) -> None:
         super().__init__()
@@ -113,11 +118,12 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Tokens (N, T, D) -> tokens (N, T, D)."""
         return self.fc2(self.act(self.fc1(x)))
 
 
 class DiTBlock(nn.Module):
-    """Tokens ``x`` (N, T, D) under the condition ``c`` (N, D): attention and MLP with adaLN-Zero."""
+    """Transformer block of attention and MLP with adaLN-Zero."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, *, bias: bool, fused: bool) -> None:
         super().__init__()
@@ -128,13 +134,14 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size, bias=bias))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Tokens (N, T, D) and condition (N, D) -> tokens (N, T, D)."""
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
         x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
         return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
 
 class FinalLayer(nn.Module):
-    """Tokens (N, T, D) -> the pixels of their patches, (N, T, patch_size ** 2 * out_channels)."""
+    """Projection of tokens (N, T, D) to the pixels of their patches, (N, T, patch_size ** 2 * out_channels)."""
 
     def __init__(self, hidden_size: int, out_features: int) -> None:
         super().__init__()
@@ -143,6 +150,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Tokens (N, T, D) and condition (N, D) -> pixels (N, T, patch_size ** 2 * out_channels)."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
@@ -151,9 +159,12 @@ class DiT(nn.Module):
     """The class-conditional DiT; the defaults are DiT-XL/2 for 256x256 images (32x32 latents).
 
     Args:
-        bias: whether qkv, fc1, fc2 and adaLN of the blocks have one; the checkpoints do.
-        fused_attention: one ``scaled_dot_product_attention``, or matmul, softmax, matmul.
-        learn_sigma: predict the variance beside the noise, which doubles the output channels.
+        bias: whether qkv, fc1, fc2 and adaLN of the blocks have a bias; those of the checkpoints have one.
+        fused_attention: whether attention is one ``scaled_dot_product_attention``, or matmul, softmax, matmul.
+        learn_sigma: whether the model also predicts the variance, which doubles the output channels.
+
+    Raises:
+        ValueError: sizes are not divisible as needed.
     """
 
     def __init__(
@@ -193,13 +204,13 @@ class DiT(nn.Module):
         _zero_(self.final_layer.linear)
 
     def unpatchify(self, x: Tensor) -> Tensor:
-        """(N, T, patch_size ** 2 * C) -> (N, C, H, W)."""
+        """Arrange the pixels of patches as images, (N, T, patch_size ** 2 * C) -> (N, C, H, W)."""
         n, h, p, c = x.shape[0], self.grid, self.patch_size, self.out_channels
         x = torch.einsum("nhwpqc->nchpwq", x.reshape(n, h, h, p, p, c))
         return x.reshape(n, c, h * p, h * p)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Latents (N, C, H, W), timesteps (N,) and labels (N,) -> (N, out_channels, H, W)."""
+        """Latents (N, C, H, W), timesteps (N,) and labels (N,) -> prediction (N, out_channels, H, W)."""
         x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
         c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
         for block in self.blocks:
@@ -211,12 +222,12 @@ def load_facebook_state_dict(model: DiT, path_or_dict: str | PathLike[str] | Map
     """Load a public ``DiT-XL-2-*.pt``, or the ``ema`` weights of a training checkpoint; every name and shape must fit.
 
     Raises:
-        RuntimeError: names are missing, unknown, or of another shape; the message lists them.
+        RuntimeError: parameters are missing, unknown, or of another shape; the message lists them.
     """
     if isinstance(path_or_dict, Mapping):
         checkpoint = dict(path_or_dict)
     else:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # training checkpoints hold their arguments
+        with torch.serialization.safe_globals([argparse.Namespace]):  # training checkpoints include such an object
             checkpoint = torch.load(path_or_dict, map_location="cpu", weights_only=True)
     model.load_state_dict(checkpoint.get("ema", checkpoint), strict=True)
     return model

@@ -1,4 +1,4 @@
-"""A captured graph in float64 throughout: casts to 32 and 16 bits inside the model hide what a fold changes."""
+"""Conversion of a captured graph to float64, as casts to 32 and 16 bits inside the model would hide errors of folds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def in_float64(graph_module: GraphModule) -> GraphModule:
-    """A copy with float64 (complex128) parameters, constants, inputs, casts and new tensors for narrower ones."""
+    """A copy of a graph in which float64 (complex128) replaces every narrower floating (complex) dtype."""
     model = copy.deepcopy(graph_module).to(torch.float64)
     for part in model.modules():
         for name, value in [*vars(part).items(), *part._buffers.items()]:
@@ -32,14 +32,14 @@ def in_float64(graph_module: GraphModule) -> GraphModule:
                 if _makes_narrow(node):
                     node.kwargs = {**node.kwargs, "dtype": torch.float64}
             part.recompile()
-    # Not by running the graph on fake inputs: that adds guards to the symbolic sizes, which the original shares.
+    # Running the graph on fake inputs instead would add guards to the symbolic sizes, which the original shares.
     for node in model.graph.nodes:
         node.meta["val"] = tree_map(_wide_fake, node.meta.get("val"))
     return model
 
 
 def wide(value: Any) -> Any:
-    """A floating tensor in float64, anything else as it is."""
+    """A floating tensor in float64, a complex one in complex128, and any other value unchanged."""
     if isinstance(value, Tensor) and value.dtype in NARROW:
         return value.to(torch.float64)
     if isinstance(value, Tensor) and value.is_complex():
@@ -48,7 +48,7 @@ def wide(value: Any) -> Any:
 
 
 def _makes_narrow(node: Node) -> bool:
-    """Is it a tensor made of numbers, such as ``arange(3.0)``, in the default dtype?"""
+    """Whether a node makes a tensor of the default dtype from numbers, such as ``arange(3.0)``."""
     value = node.meta.get("val")
     if not isinstance(node.target, OpOverload) or not isinstance(value, Tensor) or value.dtype not in NARROW:
         return False

@@ -1,4 +1,4 @@
-"""Outlier channels that change nothing in float: the stress that balancing must undo."""
+"""Outlier channels that do not change a float model's output, as a stress test for balancing."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ptq4dit_ao.errors import ArgumentError
 def inject_outliers(
     model: nn.Module, *, channels: int = 4, low: float = 10.0, high: float = 30.0, seed: int = 0
 ) -> Any:
-    """A copy of a transformer of diffusers (DiT, PixArt, SD3, Flux) that computes the same with salient channels.
+    """A copy of a diffusers transformer (DiT, PixArt, SD3, Flux) with salient channels and the same output.
 
-    In every block, ``channels`` random channels of each modulated input are multiplied by a factor in [low, high]
-    (in the adaLN rows: shift by k, ``1 + scale`` by k) and divided again in the columns of what reads it: q, k, v
-    and FC1, in both streams where there are two. PixArt's blocks share their modulation, so also k.
+    In every block, ``channels`` random channels of each modulated input are multiplied by factors k in [low, high], by
+    multiplying shift and ``1 + scale`` in the adaLN rows. The columns of the linears that read the input (q, k, v and
+    FC1, in both streams if there are two) are divided by k. PixArt's blocks share their modulation, and so also k.
 
     Raises:
         ArgumentError: the model is of another class.
@@ -43,14 +43,14 @@ def inject_outliers(
 
 @dataclass(frozen=True)
 class _Modulated:
-    """One modulated input: where adaLN's output, chunks of (C,), holds its shift and scale, and what reads it."""
+    """One modulated input: the chunks (C,) of adaLN's output with its shift and scale, and the linears that read it."""
 
     adaln: Any
     shift: int
     scale: int
     readers: Sequence[Any]
     tables: Sequence[Tensor] = ()
-    """(chunks, C) each, what the blocks add to adaLN's output."""
+    """Tables that the blocks add to adaLN's output, (chunks, C) each."""
 
     @property
     def width(self) -> int:
@@ -58,7 +58,7 @@ class _Modulated:
 
 
 def _scale_modulation(modulated: _Modulated, k: Tensor) -> None:
-    """``shift * k`` and ``(1 + scale) * k - 1``, whether the -1 finds its place in tables or in adaLN's bias."""
+    """Replace shift by ``shift * k``, and scale by ``(1 + scale) * k - 1`` with its constant in tables or the bias."""
     width, bias = len(k), modulated.adaln.bias.view(-1, len(k))
     for chunk in (modulated.shift, modulated.scale):
         modulated.adaln.weight[chunk * width : (chunk + 1) * width] *= k[:, None]
@@ -75,7 +75,7 @@ def _dit(model: Any) -> Iterator[_Modulated]:
 
 
 def _pixart(model: Any) -> Iterator[_Modulated]:
-    """One layer makes the modulation of all blocks, each of which adds a table of its own."""
+    """Modulated inputs of PixArt, where one layer makes the modulation of all blocks, and each block adds a table."""
     blocks, adaln = model.transformer_blocks, model.adaln_single.linear
     tables = [block.scale_shift_table for block in blocks]
     yield _Modulated(adaln, 0, 1, [linear for block in blocks for linear in _qkv(block.attn1)], tables)
@@ -83,7 +83,7 @@ def _pixart(model: Any) -> Iterator[_Modulated]:
 
 
 def _joint(model: Any) -> Iterator[_Modulated]:
-    """Blocks with an image and a text stream; SD3.5 attends twice, and SD3's last block drops the text."""
+    """Modulated inputs of blocks with two streams; SD3.5 attends twice, and SD3's last block drops the text."""
     for block in model.transformer_blocks:
         image, text, attn = block.norm1.linear, block.norm1_context.linear, block.attn
         yield _Modulated(image, 0, 1, _qkv(attn))
@@ -92,7 +92,7 @@ def _joint(model: Any) -> Iterator[_Modulated]:
             yield _Modulated(image, 6, 7, _qkv(block.attn2))
         added = [attn.add_q_proj, attn.add_k_proj, attn.add_v_proj]
         if block.ff_context is None:
-            yield _Modulated(text, 1, 0, added)  # AdaLayerNormContinuous: scale first
+            yield _Modulated(text, 1, 0, added)  # AdaLayerNormContinuous has the scale first
         else:
             yield _Modulated(text, 0, 1, added)
             yield _Modulated(text, 3, 4, [_fc1(block.ff_context)])

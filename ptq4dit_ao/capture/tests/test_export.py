@@ -275,7 +275,7 @@ def test_a_keyword_argument_keeps_its_example_where_the_batch_is_static():
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({"repeat": 3}, "the example inputs hold no tensor; the first one gives the batch"),
+        ({"repeat": 3}, "the example inputs hold no tensor; give at least one, whose first axis is the batch"),
         (keywords(1), r"the first example input has shape \(1, 5, 8\); a dynamic batch needs at least 2 rows"),
         ({**keywords(2), "tokens": torch.tensor(1.0)}, r"the first example input has shape \(\); a dynamic batch"),
     ],

@@ -1,9 +1,9 @@
-"""The table of rules: aten op -> what scaling its tensors must have in common.
+"""The table of rules, which state for each aten op the scales that its tensors must have in common.
 
-Adding an op is adding a row to one of these files, with its identity as the docstring, and a test:
+To add an op, add a rule to one of these files, with its identity as the docstring, and a test:
 
 * ``movement``: ops that rearrange elements (view, permute, slice, cat, ...),
-* ``arithmetic``: ops that compute element by element (add, mul, ...) and products of matrices,
+* ``arithmetic``: elementwise ops (add, mul, ...) and matrix products,
 * ``layers``: ops with parameters (linear, norms).
 """
 

@@ -1,4 +1,4 @@
-"""Ops that compute: sums scale all operands alike, products exactly one factor."""
+"""Rules of ops that compute: a sum has the same scale in all operands, a product has it in exactly one factor."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ptq4dit_ao.graph.shapes import fixed_size, hint, normalize_axis, shape_of, 
 from ptq4dit_ao.graph.variables import Ids
 
 SMALL = 4
-"""A tensor at least so many times smaller than another counts as modulation of it."""
+"""Ratio of sizes from which on the smaller tensor counts as modulation of the larger one."""
 
 
 @rule(aten.neg.default, aten.relu.default, aten.leaky_relu.default)
 def homogeneous(p: Propagation, node: Node) -> None:
-    """``f(x / b) = f(x) / b`` for b > 0."""
+    """Rule of positively homogeneous functions: ``f(x / b) = f(x) / b`` for b > 0."""
     source = node.args[0]
     assert isinstance(source, Node)
     p.equate(source, node)
@@ -26,13 +26,13 @@ def homogeneous(p: Propagation, node: Node) -> None:
 
 @rule(aten.dropout.default)
 def dropout(p: Propagation, node: Node) -> None:
-    """The identity in eval mode, and a random mask in training, which scales alike."""
+    """Rule of dropout, which is the identity in eval mode and a multiplication by a random mask in training."""
     homogeneous(p, node)
 
 
 @rule(aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar, aten.sub.Scalar)
 def add(p: Propagation, node: Node) -> None:
-    """``x/b + y/b = (x + y)/b``; a Python number c becomes the tensor c/b, such as the 1 of ``1 + scale``."""
+    """Rule of sums: ``x/b + y/b = (x + y)/b``; a number c, such as the 1 of ``1 + scale``, becomes the tensor c/b."""
     p.equate(node, *(operand(p, node, index) for index in _tensors(node)))
     if any(isinstance(arg, Node) and tensor_of(arg) is None for arg in node.args[:2]):
         p.pin(node, node, "a number known only at run time cannot be scaled")
@@ -44,7 +44,7 @@ def add(p: Propagation, node: Node) -> None:
 
 @rule(aten.mul.Tensor, aten.mul.Scalar)
 def mul(p: Propagation, node: Node) -> None:
-    """``(x/b) y = (x y)/b``: one factor carries the scale and the other must not."""
+    """Rule of products: ``(x/b) y = (x y)/b``; one factor carries the scale, and the other one must not."""
     factors = _tensors(node)
     if len(factors) == 1:
         p.equate(node, *(_argument(node, index) for index in factors))
@@ -53,8 +53,8 @@ def mul(p: Propagation, node: Node) -> None:
         for slot in (_argument(node, 0), node):
             p.pin(slot, node, "a square does not commute with a scale")
         return
-    # A parameter absorbs a scale offline, and a small tensor (modulation) leads to one; try these before the rest.
-    # Where small tensors may be cut, that costs a multiply: first try what may be free, the large one.
+    # A parameter absorbs a scale offline, and a small tensor (modulation) leads to one, so these are tried first.
+    # If cuts are allowed, the small tensor may cost a multiply, so the large one is tried before it.
     sizes = [math.prod(shape_of(_argument(node, index))) for index in (0, 1)]
     order = sorted((0, 1), key=lambda i: (_argument(node, i).op != "get_attr", -sizes[i] if p.cut else sizes[i]))
     _product(p, node, order)
@@ -62,7 +62,7 @@ def mul(p: Propagation, node: Node) -> None:
 
 @rule(aten.div.Tensor, aten.div.Scalar)
 def div(p: Propagation, node: Node) -> None:
-    """``(x/b) / y = (x/y)/b``; a scaled denominator is refused."""
+    """Rule of quotients: ``(x/b) / y = (x/y)/b``; a scaled divisor is refused."""
     for index in _tensors(node):
         if index == 1:
             p.pin(_argument(node, 1), node, "a divisor would need the inverse scale")
@@ -74,7 +74,7 @@ def div(p: Propagation, node: Node) -> None:
 
 @rule(aten.where.self)
 def where(p: Propagation, node: Node) -> None:
-    """Either operand, element by element: both are scaled alike."""
+    """Rule of ``where``, whose operands must have the same scale as its output."""
     _, one, other = node.args
     assert isinstance(one, Node) and isinstance(other, Node)
     p.equate(node, one, other)
@@ -82,7 +82,7 @@ def where(p: Propagation, node: Node) -> None:
 
 @rule(aten.masked_fill.Scalar, aten.where.ScalarOther)
 def masked_fill(p: Propagation, node: Node) -> None:
-    """``0 / b = 0``: filling with zero commutes with a scale."""
+    """Rule of masked fills: filling with 0 commutes with a scale, as ``0 / b = 0``."""
     if node.args[2] == 0:
         p.equate(_argument(node, 0 if node.target is aten.masked_fill.Scalar else 1), node)
     else:
@@ -91,7 +91,7 @@ def masked_fill(p: Propagation, node: Node) -> None:
 
 @rule(aten.sum.dim_IntList, aten.mean.dim)
 def total(p: Propagation, node: Node) -> None:
-    """``sum_t x_t / b = (sum_t x_t) / b``: uniform along the axes that are summed."""
+    """Rule of sums over axes: ``sum_t x_t / b = (sum_t x_t) / b``, with a uniform scale along these axes."""
     source = _argument(node, 0)
     ndim = len(shape_of(source))
     axes = node.args[1] if len(node.args) > 1 and node.args[1] else list(range(ndim))
@@ -108,7 +108,10 @@ def total(p: Propagation, node: Node) -> None:
 
 @rule(aten.matmul.default, aten.bmm.default, aten.mm.default)
 def matmul(p: Propagation, node: Node) -> None:
-    """``A (V diag(1/b)) = (A V) diag(1/b)``: columns of the right factor, rows of the left; never the inner axis."""
+    """Rule of matrix products: ``A (V diag(1/b)) = (A V) diag(1/b)``; rows of the left factor may carry b instead.
+
+    The inner axis cannot carry a scale.
+    """
     left, right = node.args[:2]
     assert isinstance(left, Node) and isinstance(right, Node)
     if min(len(shape_of(left)), len(shape_of(right))) < 2:
@@ -127,7 +130,7 @@ def matmul(p: Propagation, node: Node) -> None:
 
 @rule(aten.scaled_dot_product_attention.default)
 def attention(p: Propagation, node: Node) -> None:
-    """``softmax(q k^T) (V diag(1/b)) = (softmax(q k^T) V) diag(1/b)``: V's channels, the same for every token."""
+    """Rule of attention: ``softmax(q k^T) (V diag(1/b)) = (softmax(q k^T) V) diag(1/b)``, b equal for all tokens."""
     q, k, v = node.args[:3]
     assert isinstance(q, Node) and isinstance(k, Node) and isinstance(v, Node)
     for slot in (q, k):
@@ -143,7 +146,7 @@ def attention(p: Propagation, node: Node) -> None:
 
     def backward(ids: Ids) -> Ids:
         one = p.uniform(ids, [ids.ndim - 2])
-        if groups > 1 and one.shape[-3] > 1:  # grouped queries: heads in a row share one of V's
+        if groups > 1 and one.shape[-3] > 1:  # grouped-query attention: consecutive heads share one of V's
             one = one.reshape(*one.shape[:-3], -1, groups, *one.shape[-2:])
             one = p.uniform(one, [one.ndim - 3]).squeeze(-3)
         return one
@@ -153,7 +156,7 @@ def attention(p: Propagation, node: Node) -> None:
 
 @rule(aten.einsum.default)
 def einsum(p: Propagation, node: Node) -> None:
-    """One operand carries the scale along the axes that survive; the same for every value of those summed away."""
+    """Rule of einsum: one operand carries the scale along the output's axes; it is uniform along summed axes."""
     equation, operands = node.args[:2]
     assert isinstance(equation, str) and isinstance(operands, (list, tuple))
     left, arrow, out = equation.replace(" ", "").partition("->")
@@ -183,9 +186,9 @@ def einsum(p: Propagation, node: Node) -> None:
 
 
 def operand(p: Propagation, node: Node, index: int) -> Node | Cut:
-    """Where the scale of a tensor argument lives: in the tensor, or, cut, only at this place where it is read.
+    """The slot of a tensor argument's scale: the tensor itself, or a cut that scales it only where ``node`` reads it.
 
-    A cut multiplies a tensor far smaller than what it meets: modulation, never an activation.
+    Only a tensor that is far smaller than the node's output is cut, such as modulation, never an activation.
     """
     tensor = _argument(node, index)
     if not p.cut or tensor.op == "get_attr" or SMALL * fixed_size(tensor) > fixed_size(node):
@@ -195,7 +198,7 @@ def operand(p: Propagation, node: Node, index: int) -> Node | Cut:
 
 
 def _along(ids: Ids, names: str, wanted: str) -> Ids:
-    """Axes by name: those that ``wanted`` lacks have length 1 and go, new ones of length 1 come."""
+    """Rearrange named axes: axes that ``wanted`` lacks (of length 1) are dropped, missing ones get length 1."""
     kept = [name for name in names if name in wanted]
     ids = ids.reshape([size for size, name in zip(ids.shape, names, strict=True) if name in wanted])
     ids = ids.transpose([kept.index(name) for name in wanted if name in kept])
@@ -205,7 +208,7 @@ def _along(ids: Ids, names: str, wanted: str) -> Ids:
 
 
 def _tensors(node: Node) -> list[int]:
-    """Which of the first two arguments are tensors; sizes known only at run time are nodes, too."""
+    """Indices of the tensors among the first two arguments; symbolic sizes are nodes, but no tensors."""
     return [i for i, arg in enumerate(node.args[:2]) if isinstance(arg, Node) and tensor_of(arg) is not None]
 
 

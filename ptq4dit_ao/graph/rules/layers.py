@@ -1,4 +1,4 @@
-"""Ops with parameters: this is where scales come to rest."""
+"""Rules of ops with parameters, which can absorb scales."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ptq4dit_ao.graph.variables import Ids
 
 @rule(aten.linear.default)
 def linear(p: Propagation, node: Node) -> None:
-    """Absorb: ``(W/b) x + bias/b = (W x + bias)/b`` in the rows. Undo: ``(W diag(b)) (x/b) = W x`` in the columns."""
+    """Rule of linears: rows absorb, ``(W/b) x + c/b = (W x + c)/b``; columns undo, ``(W diag(b)) (x/b) = W x``."""
     x, weight = node.args[:2]
     bias = node.args[2] if len(node.args) > 2 else None
     assert isinstance(x, Node) and isinstance(weight, Node)
@@ -39,9 +39,9 @@ def linear(p: Propagation, node: Node) -> None:
 
 @rule(aten.layer_norm.default, aten.rms_norm.default)
 def norm(p: Propagation, node: Node) -> None:
-    """``norm(x) (w/b) + c/b``: an affine norm absorbs; its input, normalised away, cannot carry anything.
+    """Rule of norms: an affine norm absorbs, ``norm(x) (w/b) + c/b``; its input cannot carry a scale.
 
-    A norm without a weight can be given ``1/b`` as one.
+    A norm without a weight can get the weight ``1/b``.
     """
     x = node.args[0]
     assert isinstance(x, Node)
@@ -51,20 +51,20 @@ def norm(p: Propagation, node: Node) -> None:
 
 @rule(aten.group_norm.default)
 def group_norm(p: Propagation, node: Node) -> None:
-    """As any norm; its weight goes along the second axis."""
+    """Rule of group norms, whose weight and bias lie along the second axis; otherwise like :func:`norm`."""
     x = node.args[0]
     assert isinstance(x, Node)
     p.pin(x, node, "a norm undoes the scale of its input")
     weight, bias = _parameters(node)
     if weight is None:
-        p.refuse(node, "a group norm without a weight has no place for a scale")  # a bias alone must not take one
+        p.refuse(node, "a group norm without a weight has no place for a scale")  # a bias alone cannot absorb one
         return
     _channels(p, node, 1, [weight, bias])
 
 
 @rule(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 def convolution(p: Propagation, node: Node) -> None:
-    """Absorbs in the rows like a linear; its channels are the second axis. Its input is not balanced."""
+    """Rule of convolutions, whose rows absorb like a linear's; channels are the second axis. The input is pinned."""
     x, weight = node.args[:2]
     bias = node.args[2] if len(node.args) > 2 else None
     assert isinstance(x, Node) and isinstance(weight, Node)
@@ -86,7 +86,7 @@ def convolution(p: Propagation, node: Node) -> None:
 
 @rule(aten.embedding.default)
 def embedding(p: Propagation, node: Node) -> None:
-    """``(W diag(1/b))[i] = W[i] diag(1/b)``: the table's columns absorb."""
+    """Rule of embeddings, whose table absorbs in its columns: ``(W diag(1/b))[i] = W[i] diag(1/b)``."""
     weight, indices = node.args[:2]
     assert isinstance(weight, Node) and isinstance(indices, Node)
 
@@ -97,7 +97,7 @@ def embedding(p: Propagation, node: Node) -> None:
 
 
 def _affine(p: Propagation, node: Node, shape: list[int]) -> None:
-    """Weight and bias along the last axes, of this ``shape``, or a new weight in their place."""
+    """Link the output to weight and bias, which have this ``shape`` along the last axes, or to a new weight."""
     weight, bias = _parameters(node)
     p.equate(node, *(parameter for parameter in (weight, bias) if parameter is not None))
     ids = p.value(node)
@@ -107,13 +107,13 @@ def _affine(p: Propagation, node: Node, shape: list[int]) -> None:
 
 
 def _parameters(node: Node) -> tuple[Node | None, Node | None]:
-    """Weight and bias of a norm."""
+    """Weight and bias of a norm; None for each that is missing."""
     weight, bias = (arg if isinstance(arg, Node) else None for arg in (*node.args[2:4], None, None)[:2])
     return weight, bias
 
 
 def _channels(p: Propagation, node: Node, axis: int, parameters: Sequence[Node | None]) -> None:
-    """The output along ``axis`` and vectors of parameters hold the same ids."""
+    """Join the ids of the output along ``axis`` and of parameters that are vectors."""
     ndim = len(shape_of(node))
     present = [parameter for parameter in parameters if parameter is not None]
     vectors = [p.value(parameter) for parameter in present]
@@ -128,7 +128,7 @@ def _channels(p: Propagation, node: Node, axis: int, parameters: Sequence[Node |
 
 
 def _rows(p: Propagation, node: Node, weight: Node, bias: Node | None) -> None:
-    """The output's last axis, the weight's rows and the bias hold the same ids."""
+    """Join the ids of the output's last axis, the weight's rows and the bias."""
     for source, read in ((node, -1), (weight, 0), (bias, -1)):
         ids = p.value(source) if source is not None else None
         if ids is None:

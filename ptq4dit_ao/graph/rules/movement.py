@@ -1,4 +1,4 @@
-"""Ops that move elements: the ids move with them."""
+"""Rules of ops that move elements, whose ids move with the elements."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from ptq4dit_ao.graph.variables import Ids
     aten.lift_fresh_copy.default,
 )
 def copy(p: Propagation, node: Node) -> None:
-    """``f(x / b) = f(x) / b``: the same elements, perhaps in another dtype."""
+    """Rule of copies and casts: ``f(x / b) = f(x) / b``."""
     p.equate(_source(node), node)
 
 
@@ -57,7 +57,7 @@ def copy(p: Propagation, node: Node) -> None:
     aten.unsqueeze.default,
 )
 def reshape(p: Propagation, node: Node) -> None:
-    """Elements keep their order; only the shapes matter."""
+    """Rule of reshapes, which keep the order of the elements."""
     source = _source(node)
     before, after = shape_of(source), shape_of(node)
     p.link(source, node, lambda ids: reshape_ids(ids, before, after), lambda ids: reshape_ids(ids, after, before))
@@ -65,13 +65,13 @@ def reshape(p: Propagation, node: Node) -> None:
 
 @rule(aten.permute.default)
 def permute(p: Propagation, node: Node) -> None:
-    """``y[i_d0, i_d1, ...] = x[i_0, i_1, ...]``."""
+    """Rule of permutations: ``y[i_d0, i_d1, ...] = x[i_0, i_1, ...]``."""
     _permute(p, node, [hint(axis) for axis in _listed(node.args[1])])
 
 
 @rule(aten.movedim.int, aten.movedim.intlist)
 def movedim(p: Propagation, node: Node) -> None:
-    """Some axes go to new places, the others keep their order."""
+    """Rule of ``movedim``, which moves some axes; the others keep their order."""
     ndim = len(shape_of(node))
     origin, target = ([normalize_axis(hint(axis), ndim) for axis in _listed(arg)] for arg in node.args[1:3])
     placed = dict(zip(target, origin, strict=True))
@@ -81,7 +81,7 @@ def movedim(p: Propagation, node: Node) -> None:
 
 @rule(aten.transpose.int, aten.swapaxes.default)
 def transpose(p: Propagation, node: Node) -> None:
-    """A permutation of two axes."""
+    """Rule of transpositions, which exchange two axes."""
     order = list(range(len(shape_of(node))))
     first, second = (normalize_axis(hint(axis), len(order)) for axis in node.args[1:3])
     order[first], order[second] = order[second], order[first]
@@ -90,20 +90,20 @@ def transpose(p: Propagation, node: Node) -> None:
 
 @rule(aten.t.default, aten.mT.default)
 def matrix_transpose(p: Propagation, node: Node) -> None:
-    """A permutation of the last two axes, if there are two."""
+    """Rule of matrix transposition, which exchanges the last two axes, if there are two."""
     axes = list(range(len(shape_of(node))))
     _permute(p, node, [*axes[:-2], *axes[:-3:-1]])
 
 
 @rule(aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
 def expand(p: Propagation, node: Node) -> None:
-    """Copies along an axis share their variables: the source's axis has length 1."""
+    """Rule of broadcasting: copies along an axis share their variables, as the source's axis has length 1."""
     p.equate(_source(node), node)
 
 
 @rule(aten.slice.Tensor)
 def slice_(p: Propagation, node: Node) -> None:
-    """The slice takes its ids along; what lies outside it is free."""
+    """Rule of slices, whose ids are those of the source's elements; elements outside the slice stay free."""
     source = _source(node)
     axis, start, end, step = _defaults(node.args[1:], (0, 0, None, 1))
     axis = normalize_axis(axis, len(shape_of(source)))
@@ -117,7 +117,7 @@ def slice_(p: Propagation, node: Node) -> None:
 
 @rule(aten.narrow.default)
 def narrow(p: Propagation, node: Node) -> None:
-    """A slice by start and length."""
+    """Rule of ``narrow``, a slice by start and length."""
     source = _source(node)
     axis, start, length = (hint(arg) for arg in node.args[1:4])
     axis = normalize_axis(axis, len(shape_of(source)))
@@ -126,7 +126,7 @@ def narrow(p: Propagation, node: Node) -> None:
 
 @rule(aten.repeat.default)
 def repeat(p: Propagation, node: Node) -> None:
-    """Whole axes again and again: copies share their variables."""
+    """Rule of ``repeat``, which tiles axes; copies share their variables."""
     counts = [hint(count) for count in _listed(node.args[1])]
     sizes = [size // count for size, count in zip(shape_of(node), counts, strict=True)]
     _gather(p, node, {axis: np.tile(np.arange(sizes[axis]), count) for axis, count in enumerate(counts) if count > 1})
@@ -134,7 +134,7 @@ def repeat(p: Propagation, node: Node) -> None:
 
 @rule(aten.repeat_interleave.self_int)
 def repeat_interleave(p: Propagation, node: Node) -> None:
-    """Every position several times in a row, as grouped-query attention repeats its heads."""
+    """Rule of ``repeat_interleave``, which repeats every position, like the heads of grouped-query attention."""
     source = _source(node)
     count, axis = hint(node.args[1]), _defaults(node.args[2:], (node.kwargs.get("dim"),))[0]
     if axis is None:
@@ -146,7 +146,7 @@ def repeat_interleave(p: Propagation, node: Node) -> None:
 
 @rule(aten.flip.default)
 def flip(p: Propagation, node: Node) -> None:
-    """The positions of some axes in reverse order."""
+    """Rule of ``flip``, which reverses the positions of some axes."""
     shape = shape_of(node)
     axes = [normalize_axis(hint(axis), len(shape)) for axis in _listed(node.args[1])]
     _gather(p, node, {axis: np.arange(shape[axis])[::-1] for axis in axes})
@@ -154,7 +154,7 @@ def flip(p: Propagation, node: Node) -> None:
 
 @rule(aten.roll.default)
 def roll(p: Propagation, node: Node) -> None:
-    """The positions of some axes, turned round."""
+    """Rule of ``roll``, which shifts the positions of some axes cyclically."""
     shape = shape_of(node)
     shifts, axes = (_listed(arg) for arg in _defaults(node.args[1:], ([], [])))
     if not axes:
@@ -165,7 +165,7 @@ def roll(p: Propagation, node: Node) -> None:
 
 @rule(aten.index.Tensor)
 def index(p: Propagation, node: Node) -> None:
-    """Positions of one axis picked at run time: that axis is uniform."""
+    """Rule of indexing, which picks positions of one axis at run time; that axis is uniform."""
     indices = _listed(node.args[1])
     axes = [axis for axis, chosen in enumerate(indices) if chosen is not None]
     picked = indices[axes[0]]
@@ -179,13 +179,13 @@ def index(p: Propagation, node: Node) -> None:
 
 @rule(aten.index_select.default)
 def index_select(p: Propagation, node: Node) -> None:
-    """Positions of one axis picked at run time: that axis is uniform."""
+    """Rule of ``index_select``, which picks positions of one axis at run time; that axis is uniform."""
     _pick(p, node, normalize_axis(hint(node.args[1]), len(shape_of(node))), 1)
 
 
 @rule(aten.pad.default, aten.constant_pad_nd.default)
 def pad(p: Propagation, node: Node) -> None:
-    """The source is a part of the result; what stands beside it scales freely if it is 0, else not at all."""
+    """Rule of padding: the source is a slice of the result; padding with 0 may have any scale, other padding none."""
     source = _source(node)
     widths = [hint(width) for width in _listed(node.args[1])]
     last = 2 if node.target is aten.constant_pad_nd.default else 3
@@ -220,7 +220,7 @@ def pad(p: Propagation, node: Node) -> None:
 
 @rule(aten.select.int)
 def select(p: Propagation, node: Node) -> None:
-    """A slice of length 1 without its axis."""
+    """Rule of ``select``, a slice of length 1 without its axis."""
     source = _source(node)
     axis, position = (hint(arg) for arg in node.args[1:3])
     axis = normalize_axis(axis, len(shape_of(source)))
@@ -229,7 +229,7 @@ def select(p: Propagation, node: Node) -> None:
 
 @rule(aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
 def split(p: Propagation, node: Node) -> None:
-    """Each part is a slice."""
+    """Rule of splits, whose parts are slices."""
     source = _source(node)
     axis, sizes = _split_sizes(node)
     starts = np.cumsum([0, *sizes])
@@ -240,7 +240,7 @@ def split(p: Propagation, node: Node) -> None:
 
 @rule(aten.unbind.int)
 def unbind(p: Propagation, node: Node) -> None:
-    """Each part is a slice of length 1 without its axis."""
+    """Rule of ``unbind``, whose parts are slices of length 1 without their axis."""
     source = _source(node)
     axis = normalize_axis(_defaults(node.args[1:], (0,))[0], len(shape_of(source)))
     for part in node.users:
@@ -249,7 +249,7 @@ def unbind(p: Propagation, node: Node) -> None:
 
 @rule(operator.getitem)
 def getitem(p: Propagation, node: Node) -> None:
-    """A part of what a splitting op made: that op's rule links it."""
+    """Rule of the parts of a splitting op, which that op's rule links."""
     source = _source(node)
     if source.target in RULES:
         RULES[source.target](p, source)
@@ -260,7 +260,7 @@ def getitem(p: Propagation, node: Node) -> None:
 
 @rule(aten.stack.default)
 def stack(p: Propagation, node: Node) -> None:
-    """Each operand is a slice of length 1 of the result, without its axis."""
+    """Rule of ``stack``, whose operands are slices of length 1 of the result, without their axis."""
     axis = normalize_axis(_defaults(node.args[1:], (0,))[0], len(shape_of(node)))
     for position, operand in enumerate(_listed(node.args[0])):
         assert isinstance(operand, Node)
@@ -269,13 +269,13 @@ def stack(p: Propagation, node: Node) -> None:
 
 @rule(aten.cat.default, aten.concat.default)
 def cat(p: Propagation, node: Node) -> None:
-    """Each operand is a slice of the result."""
+    """Rule of concatenation, whose operands are slices of the result."""
     operands = _listed(node.args[0])
     axis = normalize_axis(_defaults(node.args[1:], (0,))[0], len(shape_of(node)))
     start = 0
     for operand in operands:
         assert isinstance(operand, Node)
-        if shape_of(operand) == (0,):  # torch.cat leaves it out, whatever the others' shapes
+        if shape_of(operand) == (0,):  # torch.cat ignores it, whatever the others' shapes
             continue
         length = shape_of(operand)[axis]
         _part(p, node, operand, axis, start, length)
@@ -290,9 +290,9 @@ def _permute(p: Propagation, node: Node, order: list[int]) -> None:
 def _part(
     p: Propagation, whole: Node, part: Node, axis: int, start: int, length: int, *, drop_axis: bool = False
 ) -> None:
-    """``part = whole[start : start + length]`` along ``axis``, known on either side first.
+    """Link two nodes with ``part = whole[start : start + length]`` along ``axis``, from the one that is known.
 
-    A part that is uniform along ``axis`` makes the whole uniform: right for token axes, whose positions never differ.
+    A part that is uniform along ``axis`` makes the whole uniform. This suits token axes, whose positions never differ.
     """
     shape = shape_of(whole)
 
@@ -314,7 +314,7 @@ def _part(
 
 
 def _gather(p: Propagation, node: Node, positions: dict[int, NDArray[np.int64]]) -> None:
-    """Along each of these axes, element j of the result is element ``positions[axis][j]`` of the source."""
+    """Link a node to its source, where element j of the result is element ``positions[axis][j]`` along these axes."""
     source = _source(node)
     ndim = len(shape_of(node))
     shape = (1,) * (ndim - len(shape_of(source))) + shape_of(source)
@@ -335,7 +335,7 @@ def _gather(p: Propagation, node: Node, positions: dict[int, NDArray[np.int64]])
 
 
 def _pick(p: Propagation, node: Node, axis: int, ndim: int) -> None:
-    """``ndim`` axes of the result, in the place of one of the source, hold any of its positions: all are uniform."""
+    """Link a source axis to the ``ndim`` axes that replace it and hold any of its positions; all become uniform."""
     where = [axis + i for i in range(ndim)]
 
     def forward(ids: Ids) -> Ids:
@@ -367,7 +367,7 @@ def _source(node: Node) -> Node:
 
 
 def _listed(value: object) -> list[Any]:
-    """A list argument; a single number stands for a list of one."""
+    """A list argument as a list; a single number becomes a list of one."""
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
@@ -386,10 +386,10 @@ def _defaults(given: tuple[object, ...], defaults: tuple[object, ...]) -> list[A
 
 
 SEVERAL = frozenset(op for op, function in RULES.items() if function in (cat, stack, pad, index, index_select))
-"""Those that read several tensors, or add elements of their own."""
+"""Ops of this file that read several tensors, or add elements of their own."""
 
 MOVEMENT = frozenset(op for op, function in RULES.items() if function.__module__ == __name__) - SEVERAL
 """Ops that rearrange the elements of one tensor."""
 
 COPIES = frozenset(op for op, function in RULES.items() if function is copy)
-"""Those among them that leave every element where it is."""
+"""Ops of :data:`MOVEMENT` that keep every element at its position."""

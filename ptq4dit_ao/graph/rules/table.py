@@ -1,4 +1,4 @@
-"""The registry that the rule files fill."""
+"""The registry of rules, which the rule files fill."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IGNORED: frozenset[object] = frozenset(
         aten.zeros_like.default,
     }
 )
-"""Users that read a tensor's shape or type, never its values; a tensor that they make is zero and scales freely."""
+"""Ops that read a tensor's shape or dtype, but not its values; a tensor that they return is 0 and has any scale."""
 
 
 def rule(*targets: object) -> Callable[[Rule], Rule]:

@@ -228,7 +228,7 @@ def test_a_graph_without_attention_is_refused():
 def test_a_softmax_that_is_not_attention_is_named(caplog):
     with caplog.at_level(logging.WARNING):
         prepared = prepare_pt2e(mixer(attends=True), PTQ4DiTQuantizer(balance="max", attention_bits=8))
-    assert "1 of 2 softmaxes do not stand between two matrix products that could be read" in caplog.text
+    assert "1 of 2 softmaxes are not between two matrix products that can be read" in caplog.text
     assert sum(isinstance(module, AttentionObserver) for module in prepared.modules()) == 4
 
 

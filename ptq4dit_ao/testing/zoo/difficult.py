@@ -1,4 +1,4 @@
-"""Tiny transformers that ``torch.export`` captures only with the help of ``ptq4dit_ao.capture.patches``."""
+"""Tiny transformers that ``torch.export`` can capture only with :mod:`ptq4dit_ao.capture.patches`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TEXT_DIM = 24
 
 
 def _make(name: str, **config: Any) -> nn.Module:
-    """The class ``name`` of diffusers, which is imported late: importing it takes seconds."""
+    """An instance of the diffusers class ``name``; diffusers is imported here because the import takes seconds."""
     import diffusers
 
     model: nn.Module = getattr(diffusers, name)(**config)
@@ -26,6 +26,7 @@ def _make(name: str, **config: Any) -> nn.Module:
 
 
 def lumina2_inputs(batch: int, g: Generator) -> Inputs:
+    """Random arguments of :func:`lumina2`."""
     return {
         "hidden_states": noise(g, batch, 4, 8, 12),
         "timestep": timesteps(g, batch, 0.02, 0.98),  # 0 is pure noise, 1 the image
@@ -36,6 +37,7 @@ def lumina2_inputs(batch: int, g: Generator) -> Inputs:
 
 @family("lumina2", "image", lumina2_inputs, note="packs the caption's valid tokens; masked instead for the export")
 def lumina2() -> nn.Module:
+    """A tiny Lumina 2."""
     return _make(
         "Lumina2Transformer2DModel",
         sample_size=16,
@@ -53,6 +55,7 @@ def lumina2() -> nn.Module:
 
 
 def lumina_next_inputs(batch: int, g: Generator) -> Inputs:
+    """Random arguments of :func:`lumina_next`."""
     from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 
     return {
@@ -60,13 +63,14 @@ def lumina_next_inputs(batch: int, g: Generator) -> Inputs:
         "timestep": timesteps(g, batch, 0.02, 0.98),
         "encoder_hidden_states": noise(g, batch, TEXT_TOKENS, TEXT_DIM),
         "encoder_mask": mask(g, batch, TEXT_TOKENS),
-        "image_rotary_emb": get_2d_rotary_pos_embed_lumina(12, 24, 24),  # complex; the model cuts its part out
+        "image_rotary_emb": get_2d_rotary_pos_embed_lumina(12, 24, 24),  # complex; the model takes a slice of it
         "cross_attention_kwargs": {},
     }
 
 
 @family("lumina_next", "image", lumina_next_inputs, note="self and cross attention in parallel, complex rotation")
 def lumina_next() -> nn.Module:
+    """A tiny Lumina-Next."""
     return _make(
         "LuminaNextDiT2DModel",
         sample_size=16,
@@ -81,11 +85,12 @@ def lumina_next() -> nn.Module:
 
 
 def chroma_inputs(batch: int, g: Generator) -> Inputs:
+    """Random arguments of :func:`chroma`."""
     height, width = 4, 6
     ids = torch.zeros(height, width, 3)
     ids[..., 1] += torch.arange(height)[:, None]
     ids[..., 2] += torch.arange(width)
-    # The pipeline passes the mask in floating point, all the image's tokens included.
+    # The pipeline passes a floating-point mask that includes all of the image's tokens.
     words = torch.cat([mask(g, batch, TEXT_TOKENS), torch.ones(batch, height * width, dtype=torch.long)], 1).float()
     return {
         "hidden_states": noise(g, batch, height * width, 16),
@@ -99,6 +104,7 @@ def chroma_inputs(batch: int, g: Generator) -> Inputs:
 
 @family("chroma", "image", chroma_inputs, note="all modulations from one small network")
 def chroma() -> nn.Module:
+    """A tiny Chroma."""
     return _make(
         "ChromaTransformer2DModel",
         in_channels=16,
@@ -115,11 +121,12 @@ def chroma() -> nn.Module:
 
 
 def omnigen_inputs(batch: int, g: Generator) -> Inputs:
+    """Random arguments of :func:`omnigen`."""
     text, image = TEXT_TOKENS, 4 * 6
-    words = mask(g, batch, text).flip(1)  # padded on the left
+    words = mask(g, batch, text).flip(1)  # padding on the left
     padding = text - words.sum(1)
     tokens = torch.arange(text + 1 + image)
-    # Text and time see what precedes them, the image everything but padding; padding sees everything.
+    # Text and time attend to what precedes them, the image to everything but padding, and padding to everything.
     causal = tokens[:, None] >= tokens
     sees = (causal | (tokens >= text + 1)[:, None]) & (tokens >= padding[:, None])[:, None, :]
     return {
@@ -135,6 +142,7 @@ def omnigen_inputs(batch: int, g: Generator) -> Inputs:
 
 @family("omnigen", "image", omnigen_inputs, note="a language model that denoises; text to image")
 def omnigen() -> nn.Module:
+    """A tiny OmniGen."""
     return _make(
         "OmniGenTransformer2DModel",
         in_channels=4,
@@ -154,11 +162,12 @@ def omnigen() -> nn.Module:
 
 
 def hidream_inputs(batch: int, g: Generator) -> Inputs:
+    """Random arguments of :func:`hidream`."""
     return {
         "hidden_states": noise(g, batch, 4, 8, 8),
         "timesteps": timesteps(g, batch),
         "encoder_hidden_states_t5": noise(g, batch, TEXT_TOKENS, TEXT_DIM),
-        # The pipeline stacks the language model's layers in one tensor; a list keeps the batch in front.
+        # The pipeline stacks the language model's layers in one tensor. In a list, the batch is the first axis.
         "encoder_hidden_states_llama3": [noise(g, batch, TEXT_TOKENS, 20) for _ in range(4)],
         "pooled_embeds": noise(g, batch, 18),
     }
@@ -166,6 +175,7 @@ def hidream_inputs(batch: int, g: Generator) -> Inputs:
 
 @family("hidream", "image", hidream_inputs, note="experts; each runs on all tokens in the exported graph")
 def hidream() -> nn.Module:
+    """A tiny HiDream."""
     return _make(
         "HiDreamImageTransformer2DModel",
         patch_size=2,
@@ -188,6 +198,7 @@ def hidream() -> nn.Module:
 
 
 def mochi_inputs(batch: int, g: Generator) -> Inputs:
+    """Random arguments of :func:`mochi`."""
     return {
         "hidden_states": noise(g, batch, 4, 4, 6, 8),
         "encoder_hidden_states": noise(g, batch, TEXT_TOKENS, TEXT_DIM),
@@ -198,11 +209,12 @@ def mochi_inputs(batch: int, g: Generator) -> Inputs:
 
 @family("mochi", "video", mochi_inputs, note="packs the valid text tokens in each block; masked for the export")
 def mochi() -> nn.Module:
+    """A tiny Mochi."""
     return _make(
         "MochiTransformer3DModel",
         num_attention_heads=4,
         attention_head_dim=12,
-        num_layers=3,  # the last does not update the text
+        num_layers=3,  # the last block does not update the text
         pooled_projection_dim=32,
         in_channels=4,
         text_embed_dim=TEXT_DIM,
@@ -212,6 +224,7 @@ def mochi() -> nn.Module:
 
 
 def cosmos_inputs(batch: int, g: Generator) -> Inputs:
+    """Random arguments of :func:`cosmos`."""
     return {
         "hidden_states": noise(g, batch, 4, 4, 8, 8),
         "timestep": timesteps(g, batch),
@@ -222,6 +235,7 @@ def cosmos_inputs(batch: int, g: Generator) -> Inputs:
 
 @family("cosmos", "video", cosmos_inputs, note="Cosmos 1, text to world")
 def cosmos() -> nn.Module:
+    """A tiny Cosmos 1, text to world."""
     return _make(
         "CosmosTransformer3DModel",
         in_channels=4,
@@ -233,25 +247,27 @@ def cosmos() -> nn.Module:
         text_embed_dim=TEXT_DIM,
         adaln_lora_dim=8,
         max_size=(8, 16, 16),
-        concat_padding_mask=False,  # resizing the mask takes torchvision
+        concat_padding_mask=False,  # resizing the mask would need torchvision
     )
 
 
 def hunyuan_video15_inputs(batch: int, g: Generator) -> Inputs:
+    """Random arguments of :func:`hunyuan_video15`."""
     return {
-        # Noise, the given frame's latents, and which frames are given.
+        # The channels are noise, the given frame's latents, and a mask of the given frames.
         "hidden_states": noise(g, batch, 9, 4, 4, 6),
         "timestep": timesteps(g, batch),
         "encoder_hidden_states": noise(g, batch, TEXT_TOKENS, TEXT_DIM),
         "encoder_attention_mask": mask(g, batch, TEXT_TOKENS).float(),
         "encoder_hidden_states_2": noise(g, batch, 7, 20),
-        "encoder_attention_mask_2": mask(g, batch, 7, least=0).float(),  # glyphs of quoted text, often none
+        "encoder_attention_mask_2": mask(g, batch, 7, least=0).float(),  # glyphs of quoted text, often without any
         "image_embeds": noise(g, batch, 5, 18),
     }
 
 
 @family("hunyuan_video15", "video", hunyuan_video15_inputs, note="packs image, glyph and text tokens; image to video")
 def hunyuan_video15() -> nn.Module:
+    """A tiny HunyuanVideo 1.5, image to video."""
     model: Any = _make(
         "HunyuanVideo15Transformer3DModel",
         in_channels=9,
@@ -266,13 +282,14 @@ def hunyuan_video15() -> nn.Module:
         image_embed_dim=18,
         rope_axes_dim=(4, 4, 4),
     )
-    # Its width is fixed, and makes it nine tenths of this model.
+    # The original has a fixed width, which would make it nine tenths of this model's parameters.
     model.context_embedder_2 = type(model.context_embedder_2)(20, 64, 48)
     return model
 
 
 def framepack_inputs(batch: int, g: Generator) -> Inputs:
-    # The frames to make come last. The first frame and the latest of the past are kept whole, older ones coarsely.
+    """Random arguments of :func:`hunyuan_video_framepack`."""
+    # The new frames come last. Of the past, the first and the latest frame have full resolution, older ones less.
     first, past_4x, past_2x, past, new = torch.arange(1 + 8 + 4 + 4 + 4).split([1, 8, 4, 4, 4])
     return {
         "hidden_states": noise(g, batch, 4, 4, 8, 8),
@@ -294,6 +311,7 @@ def framepack_inputs(batch: int, g: Generator) -> Inputs:
 
 @family("hunyuan_video_framepack", "video", framepack_inputs, note="extends a video; earlier frames in coarser patches")
 def hunyuan_video_framepack() -> nn.Module:
+    """A tiny HunyuanVideo Framepack."""
     return _make(
         "HunyuanVideoFramepackTransformer3DModel",
         in_channels=4,
@@ -314,20 +332,22 @@ def hunyuan_video_framepack() -> nn.Module:
 
 
 def wan_animate_inputs(batch: int, g: Generator) -> Inputs:
+    """Random arguments of :func:`wan_animate`."""
     return {
-        # Noise, the reference's latents and a mask of 4 channels; the first of 4 frames is the reference itself.
+        # The channels are noise, the reference's latents and a mask of 4. The first of 4 frames is the reference.
         "hidden_states": noise(g, batch, 12, 4, 8, 8),
         "timestep": int_timesteps(g, batch),
-        # The attention cuts the image tokens off where 512 text tokens are left.
+        # The attention splits off the image tokens by assuming 512 text tokens after them.
         "encoder_hidden_states": noise(g, batch, 512, TEXT_DIM),
         "encoder_hidden_states_image": noise(g, batch, 5, 18),
         "pose_hidden_states": noise(g, batch, 4, 3, 8, 8),
-        "face_pixel_values": noise(g, batch, 3, 9, 16, 16).clamp(-1, 1),  # 4 pixel frames for a latent one
+        "face_pixel_values": noise(g, batch, 3, 9, 16, 16).clamp(-1, 1),  # 4 pixel frames for each latent frame
     }
 
 
 @family("wan_animate", "video", wan_animate_inputs, note="moves a character as a pose and a face video show")
 def wan_animate() -> nn.Module:
+    """A tiny Wan-Animate."""
     return _make(
         "WanAnimateTransformer3DModel",
         num_attention_heads=4,

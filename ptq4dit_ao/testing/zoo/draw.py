@@ -1,4 +1,4 @@
-"""Random arguments shared by the families. The generator comes first, then the shape with the batch in front."""
+"""Random arguments that the families share; functions take the generator first, then sizes with the batch first."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Generator, Tensor
 
 
 def noise(g: Generator, *shape: int) -> Tensor:
-    """Standard normal values: latents, text embeddings, pooled projections."""
+    """Standard normal values for latents, text embeddings and pooled projections."""
     return torch.randn(shape, generator=g)
 
 
 def timesteps(g: Generator, batch: int, low: float = 20.0, high: float = 980.0) -> Tensor:
-    """One time for each sample, all different.
+    """One timestep for each sample, (batch,) float32, distinct in batches of up to 64.
 
-    They are numbers of bfloat16, or a model in bfloat16 would be asked about other times than one in float32.
+    The values are representable in bfloat16, so that models in bfloat16 and float32 get the same timesteps.
     """
     count = max(batch, 64)
     places = (torch.randperm(count, generator=g)[:batch] + 0.5) / count
@@ -22,11 +22,11 @@ def timesteps(g: Generator, batch: int, low: float = 20.0, high: float = 980.0) 
 
 
 def int_timesteps(g: Generator, batch: int) -> Tensor:
-    """One step of 1000 for each sample, the first 960 all different."""
+    """One of 1000 timesteps for each sample, (batch,) int64, distinct in batches of up to 960."""
     return 20 + torch.randperm(max(batch, 960), generator=g)[:batch] % 960
 
 
 def mask(g: Generator, batch: int, length: int, *, least: int = 4) -> Tensor:
-    """Which tokens are words (1) and which padding (0): a prefix of words, its length drawn for each sample."""
+    """Mask with a prefix of random length of words (1), then padding (0), for each sample: (batch, length) int64."""
     words = torch.randint(least, length + 1, (batch, 1), generator=g)
     return (torch.arange(length) < words).long()

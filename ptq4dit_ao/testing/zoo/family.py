@@ -1,4 +1,4 @@
-"""A family of diffusion transformers: how to build a tiny one, and what it is called with."""
+"""Families of diffusion transformers: builders of tiny models, and the arguments of their ``forward``."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from torch.utils._pytree import tree_map
 from ptq4dit_ao.evaluation.bench.random_dit import randomize_
 
 Inputs = dict[str, Any]
-"""Keyword arguments of ``forward``; tensors may sit in lists. Floating ones in float32."""
+"""Keyword arguments of ``forward``; tensors may be in lists, and floating ones are float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """One architecture with a tiny configuration.
 
-    ``build`` makes the module with its own initialisation; ``make_inputs`` takes a batch size and a generator.
+    ``build`` returns the module with its own initialisation. ``make_inputs`` takes a batch size and a generator.
     """
 
     name: str
     group: str
-    """Heading it stands under: image, video, audio."""
+    """Group of the family: image, video or audio."""
     build: Callable[[], nn.Module]
     make_inputs: Callable[[int, torch.Generator], Inputs]
     dynamic_batch: bool = True
-    """Can it be exported with a batch that differs from call to call?"""
+    """Whether it can be exported with a batch that differs from call to call."""
     note: str = ""
-    """What is special about it, for the table in the docs."""
+    """Special features, for the table in the docs."""
 
     @torch.no_grad()
     def model(self, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """An eval-mode model, all parameters random and none zero, equal for equal seeds."""
+        """An eval-mode model with random parameters, none of which is 0; equal for equal seeds."""
         with warnings.catch_warnings(), torch.random.fork_rng():
             warnings.simplefilter("ignore")
             torch.manual_seed(seed)
@@ -45,7 +45,7 @@ class Family:
         return randomize_(model, seed).to(dtype).eval().requires_grad_(False)
 
     def inputs(self, batch: int = 2, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Inputs:
-        """Random arguments of ``forward``, floating tensors in ``dtype``."""
+        """Random arguments of ``forward``, with floating tensors in ``dtype``."""
         inputs = self.make_inputs(batch, torch.Generator().manual_seed(seed))
 
         def cast(value: object) -> object:

@@ -1,6 +1,7 @@
-"""Image and audio transformers of diffusers, and Facebook's DiT, at a tiny size.
+"""Tiny image and audio transformers of diffusers, and Facebook's DiT.
 
-Each builder is followed by what its pipeline passes: integer or fractional times, masks, pooled embeddings, guidance.
+Before each builder is a function that makes the arguments that its pipeline passes: integer or fractional timesteps,
+masks, pooled embeddings, guidance.
 """
 
 from __future__ import annotations
@@ -15,35 +16,35 @@ from ptq4dit_ao.testing.zoo.draw import int_timesteps, mask, noise, timesteps
 from ptq4dit_ao.testing.zoo.family import Inputs, family
 
 TEXT, TEXT_WIDTH = 7, 24
-"""Tokens of a prompt and the width of their embeddings."""
+"""Number of tokens of a prompt, and the width of their embeddings."""
 GRID = 4
-"""Image tokens on a side."""
+"""Number of image tokens along each side."""
 TOKENS = GRID * GRID
 
 
 def _diffusers() -> ModuleType:
-    import diffusers  # slow, and an optional dependency
+    import diffusers  # a slow import, and an optional dependency
 
     return diffusers
 
 
 def text(g: Generator, batch: int, width: int = TEXT_WIDTH) -> Tensor:
-    """Embeddings of a prompt."""
+    """Random embeddings of a prompt, (batch, TEXT, width)."""
     return noise(g, batch, TEXT, width)
 
 
 def fractions(g: Generator, batch: int) -> Tensor:
-    """Times of a flow, in (0, 1)."""
+    """Random times of a flow in (0, 1), (batch,)."""
     return timesteps(g, batch, 0.02, 0.98)
 
 
 def guidance(g: Generator, batch: int) -> Tensor:
-    """Guidance scales of a distilled model."""
+    """Random guidance scales of a distilled model, (batch,)."""
     return timesteps(g, batch, 1.0, 6.0)
 
 
 def grid_ids(axes: int, *, first: int = 1) -> Tensor:
-    """(TOKENS, axes): row and column of an image token at axes ``first`` and ``first + 1``, 0 elsewhere."""
+    """Positions of image tokens, (TOKENS, axes): row and column at axes ``first`` and ``first + 1``, 0 elsewhere."""
     ids = torch.zeros(GRID, GRID, axes)
     ids[..., first] = torch.arange(GRID)[:, None]
     ids[..., first + 1] = torch.arange(GRID)
@@ -51,24 +52,24 @@ def grid_ids(axes: int, *, first: int = 1) -> Tensor:
 
 
 def text_ids(axes: int, *at: int) -> Tensor:
-    """(TEXT, axes): the position of a word at the axes ``at``, 0 elsewhere."""
+    """Positions of words, (TEXT, axes): the word's index at the axes ``at``, 0 elsewhere."""
     ids = torch.zeros(TEXT, axes)
     ids[:, at] = torch.arange(TEXT, dtype=ids.dtype)[:, None]
     return ids
 
 
 def per_sample(ids: Tensor, batch: int) -> Tensor:
-    """The same ids for each sample."""
+    """The same ids for each sample, with the batch as first axis."""
     return ids.repeat(batch, *[1] * ids.ndim)
 
 
 def pixels(g: Generator, batch: int, count: int, *, most: int = 1024) -> Tensor:
-    """(batch, count) lengths in pixels, multiples of 16, which bfloat16 can hold."""
+    """Random lengths in pixels, (batch, count), multiples of 16, which bfloat16 can represent."""
     return 16.0 * torch.randint(0, most // 16, (batch, count), generator=g)
 
 
 def size_conditions(g: Generator, batch: int) -> Inputs:
-    """SDXL's micro-conditions: size before the crop, size wanted, and where it was cropped."""
+    """SDXL's micro-conditions: size before the crop, target size, and position of the crop."""
     return {
         "original_size": 256 + pixels(g, batch, 2),
         "target_size": 256 + pixels(g, batch, 2),
@@ -128,7 +129,7 @@ def _pixart_alpha_1024_inputs(batch: int, g: Generator) -> Inputs:
 def _pixart(**config: object) -> nn.Module:
     return _diffusers().PixArtTransformer2DModel(
         num_attention_heads=4,
-        attention_head_dim=12,  # the size conditions split the width in three
+        attention_head_dim=12,  # size conditions need a width that is divisible by 3
         num_layers=2,
         cross_attention_dim=48,
         sample_size=8,
@@ -221,7 +222,7 @@ def _sd3_of(layers: int, **config: object) -> nn.Module:
 
 @family("sd3", "image", _sd3_inputs)
 def _sd3() -> nn.Module:
-    return _sd3_of(3)  # the last one leaves the text as it is
+    return _sd3_of(3)  # the last block does not update the text
 
 
 @family("sd35", "image", _sd3_inputs, note="SD3.5 medium: some blocks attend twice")
@@ -328,7 +329,7 @@ def _hunyuan_dit() -> nn.Module:
         patch_size=2,
         sample_size=8,
         hidden_size=64,
-        num_layers=6,  # the last two take a skip
+        num_layers=6,  # the last two have a skip connection
         cross_attention_dim=TEXT_WIDTH,
         cross_attention_dim_t5=16,
         pooled_projection_dim=16,
@@ -688,7 +689,7 @@ def _ernie_image() -> nn.Module:
 
 
 def _ideogram4_inputs(batch: int, g: Generator) -> Inputs:
-    words = mask(g, batch, TEXT).flip(1)  # padded on the left
+    words = mask(g, batch, TEXT).flip(1)  # padding on the left
     image = torch.ones(batch, TOKENS, dtype=torch.long)
     positions = (words.cumsum(1) - 1).clamp(min=0)[..., None].expand(-1, -1, 3)
     grid = (grid_ids(3).long() + 65536).expand(batch, -1, -1)
@@ -776,7 +777,7 @@ def _joyimage() -> nn.Module:
 
 
 def _qwenimage21_inputs(batch: int, g: Generator) -> Inputs:
-    slots = torch.arange(TEXT + TOKENS // 4) >= TEXT  # one for four image tokens
+    slots = torch.arange(TEXT + TOKENS // 4) >= TEXT  # one slot for four image tokens
     return {
         **_nucleusmoe_image_inputs(batch, g),
         "img_mask": slots.expand(batch, -1).clone(),
@@ -820,7 +821,7 @@ def _dreamlite() -> nn.Module:
         ff_mult=3,
     )
     for module in model.modules():
-        if isinstance(module, Attention):  # as the UNet does; the default processor cannot share heads
+        if isinstance(module, Attention):  # the UNet does this too; the default processor cannot share heads
             module.set_processor(DreamLiteAttnProcessor2_0())  # type: ignore[arg-type]
     return model
 

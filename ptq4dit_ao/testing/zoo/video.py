@@ -1,6 +1,6 @@
 """Tiny video transformers: 4 or 5 latent frames of 4x4 patches, 7 text tokens, heads of 12 or 16 channels.
 
-A head's channels are split among the axes time, height and width for the rotary embedding, hence 12 or 16.
+Heads have 12 or 16 channels because the rotary embedding splits them among time, height and width.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ POOLED_DIM = 18
 
 
 def _make(name: str, **config: Any) -> nn.Module:
-    """The class ``name`` of diffusers, which is imported late: importing it takes seconds."""
+    """An instance of the diffusers class ``name``; diffusers is imported here because the import takes seconds."""
     import diffusers
 
     model: nn.Module = getattr(diffusers, name)(**config)
@@ -27,7 +27,7 @@ def _make(name: str, **config: Any) -> nn.Module:
 
 
 def _clip(g: Generator, batch: int, *, channels: int = 4, frames: int = 5) -> Tensor:
-    """Latents of a video, channels first."""
+    """Random latents of a video, (batch, channels, frames, 8, 8)."""
     return noise(g, batch, channels, frames, 8, 8)
 
 
@@ -55,6 +55,7 @@ WAN_I2V = WAN | {"in_channels": 12, "image_dim": 24, "added_kv_proj_dim": 48}
 
 
 def wan_inputs(batch: int, g: Generator) -> Inputs:
+    """Random arguments of :func:`wan`."""
     return {
         "hidden_states": _clip(g, batch),
         "timestep": int_timesteps(g, batch),
@@ -64,26 +65,30 @@ def wan_inputs(batch: int, g: Generator) -> Inputs:
 
 @family("wan", "video", wan_inputs, note="2.1, text to video")
 def wan() -> nn.Module:
+    """A tiny Wan 2.1, text to video."""
     return _make("WanTransformer3DModel", **WAN)
 
 
 def wan22_inputs(batch: int, g: Generator) -> Inputs:
-    # The first frame is given, hence at time 0; its 4x4 tokens come first. No other model has a time per token.
+    """Random arguments of :func:`wan22`."""
+    # The first frame is given, so its 4x4 tokens, which come first, have timestep 0.
     later = int_timesteps(g, batch)[:, None].expand(batch, 4 * 16)
     return wan_inputs(batch, g) | {"timestep": torch.cat([torch.zeros(batch, 16, dtype=torch.long), later], 1)}
 
 
 @family("wan22", "video", wan22_inputs, note="2.2 5B, a time for each token")
 def wan22() -> nn.Module:
+    """A tiny Wan 2.2 5B, with a time for each token."""
     return _make("WanTransformer3DModel", **WAN)
 
 
 def wan_i2v_inputs(batch: int, g: Generator) -> Inputs:
+    """Random arguments of :func:`wan_i2v`."""
     return {
-        # Noise, a mask of 4 channels and the latents of the given frame.
+        # The channels are noise, a mask of 4 and the latents of the given frame.
         "hidden_states": _clip(g, batch, channels=12),
         "timestep": int_timesteps(g, batch),
-        # The attention cuts the image tokens off where 512 text tokens are left.
+        # The attention splits off the image tokens by assuming 512 text tokens after them.
         "encoder_hidden_states": noise(g, batch, 512, TEXT_DIM),
         "encoder_hidden_states_image": noise(g, batch, 9, 24),
     }
@@ -91,20 +96,24 @@ def wan_i2v_inputs(batch: int, g: Generator) -> Inputs:
 
 @family("wan_i2v", "video", wan_i2v_inputs, note="2.1, image to video")
 def wan_i2v() -> nn.Module:
+    """A tiny Wan 2.1, image to video."""
     return _make("WanTransformer3DModel", **WAN_I2V)
 
 
 def chronoedit_inputs(batch: int, g: Generator) -> Inputs:
-    # The image before and after; with any other number of frames it is wan_i2v.
+    """Random arguments of :func:`chronoedit`."""
+    # Two frames, the image before and after the edit; with any other number of frames the model is wan_i2v.
     return wan_i2v_inputs(batch, g) | {"hidden_states": _clip(g, batch, channels=12, frames=2)}
 
 
 @family("chronoedit", "video", chronoedit_inputs, note="Wan's image to video on two frames far apart")
 def chronoedit() -> nn.Module:
+    """A tiny ChronoEdit."""
     return _make("ChronoEditTransformer3DModel", **WAN_I2V)
 
 
 def wan_vace_inputs(batch: int, g: Generator) -> Inputs:
+    """Random arguments of :func:`wan_vace`."""
     return wan_inputs(batch, g) | {
         "control_hidden_states": _clip(g, batch, channels=10),
         "control_hidden_states_scale": torch.ones(4),
@@ -113,7 +122,8 @@ def wan_vace_inputs(batch: int, g: Generator) -> Inputs:
 
 @family("wan_vace", "video", wan_vace_inputs, note="a control branch beside the blocks")
 def wan_vace() -> nn.Module:
-    # As many as there are scales, whose number must not be taken for a batch.
+    """A tiny Wan VACE."""
+    # Every control layer has a scale. Their number must differ from the example's batch, or it would be taken for it.
     return _make(
         "WanVACETransformer3DModel", **WAN | {"num_layers": 4, "vace_layers": [0, 1, 2, 3], "vace_in_channels": 10}
     )
@@ -121,10 +131,12 @@ def wan_vace() -> nn.Module:
 
 @family("skyreels_v2", "video", wan_inputs)
 def skyreels_v2() -> nn.Module:
+    """A tiny SkyReels V2."""
     return _make("SkyReelsV2Transformer3DModel", **WAN)
 
 
 def skyreels_v2_df_inputs(batch: int, g: Generator) -> Inputs:
+    """Random arguments of :func:`skyreels_v2_df`."""
     return wan_inputs(batch, g) | {
         "timestep": int_timesteps(g, batch * 5).view(batch, 5),
         "enable_diffusion_forcing": True,
@@ -133,11 +145,13 @@ def skyreels_v2_df_inputs(batch: int, g: Generator) -> Inputs:
 
 @family("skyreels_v2_df", "video", skyreels_v2_df_inputs, note="diffusion forcing, a time for each frame")
 def skyreels_v2_df() -> nn.Module:
+    """A tiny SkyReels V2 for diffusion forcing."""
     return _make("SkyReelsV2Transformer3DModel", **WAN)
 
 
 def anyflow_inputs(batch: int, g: Generator) -> Inputs:
-    # From one time to an earlier one; all frames of a video share them.
+    """Random arguments of :func:`anyflow`."""
+    # The model steps from one time to an earlier one; all frames of a video share both.
     start, end = timesteps(g, batch, 500.0)[:, None], timesteps(g, batch, high=500.0)[:, None]
     return {
         "hidden_states": noise(g, batch, 5, 4, 8, 8),
@@ -149,11 +163,13 @@ def anyflow_inputs(batch: int, g: Generator) -> Inputs:
 
 @family("anyflow", "video", anyflow_inputs, note="Wan with two times, complex rotary")
 def anyflow() -> nn.Module:
+    """A tiny AnyFlow."""
     return _make("AnyFlowTransformer3DModel", **WAN)
 
 
 def helios_inputs(batch: int, g: Generator) -> Inputs:
-    # What was made before, coarser the older it is. One list of frame numbers serves the whole batch.
+    """Random arguments of :func:`helios`."""
+    # The history is coarser the older it is. One list of frame numbers serves the whole batch.
     lengths = {"long": 16, "mid": 4, "short": 4}
     *places, now = torch.arange(sum(lengths.values()) + 5)[None].split([*lengths.values(), 5], 1)
     inputs = {
@@ -168,8 +184,9 @@ def helios_inputs(batch: int, g: Generator) -> Inputs:
     return inputs
 
 
-@family("helios", "video", helios_inputs, note="Wan that goes on from a history at three scales")
+@family("helios", "video", helios_inputs, note="Wan that continues a history at three scales")
 def helios() -> nn.Module:
+    """A tiny Helios."""
     return _make("HeliosTransformer3DModel", **WAN, rope_dim=(4, 4, 4))
 
 
@@ -177,6 +194,7 @@ def helios() -> nn.Module:
 
 
 def ltx_inputs(batch: int, g: Generator) -> Inputs:
+    """Random arguments of :func:`ltx`."""
     return {
         "hidden_states": noise(g, batch, 4 * 16, 8),
         "encoder_hidden_states": _text(g, batch),
@@ -191,6 +209,7 @@ def ltx_inputs(batch: int, g: Generator) -> Inputs:
 
 @family("ltx", "video", ltx_inputs, note="latents packed to tokens")
 def ltx() -> nn.Module:
+    """A tiny LTX-Video."""
     return _make(
         "LTXVideoTransformer3DModel",
         in_channels=8,
@@ -204,6 +223,7 @@ def ltx() -> nn.Module:
 
 
 def ltx2_inputs(batch: int, g: Generator, *, text_dim: int = TEXT_DIM, audio_text_dim: int = TEXT_DIM) -> Inputs:
+    """Random arguments of :func:`ltx2`."""
     from diffusers.models.transformers.transformer_ltx2 import LTX2AudioVideoRotaryPosEmbed as Rope
 
     time, words, cpu = timesteps(g, batch), _text_mask(g, batch), torch.device("cpu")
@@ -245,16 +265,19 @@ LTX2: dict[str, Any] = {
 
 @family("ltx2", "video", ltx2_inputs, note="with sound")
 def ltx2() -> nn.Module:
+    """A tiny LTX-2, with sound."""
     return _make("LTX2VideoTransformer3DModel", **LTX2)
 
 
 def ltx23_inputs(batch: int, g: Generator) -> Inputs:
-    # Each connector already makes as many channels as its stream has.
+    """Random arguments of :func:`ltx23`."""
+    # The connectors of this version put out as many channels as their streams have.
     return ltx2_inputs(batch, g, text_dim=48, audio_text_dim=32) | {"use_cross_timestep": True}
 
 
 @family("ltx23", "video", ltx23_inputs, note="LTX-2.3: gated attention, text modulated too")
 def ltx23() -> nn.Module:
+    """A tiny LTX-2.3, with sound."""
     return _make(
         "LTX2VideoTransformer3DModel",
         **LTX2,
@@ -277,15 +300,16 @@ COGVIDEOX: dict[str, Any] = {
     "time_embed_dim": 24,
     "text_embed_dim": TEXT_DIM,
     "num_layers": 2,
-    # Other sizes than those of the inputs would have the position table built anew, with writes to ``.data``.
+    # For sizes other than those of the inputs, the model would rebuild its position table with writes to ``.data``.
     "sample_width": 8,
     "sample_height": 8,
-    "sample_frames": 17,  # of the video; 5 latent ones
+    "sample_frames": 17,  # video frames, which are 5 latent frames
     "max_text_seq_length": TEXT_TOKENS,
 }
 
 
 def cogvideox_inputs(batch: int, g: Generator) -> Inputs:
+    """Random arguments of :func:`cogvideox`."""
     return {
         "hidden_states": noise(g, batch, 5, 4, 8, 8),
         "encoder_hidden_states": _text(g, batch),
@@ -295,14 +319,16 @@ def cogvideox_inputs(batch: int, g: Generator) -> Inputs:
 
 @family("cogvideox", "video", cogvideox_inputs, note="1.0, 2B, sines and cosines for positions")
 def cogvideox() -> nn.Module:
+    """A tiny CogVideoX 1.0."""
     return _make("CogVideoXTransformer3DModel", **COGVIDEOX)
 
 
 def cogvideox15_inputs(batch: int, g: Generator) -> Inputs:
+    """Random arguments of :func:`cogvideox15`."""
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
     return {
-        "hidden_states": noise(g, batch, 8, 8, 8, 8),  # of the 8 channels, 4 hold the given image
+        "hidden_states": noise(g, batch, 8, 8, 8, 8),  # 4 channels of noise, 4 of the given image
         "encoder_hidden_states": _text(g, batch),
         "timestep": int_timesteps(g, batch),
         "ofs": torch.full((1,), 2.0),
@@ -312,6 +338,7 @@ def cogvideox15_inputs(batch: int, g: Generator) -> Inputs:
 
 @family("cogvideox15", "video", cogvideox15_inputs, note="1.5, image to video, patches of two frames, rotary")
 def cogvideox15() -> nn.Module:
+    """A tiny CogVideoX 1.5, image to video."""
     return _make(
         "CogVideoXTransformer3DModel",
         **COGVIDEOX | {"in_channels": 8},
@@ -323,6 +350,7 @@ def cogvideox15() -> nn.Module:
 
 
 def consisid_inputs(batch: int, g: Generator) -> Inputs:
+    """Random arguments of :func:`consisid`."""
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
     return {
@@ -337,9 +365,10 @@ def consisid_inputs(batch: int, g: Generator) -> Inputs:
 
 @family("consisid", "video", consisid_inputs, note="CogVideoX that attends to a face")
 def consisid() -> nn.Module:
+    """A tiny ConsisID."""
     return _make(
         "ConsisIDTransformer3DModel",
-        # The face's tokens have 2/3 as many channels as the video's: 32 of 48.
+        # The face's tokens have 2/3 as many channels as the video's (32 and 48).
         **COGVIDEOX | {"in_channels": 8, "num_attention_heads": 3, "num_layers": 4},
         use_rotary_positional_embeddings=True,
         is_train_face=True,
@@ -360,6 +389,7 @@ def consisid() -> nn.Module:
 
 
 def latte_inputs(batch: int, g: Generator) -> Inputs:
+    """Random arguments of :func:`latte`."""
     return {
         "hidden_states": _clip(g, batch),
         "timestep": int_timesteps(g, batch),
@@ -369,6 +399,7 @@ def latte_inputs(batch: int, g: Generator) -> Inputs:
 
 @family("latte", "video", latte_inputs, note="spatial and temporal blocks in turn")
 def latte() -> nn.Module:
+    """A tiny Latte."""
     return _make(
         "LatteTransformer3DModel",
         num_attention_heads=4,
@@ -391,6 +422,7 @@ def latte() -> nn.Module:
 
 
 def allegro_inputs(batch: int, g: Generator) -> Inputs:
+    """Random arguments of :func:`allegro`."""
     from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
 
     *tables, t, h, w = get_3d_rotary_pos_embed_allegro(12, ((0, 0), (4, 4)), (4, 4), 5, (2.2, 2.0, 2.0))  # type: ignore[misc]
@@ -406,6 +438,7 @@ def allegro_inputs(batch: int, g: Generator) -> Inputs:
 
 @family("allegro", "video", allegro_inputs)
 def allegro() -> nn.Module:
+    """A tiny Allegro."""
     return _make(
         "AllegroTransformer3DModel",
         num_attention_heads=4,
@@ -422,6 +455,7 @@ def allegro() -> nn.Module:
 
 
 def sana_video_inputs(batch: int, g: Generator) -> Inputs:
+    """Random arguments of :func:`sana_video`."""
     return {
         "hidden_states": _clip(g, batch),
         "encoder_hidden_states": _text(g, batch),
@@ -432,6 +466,7 @@ def sana_video_inputs(batch: int, g: Generator) -> Inputs:
 
 @family("sana_video", "video", sana_video_inputs, note="linear attention, convolutions in the feed-forward")
 def sana_video() -> nn.Module:
+    """A tiny Sana-Video."""
     return _make(
         "SanaVideoTransformer3DModel",
         in_channels=4,
@@ -463,6 +498,7 @@ HUNYUAN: dict[str, Any] = {
 
 
 def hunyuan_video_i2v_inputs(batch: int, g: Generator) -> Inputs:
+    """Random arguments of :func:`hunyuan_video_i2v`."""
     return {
         "hidden_states": _clip(g, batch),
         "timestep": timesteps(g, batch),
@@ -473,22 +509,26 @@ def hunyuan_video_i2v_inputs(batch: int, g: Generator) -> Inputs:
 
 
 def hunyuan_video_inputs(batch: int, g: Generator) -> Inputs:
+    """Random arguments of :func:`hunyuan_video`."""
     return hunyuan_video_i2v_inputs(batch, g) | {"guidance": torch.full((batch,), 4000.0)}  # 1000 times the scale
 
 
 @family("hunyuan_video", "video", hunyuan_video_inputs, note="with guidance")
 def hunyuan_video() -> nn.Module:
+    """A tiny HunyuanVideo, text to video."""
     return _make("HunyuanVideoTransformer3DModel", **HUNYUAN)
 
 
 @family("hunyuan_video_i2v", "video", hunyuan_video_i2v_inputs, note="the first frame's tokens modulated apart")
 def hunyuan_video_i2v() -> nn.Module:
+    """A tiny HunyuanVideo, image to video."""
     return _make(
         "HunyuanVideoTransformer3DModel", **HUNYUAN, guidance_embeds=False, image_condition_type="token_replace"
     )
 
 
 def motif_video_inputs(batch: int, g: Generator) -> Inputs:
+    """Random arguments of :func:`motif_video`."""
     return {
         "hidden_states": _clip(g, batch, channels=9),  # 4 channels of noise, 4 of a given frame, 1 of a mask
         "timestep": timesteps(g, batch),
@@ -500,6 +540,7 @@ def motif_video_inputs(batch: int, g: Generator) -> Inputs:
 
 @family("motif_video", "video", motif_video_inputs, note="image to video, the last blocks a decoder")
 def motif_video() -> nn.Module:
+    """A tiny Motif-Video."""
     return _make(
         "MotifVideoTransformer3DModel",
         in_channels=9,
@@ -521,6 +562,7 @@ def motif_video() -> nn.Module:
 
 
 def easyanimate_inputs(batch: int, g: Generator) -> Inputs:
+    """Random arguments of :func:`easyanimate`."""
     return {
         "hidden_states": _clip(g, batch),
         "timestep": timesteps(g, batch),
@@ -530,6 +572,7 @@ def easyanimate_inputs(batch: int, g: Generator) -> Inputs:
 
 @family("easyanimate", "video", easyanimate_inputs)
 def easyanimate() -> nn.Module:
+    """A tiny EasyAnimate."""
     return _make(
         "EasyAnimateTransformer3DModel",
         num_attention_heads=4,
@@ -575,6 +618,7 @@ def _kandinsky_inputs(batch: int, g: Generator) -> Inputs:
 
 
 def kandinsky5_inputs(batch: int, g: Generator) -> Inputs:
+    """Random arguments of :func:`kandinsky5`."""
     return _kandinsky_inputs(batch, g) | {
         "text_rope_pos": torch.arange(TEXT_TOKENS),
         "scale_factor": (1.0, 2.0, 2.0),
@@ -583,10 +627,12 @@ def kandinsky5_inputs(batch: int, g: Generator) -> Inputs:
 
 @family("kandinsky5", "video", kandinsky5_inputs, note="rounds queries and keys to bfloat16; time in float32")
 def kandinsky5() -> nn.Module:
+    """A tiny Kandinsky 5."""
     return _make("Kandinsky5Transformer3DModel", **KANDINSKY)
 
 
 def kandinsky6_inputs(batch: int, g: Generator) -> Inputs:
+    """Random arguments of :func:`kandinsky6`."""
     return _kandinsky_inputs(batch, g) | {
         "audio_hidden_states": noise(g, batch, 9, 6),
         "encoder_attention_mask": _text_mask(g, batch).bool(),
@@ -595,6 +641,7 @@ def kandinsky6_inputs(batch: int, g: Generator) -> Inputs:
 
 @family("kandinsky6", "video", kandinsky6_inputs, note="with sound")
 def kandinsky6() -> nn.Module:
+    """A tiny Kandinsky 6, with sound."""
     return _make(
         "Kandinsky6Transformer3DModel",
         **KANDINSKY,
