@@ -305,7 +305,7 @@ def _explain(error: Exception) -> str:
     while error.__cause__ is not None and isinstance(error.__cause__, Exception):
         error = error.__cause__
     lines = str(error).strip().splitlines()
-    said = next((line for line in lines if not line.startswith("Exception from ")), "")  # these name source files
+    said = next((line for line in lines if not line.startswith("Exception from ")), "")  # places in OpenVINO's sources
     found = re.search(r"aten[.:]+\w+(\.\w+)?|(?<=operation of type: )\w+", str(error))
     return f"{type(error).__name__}: {said}" + (f" ({found[0]})" if found is not None and found[0] not in said else "")
 

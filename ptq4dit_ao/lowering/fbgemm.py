@@ -22,9 +22,7 @@ KERNELS = ("onednn::qlinear_pointwise", "quantized::linear_with_input_q_dq_qweig
 
 
 class OneDNNLinear(nn.Module):
-    """oneDNN linear, uint8 (N, ..., C_in) -> float (N, ..., C_out), or uint8 with the next linear's quantizer fused
-    in.
-    """
+    """oneDNN linear, uint8 (N, ..., C_in) -> float (N, ..., C_out), or uint8 with the next quantizer fused in."""
 
     def __init__(self, linear: QuantizedLinear) -> None:
         super().__init__()

@@ -84,9 +84,7 @@ def _count(run: Runnable, inputs: Sequence[Tensor], *, attention: bool) -> dict[
 
 
 def refuse(linear: QuantizedLinear) -> str | None:
-    """The reason why QuantizeLinear cannot express a linear, or onnxruntime would compute it wrongly; None if
-    neither.
-    """
+    """The reason why QuantizeLinear cannot express a linear, or onnxruntime computes it wrongly; None if neither."""
     full = FULL_RANGE[linear.x_dtype]
     if linear.x_range != full:
         return f"QuantizeLinear saturates at {full}, the graph at {linear.x_range}"

@@ -114,7 +114,7 @@ def has_triton() -> bool:
 
 
 def _exact_mm(x: Tensor, weight: Tensor) -> Tensor:
-    """Exact matrix product, int8 (..., K), int8 (N, K) -> int32 (..., N), in float64, which is fast on a CPU."""
+    """Matrix product int8 (..., K), int8 (N, K) -> int32 (..., N), in float64: exact below 2**53, and fast on a CPU."""
     return (x.double() @ weight.double().T).to(torch.int32)
 
 
