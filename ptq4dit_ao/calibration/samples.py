@@ -64,8 +64,7 @@ class CalibrationSamples:
         return other
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, ...]]:
-        """Tuples of inputs, ``size`` rows each; the last one may be smaller. With a signature, they include shared
-        tensors.
+        """Tuples of inputs, ``size`` rows each; the last one may be smaller. Shared tensors need a signature.
 
         Raises:
             ArgumentError: ``size`` is less than 1.
@@ -82,9 +81,7 @@ class CalibrationSamples:
 
     @property
     def timesteps(self) -> Tensor:
-        """Timestep of every row, (N,) float64: the largest of a row's tokens; zeros if no input is named like a
-        timestep.
-        """
+        """Timestep of every row, (N,) float64: the largest of a row's tokens; zeros if no input is a timestep."""
         found = next((self.inputs[name] for name in TIMESTEP_NAMES if name in self.inputs), torch.zeros(len(self)))
         t = found.double()
         return t.flatten(1).amax(1) if t.ndim > 1 else t
