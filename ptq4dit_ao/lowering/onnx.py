@@ -58,6 +58,7 @@ class Session:
         return [(event["name"].removesuffix(suffix), event["args"]["op_name"]) for event in kernels]
 
     def __call__(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Run the model on the graph's inputs."""
         feed = {name: x.detach().numpy() for name, x in zip(self.names, inputs, strict=True)}
         return tree_unflatten([torch.from_numpy(y) for y in self.session.run(None, feed)], self.result)
 

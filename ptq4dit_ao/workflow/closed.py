@@ -145,8 +145,8 @@ class Part(Closed):
         return super().__getattr__(name)
 
     def extra_repr(self) -> str:
+        """Return nothing, because the text of many modules needs their weights."""
         return ""
-        return ""  # many ask for weights
 
     def train(self, mode: bool = True) -> Part:
         """Return the part itself; raises ArgumentError for training mode."""

@@ -31,7 +31,7 @@ class QuantizedModel:
     report: Report
     """See :mod:`ptq4dit_ao.report.types`. Its ``size`` is known for a model that was saved."""
     sampling: Sampling | None = None
-    """How to sample the model, where that is known."""
+    """Sampling of the model, where it is known."""
     captured: CapturedModule | None = None
     """Interface of the diffusers model that the graph was captured from, if it was one.
 

@@ -39,6 +39,7 @@ class OpenVINORunnable:
         self.inputs, self.result = inputs_of(program), program.call_spec.out_spec
 
     def __call__(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Run the model on the graph's inputs."""
         check_inputs(inputs, self.inputs)
         arrays = {i: x.detach().contiguous().numpy() for i, x in enumerate(inputs)}
         with self.turn:
