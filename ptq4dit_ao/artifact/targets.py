@@ -39,8 +39,7 @@ PYTHON_FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 _PYTHON_NAMES = {function: name for name, function in PYTHON_FUNCTIONS.items()}
 
-# These operators have no tensor among their arguments: they create tensors, or check sizes. from_file creates one,
-# too.
+# These operators have no tensor argument: they create tensors, or check sizes. from_file would create one, too.
 _WITHOUT_TENSOR = (
     *("arange", "empty", "empty_permuted", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm"),
     *("scalar_tensor", "tril_indices", "triu_indices", "zeros"),

@@ -162,8 +162,7 @@ def _pack(name: str, tensor: Tensor, entry: StoredTensor) -> Tensor:
     if entry.storage == "pairs":
         return torch.view_as_real(tensor.resolve_conj().contiguous())
     if entry.storage == "raw":
-        # safetensors refuses tensors that share memory in part, so they are copied. Fully tied ones are aliases
-        # already.
+        # safetensors refuses tensors that share memory in part, so they are copied. Tied ones are aliases already.
         whole = tensor.untyped_storage().nbytes() == tensor.nbytes
         return tensor.contiguous() if whole else tensor.clone(memory_format=torch.contiguous_format)
     try:

@@ -178,7 +178,7 @@ class StepSelection:
         self.visited = {}
 
     def expect(self, times: Sequence[float]) -> None:
-        """Set all times of the beginning run, as the module receives them.
+        """Set all times of a run at its beginning, as the module receives them.
 
         Raises:
             CalibrationError: the wanted timesteps are not among them, or they are too few.
@@ -204,7 +204,7 @@ class StepSelection:
     def visit(self, t: float) -> bool:
         """Whether to record a call at ``t``.
 
-        Near a listed timestep several may be, and :meth:`chosen` selects those to keep.
+        Several calls may be close to a listed timestep; :meth:`chosen` selects one.
         """
         position = self.visited.setdefault(t, len(self.visited))
         if self.positions is not None:

@@ -36,6 +36,7 @@ class QuantizedLinear:
     quantize: Node
     """The activation's quantize node. Linears that read the same tensor may share it."""
     x: Node
+    """The float activation."""
     x_scale: float
     x_zero_point: int
     x_range: tuple[int, int]

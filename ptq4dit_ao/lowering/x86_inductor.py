@@ -34,8 +34,7 @@ def prepare(request: Request) -> None:
     """Bring a graph into the form that Inductor's int8 patterns match, in place."""
     make_unsigned(quantizers_of(quantized_products(request.graph)))
     unshare_weights(request.graph, request.linears)
-    # Inductor decomposes a linear of a non-contiguous input into a form that a pattern fails on for a free batch
-    # size.
+    # Without this, Inductor decomposes a linear of a non-contiguous input into a form that its pattern fails on.
     for quantize in dict.fromkeys(linear.quantize for linear in request.linears):
         with quantize.graph.inserting_before(quantize):
             quantize.update_arg(0, quantize.graph.call_function(aten.contiguous.default, (quantize.args[0],)))

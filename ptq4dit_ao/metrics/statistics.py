@@ -26,11 +26,15 @@ class Distances:
     """Distances of generated images from a reference set."""
 
     frechet: float
+    """Frechet distance of pooled features (FID with Inception features)."""
     spatial_frechet: float
+    """Frechet distance of spatial features (sFID with Inception features)."""
     inception_score: float
     """Inception score of the generated images alone."""
     precision: float
+    """Fraction of generated images on the manifold of the reference set."""
     recall: float
+    """Fraction of reference images on the manifold of the generated images."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

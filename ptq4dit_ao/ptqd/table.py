@@ -38,7 +38,7 @@ class NoiseCorrection:
     timesteps: Tensor
     """Timesteps of the sampler, (T,) int64, all different."""
     k: Tensor
-    """Part of the error that is proportional to the noise, (T,) float64, >= 0."""
+    """Factor of the error that is proportional to the noise, (T,) float64, >= 0."""
     mu: Tensor
     """Mean of the remaining error for each channel, (T, C) float64."""
     sigma_q: Tensor

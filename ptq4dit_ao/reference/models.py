@@ -93,8 +93,7 @@ def build_reference_dit(name: str = "digits") -> DiTTransformer2DModel:
     """Build an untrained reference DiT with 2.1 M parameters. Its training drops labels itself."""
     model = require("diffusers", extra="diffusers").DiTTransformer2DModel(**REFERENCES[name].config)
     for block in model.transformer_blocks:
-        # In train mode each block would draw its own label-drop mask. Training drops the labels before the model
-        # instead.
+        # In train mode each block would draw its own label-drop mask. Training drops the labels itself.
         block.norm1.emb.class_embedder.dropout_prob = 0.0
     return model
 

@@ -277,7 +277,7 @@ def warn_of_dtype(model: nn.Module) -> None:
 
 
 def enough(batches: list[tuple[Tensor, ...]], tokens: int, seen: int) -> list[tuple[Tensor, ...]]:
-    """The first batches, whose number is chosen such that they hold about ``tokens`` of all ``seen`` tokens."""
+    """The first batches, as many as hold about ``tokens`` of all ``seen`` tokens."""
     return batches[: max(1, round(len(batches) * tokens / max(1, seen)))]
 
 

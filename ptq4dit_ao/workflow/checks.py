@@ -1,4 +1,4 @@
-"""Checks that run before hours of sampling and calibration, of everything that is known by then."""
+"""Checks of everything that is known before hours of sampling and calibration."""
 
 from __future__ import annotations
 

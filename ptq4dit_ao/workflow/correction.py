@@ -67,7 +67,7 @@ def correction_for(
     steps: int,
     on_progress: OnProgress = ignore,
 ) -> NoiseCorrection | None:
-    """The noise correction stored with a saved model.
+    """The noise correction stored with a saved model; None if its recipe asks for none.
 
     It is fitted again if the stored one has other timesteps or another guidance scale.
     """

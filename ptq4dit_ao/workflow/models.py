@@ -37,8 +37,11 @@ class LoadedModel:
 
     name: str
     transformer: nn.Module
+    """The float model in eval mode, which is what gets quantized."""
     pipeline: Any | None = None
+    """Pipeline that calls the transformer."""
     sampling: Sampling | None = None
+    """Sampling of a class-conditional model."""
     folder: Path | None = None
     """The folder that it was loaded from, if any."""
     shipped: Reference | None = None

@@ -26,10 +26,12 @@ class QuantizedModel:
     """A quantized model: its converted graph, recipe, inputs and report."""
 
     graph: GraphModule
+    """The converted graph."""
     recipe: Recipe
     inputs: tuple[InputSpec, ...]
+    """Dtype and shape of each input of the graph."""
     report: Report
-    """See :mod:`ptq4dit_ao.report.types`. Its ``size`` is known for a model that was saved."""
+    """Report of the quantization, see :mod:`ptq4dit_ao.report.types`. Its ``size`` is known for a saved model."""
     sampling: Sampling | None = None
     """Sampling of the model, where it is known."""
     captured: CapturedModule | None = None

@@ -34,7 +34,7 @@ from ptq4dit_ao.report import WeightBitsEntry
 logger = logging.getLogger(__name__)
 
 HELD_OUT = 16
-"""One of this many batches, the last ones, is not used for rounding but for measuring."""
+"""Ratio of all batches to those that are held out from rounding, for measuring."""
 
 BIT = 1 / 4
 """Factor by which one more bit reduces the energy of a quantization error (6 dB)."""
@@ -47,7 +47,7 @@ class ChosenBits:
     layers: tuple[str, ...]
     parameters: int
     noise: tuple[float, ...]
-    """Energy that they add to the output's error, for each candidate."""
+    """Energy that these weights add to the output's error, at the width of each candidate."""
     bits: int
 
 
@@ -103,7 +103,7 @@ def choose_weight_bits(
     quantizer: PTQ4DiTQuantizer | None = None,
     on_progress: OnProgress = ignore,
 ) -> WeightBits:
-    """Choose more bits for the weights whose quantization causes most error.
+    """Choose the bits of all weights, more for those whose quantization causes most error.
 
     For every candidate but the highest, the model is calibrated, rounded in one pass, and run once for each quantized
     input on the batches held out. Each run costs half a run on average, because the nodes before the input are shared.
