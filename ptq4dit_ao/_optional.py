@@ -25,7 +25,7 @@ def require(module: str, *, extra: str) -> Any:
 
 
 def missing_package(packages: tuple[str, ...], extra: str | None) -> str | None:
-    """A sentence that names the first package that is not installed and its installation; None if all are there."""
+    """The reason why one of ``packages`` cannot be imported, with its installation; None if all are installed."""
     absent = next((name for name in packages if find_spec(name) is None), None)
     return None if absent is None else _not_installed(absent, extra)
 

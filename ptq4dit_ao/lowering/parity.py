@@ -177,7 +177,7 @@ def idle_linears(graph: GraphModule, batch: Batch) -> tuple[str, ...]:
 
 
 def _read_later(nodes: Sequence[Node], count: int) -> list[Node]:
-    """Those of the first ``count`` nodes that later nodes read, directly or through nodes that are not listed."""
+    """The nodes among the first ``count`` that later nodes read, directly or through nodes that are not listed."""
     first, listed = set(nodes[:count]), set(nodes)
 
     def is_read(node: Node) -> bool:

@@ -111,8 +111,8 @@ def balance_settings(recipe: Recipe) -> BalanceSettings:
         method = "ssc" if method == "auto" else method
         alpha = 0.5 if isinstance(alpha, str) else alpha
         logger.warning(
-            "the recipe chooses its balancing by the error after quantization, which is another tool's here: balancing "
-            "with method %r and alpha %g",
+            "the recipe chooses its balancing by the error after quantization, which is not known "
+            "here; balancing with method %r and alpha %g",
             method,
             alpha,
         )

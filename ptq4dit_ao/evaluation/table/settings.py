@@ -56,13 +56,13 @@ class TableSettings:
     backend: str = "reference"
     """Backend that executes the quantized models, as for :func:`~ptq4dit_ao.lower`."""
     ablation: bool = False
-    """Also compare the parts of the paper's method: base, +CSB, +SSC, +ours."""
+    """Whether the parts of the paper's method are compared, too: base, +CSB, +SSC, +ours."""
 
     def __post_init__(self) -> None:
         for name in ("methods", "bits", "steps"):
             values = getattr(self, name)
             if not values and not (name == "methods" and self.ablation):
-                raise ArgumentError(f"there are no {name}; give at least one (--{name})")
+                raise ArgumentError(f"there are no {name}; give at least one ({name}=...)")
             twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
             if twice is not None:
                 raise ArgumentError(f"{name} has {twice!r} twice; leave one out")
