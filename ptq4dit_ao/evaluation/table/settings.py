@@ -13,6 +13,7 @@ from ptq4dit_ao.lowering.backend import BACKENDS, choose_backend
 from ptq4dit_ao.recipe import Recipe, Weights, load_recipe, shipped_recipes
 
 FLOAT = "float32"
+"""Method name of the float model's rows."""
 _MOST = 2**31
 """Largest value of a number. A recipe's seeds, to which the table's seed is added, may be twice as large."""
 _BITS = re.compile(r"w([2-8])a([2-8])")
