@@ -1,8 +1,8 @@
-"""What this machine can run, and why not the rest: ``python integration_tests/backends.py`` (``tox run -e backends``).
+"""Table of the backends that this machine can run: ``python integration_tests/backends.py`` (``tox run -e backends``).
 
-Quantizes the shipped digits DiT to W8A8 and W4A8, lowers both to every backend, and prints one table: quantized linears
-that ran on integer kernels, the error against the simulation, and the seconds until the first result. Exits with 1 if a
-backend that is available fails.
+It quantizes the shipped digits DiT to W8A8 and W4A8, lowers both to every backend, and prints one table: the number of
+quantized linears that ran on integer kernels, the error against the simulation, the seconds until the first result, and
+the reason for each backend that cannot run. It exits with 1 if an available backend fails.
 """
 
 from __future__ import annotations

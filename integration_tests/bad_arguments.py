@@ -1,4 +1,4 @@
-"""Bad calls of the public Python functions: name, number, call, exception, and what its message must say."""
+"""Invalid calls of the public Python functions: name, number, call, exception, and text that its message contains."""
 
 from __future__ import annotations
 
@@ -395,7 +395,7 @@ BAD: dict[str, list[Bad]] = {
         (lambda w: w.collect(pipeline="x"), ArgumentError, "pipeline is of type str; give a pipeline of diffusers"),
         (lambda w: w.collect("abc"), ArgumentError, "prompts is the string 'abc'; give a list of them"),
         (lambda w: w.collect([]), ArgumentError, "prompts is empty; give at least one"),
-        (lambda w: w.collect(["cat"]), ArgumentError, "text 'cat', and SamplingPipeline is drawn by class; give num"),
+        (lambda w: w.collect(["cat"]), ArgumentError, "text 'cat', and SamplingPipeline is class-conditional; give cl"),
         (lambda w: w.collect([99]), ArgumentError, "prompts holds class 99, and the model knows 0 to 10"),
         (lambda w: w.collect(timesteps=0), CalibrationError, "0 calibration timesteps asked for; ask for at least 1"),
         (lambda w: w.collect(timesteps=5), CalibrationError, "5 calibration timesteps asked for, the sampler has 2"),

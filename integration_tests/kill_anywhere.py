@@ -1,7 +1,7 @@
-"""Kills of ``quantize``, ``save`` and ``table`` at random moments: what they leave is absent, right or refused.
+"""Kills of ``quantize``, ``save`` and ``table`` at random moments. Their results must be absent, right or refused.
 
-Run as ``python integration_tests/kill_anywhere.py --kills 30``. Jobs are forked from this process, which has
-imported all that they need, so that every moment is one of the job's own.
+Run it as ``python integration_tests/kill_anywhere.py --kills 30``. Jobs are forked from this process, which has
+imported everything that they need, so that every kill hits the job's own work.
 """
 
 from __future__ import annotations

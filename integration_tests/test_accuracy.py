@@ -1,4 +1,4 @@
-"""What the recipes gain on the shipped digits DiT over the paper's balancing with rounding to nearest (simulated)."""
+"""Gain of the recipes on the shipped digits DiT over the paper's balancing with rounding to nearest (simulated)."""
 
 from __future__ import annotations
 

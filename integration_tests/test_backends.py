@@ -1,4 +1,4 @@
-"""One set of tests for every backend: a saved model runs on its integer kernels and computes what the simulation does.
+"""Tests of every backend: a saved model runs on its integer kernels and computes the same as the simulation.
 
 Run those of one backend with ``tox run -e NAME``. Backends that this machine cannot run are skipped, with the reason.
 """

@@ -1,4 +1,4 @@
-"""Bad inputs: each is refused in a sentence of ours, nothing is left behind, nothing altered is loaded in silence."""
+"""Invalid inputs: each raises an error of this package, leaves nothing behind, and is never loaded silently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The main job on the shipped model, from recipe to samples on integer kernels."""
+"""Main job on the shipped model, from the recipe to samples on integer kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The code and the recipe of docs/diagnostics.md run as written."""
+"""Tests that the code and the recipe of docs/diagnostics.md run as written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scripts of docs/diffusers.md run as written, on tiny random models, but for sizes, steps and the compiler."""
+"""Tests that the scripts of docs/diffusers.md run as written, except for models, sizes, steps and the compiler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The code of docs/evaluation.md runs as written, and its commands and options exist."""
+"""Tests that the code of docs/evaluation.md runs as written, and that its commands and options exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What balancing is for, on more architectures than DiT: salient channels, 16-bit parameters, and the way back."""
+"""Tests of balancing on more architectures than DiT: salient channels, 16-bit parameters, and inverse folds."""
 
 from __future__ import annotations
 

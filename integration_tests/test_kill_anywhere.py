@@ -1,4 +1,4 @@
-"""A kill leaves nothing wrong; see ``kill_anywhere.py``."""
+"""Tests that a kill leaves nothing wrong; see ``kill_anywhere.py``."""
 
 from __future__ import annotations
 

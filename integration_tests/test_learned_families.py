@@ -1,4 +1,4 @@
-"""Every family of transformers with every kind of rounding that a recipe can ask for: none crashes, none is worse."""
+"""Tests of every transformer family with every kind of rounding that a recipe can ask for: none crashes or is worse."""
 
 from __future__ import annotations
 

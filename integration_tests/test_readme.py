@@ -1,4 +1,4 @@
-"""The README's code runs as written, and its commands exist."""
+"""Tests that the README's code runs as written, and that its commands exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``pytest --require-run``: an environment whose tests all skip must not look green."""
+"""Tests of ``pytest --require-run``, with which an environment whose tests are all skipped fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every family end to end: captured, folded exactly, quantized, saved, and run on integer kernels of every backend."""
+"""Tests of every family end to end: captured, folded exactly, quantized, saved, and run on every backend's kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Integer inference at DiT-XL/2 layer sizes, compiled: proven, and not slowed down by balancing."""
+"""Tests of integer inference at DiT-XL/2 layer sizes, compiled: proven, and not slowed down by balancing."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Post-training quantization of Diffusion Transformers, as a plugin for torchao PT2E and NNCF.
 
-Names are imported when they are first used, so that ``import ptq4dit_ao`` is quick.
+Names are imported at their first use, so that ``import ptq4dit_ao`` is fast.
 """
 
 from __future__ import annotations

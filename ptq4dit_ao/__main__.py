@@ -1,4 +1,4 @@
-"""``python -m ptq4dit_ao``."""
+"""Entry point of ``python -m ptq4dit_ao``."""
 
 import sys
 

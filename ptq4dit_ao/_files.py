@@ -1,4 +1,4 @@
-"""Files and folders that are either the old one or the complete new one, whatever happens in between."""
+"""Atomic writing: files and folders are either the old ones or the complete new ones, whatever interrupts it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ except ImportError:  # Windows
 
 @contextmanager
 def temporary_folder(target: Path) -> Iterator[Path]:
-    """An empty folder beside ``target``, removed with all that is in it when the block ends.
+    """An empty folder beside ``target``, removed with its content when the block ends.
 
-    Its name starts with a dot and is nobody else's. What killed processes have left of such folders for the same
-    target is removed first; a folder in use is told by its lock, which ends with its process.
+    Its name starts with a dot and is unique. Such folders of the same target that killed processes have left behind are
+    removed first. A folder in use is recognized by its lock, which ends with its process.
     """
     for left in _siblings(target):
         _remove_unlocked(left)
@@ -36,13 +36,13 @@ def temporary_folder(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A file to write into that takes the place of ``path`` when the block ends, and is removed when it fails.
+    """A file to write into, which replaces ``path`` when the block ends, and is removed when the block fails.
 
-    It gets the mode that any new file has here, whatever writes it: safetensors makes its files private.
+    It gets the mode of any new file, whatever writes it: safetensors makes its files private.
     """
     path = Path(path)
-    # In a folder of its own, for safetensors writes to a file of a random name first, which a kill would leave behind.
-    # That is a sibling, for a rename is atomic within one file system only.
+    # The file is in a folder of its own, because safetensors first writes to a file of a random name, which a kill
+    # would leave behind. The folder is a sibling, because a rename is atomic only within one file system.
     with temporary_folder(path) as folder:
         temporary = folder / path.name
         temporary.touch()
@@ -53,21 +53,21 @@ def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def replace_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write UTF-8 text in place of what was there."""
+    """Replace a file by UTF-8 text, atomically."""
     with replacing_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def replace_json(path: str | os.PathLike[str], value: object) -> None:
-    """Write a value as indented JSON, without NaN or infinity, in place of what was there."""
+    """Replace a file by a value as indented JSON, without NaN or infinity, atomically."""
     replace_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 @contextmanager
 def replacing_files(path: Path) -> Iterator[Path]:
-    """The same name in an empty folder, whose files take their places beside ``path`` when the block ends.
+    """A path of the same name in an empty folder, whose files are moved beside ``path`` when the block ends.
 
-    What was there before is replaced, ``path`` itself last. Subfolders are dropped, and everything if the block fails.
+    Existing files are replaced, ``path`` itself last. Subfolders are dropped, and everything if the block fails.
     """
     with temporary_folder(path) as folder:
         unfinished = folder / path.name
@@ -79,7 +79,7 @@ def replacing_files(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(target: Path) -> Iterator[Path]:
-    """An empty folder beside ``target`` that takes its place when the block ends, and is removed when it fails.
+    """An empty folder beside ``target``, which replaces it when the block ends, and is removed when the block fails.
 
     A process killed inside the block leaves ``.NAME.tmp-XXXX`` behind, and ``target`` as it was. One killed in the
     instant between the two renames leaves the old folder as ``.NAME.old-XXXX``. The next replacement removes both.
@@ -96,20 +96,20 @@ def replacing_folder(target: Path) -> Iterator[Path]:
 
 
 def set_aside(target: Path) -> list[Path]:
-    """Folders that interrupted replacements have left of ``target``, oldest name first."""
+    """Old versions of ``target`` that interrupted replacements have left behind, sorted by name."""
     if not target.parent.is_dir():
         return []
     return sorted(p for p in target.parent.iterdir() if p.name.startswith(f".{target.name}.old-"))
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder with all that is in it; a kill leaves it whole, or what the next write there removes."""
+    """Remove a folder with its content. A kill leaves it whole, or as a folder that the next write there removes."""
     with temporary_folder(folder) as trash:
         os.rename(folder, trash / folder.name)
 
 
 def is_unfinished(path: Path) -> bool:
-    """Is it what a kill inside :func:`temporary_folder` leaves behind?"""
+    """Whether the path is a folder that a kill inside :func:`temporary_folder` left behind."""
     return path.name.startswith(".") and ".tmp-" in path.name
 
 
@@ -118,19 +118,19 @@ def _siblings(target: Path) -> list[Path]:
 
 
 def _locked_folder(target: Path) -> tuple[Path, int]:
-    """A new folder and the descriptor that holds its lock."""
+    """A new folder, and the descriptor that holds its lock."""
     while True:
         folder = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
         folder.mkdir()
         descriptor = os.open(folder, os.O_RDONLY)
         _lock(descriptor)
-        if folder.exists():  # another process may have taken it for a remainder before it was locked
+        if folder.exists():  # another process may have removed it as a leftover before it was locked
             return folder, descriptor
         os.close(descriptor)
 
 
 def _remove_unlocked(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # it has just gone
+    with contextlib.suppress(OSError):  # another process has removed it
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             if _lock(descriptor):
@@ -140,7 +140,7 @@ def _remove_unlocked(folder: Path) -> None:
 
 
 def _lock(descriptor: int) -> bool:
-    """Take the lock unless another process has it; False also where there are no locks."""
+    """Take the lock unless another process has it. Returns False also on systems without locks."""
     if fcntl is None:
         return False
     try:
@@ -163,7 +163,7 @@ def _swap(new: Path, target: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Force a file, or the list of files in a folder, to the disk."""
+    """Force a file, or the list of files in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

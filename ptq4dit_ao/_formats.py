@@ -1,4 +1,4 @@
-"""Kinds of files that this package writes and reads back: name, version, digest, and the words of their errors."""
+"""File formats that this package writes and reads, with their names, versions, digests and error messages."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ _DIGEST = "sha256"
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """A kind of file, of which one version is read: that which is written."""
+    """A file format. The version that is written is the only one that is read."""
 
     name: str
-    """What a file holds, such as ``salience statistics``."""
+    """Name of the content, such as ``salience statistics``."""
     version: int
     error: type[PTQ4DiTError]
     """Exception for files that cannot be written or read."""
     remedy: str
-    """What helps against a file that cannot be read, such as ``run calibration again``."""
+    """Remedy if a file cannot be read, such as ``run calibration again``."""
 
     @property
     def tag(self) -> str:
-        """What a file says it is."""
+        """Text in a file that identifies its format and version."""
         return f"ptq4dit-ao {self.name} {self.version}"
 
     def check(self, path: Path, found: object) -> None:
-        """Compare what a file says it is with :attr:`tag`.
+        """Compare the identification in a file with :attr:`tag`.
 
         Raises:
-            error: it is something else, or of another version.
+            error: the file is something else, or of another version.
         """
         if found == self.tag:
             return
@@ -56,15 +56,15 @@ class Format:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorFormat(Format):
-    """A kind of safetensors file, with a digest of all that it holds in its metadata."""
+    """A format of safetensors files, with a digest of their whole content in the metadata."""
 
     def write(self, path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> None:
-        """Write a file, and replace what was there when it is complete.
+        """Write a file, atomically.
 
         Args:
             path: the file.
-            tensors: any dense tensors; those that share memory are written twice.
-            about: metadata beside the format and the digest.
+            tensors: any dense tensors. Those that share memory are written twice.
+            about: metadata to store beside the format and the digest.
 
         Raises:
             error: it cannot be written.
@@ -108,7 +108,7 @@ class TensorFormat(Format):
 
 @dataclass(frozen=True, kw_only=True)
 class JsonFormat(Format):
-    """A kind of JSON file: an object that says what it is and has a digest of all that it says."""
+    """A format of JSON files: an object with its format and a digest of its content."""
 
     def sign(self, content: Mapping[str, object]) -> dict[str, object]:
         """The content with its format and digest."""
@@ -116,7 +116,7 @@ class JsonFormat(Format):
         return {**said, _DIGEST: json_digest(said)}
 
     def checked(self, path: Path, found: object) -> dict[str, object]:
-        """The content of what :meth:`sign` made, as it was read from a file.
+        """The content of an object that :meth:`sign` made, once it is verified.
 
         Raises:
             error: it is something else, of another version, or was altered.
@@ -130,12 +130,12 @@ class JsonFormat(Format):
 
 
 def json_digest(doc: Mapping[str, object]) -> str:
-    """SHA-256 of what a JSON document says, however it is laid out."""
+    """SHA-256 of the content of a JSON document, independent of its layout."""
     return hashlib.sha256(json.dumps(doc, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def tensors_digest(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
-    """SHA-256 of named tensors on the CPU and of what is said about them."""
+    """SHA-256 of named tensors on the CPU and their metadata."""
     digest = hashlib.sha256(json_digest(about).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().contiguous()
@@ -145,7 +145,10 @@ def tensors_digest(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> s
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors on the CPU; those that share memory with another, which safetensors refuses, are copied."""
+    """Contiguous tensors on the CPU.
+
+    Those that share memory with another one, which safetensors refuses, are copied.
+    """
     stored: dict[str, Tensor] = {}
     taken: set[int] = set()
     for name, tensor in tensors.items():

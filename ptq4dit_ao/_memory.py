@@ -1,4 +1,4 @@
-"""Memory that was freed, but is still held by the C library."""
+"""Release of freed memory that the C library still holds."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 
 def trim() -> None:
-    """Give freed memory back to the system.
+    """Return freed memory to the system.
 
-    glibc keeps freed blocks of up to 32 MiB, and a transformer's tensors are often smaller. A no-op without glibc.
+    glibc keeps freed blocks of up to 32 MiB, and a transformer's tensors are often smaller. Without glibc, nothing is
+    done.
     """
     if (release := _malloc_trim()) is not None:
         release(0)

@@ -1,4 +1,4 @@
-"""Modes of torch that the caller may be in, and that must not reach what is computed here."""
+"""Isolation from the caller's torch modes, such as autocast, which must not affect this package's computations."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ AUTOCAST = ("cpu", "cuda", "xpu", "mps")
 
 
 def autocasts() -> bool:
-    """Is autocast on, for any kind of device?"""
+    """Whether autocast is on for any kind of device."""
     return any(map(torch.is_autocast_enabled, AUTOCAST))
 
 
 @contextmanager
 def without_autocast() -> Iterator[None]:
-    """Switch autocast off: a graph says itself what each of its operators computes in."""
+    """Switch autocast off, because a graph defines the dtype of each of its operators."""
     with ExitStack() as stack:
         for kind in AUTOCAST:
             if torch.is_autocast_enabled(kind):
@@ -28,9 +28,10 @@ def without_autocast() -> Iterator[None]:
 
 @contextmanager
 def own_modes() -> Iterator[None]:
-    """Neither gradients, autocast nor inference mode, in which nothing can learn; new tensors are float32, on the CPU.
+    """Switch off gradients, autocast and inference mode, and create new tensors as float32 on the CPU.
 
-    Not for what many threads call: the default dtype is one for all of them.
+    Learning is not possible in inference mode. Do not use this where many threads call: the default dtype is shared by
+    all.
     """
     dtype = torch.get_default_dtype()
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Optional packages, imported where they are used and missed with a clear message."""
+"""Optional packages, imported where they are used. A clear error names the extra that installs a missing one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ptq4dit_ao.errors import MissingDependencyError
 
 
 def require(module: str, *, extra: str) -> Any:
-    """Import ``module``, or say which extra installs it.
+    """Import ``module``, or raise an error that names the extra which installs it.
 
     Raises:
         MissingDependencyError: the package is not installed.
@@ -25,7 +25,7 @@ def require(module: str, *, extra: str) -> Any:
 
 
 def missing_package(packages: tuple[str, ...], extra: str | None) -> str | None:
-    """A sentence that names the first package that is not installed, and what installs it; None if all are there."""
+    """The reason why one of ``packages`` cannot be imported, with its installation; None if all are installed."""
     absent = next((name for name in packages if find_spec(name) is None), None)
     return None if absent is None else _not_installed(absent, extra)
 

@@ -1,4 +1,4 @@
-"""Paths as users give them, and whether something can be written there: asked before the work."""
+"""Paths given by users, and checks before the work that they can be written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def as_path(path: str | os.PathLike[str], what: str = "path") -> Path:
     """A path with ``~`` expanded.
 
     Raises:
-        ArgumentError: it is no path, or an empty one, which would mean the current folder.
+        ArgumentError: it is not a path, or an empty one, which would mean the current folder.
     """
     check_type(what, path, (str, os.PathLike), "a path as text")
     text = os.fsdecode(path)
@@ -29,7 +29,7 @@ def as_path(path: str | os.PathLike[str], what: str = "path") -> Path:
 
 
 def check_writable(path: Path, error: type[PTQ4DiTError] = ArgumentError) -> None:
-    """Ask whether something can be made or replaced at ``path``, by making a folder beside it for a moment.
+    """Check that something can be created or replaced at ``path``, by creating a folder beside it for a moment.
 
     Raises:
         error: it cannot.
@@ -45,7 +45,7 @@ def check_writable(path: Path, error: type[PTQ4DiTError] = ArgumentError) -> Non
 
 
 def check_file(path: Path, error: type[PTQ4DiTError] = ArgumentError) -> None:
-    """Ask whether a file can be written.
+    """Check that a file can be written.
 
     Raises:
         error: it cannot, or there is a folder of that name.
@@ -56,10 +56,10 @@ def check_file(path: Path, error: type[PTQ4DiTError] = ArgumentError) -> None:
 
 
 def check_room(path: Path, needed: int, error: type[PTQ4DiTError] = ArgumentError) -> None:
-    """Ask whether the disk has room for what will be written to ``path``, which takes ``needed`` bytes at least.
+    """Check that the disk has room for ``needed`` bytes at ``path``.
 
     Raises:
-        error: it has not.
+        error: it does not.
     """
     free = shutil.disk_usage(_existing(path)).free
     if free < needed:
@@ -70,12 +70,12 @@ def check_room(path: Path, needed: int, error: type[PTQ4DiTError] = ArgumentErro
 
 
 def cannot_write(path: Path, problem: OSError) -> str:
-    """One sentence for what the system has to say."""
+    """One sentence for an error of the operating system while writing."""
     return f"cannot write {path}: {because(problem)}; choose a place that you may write to"
 
 
 def because(problem: OSError) -> str:
-    """What the system says, without its number."""
+    """Message of an error of the operating system, without its number."""
     if problem.strerror is None:
         return str(problem)
     where = "" if problem.filename is None else f" ({os.fsdecode(problem.filename)})"
@@ -84,7 +84,7 @@ def because(problem: OSError) -> str:
 
 @contextmanager
 def _folder_for(path: Path) -> Iterator[None]:
-    """Have the folder of ``path``; if it was not there, it is gone afterwards."""
+    """Create the folder of ``path`` for the block, and remove it afterwards if it did not exist."""
     missing = [folder for folder in path.parents if not folder.exists()]
     made: list[Path] = []
     try:
@@ -94,7 +94,7 @@ def _folder_for(path: Path) -> Iterator[None]:
         yield
     finally:
         for folder in reversed(made):
-            with suppress(OSError):  # somebody has put something there
+            with suppress(OSError):  # another process has put something there
                 folder.rmdir()
 
 

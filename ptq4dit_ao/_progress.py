@@ -1,4 +1,4 @@
-"""How long work reports its progress: one convention for all of the package."""
+"""Progress callbacks of long work, with one convention for the whole package."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import functools
 from collections.abc import Callable
 
 OnProgress = Callable[[int, int], None]
-"""Called with ``(done, in all)``, in units of the function's own."""
+"""A callback called with ``(done, total)``, in units that the function defines."""
 
 OnStage = Callable[[str, int, int], None]
-"""Called with ``(stage, done, in all)`` by work of several stages; ``in all`` is 0 where it is not known."""
+"""A callback called with ``(stage, done, total)`` by work of several stages. ``total`` is 0 where it is not known."""
 
 
 def ignore(*_: object) -> None:
@@ -17,5 +17,5 @@ def ignore(*_: object) -> None:
 
 
 def of_stage(on_stage: OnStage, stage: str) -> OnProgress:
-    """The progress of one stage."""
+    """A callback that reports the progress of one stage."""
     return functools.partial(on_stage, stage)

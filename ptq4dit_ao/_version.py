@@ -1,4 +1,4 @@
-"""The version of this package, and those of others that are installed."""
+"""Versions of this package and of other installed packages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Closed lists of words: what an argument, a recipe key or an option of the command line may be. Needs no torch."""
+"""Closed lists of names that an argument, a recipe key or a command-line option may have. Needs no torch."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
 
 BalanceMethod = Literal[Aggregation, "none", "auto", "repq"]
 BALANCE_METHODS: tuple[BalanceMethod, ...] = get_args(BalanceMethod)
-"""Ways to find the balancing vectors: an aggregation, no balancing, the best for each site, or RepQ-ViT's."""
+"""Methods that find the balancing vectors: an aggregation, none, the best for each site, or RepQ-ViT's."""
 
 FoldForm = Literal["constant", "bias"]
 FOLD_FORMS: tuple[FoldForm, ...] = get_args(FoldForm)
-"""Places of the 1 of ``1 + scale`` when an adaLN modulation is divided."""
+"""Forms of the fold into an adaLN modulation ``1 + scale``, by where the 1 goes."""
 
 RoundingMethod = Literal["nearest", "gptq", "adaround"]
 ROUNDING_METHODS: tuple[RoundingMethod, ...] = get_args(RoundingMethod)
-"""Ways to round weights."""
+"""Methods that round weights."""
 
 Start = Literal["nearest", "gptq"]
 STARTS: tuple[Start, ...] = get_args(Start)
-"""Roundings that AdaRound starts from."""
+"""Roundings that AdaRound can start from."""
 
 Ranges = Literal["minmax", "output", "percentile", "lp"]
 RANGES: tuple[Ranges, ...] = get_args(Ranges)
-"""Ways to choose the quantization range of an activation or a weight."""
+"""Methods that choose the quantization range of an activation or a weight."""
 
 LayerPreset = Literal["safe", "paper"]
 LAYER_PRESETS: tuple[LayerPreset, ...] = get_args(LayerPreset)
-"""Sets of layers that stay float, or get more bits."""
+"""Presets of layers that stay float, or get more bits."""
 
 Sampler = Literal["ddim", "ddpm"]
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
@@ -38,12 +38,12 @@ SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 BETA_SCHEDULES: tuple[BetaSchedule, ...] = get_args(BetaSchedule)
-"""Noise schedules of those samplers, by diffusers' names."""
+"""Noise schedules of class-conditional models, by diffusers' names."""
 
 FloatDtype = Literal["bfloat16", "float16"]
 FLOAT_DTYPES: tuple[FloatDtype, ...] = get_args(FloatDtype)
-"""Dtypes that the float part of a lowered model may compute in, beside the model's own."""
+"""Dtypes that the float part of a lowered model may compute in, besides the model's own."""
 
 SiteKind = Literal["offline", "vector multiply", "partial", "refused"]
 SITE_KINDS: tuple[SiteKind, ...] = get_args(SiteKind)
-"""Kinds of balance sites, by where their vectors fold."""
+"""Kinds of balance sites, by where their balancing vectors are folded."""

@@ -1,4 +1,4 @@
-"""Every exception a user can meet. Each message names the thing, its value and the way out."""
+"""Exceptions of this package. Each message names the thing, its value and the way out."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ R = TypeVar("R")
 
 
 class PTQ4DiTError(Exception):
-    """Base of all errors raised on purpose; the CLI prints them without a traceback and exits with 1."""
+    """Base class of all errors raised on purpose. The command line prints them without a traceback and exits with 1."""
 
 
 class ArgumentError(PTQ4DiTError, ValueError):
-    """An argument of a public function is out of range or contradicts another."""
+    """An argument of a public function is out of range, or contradicts another one."""
 
 
 class AbsentError(ArgumentError, AttributeError):
-    """A quantized transformer does not have what the float model has; ``hasattr`` is False."""
+    """A quantized transformer lacks an attribute of the float model, so that ``hasattr`` is False."""
 
 
 class RecipeError(PTQ4DiTError, ValueError):
-    """A recipe file cannot be read or asks for something that does not exist."""
+    """A recipe file cannot be read, or asks for something that does not exist."""
 
 
 class ExportError(PTQ4DiTError):
-    """A model cannot be captured, or a captured graph has a form this library does not read."""
+    """A model cannot be captured, or a captured graph has a form that this library does not read."""
 
 
 class BalanceError(PTQ4DiTError):
-    """Balancing was asked for but cannot be done, or would change what the model computes."""
+    """Balancing was requested but is not possible, or would change the model's output."""
 
 
 class CalibrationError(PTQ4DiTError):
@@ -43,11 +43,11 @@ class OverrideError(PTQ4DiTError, ValueError):
 
 
 class LoweringError(PTQ4DiTError):
-    """A quantized graph cannot run on the asked-for backend, or fewer layers run as integers than promised."""
+    """A quantized graph cannot run on the requested backend, or fewer layers run on integer kernels than promised."""
 
 
 class ArtifactError(PTQ4DiTError):
-    """A saved model is missing, incomplete, altered, or of a format this version does not read."""
+    """A saved model is missing, incomplete, altered, or of a format that this version does not read."""
 
 
 class MissingDependencyError(PTQ4DiTError, ImportError):
@@ -55,7 +55,11 @@ class MissingDependencyError(PTQ4DiTError, ImportError):
 
 
 def check_type(name: str, value: object, kind: type | tuple[type, ...], wanted: str) -> None:
-    """Raises ArgumentError unless ``value`` is of a type; ``wanted`` says in words what to give."""
+    """Check the type of an argument; ``wanted`` names, in the message, what to give instead.
+
+    Raises:
+        ArgumentError: ``value`` is of another type.
+    """
     if isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool):
         return
     kind_given = type(value).__name__
@@ -64,13 +68,20 @@ def check_type(name: str, value: object, kind: type | tuple[type, ...], wanted: 
 
 
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Raises ArgumentError unless ``value`` is one of ``allowed``."""
+    """Check that an argument is one of ``allowed``.
+
+    Raises:
+        ArgumentError: it is not.
+    """
     if value not in allowed:
         raise ArgumentError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
 
 
 def renamed(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorator: a keyword argument of an earlier version (old name = new name) raises an ArgumentError."""
+    """Make a decorator that refuses keyword arguments of an earlier version, given as old name = new name.
+
+    The decorated function raises an ArgumentError that names the new argument.
+    """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)

@@ -1,13 +1,13 @@
-"""The NNCF door: balance a model as a recipe says, and let NNCF quantize it, in the script that calls NNCF already.
+"""NNCF plugin: balance a model as a recipe says, and get the arguments of NNCF's functions that quantize it.
 
 ::
 
     ready = balance_for_nncf(transformer, load_recipe("dit_w8a8"), samples)
     quantized = nncf.quantize(**ready.quantize())  # an openvino.Model
-    compressed = nncf.compress_weights(**ready.compress_weights(bits=4))  # another
+    compressed = nncf.compress_weights(**ready.compress_weights(bits=4))  # another one
     converted = quantize_pt2e(**ready.quantize_pt2e())  # nncf.experimental.torch.fx; a graph for ptq4dit_ao.lower
 
-A method returns the arguments of NNCF's function of that name; any of them can be changed before the call.
+A method returns the arguments of NNCF's function of that name. Each of them can be changed before the call.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ Batch = tuple[Tensor, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class BalancedForNNCF:
-    """A balanced float model, and what a recipe wants of its layers."""
+    """A balanced float model, with its calibration batches and the recipe's plan for its layers."""
 
     graph: GraphModule
     batches: Sequence[Batch]
     recipe: Recipe
     plans: Mapping[str, LayerPlan]
-    """Node name of each linear -> what it is to get."""
+    """Node name of each linear -> how the recipe quantizes it."""
 
     def quantize(self) -> dict[str, Any]:
-        """Arguments of ``nncf.quantize``: balanced, so not smoothed; convolutions stay float.
+        """Arguments of ``nncf.quantize``, without SmoothQuant, since the model is balanced. Convolutions stay float.
 
         A patch embedding in 8 bits would cost more accuracy than all linears together.
 
@@ -73,11 +73,12 @@ class BalancedForNNCF:
     def compress_weights(self, *, bits: int) -> dict[str, Any]:
         """Arguments of ``nncf.compress_weights``: int4 or int8, symmetric, per output channel.
 
-        Only the layers whose weights the recipe wants in that many bits; where it wants both, call for each.
+        They cover only the layers to whose weights the recipe gives ``bits`` bits. Where it has layers of both, call
+        the function for each.
 
         Raises:
             ArgumentError: ``bits`` is neither 4 nor 8.
-            LoweringError: the recipe wants no layer in that many bits.
+            LoweringError: the recipe gives no layer that many bits.
         """
         nncf = require("nncf", extra="openvino")
         per_channel = {"ratio": 1.0, "group_size": -1, "all_layers": True}
@@ -97,7 +98,7 @@ class BalancedForNNCF:
         """Arguments of ``nncf.experimental.torch.fx.quantize_pt2e``.
 
         Raises:
-            LoweringError: the recipe asks for other than 8 bits, which NNCF would make 8 without a word.
+            LoweringError: the recipe asks for other than 8 bits, which NNCF would silently change to 8.
         """
         self._need_eight_bits("quantize_pt2e", "use apply_recipe, or torchao's prepare_pt2e and convert_pt2e")
         done = self.recipe.balance.model_copy(update={"method": "none"})
@@ -109,7 +110,7 @@ class BalancedForNNCF:
         }
 
     def openvino_model(self) -> Any:
-        """The balanced model, in float, as a new ``openvino.Model``."""
+        """The balanced float model as a new ``openvino.Model``."""
         model, _ = to_openvino(self.graph, self.batches[0])
         return model
 
@@ -117,9 +118,9 @@ class BalancedForNNCF:
         return {name for name, plan in self.plans.items() if plan.skip}
 
     def _ignored(self, model: Any, linears: set[str], *types: str) -> Any:
-        """NNCF's scope of these linears, by the names of their MatMuls, and of operations."""
+        """NNCF's scope of these linears, by the names of their MatMuls, and of operation types."""
         exported = [node.name for node in self.graph.graph.nodes if node.target is LINEAR]
-        # The model was exported anew, which numbers them in the same order; equal ones have become one.
+        # The model was exported again, which numbers linears in the same order and merges equal ones.
         names = {f"linear_{i}" if i else "linear" for i, name in enumerate(exported) if name in linears}
         nodes = {name: f"{name}/aten.linear.default/MatMul" for name in names}
         present = {node.get_friendly_name() for node in model.get_ops()}
@@ -146,11 +147,11 @@ class BalancedForNNCF:
 def balance_for_nncf(
     model: nn.Module, recipe: Recipe, samples: CalibrationSamples | Iterable[Sequence[Tensor]]
 ) -> BalancedForNNCF:
-    """Balance a model on the CPU as a recipe says; NNCF calibrates on the same samples.
+    """Balance a model on the CPU as a recipe says. NNCF calibrates on the same samples.
 
     Args:
-        model: an eval-mode module, or the graph that ``export_transformer`` made of it. Not changed.
-        recipe: balances.
+        model: an eval-mode module, or the graph that ``export_transformer`` made of it. It is not changed.
+        recipe: a recipe that balances.
         samples: as for :func:`~ptq4dit_ao.apply_recipe`.
 
     Raises:

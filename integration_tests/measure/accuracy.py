@@ -1,14 +1,17 @@
 """Accuracy of a shipped DiT: ``python integration_tests/measure/accuracy.py [--model fashion] [--draws 3]``.
 
-For every bit width and method, over several calibration draws (seeds 0, 1, ...) and one evaluation set: eps SQNR in dB,
-pooled over 20 timesteps (mean and standard deviation over draws), its median over timesteps, the pooled figure on the
-30 timesteps that were not calibrated, and the square error of 200 final samples at equal seeds (10 steps), mean and
-median over samples. ``--sampler`` draws inputs, for calibration and evaluation, and samples. All figures are of the
-simulated (quantize/dequantize) graph. ``--outliers`` makes four channels of every adaLN output 10 to 30 times larger
-and undoes it in the next weights, which changes nothing in float.
+Every bit width and method is measured over several calibration seeds (0, 1, ...) and one evaluation set:
 
-A method is a recipe's balancing and rounding, and its calibration timesteps where it draws them; which layers are
-quantized, and all else, is that of ``digits_w8a8``.
+* eps SQNR in dB, pooled over 20 timesteps (mean and standard deviation over seeds), and its median over timesteps;
+* pooled eps SQNR on the 30 timesteps that were not calibrated;
+* squared error of 200 final samples at equal seeds (10 steps), mean and median over samples.
+
+``--sampler`` generates the inputs for calibration and evaluation, and the samples. All values are of the simulated
+(quantize/dequantize) graph. ``--outliers`` makes four channels of every adaLN output 10 to 30 times larger and
+compensates for it in the next weights, which changes nothing in float.
+
+A method is the balancing and rounding of a recipe, and its calibration timesteps if the recipe draws them. Everything
+else, such as the quantized layers, is that of ``digits_w8a8``.
 """
 
 from __future__ import annotations
@@ -114,12 +117,14 @@ def draw_images(denoiser, sampling: Sampling = SAMPLING) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=3)
-    parser.add_argument("--samples", type=int, help="calibration images a draw; default: the recipe's")
+    parser.add_argument("--samples", type=int, help="calibration images per seed (default: the recipe's)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--bits", nargs="+", choices=BITS, default=list(BITS))
     parser.add_argument("--model", choices=REFERENCES, default=DIGITS.name)
     parser.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=500, help="of methods that learn (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=500, help="optimizer steps of methods that learn (default: %(default)s)"
+    )
     parser.add_argument("--outliers", action="store_true")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

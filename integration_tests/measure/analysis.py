@@ -1,8 +1,8 @@
-"""How long finding the balance sites of full-size models takes, and how it grows with depth; on the meta device.
+"""Time to find the balance sites of full-size models, and its growth with depth, on the meta device.
 
     python integration_tests/measure/analysis.py
 
-The configurations are those of the published checkpoints; no weights are needed, and none are allocated.
+The configurations are those of the published checkpoints. No weights are needed, and none are allocated.
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 
     python integration_tests/measure/cuda_kernels.py [--blocks 28] [--rounds 30] [--json FILE]
 
-A DiT-XL/2 with random weights, quantized on the CPU to W8A8 and W4A8. Prints, and writes to the JSON:
+A DiT-XL/2 with random weights is quantized on the CPU to W8A8 and W4A8. The script prints, and writes to the JSON file:
 
 * each integer kernel against the CPU reference, at every shape of a layer;
 * for each batch size: latency of bfloat16 (eager, compiled, compiled to CUDA graphs) and of the ``cuda`` backend with a
   bfloat16 rest, interleaved; the number of linears proven, and the integer kernels that the GPU ran in a replay;
-* beside it the roofline: the time of the quantized layers' matrix products alone, int8, int4 and bfloat16.
+* for comparison the roofline: the time of the quantized layers' matrix products alone, in int8, int4 and bfloat16.
 """
 
 from __future__ import annotations

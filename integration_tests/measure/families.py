@@ -1,16 +1,18 @@
-"""Every transformer family, tiny and with random parameters: does it export, fold exactly, and run as integers?
+"""Survey of every transformer family, tiny and with random parameters: export, exact folding and integer execution.
 
     python integration_tests/measure/families.py --output docs/models.md
 
-Writes the tables of docs/models.md and models.json beside it, a family at a time; what models.json holds already is not
-measured again, unless the family is named. Per family:
+It writes the tables of docs/models.md and models.json beside it, one family at a time. Families in models.json are not
+measured again, unless they are named. Each family is:
 
-* captured, with a batch that differs from call to call where possible, and compared with the model;
-* every site folded at once with b = exp(N(0, 1)), in float64 throughout, and compared on another batch;
+* captured, with a batch size that differs from call to call where possible, and compared with the model;
+* folded at every site at once with b = exp(N(0, 1)), in float64 throughout, and compared on another batch;
 * quantized to W8A8 (every linear; balanced with CSB and SSC, calibrated on 4 batches of random inputs), lowered, and
-  run: integer GEMMs are counted by the profiler; SQNR of the integer model's output against the float model's;
-* saved, loaded, lowered to other backends, each compared with the simulated graph on a batch that was not compiled for;
-* quantized by a recipe that learns, two steps long.
+  run: integer matrix products are counted by the profiler, and SQNR is that of the integer model's output against the
+  float model's;
+* saved, loaded and lowered to other backends, each compared with the simulated graph on a batch that was not compiled
+  for;
+* quantized by a recipe that learns for two steps.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""What choosing the weights' bits gains: ``python integration_tests/measure/mixed_precision.py [--json FILE]``.
+"""Gain of mixed-precision weights: ``python integration_tests/measure/mixed_precision.py [--json FILE]``.
 
-The shipped digits DiT with the balancing and rounding of ``fast``, 8-bit activations, and weights of 4 or 8 bits with a
-given mean: chosen (``weights: {bits: auto}``), against layers drawn at random until the same budget is spent. eps SQNR
-in dB, pooled over 20 timesteps, and its median over them; simulated.
+The shipped digits DiT is quantized with the balancing and rounding of ``fast``, 8-bit activations, and weights of 4 or
+8 bits with a given mean. Bits that ``weights: {bits: auto}`` chooses are compared with layers drawn at random until the
+same budget is spent. The metric is eps SQNR in dB of the simulated graph, pooled over 20 timesteps, and its median over
+them.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Public quantizers beside ours on the shipped digits DiT: ``python integration_tests/measure/peers.py [--json FILE]``.
+"""Public quantizers beside this one on the digits DiT: ``python integration_tests/measure/peers.py [--json FILE]``.
 
-Everybody gets the same float model, the same calibration batches, 8-bit weights per output channel and 8-bit static
-activations per tensor, and is run with integer kernels, whose calls are counted in one forward; eps SQNR in dB on
-samples that nobody calibrated on, pooled and the median over timesteps. NNCF's quantizer includes SmoothQuant and bias
-correction; it also quantizes the products of attention and what has no linear layer. The public quantizers take all
-linears; ours leave embedders and output layers in float unless the row says "all linears". What is not installed is
-left out.
+All get the same float model, the same calibration batches, 8-bit weights per output channel and 8-bit static
+activations per tensor. They run with integer kernels, whose calls are counted in one forward. The metric is eps SQNR in
+dB on samples that none was calibrated on, pooled and as the median over timesteps. NNCF's quantizer includes
+SmoothQuant and bias correction. It also quantizes the products of attention, and operations other than linear layers.
+The public quantizers take all linears. This package's recipes leave embedders and output layers in float, unless the
+row says "all linears". Quantizers that are not installed are left out.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ CONTENDERS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=1)
-    parser.add_argument("--only", default="", metavar="TEXT", help="those whose names have this")
+    parser.add_argument("--only", default="", metavar="TEXT", help="measure only rows whose names contain this text")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")

@@ -1,7 +1,7 @@
-"""The curves of ``accuracy.py``: ``python integration_tests/measure/plot_accuracy.py OUTPUT.png RUN.json ...``.
+"""Plot of results of ``accuracy.py``: ``python integration_tests/measure/plot_accuracy.py OUTPUT.png RUN.json ...``.
 
-A panel for each bit width, in the order of the files: eps SQNR over timesteps, mean over calibration draws. Of rows
-that several files have, the last counts.
+It has a panel for each bit width, in the order of the files, with eps SQNR over timesteps as the mean over calibration
+seeds. If several files have the same row, the last one is plotted.
 """
 
 from __future__ import annotations

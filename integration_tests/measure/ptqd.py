@@ -1,9 +1,9 @@
-"""What PTQD gains on the shipped digits DiT: ``python integration_tests/measure/ptqd.py [--seeds 3] [--json FILE]``.
+"""Gain of PTQD on the shipped digits DiT: ``python integration_tests/measure/ptqd.py [--seeds 3] [--json FILE]``.
 
-For each quantized model (simulated): SQNR in dB of the guided noise along the float model's trajectory, pooled and the
-median over steps, and the pixel error of samples against the float model's from equal noise; as it is, and corrected.
-50 DDIM steps, eta 0, guidance 1.5. Calibration and the correction are drawn anew for each seed (256 samples for the
-correction), and evaluated on 100 other samples.
+For each quantized model (simulated), without and with the correction, it prints the SQNR in dB of the guided noise
+along the float model's trajectory, pooled and as the median over steps, and the pixel error of samples against the
+float model's from equal noise. Sampling takes 50 DDIM steps with eta 0 and guidance 1.5. Calibration and correction are
+repeated for each seed (256 samples for the correction), and evaluated on 100 other samples.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Thousands of random graphs: folded exactly, and some of them quantized, lowered and compared; in pieces, resumable.
+"""Stress test with thousands of random graphs: folded exactly, and some of them quantized, lowered and compared.
 
     python integration_tests/measure/random_graphs.py --graphs 10000 --output out/random_graphs.jsonl
 
-Each piece of a hundred programs has its number as hypothesis' seed, and a line of the output when it is done; the same
-command goes on after the last line. Every fold is compared in float64, as in
+Each piece of a hundred programs uses its number as hypothesis' seed, and writes a line to the output when it is done.
+The same command resumes after the last line. Every fold is compared in float64, as in
 ptq4dit_ao/graph/tests/test_random_graphs.py. Every tenth program is also made a float32 graph, quantized to W8A8, and
-lowered to each backend, which runs it and compares it with the simulated graph at two batch sizes. What is wrong is
-printed with its program, and makes the command fail.
+lowered to each backend, which runs it and compares it with the simulated graph at two batch sizes. Errors are printed
+with their program, and make the command fail.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def main() -> int:
     parser.add_argument("--graphs", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=0, help="number of the first piece, which is its seed")
     parser.add_argument("--backends", nargs="*", default=["fbgemm", "onnx"])
-    parser.add_argument("--minutes", type=float, help="stop after the piece in which this is over")
+    parser.add_argument("--minutes", type=float, help="time limit in minutes, after which no further piece begins")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")

@@ -1,7 +1,7 @@
-"""The README's picture: ``python integration_tests/measure/sample_counts.py docs/images/digits.png``.
+"""Picture of the README: ``python integration_tests/measure/sample_counts.py docs/images/digits.png``.
 
-Samples of the shipped digits DiT in float32, W8A8 and W4A8 (simulated) from equal noise, the pixel error against
-float32, and how many the judge takes for the digit asked for.
+It shows samples of the shipped digits DiT in float32, W8A8 and W4A8 (simulated) from equal noise, the pixel error
+against float32, and how many samples the judge assigns to the requested digit.
 """
 
 from __future__ import annotations

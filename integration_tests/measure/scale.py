@@ -1,9 +1,9 @@
 """Sequential rounding at DiT-XL/2 size: ``python integration_tests/measure/scale.py [--blocks 28] [--resume DIR]``.
 
-A diffusers DiT of DiT-XL/2's width with random weights, its embedders shared by all blocks; recipe ``fast``, weights of
-4 bits, activations of 8. Says how long each block took, and the highest memory of the whole process so far as a
-multiple of the float32 weights. Kill it, and the same command with ``--resume`` goes on: calibrates again, then reads
-the layers that were rounded.
+A diffusers DiT of DiT-XL/2's width with random weights, whose embedders all blocks share, is quantized by the recipe
+``fast`` with 4-bit weights and 8-bit activations. The script prints the time of each block, and the peak memory of the
+whole process so far as a multiple of the float32 weights. After a kill, the same command with ``--resume`` calibrates
+again, reads the rounded layers, and resumes from there.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ INPUTS = 5
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=28)
-    parser.add_argument("--rows", type=int, default=32, help="to calibrate on, 256 tokens each (default: %(default)s)")
+    parser.add_argument(
+        "--rows", type=int, default=32, help="calibration rows of 256 tokens each (default: %(default)s)"
+    )
     parser.add_argument("--resume", type=Path, metavar="DIR", help="keep rounded layers here")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")

@@ -2,7 +2,8 @@
 
     python integration_tests/measure/x86_kernels.py [--blocks 4] [--rounds 10] [--json FILE]
 
-A diffusers DiT at DiT-XL/2 width (16 heads x 72, 256 tokens) with random weights, W8A8. Prints Markdown tables:
+A diffusers DiT at DiT-XL/2 width (16 heads x 72, 256 tokens) with random weights is quantized to W8A8. The script
+prints Markdown tables:
 
 * calibration: the prepared model against the plain float graph, interleaved;
 * preparation, fold and conversion, in seconds; start-up of each backend; peak memory;
@@ -94,7 +95,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--skip-compiled", action="store_true", help="only what needs no compiler")
+    parser.add_argument("--skip-compiled", action="store_true", help="measure only what needs no compiler")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
 

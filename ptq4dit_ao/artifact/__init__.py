@@ -1,4 +1,4 @@
-"""Quantized models on disk: a graph as JSON, weights as safetensors, no pickle and no float copies."""
+"""Quantized models on disk: the graph as JSON and the weights as safetensors, without pickle and float copies."""
 
 from ptq4dit_ao.artifact.graph_json import graph_from_json, graph_tensors, graph_to_json
 from ptq4dit_ao.artifact.manifest import ArtifactSize

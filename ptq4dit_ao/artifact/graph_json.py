@@ -1,6 +1,6 @@
-"""A quantized ``GraphModule`` as JSON and back.
+"""Conversion of a quantized ``GraphModule`` to JSON and back.
 
-The document holds everything but the values of the tensors::
+The document holds everything except the values of the tensors::
 
     {"inputs": ["hidden_states", ...],   names of forward's arguments
      "in_spec": ..., "out_spec": ...,    their nesting, see specs.py
@@ -30,13 +30,13 @@ _KEYS = {"inputs", "in_spec", "out_spec", "nodes", "aliases", "parameters"}
 
 
 def graph_to_json(gm: GraphModule) -> dict[str, Any]:
-    """The graph of an exported model as a JSON-safe dict; its tensors are ``graph_tensors(gm)``.
+    """Encode the graph of an exported model as a JSON-safe dict. Its tensors are ``graph_tensors(gm)``.
 
-    Checks that compute nothing (``_guards_fn``, ``_assert_tensor_metadata``) and constants that nothing reads are
-    left out. Node metadata is not kept.
+    Checks that compute nothing (``_guards_fn``, ``_assert_tensor_metadata``), constants that nothing reads and node
+    metadata are left out.
 
     Raises:
-        ArtifactError: the graph is not of ``torch.export``, or holds something that has no stored form.
+        ArtifactError: the graph is not from ``torch.export``, or holds something that has no stored form.
     """
     return {
         **signature_to_json(gm),
@@ -49,15 +49,15 @@ def graph_to_json(gm: GraphModule) -> dict[str, Any]:
 def graph_from_json(
     doc: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device | None = None
 ) -> GraphModule:
-    """The module that ``graph_to_json`` was given, for inference: its parameters do not require gradients.
+    """Decode a module that ``graph_to_json`` encoded, for inference: its parameters do not require gradients.
 
     Args:
-        doc: what ``graph_to_json`` returned, perhaps from a file of unknown origin.
-        tensors: what ``graph_tensors`` returned; used as they are, not copied.
-        device: takes the place of every device that the graph names; None keeps them.
+        doc: a document of ``graph_to_json``, perhaps from a file of unknown origin.
+        tensors: the tensors of ``graph_tensors``. They are used without a copy.
+        device: replaces every device that the graph names; None keeps them.
 
     Raises:
-        ArtifactError: the document is damaged, calls what it may not, or belongs to other tensors.
+        ArtifactError: the document is damaged, calls a function that it may not call, or belongs to other tensors.
     """
     check_keys(doc, _KEYS, "graph")
     graph = nodes_from_json(doc["nodes"], device)
@@ -71,7 +71,7 @@ def graph_from_json(
 def _compile(root: torch.nn.Module, graph: Graph) -> GraphModule:
     try:
         return GraphModule(root, graph).eval()
-    except Exception as error:  # whatever torch.fx trips over when it prints a call with wrong arguments as source
+    except Exception as error:  # any error of torch.fx when it prints a call with wrong arguments as source
         raise ArtifactError(f"torch.fx cannot build the graph ({error!r}); copy or save the model again") from error
 
 
@@ -97,7 +97,7 @@ def _mismatch(verb: str, names: set[str]) -> ArtifactError:
 
 
 def _as_parameters(names: list[str], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The values under these names, and their aliases, as one parameter each."""
+    """The tensors of these names and their aliases as parameters, one for each tensor."""
     if unknown := set(names) - values.keys():
         raise ArtifactError(f"parameters {sorted(unknown)} are not among the weights; save the model again")
     frozen = {id(values[name]): torch.nn.Parameter(values[name], requires_grad=False) for name in names}
@@ -105,7 +105,7 @@ def _as_parameters(names: list[str], values: Mapping[str, Tensor]) -> dict[str, 
 
 
 def _module_tree(values: Mapping[str, Tensor]) -> torch.nn.Module:
-    """Modules that hold each tensor under its dotted name."""
+    """A module tree that holds each tensor under its dotted name."""
     root = torch.nn.Module()
     for name, value in values.items():
         *path, leaf = name.split(".")

@@ -1,4 +1,4 @@
-"""``manifest.json``: what a saved model is, and the digests of its other files."""
+"""``manifest.json``: description of a saved model, with the digests of its other files."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from ptq4dit_ao.artifact.weights import StoredTensor
 from ptq4dit_ao.errors import ArtifactError
 
 FORMAT = "ptq4dit-ao"
+"""Name of the format in the manifest."""
 FORMAT_VERSION = 3
-"""Version that is written, and the only one that is read: in 2, recipes had ``balance.aggregation``."""
+"""Format version that is written, and the only one that is read. In version 2, recipes had ``balance.aggregation``."""
 MANIFEST, GRAPH, WEIGHTS = "manifest.json", "graph.json", "weights.safetensors"
+"""Names of the files of a saved model."""
 BESIDE = ("report.json", "report.html", "ptqd.safetensors")
-"""Written beside a model; not part of it."""
+"""Names of files that may be stored beside a model. They are not part of it."""
 
 _KEYS = {"format", "format_version", "versions", "input_signature", "metadata", "tensors", "files"}
 _DIGEST = "sha256"
@@ -28,7 +30,7 @@ _PACKAGES = ("ptq4dit-ao", "torch", "torchao")
 
 @dataclass(frozen=True, kw_only=True)
 class ArtifactSize:
-    """Bytes on disk."""
+    """Size of a saved model on disk, in bytes."""
 
     manifest_bytes: int
     graph_bytes: int
@@ -36,12 +38,13 @@ class ArtifactSize:
 
     @property
     def total_bytes(self) -> int:
+        """Size of all files of the model, in bytes."""
         return self.manifest_bytes + self.graph_bytes + self.weights_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The contents of the manifest but for its format and versions."""
+    """Contents of the manifest except for its format and versions."""
 
     input_signature: list[dict[str, Any]]
     metadata: dict[str, Any]
@@ -49,6 +52,7 @@ class Manifest:
     files: Mapping[str, dict[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
+        """JSON-safe form of the manifest, with the format, the versions and its own digest."""
         doc = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -62,7 +66,7 @@ class Manifest:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest at ``path``.
+    """Read and check the manifest at ``path``.
 
     Raises:
         ArtifactError: it is damaged, altered, of something else, or of a format version that is not read here.
@@ -85,7 +89,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def is_manifest(path: Path) -> bool:
-    """Whether ``path`` is a manifest of ours, of any version."""
+    """Whether ``path`` is a manifest of this package, of any version."""
     try:
         return load_json(path).get("format") == FORMAT
     except (ArtifactError, OSError):
@@ -93,16 +97,16 @@ def is_manifest(path: Path) -> bool:
 
 
 def file_digest(path: Path) -> dict[str, Any]:
-    """``{"bytes": size, "sha256": hex digest}``."""
+    """Size and digest of a file, ``{"bytes": size, "sha256": hex digest}``."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def check_digest(path: Path, expected: Any) -> None:
-    """Refuse a file that differs from its digest; the size is compared first, for it is quick and tells more.
+    """Refuse a file that differs from its digest. The size is compared first, because that is fast and tells more.
 
     Raises:
-        ArtifactError: names the file.
+        ArtifactError: it differs. The message names the file.
     """
     check_keys(expected, {"bytes", "sha256"}, f"digest of {path}")
     size = path.stat().st_size

@@ -1,7 +1,7 @@
-"""Which names a stored graph may use.
+"""Names that a stored graph may use.
 
-torch.fx prints node, input and attribute names into Python source and runs it. A name from a file is therefore
-checked before a graph sees it: nothing but an identifier gets through.
+torch.fx prints node, input and attribute names into Python source and runs it. A name from a file is therefore checked
+before a graph uses it, and only identifiers pass.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch.fx import Graph, GraphModule
 from ptq4dit_ao.errors import ArtifactError
 
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*", re.ASCII)
-# A submodule may be called "0" or "a-b"; torch.fx then writes getattr(self, "a-b").
+# A submodule may be called "0" or "a-b". torch.fx writes getattr(self, "a-b") for it.
 _ATTRIBUTE = re.compile(r"[\w-]+", re.ASCII)
 
 
 def check_identifier(name: object, what: str) -> str:
-    """``name`` if it is an ASCII identifier.
+    """The name itself, if it is an ASCII identifier.
 
     Raises:
         ArtifactError: it is not.
@@ -32,7 +32,7 @@ def check_identifier(name: object, what: str) -> str:
 
 
 def check_attribute_path(path: object) -> str:
-    """``path`` if it is a dotted path to a tensor which hides no attribute of a module.
+    """The path itself, if it is a dotted path to a tensor that hides no attribute of a module.
 
     Raises:
         ArtifactError: it is not.

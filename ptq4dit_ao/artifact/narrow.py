@@ -1,4 +1,4 @@
-"""Which int8 tensors of a graph hold 4-bit values only."""
+"""Search for the int8 tensors of a graph that hold only 4-bit values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ptq4dit_ao.core.int4 import INT4_MAX, INT4_MIN
 
 
 def four_bit_tensors(gm: GraphModule) -> set[str]:
-    """Names in ``graph_tensors(gm)`` of the int8 tensors which are read by 4-bit dequantize nodes and nothing else."""
+    """Names in ``graph_tensors(gm)`` of the int8 tensors that only 4-bit dequantize nodes read."""
     aliases = tensor_aliases(gm)
     narrow: dict[str, bool] = {}
     for node in stored_nodes(gm):

@@ -1,4 +1,4 @@
-"""The nodes of a graph as a list of ``{"name", "op", "target", "args", "kwargs"}``."""
+"""Nodes of a graph as JSON: a list of ``{"name", "op", "target", "args", "kwargs"}``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def node_to_json(node: Node) -> dict[str, Any]:
     """One node as JSON.
 
     Raises:
-        ArtifactError: names the node and what of it has no stored form.
+        ArtifactError: a part of the node has no stored form. The message names both.
     """
     try:
         _check_arguments(node.op, node.args, node.kwargs)
@@ -38,10 +38,10 @@ def node_to_json(node: Node) -> dict[str, Any]:
 
 
 def nodes_from_json(entries: Any, device: torch.device | None) -> Graph:
-    """A graph of stored nodes, with their names; ``device`` takes the place of every device among the arguments.
+    """A graph of stored nodes, with their names. ``device`` replaces every device among the arguments.
 
     Raises:
-        ArtifactError: the entries are damaged, or call what a stored graph may not call.
+        ArtifactError: the entries are damaged, or call a function that a stored graph may not call.
     """
     if not isinstance(entries, list):
         raise ArtifactError(f"nodes is a {type(entries).__name__}, not a list; save the model again")
@@ -78,7 +78,7 @@ def _add_node(graph: Graph, entry: dict[str, Any], nodes: dict[str, Node], devic
 
 
 def _check_target(op: object, target: object) -> str:
-    """The target of a node that calls no function."""
+    """The checked target of a node that calls no function."""
     match op:
         case "get_attr":
             return check_attribute_path(target)
@@ -91,7 +91,7 @@ def _check_target(op: object, target: object) -> str:
 
 
 def _check_arguments(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Only calls take arguments; torch.fx pastes the default of a placeholder into source without quoting it whole."""
+    """Check that only calls have arguments: torch.fx writes a placeholder's default into source without quoting it."""
     expected = _ARGUMENT_COUNTS.get(op)
     if expected is not None and (len(args), len(kwargs)) != (expected, 0):
         raise ArtifactError(
@@ -101,7 +101,7 @@ def _check_arguments(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 
 
 def _set_name(node: Node, name: str) -> None:
-    """Graph.create_node renames what shadows a builtin, but passes that set names directly do not."""
+    """Name a node. Graph.create_node renames nodes that shadow a builtin, but passes that set names directly do not."""
     if node.name != name:
         node.name = name
         node.graph._graph_namespace._rename_object(node, name)

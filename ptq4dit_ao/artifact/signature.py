@@ -1,4 +1,4 @@
-"""The arguments and results of an exported model's ``forward``."""
+"""Signature of an exported model's ``forward``: its arguments and results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ptq4dit_ao.errors import ArtifactError
 
 
 def signature_to_json(gm: GraphModule) -> dict[str, Any]:
-    """``{"inputs": names, "in_spec": nesting, "out_spec": nesting}`` of an exported module.
+    """JSON of an exported module's signature, ``{"inputs": names, "in_spec": nesting, "out_spec": nesting}``.
 
     Raises:
         ArtifactError: the module was not exported, or takes or returns other containers than tuple, list and dict.
@@ -36,7 +36,7 @@ def signature_to_json(gm: GraphModule) -> dict[str, Any]:
 
 
 def signature_from_json(doc: Mapping[str, Any], graph: Graph) -> _PyTreeCodeGen:
-    """The inverse of ``signature_to_json``, for a graph of as many inputs and outputs.
+    """Read the signature that ``signature_to_json`` wrote, for a graph with as many inputs and outputs.
 
     Raises:
         ArtifactError: the JSON is damaged, or of another graph.
@@ -52,7 +52,7 @@ def signature_from_json(doc: Mapping[str, Any], graph: Graph) -> _PyTreeCodeGen:
 
 
 def _check_inputs(info: _PyTreeInfo) -> None:
-    """One name for each argument of ``forward(*args, **kwargs)``; torch.fx writes names and keywords into source."""
+    """Check that each argument of ``forward(*args, **kwargs)`` has a name. torch.fx writes names into source code."""
     children = info.in_spec.children() if info.in_spec.type is tuple else []
     if [child.type for child in children] != [tuple, dict]:
         raise ArtifactError(f"the inputs nest as {info.in_spec}, not as (args, kwargs); export the model again")

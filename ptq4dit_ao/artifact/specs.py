@@ -1,6 +1,6 @@
-"""The nesting of a model's inputs and outputs as JSON: ``"*"`` is one value, the rest mirrors the containers.
+"""Nesting of a model's inputs and outputs as JSON: ``"*"`` is one value, and the rest mirrors the containers.
 
-``(x, {"t": t})`` is ``{"tuple": ["*", {"dict": {"t": "*"}}]}``; the order of dict keys counts.
+``(x, {"t": t})`` is ``{"tuple": ["*", {"dict": {"t": "*"}}]}``. The order of dict keys matters.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _SEQUENCES: dict[type, str] = {tuple: "tuple", list: "list"}
 
 
 def spec_to_json(spec: pytree.TreeSpec) -> Any:
-    """A pytree spec of tuples, lists and dicts with string keys -> JSON.
+    """Encode a pytree spec of tuples, lists and dicts with string keys as JSON.
 
     Raises:
-        ArtifactError: another container is among them.
+        ArtifactError: it has another container.
     """
     if spec.is_leaf():
         return _LEAF
@@ -36,16 +36,16 @@ def spec_to_json(spec: pytree.TreeSpec) -> Any:
 
 
 def spec_from_json(spec: Any) -> pytree.TreeSpec:
-    """JSON -> a pytree spec, the inverse of ``spec_to_json``.
+    """Decode a pytree spec from JSON, the inverse of ``spec_to_json``.
 
     Raises:
-        ArtifactError: the JSON is no such spec.
+        ArtifactError: the JSON is not such a spec.
     """
     return pytree.tree_structure(_skeleton(spec))
 
 
 def _skeleton(spec: Any) -> Any:
-    """The containers of ``spec`` with 0 at every leaf."""
+    """The containers of ``spec``, with 0 as every leaf."""
     if spec == _LEAF:
         return 0
     match spec:

@@ -1,4 +1,4 @@
-"""Write a quantized model to a folder and read it back, both all or nothing."""
+"""Storage of a quantized model in a folder. Writing and reading either succeed completely or fail."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True, kw_only=True)
 class StoredModel:
-    """A saved model, ready to run."""
+    """A saved model in memory, ready to run."""
 
     graph_module: GraphModule
     metadata: dict[str, Any]
@@ -54,19 +54,19 @@ def write_artifact(
     input_signature: Sequence[Mapping[str, Any]],
     beside: Callable[[Path], None] | None = None,
 ) -> ArtifactSize:
-    """Save a quantized model as the folder ``directory``; a model saved there before is replaced at the very end.
+    """Save a quantized model as the folder ``directory``. A model saved there before is replaced at the very end.
 
     Args:
         directory: a new or empty folder, or an earlier artifact.
-        gm: of ``torch.export`` and ``convert_pt2e``.
-        metadata: JSON-safe, kept as it is (tuples become lists); or a function that makes it of the bytes that graph
-            and weights take on disk.
-        input_signature: JSON-safe, one entry for each input.
-        beside: writes :data:`BESIDE` into the new folder before it takes its place.
+        gm: a graph from ``torch.export`` and ``convert_pt2e``.
+        metadata: JSON-safe data, stored unchanged (tuples become lists); or a function that makes it from the number of
+            bytes that graph and weights take on disk.
+        input_signature: JSON-safe entries, one for each input.
+        beside: writes the files :data:`BESIDE` into the new folder before it takes its place.
 
     Raises:
         ArtifactError: the folder holds something else, the model or metadata has no stored form, or the disk is full.
-            What was in the folder before is untouched then.
+            The folder's earlier content is then unchanged.
     """
     graph = dump_json(graph_to_json(gm))
     table, payload = pack_tensors(gm)
@@ -88,7 +88,7 @@ def write_artifact(
 
 
 def read_artifact(directory: str | Path, device: str | torch.device = "cpu") -> StoredModel:
-    """Load a saved model onto ``device``; needs no other file, and runs no code from this one.
+    """Load a saved model onto ``device``. It needs no other file, and runs no code from the folder.
 
     Raises:
         ArtifactError: a file is missing, altered, of another format version, or asks for what it may not do.
@@ -102,10 +102,10 @@ def read_artifact(directory: str | Path, device: str | torch.device = "cpu") -> 
 
 
 def check_target(directory: str | Path) -> None:
-    """Ask before a long computation whether its result may go to ``directory``.
+    """Check before a long computation that its result may be saved to ``directory``.
 
     Raises:
-        ArtifactError: the folder holds something else than a saved model, or cannot be written.
+        ArtifactError: the folder holds something other than a saved model, or cannot be written.
     """
     target = as_path(directory, "output").resolve()
     check_writable(target, ArtifactError)
@@ -121,7 +121,7 @@ def _write_files(
 ) -> ArtifactSize:
     (folder / GRAPH).write_bytes(graph)
     save_tensors(payload, folder / WEIGHTS)
-    # safetensors makes its file private; give it the mode that the user's umask gave to the other one.
+    # safetensors makes its file private. It gets the mode that the user's umask gave to the other file.
     shutil.copymode(folder / GRAPH, folder / WEIGHTS)
     files = {name: file_digest(folder / name) for name in (GRAPH, WEIGHTS)}
     manifest = Manifest(tensors=table, files=files, **about)
@@ -153,7 +153,7 @@ def _sizes(folder: Path) -> ArtifactSize:
 
 
 def _check_replaceable(target: Path) -> None:
-    """Only a folder that holds nothing, or nothing but our files, may be replaced."""
+    """Check that a folder may be replaced: it is empty, or holds only files of a saved model."""
     if not target.exists():
         return
     names = {path.name for path in target.iterdir() if not is_unfinished(path)} if target.is_dir() else {target.name}

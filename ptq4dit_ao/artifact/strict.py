@@ -1,4 +1,4 @@
-"""JSON from a file somebody else may have written: only what is expected, each key once."""
+"""Strict JSON for files from unknown sources: only the expected keys are accepted, each of them once."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def load_json(path: Path) -> dict[str, Any]:
 
 
 def dump_json(doc: dict[str, Any], indent: int | None = None) -> bytes:
-    """UTF-8 of a JSON-safe dict, key order kept; on one line unless ``indent`` is given."""
+    """UTF-8 text of a JSON-safe dict with its keys in order, on one line unless ``indent`` is given."""
     return (json.dumps(doc, allow_nan=False, indent=indent) + "\n").encode()
 
 
 def check_json(value: object, path: str) -> None:
-    """Refuse what JSON would drop or change: other types, keys that are no strings, and floats that are not finite.
+    """Refuse values that JSON would drop or change: other types, keys that are not strings, and non-finite floats.
 
     Raises:
-        ArtifactError: names the key path of such a value.
+        ArtifactError: there is such a value. The message names its key path.
     """
     match value:
         case None | bool() | int() | str():
@@ -58,7 +58,7 @@ def check_keys(doc: Any, keys: Set[str], what: str) -> None:
     """Refuse anything but an object with exactly these keys.
 
     Raises:
-        ArtifactError: names the keys that are missing or unknown.
+        ArtifactError: keys are missing or unknown. The message names them.
     """
     if not isinstance(doc, Mapping):
         raise ArtifactError(f"{what} is a {type(doc).__name__}, not an object; copy or save the model again")
@@ -71,7 +71,7 @@ def check_keys(doc: Any, keys: Set[str], what: str) -> None:
 
 
 def check_strings(value: Any, what: str) -> list[str]:
-    """``value`` if it is a list of strings.
+    """The value itself, if it is a list of strings.
 
     Raises:
         ArtifactError: it is not.

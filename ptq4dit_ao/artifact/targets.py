@@ -1,8 +1,8 @@
-"""What a stored graph may call.
+"""Call targets that a stored graph may have.
 
-A graph file comes from somewhere else, so a name in it is resolved through this allow list only: ATen and
+A graph file may come from an unknown source, so its names are resolved only through this allow list: ATen and
 ``quantized_decomposed`` operators that compute on tensors, and the Python functions that exported graphs apply to
-sizes. Operators which touch files, other storages, streams or global state are not among them.
+sizes. Operators that touch files, other storages, streams or global state are not on it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from torch._ops import OpOverload, OpOverloadPacket
 
 from ptq4dit_ao.errors import ArtifactError
 
-# Importing the module registers the namespace; without it torch.ops.quantized_decomposed is empty.
+# Importing the module registers the namespace. Without it, torch.ops.quantized_decomposed is empty.
 importlib.import_module("torch.ao.quantization.fx._decomposed")
 
 NAMESPACES = ("aten", "quantized_decomposed")
+"""Namespaces of the allowed operators."""
 
 _OPERATORS = (
     *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "neg", "pos", "abs"),
@@ -38,15 +39,15 @@ PYTHON_FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 _PYTHON_NAMES = {function: name for name, function in PYTHON_FUNCTIONS.items()}
 
-# Operators without a tensor among their arguments: makers of tensors, and checks of sizes. from_file is a maker too.
+# These operators have no tensor argument: they create tensors, or check sizes. from_file would create one, too.
 _WITHOUT_TENSOR = (
     *("arange", "empty", "empty_permuted", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm"),
     *("scalar_tensor", "tril_indices", "triu_indices", "zeros"),
     *("_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size"),
 )
-# Operators that swap the memory under a tensor.
+# These operators replace the memory under a tensor.
 _REFUSED = ("from_file", "resize", "resize_", "resize_as", "resize_as_", "set", "set_", "set_data", "record_stream")
-# A leading underscore marks operators that trust their caller; these are the ones exports and decompositions emit.
+# A leading underscore marks operators that trust their caller. Exports and decompositions emit the ones listed here.
 _PRIVATE = (
     *("__and__", "__or__", "__xor__", "__lshift__", "__rshift__", "_assert_async", "_assert_scalar"),
     *("_adaptive_avg_pool2d", "_convolution", "_fused_rms_norm", "_int_mm", "_is_all_true", "_is_any_true"),
@@ -118,7 +119,7 @@ def _check_operator(target: OpOverload) -> None:
 
 
 def _base_type(schema_type: object) -> str:
-    """``Optional[List[int]]`` -> ``int``."""
+    """The innermost type of a schema type: ``int`` for ``Optional[List[int]]``."""
     return re.sub(r"^(?:(?:Optional|List)\[)*(.*?)\]*$", r"\1", str(schema_type))
 
 

@@ -1,4 +1,4 @@
-"""The tensors that a graph refers to, each one once."""
+"""Tensors that a graph refers to, each listed once."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch.fx import GraphModule, Node
 
 from ptq4dit_ao.errors import ArtifactError
 
-# Nodes that compute nothing: they check what the exporter saw, and pin its dtype and device.
+# These nodes compute nothing: they check what the exporter saw, and pin its dtype and device.
 _CHECKS = (("call_function", torch.ops.aten._assert_tensor_metadata.default), ("call_module", "_guards_fn"))
 
 
 def stored_nodes(gm: GraphModule) -> list[Node]:
-    """The nodes worth storing: all but the exporter's checks, and constants that nothing reads.
+    """The nodes to store: all except the exporter's checks, and constants that nothing reads.
 
-    Constants without a reader are no rarity: a layer registered under two names leaves the float weight of the unused
-    name behind when the other is quantized.
+    Constants without a reader are not rare. If a layer is registered under two names and one is quantized, the float
+    weight of the other name is left over.
     """
     checks = {node for node in gm.graph.nodes if (node.op, node.target) in _CHECKS and not node.users}
     unread = {node for node in gm.graph.nodes if node.op == "get_attr" and checks.issuperset(node.users)}
@@ -27,24 +27,24 @@ def stored_nodes(gm: GraphModule) -> list[Node]:
 
 
 def graph_tensors(gm: GraphModule) -> dict[str, Tensor]:
-    """get_attr target -> detached tensor; of targets that are one tensor only the first is listed.
+    """Target of a get_attr node -> detached tensor. Of several targets that are one tensor, only the first is listed.
 
     Raises:
-        ArtifactError: a target is no plain dense tensor.
+        ArtifactError: a target is not a plain dense tensor.
     """
     aliases = tensor_aliases(gm)
     return {name: tensor.detach() for name, tensor in _targets(gm) if name not in aliases}
 
 
 def tensor_aliases(gm: GraphModule) -> dict[str, str]:
-    """Tied get_attr target -> the first target which is the same tensor."""
+    """Tied target of a get_attr node -> the first target that is the same tensor."""
     first: dict[tuple[object, ...], str] = {}
     owners = {name: first.setdefault(_identity(name, tensor), name) for name, tensor in _targets(gm)}
     return {name: owner for name, owner in owners.items() if name != owner}
 
 
 def parameter_names(gm: GraphModule) -> list[str]:
-    """Those of ``graph_tensors`` that are parameters, the rest are buffers."""
+    """Names in ``graph_tensors`` of parameters. The other tensors are buffers."""
     aliases = tensor_aliases(gm)
     return [n for n, tensor in _targets(gm) if isinstance(tensor, torch.nn.Parameter) and n not in aliases]
 
@@ -71,6 +71,6 @@ def _dense(name: str, value: object) -> Tensor:
 
 
 def _identity(name: str, tensor: Tensor) -> tuple[object, ...]:
-    # Empty tensors all live at address 0 without being tied.
+    # Empty tensors all have address 0 without being tied.
     address = tensor.data_ptr() if tensor.numel() else name
     return address, tensor.device, tensor.dtype, tensor.shape, tensor.stride()

@@ -1,7 +1,7 @@
 """Node arguments as JSON.
 
-None, bool, int, str and finite floats stand for themselves and a JSON list is a list; everything else is an object
-with one key that says what it is: ``{"node": "linear"}``, ``{"tuple": [1, 2]}``, ``{"dtype": "int8"}``.
+None, bool, int, str and finite floats are themselves, and a list is a JSON list. Everything else is an object with one
+key that names its type: ``{"node": "linear"}``, ``{"tuple": [1, 2]}``, ``{"dtype": "int8"}``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ def _constants_of(kind: type) -> dict[str, Any]:
 
 
 DTYPES: dict[str, torch.dtype] = _constants_of(torch.dtype)
+"""Name -> dtype of torch."""
 _ENUMS: dict[str, dict[str, Any]] = {
     "dtype": DTYPES,
     "layout": _constants_of(torch.layout),
@@ -35,7 +36,7 @@ _FLOATS = ("inf", "-inf", "nan")
 
 
 def encode_value(value: object) -> Any:
-    """A node argument -> JSON.
+    """Encode a node argument as JSON.
 
     Raises:
         ArtifactError: the value has no JSON form.
@@ -48,7 +49,7 @@ def encode_value(value: object) -> Any:
         return {"node": value.name}
     if isinstance(value, list):
         return [encode_value(v) for v in value]
-    # Not isinstance: a named tuple would come back as a plain one.
+    # isinstance would also match a named tuple, which would come back as a plain one.
     if type(value) in (tuple, torch.Size):
         return {"tuple": [encode_value(v) for v in value]}  # type: ignore[attr-defined]
     if isinstance(value, slice):
@@ -59,10 +60,10 @@ def encode_value(value: object) -> Any:
 
 
 def decode_value(value: Any, nodes: Mapping[str, Node], device: torch.device | None = None) -> Any:
-    """JSON -> a node argument, the inverse of ``encode_value``; ``device`` takes the place of every stored device.
+    """Decode a node argument from JSON, the inverse of ``encode_value``. ``device`` replaces every stored device.
 
     Raises:
-        ArtifactError: the JSON is none of the forms above, or refers to a node that does not come before.
+        ArtifactError: the JSON has none of these forms, or refers to a node that does not come before.
     """
     if value is None or isinstance(value, (bool, str, int, float)):
         return value

@@ -1,10 +1,12 @@
-"""The tensors of an artifact in one safetensors file, each in its smallest exact form.
+"""Tensors of an artifact in one safetensors file, each in its smallest exact form.
 
 ======  ==========================================================  =============================
-raw     as it is                                                    everything else
+form    content of the file                                         tensors
+======  ==========================================================  =============================
+raw     the tensor itself                                           everything else
 int4    two values per byte                                         int8 that is used as 4-bit only
-zeros   not in the file, dtype and shape say it all                 integers that are all 0
-pairs   (..., 2) real numbers, as safetensors knows no such dtype   complex128, complex32
+zeros   nothing, because dtype and shape say it all                 integers that are all 0
+pairs   (..., 2) real numbers, as safetensors has no such dtype     complex128, complex32
 ======  ==========================================================  =============================
 """
 
@@ -32,16 +34,16 @@ from ptq4dit_ao.core.int4 import pack_int4, packed_length, unpack_int4
 from ptq4dit_ao.errors import ArtifactError
 
 MAPPED_BYTES = 2**26
-"""Of the file that are mapped at a time."""
+"""Bytes of the file that are mapped at a time."""
 
 _STORAGES = ("raw", "int4", "zeros", "pairs")
 _PARTS = {torch.complex128: torch.float64, torch.complex32: torch.float16}
-"""Complex dtypes that are stored as pairs, and the dtype of their parts."""
+"""Complex dtypes that are stored as pairs -> dtype of their parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """How one tensor is stored, and the dtype and shape it is restored with."""
+    """Form in which one tensor is stored, with the dtype and shape it is restored with."""
 
     storage: str
     dtype: torch.dtype
@@ -49,18 +51,19 @@ class StoredTensor:
 
     @property
     def in_file(self) -> tuple[torch.dtype, tuple[int, ...]]:
-        """Dtype and shape of what the file holds."""
+        """Dtype and shape of the tensor in the file."""
         if self.storage == "int4":
             return torch.uint8, (packed_length(self.shape),)
         return (_PARTS[self.dtype], (*self.shape, 2)) if self.storage == "pairs" else (self.dtype, self.shape)
 
     def to_json(self) -> dict[str, Any]:
+        """JSON-safe form of the entry, for :meth:`from_json`."""
         dtype = str(self.dtype).removeprefix("torch.")
         return {"storage": self.storage, "dtype": dtype, "shape": list(self.shape)}
 
     @classmethod
     def from_json(cls, name: str, doc: Any) -> StoredTensor:
-        """The inverse of ``to_json``.
+        """Read an entry that :meth:`to_json` wrote.
 
         Raises:
             ArtifactError: the entry is damaged.
@@ -79,7 +82,7 @@ class StoredTensor:
 
 
 def pack_tensors(gm: GraphModule) -> tuple[dict[str, StoredTensor], dict[str, Tensor]]:
-    """The table of a graph's tensors, and what of them goes into the file.
+    """The table of a graph's tensors, and the tensors that go into the file.
 
     Raises:
         ArtifactError: a tensor is not dense, or a 4-bit weight holds values of more bits.
@@ -94,16 +97,16 @@ def pack_tensors(gm: GraphModule) -> tuple[dict[str, StoredTensor], dict[str, Te
 
 
 def save_tensors(payload: Mapping[str, Tensor], path: Path) -> None:
-    """Write the file; ``payload`` is what ``pack_tensors`` returned.
+    """Write the tensors of ``pack_tensors`` to a file.
 
     Raises:
         OSError: the file cannot be written.
-        ArtifactError: safetensors does not know a dtype.
+        ArtifactError: safetensors does not support a dtype.
     """
     try:
         save_file(dict(payload), path)
     except SafetensorError as error:
-        # The Rust writer reports a full disk as text only.
+        # safetensors reports a full disk only in the message.
         if code := re.search(r"\(os error (\d+)\)", str(error)):
             raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
         raise ArtifactError(f"the weights cannot be stored: {error}; cast them to a common dtype first") from error
@@ -112,9 +115,10 @@ def save_tensors(payload: Mapping[str, Tensor], path: Path) -> None:
 
 
 def load_tensors(path: Path, table: Mapping[str, StoredTensor], device: torch.device) -> dict[str, Tensor]:
-    """The tensors of ``pack_tensors``, each in memory of its own, so that it can be freed alone.
+    """Load the tensors of ``pack_tensors``, each into memory of its own, so that it can be freed alone.
 
-    The file is mapped anew every now and then: what was read from a mapping counts as memory until it is closed.
+    The file is mapped again after every :data:`MAPPED_BYTES`, because pages read from a mapping count as memory until
+    it is closed.
 
     Raises:
         ArtifactError: the file is damaged, or holds other tensors than the table lists.
@@ -149,7 +153,7 @@ def _storage(name: str, tensor: Tensor, four_bit: set[str]) -> str:
         return "int4"
     if tensor.dtype in _PARTS:
         return "pairs"
-    # Not for floats: -0.0 would come back as 0.0.
+    # Zeros are not used for floats, because -0.0 would come back as 0.0.
     is_integer = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
     return "zeros" if is_integer and tensor.numel() and not tensor.any() else "raw"
 
@@ -158,7 +162,7 @@ def _pack(name: str, tensor: Tensor, entry: StoredTensor) -> Tensor:
     if entry.storage == "pairs":
         return torch.view_as_real(tensor.resolve_conj().contiguous())
     if entry.storage == "raw":
-        # A copy of what shares memory only in part, for safetensors refuses it; whole ties are aliases already.
+        # safetensors refuses tensors that share memory in part, so they are copied. Tied ones are aliases already.
         whole = tensor.untyped_storage().nbytes() == tensor.nbytes
         return tensor.contiguous() if whole else tensor.clone(memory_format=torch.contiguous_format)
     try:

@@ -1,4 +1,4 @@
-"""Calibration samples: what a denoiser really receives while its pipeline runs."""
+"""Calibration samples: inputs that a denoiser receives while its pipeline runs."""
 
 from ptq4dit_ao.calibration.pipeline import collect_from_pipeline
 from ptq4dit_ao.calibration.samples import CalibrationSamples

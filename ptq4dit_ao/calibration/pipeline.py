@@ -1,4 +1,4 @@
-"""Record what a pipeline's transformer receives at chosen timesteps, classifier-free guidance included."""
+"""Recording of the inputs of a pipeline's transformer at chosen timesteps, with classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -39,36 +39,36 @@ def collect_from_pipeline(
     skip: Callable[[Mapping[str, Any]], bool] | None = None,
     on_progress: OnProgress = ignore,
 ) -> CalibrationSamples:
-    """Generate one sample per prompt and keep the transformer's inputs at the chosen timesteps.
+    """Generate one sample per prompt and record the transformer's inputs at the chosen timesteps.
 
-    With guidance each prompt gives two rows per timestep, conditional and unconditional, be it in one call of the
-    transformer or in two. Memory is bounded by ``2 * len(prompts) * number of timesteps`` rows; a sample is given up
-    after the last chosen timestep.
+    With guidance each prompt gives two rows per timestep, conditional and unconditional, in one call of the transformer
+    or in two. Memory is bounded by ``2 * len(prompts) * number of timesteps`` rows. Sampling stops after the last
+    chosen timestep.
 
     Args:
-        pipeline: anything that calls a module of its own while denoising, as diffusers' pipelines do.
-        prompts: classes or texts, given to the pipeline as ``class_labels`` or ``prompt``; None if ``call`` says
-            everything, which is one call of the pipeline.
-        timesteps: how many, evenly spaced over the steps at which the component is called; or which, as the
-            transformer receives them: for some flow models that is in [0, 1]; or :class:`NormalTimesteps`, where each
-            sample has steps of its own.
-        steps: sampling steps. A component may be called at fewer, as both transformers of Wan 2.2 and those of
-            image-to-image pipelines are; that is seen where it receives its scheduler's times.
-        guidance: classifier-free guidance scale; None leaves it to the pipeline.
-        seed: of the initial noise and of drawn timesteps; equal seeds record equal samples.
+        pipeline: any object that calls a module of its own while denoising, as diffusers' pipelines do.
+        prompts: class numbers or texts, passed to the pipeline as ``class_labels`` or ``prompt``. None makes a single
+            call of the pipeline with the arguments in ``call``.
+        timesteps: the number of timesteps, evenly spaced over the steps at which the component is called; a list of
+            timesteps, as the transformer receives them (in [0, 1] for some flow models); or :class:`NormalTimesteps`,
+            which gives each sample steps of its own.
+        steps: sampling steps. A component may be called at fewer steps, as both transformers of Wan 2.2 and those of
+            image-to-image pipelines are. That is detected if it receives its scheduler's times.
+        guidance: classifier-free guidance scale; None keeps the pipeline's own.
+        seed: seed of the initial noise and of drawn timesteps. Equal seeds record equal samples.
         batch_size: prompts per pipeline call.
         component: the attribute of the pipeline that is recorded.
-        call: more arguments for every call of the pipeline, passed as they are; they go before those above.
-        skip: tells, from the arguments of a call of the component by name, that it is not to be recorded. It runs all
-            the same. A graph computes one kind of call: this leaves out those of another, such as the one of
-            skip-layer guidance, ``lambda arguments: "skip_layers" in arguments``.
-        on_progress: called with (steps done, steps in all).
+        call: more arguments for every call of the pipeline, passed unchanged. They take precedence over those above.
+        skip: a function of the arguments of a call of the component, by name, that returns whether not to record the
+            call. The call runs nevertheless. A graph computes one kind of call, and this leaves out those of another
+            kind, such as the one of skip-layer guidance: ``lambda arguments: "skip_layers" in arguments``.
+        on_progress: called with (steps done, total steps).
 
     Raises:
         CalibrationError: the timesteps do not occur, the component does not exist or was not called, its calls do not
-            fit together, or it received what is not finite.
-        ArgumentError: an argument makes no sense, the pipeline does not take such prompts, or the component takes what
-            cannot be captured; or timesteps are to be drawn for prompts that ``call`` holds.
+            fit together, or it received values that are not finite.
+        ArgumentError: an argument is invalid, the pipeline does not take such prompts, the component takes inputs that
+            cannot be captured, or timesteps are to be drawn for prompts that ``call`` holds.
     """
     _check_arguments(steps, batch_size, seed, guidance, call)
     module, call = _component(pipeline, component), dict(call or {})
@@ -83,13 +83,13 @@ def collect_from_pipeline(
     options: dict[str, object] = {
         "num_inference_steps": steps,
         "generator": torch.Generator().manual_seed(seed),
-        "output_type": "latent",  # or the VAE, which may be missing, would decode what nobody looks at
+        "output_type": "latent",  # otherwise the VAE, which may be missing, would decode images that are not used
         **({} if guidance is None else {"guidance_scale": guidance}),
     }
     arguments = {name: value for name, value in options.items() if name in parameters} | call
     _log_left_out(pipeline, [name for name in options if name not in arguments])
     if seed and "generator" in call:
-        _log.warning("call has a generator of its own, so that seed=%d says nothing of the noise", seed)
+        _log.warning("call has a generator of its own, so that seed=%d does not set the noise", seed)
     with _Recorder(module, component, selection, FirstCalls(pipeline, component), skip) as recorder:
         for index, batch in enumerate(batches):
 
@@ -100,7 +100,7 @@ def collect_from_pipeline(
             try:
                 pipeline(**arguments, **batch)
             except _Enough:
-                getattr(pipeline, "maybe_free_model_hooks", lambda: None)()  # its last line, which offloads
+                getattr(pipeline, "maybe_free_model_hooks", lambda: None)()  # as a call that ends would do
             recorder.finish()
             report(length)
     return recorder.samples()
@@ -142,22 +142,22 @@ def _component(pipeline: object, name: str) -> nn.Module:
 _HARMLESS_HOOKS = (
     "cp_", "group_offloading", "layer_execution_tracker", "layerwise_casting", "lazy_", "peft_autocast_disable",
 )  # fmt: skip
-"""How hooks of diffusers begin that move or cast parameters."""
+"""Prefixes of the names of diffusers' hooks that only move or cast parameters."""
 
 
 def _hooks_that_change_results(module: nn.Module) -> Iterator[str]:
-    """Names of the hooks of diffusers, in any part of a module, that let it compute something else."""
+    """Names of diffusers' hooks, in any part of a module, that change its results."""
     for part in module.modules():
         registry = getattr(part, "_diffusers_hook", None)
         yield from (name for name in getattr(registry, "hooks", {}) if not name.startswith(_HARMLESS_HOOKS))
 
 
 def _log_left_out(pipeline: object, names: Sequence[str]) -> None:
-    """Say which options a pipeline does not take."""
+    """Warn of options that a pipeline does not take."""
     meant = {"num_inference_steps": "steps", "generator": "seed", "guidance_scale": "guidance"}
     left = [f"{meant[name]} ({name})" for name in names if name in meant]
     if left:
-        _log.warning("%s does not take %s: nothing comes of it", type(pipeline).__name__, ", ".join(left))
+        _log.warning("%s ignores %s, which it does not take", type(pipeline).__name__, ", ".join(left))
 
 
 def _batches(
@@ -167,7 +167,7 @@ def _batches(
     size: int,
     call: Mapping[str, object],
 ) -> list[dict[str, object]]:
-    """For each call of the pipeline, the argument that holds its prompts."""
+    """Arguments of each call of the pipeline that hold its prompts."""
     if prompts is None:
         return [{}]
     if isinstance(prompts, str):
@@ -187,8 +187,8 @@ def _batches(
         )
     if name == "class_labels" and texts[0]:
         raise ArgumentError(
-            f"prompts begin with the text {prompts[0]!r}, and {type(pipeline).__name__} is drawn by class; give "
-            "numbers of classes"
+            f"prompts begin with the text {prompts[0]!r}, and {type(pipeline).__name__} is class-conditional; "
+            "give class numbers"
         )
     if unknown := [] if takes_all else [key for key in call if key not in parameters]:
         raise ArgumentError(
@@ -203,9 +203,13 @@ def _batches(
 
 
 def _check_classes(pipeline: object, labels: Sequence[Any]) -> None:
-    """Raises ArgumentError for a class that the transformer does not know, where that is known."""
+    """Check that the transformer knows the classes, where its number of classes is known.
+
+    Raises:
+        ArgumentError: it does not know one of them.
+    """
     config: Any = getattr(getattr(pipeline, "transformer", None), "config", None)
-    last: int | None = getattr(config, "num_embeds_ada_norm", None)  # "no class", which is one, too
+    last: int | None = getattr(config, "num_embeds_ada_norm", None)  # the null class counts as a class, too
     odd = [] if last is None else [label for label in labels if not 0 <= label <= last]
     if odd:
         raise ArgumentError(f"prompts holds class {odd[0]}, and the model knows 0 to {last}; give one of these")
@@ -214,7 +218,7 @@ def _check_classes(pipeline: object, labels: Sequence[Any]) -> None:
 def _draws(
     timesteps: object, prompts: Sequence[int] | Sequence[str] | None, steps: int, seed: int, call: Mapping[str, object]
 ) -> list[list[int]] | None:
-    """For each prompt the positions it is kept at, if each has its own."""
+    """Positions at which each prompt is recorded, if each prompt has its own; else None."""
     if not isinstance(timesteps, NormalTimesteps):
         return None
     if prompts is None:
@@ -226,14 +230,14 @@ def _draws(
     )
     if several is not None:
         raise ArgumentError(
-            f"NormalTimesteps deals its draws out to prompts, and {several} is {call[several]!r}; give each prompt as "
-            "often as it is to be drawn"
+            f"NormalTimesteps deals its draws out to prompts, and {several} is {call[several]!r}; repeat the "
+            "prompts instead"
         )
     return timesteps.deal(len(prompts), steps, seed)
 
 
 def _steps_per_run(selection: StepSelection, known: Sequence[float] | None) -> int:
-    """How many steps a run takes until it is given up, as far as that is known."""
+    """Number of steps after which a run is stopped, as far as it is known."""
     if selection.last is not None:
         return selection.last + 1
     if known is None:
@@ -242,7 +246,7 @@ def _steps_per_run(selection: StepSelection, known: Sequence[float] | None) -> i
 
 
 class _Enough(Exception):  # noqa: N818  (a signal, not an error)
-    """Nothing more to record from this run."""
+    """A signal that this run has nothing more to record."""
 
 
 class _Call(NamedTuple):
@@ -252,7 +256,7 @@ class _Call(NamedTuple):
 
 
 class _Recorder:
-    """A forward pre-hook that keeps a module's arguments at the selected timesteps."""
+    """A forward pre-hook that records a module's arguments at the selected timesteps."""
 
     def __init__(
         self,
@@ -263,16 +267,17 @@ class _Recorder:
         skip: Callable[[Mapping[str, Any]], bool] | None,
     ) -> None:
         self.module, self.component, self.selection, self.first_calls = module, component, selection, first_calls
-        self.original = getattr(module, "_orig_mod", module)  # of torch.compile's module, whose forward takes anything
+        # The forward of torch.compile's module takes any arguments, so the original's signature is needed.
+        self.original = getattr(module, "_orig_mod", module)
         self.skip = skip or (lambda arguments: False)
         self.skipped = 0
         self.calls: list[_Call] = []
         self.before = 0
-        """Calls recorded in earlier runs."""
+        """Number of calls recorded in earlier runs."""
         self.report: Callable[[int], None] = lambda done: None
         self.draws: list[list[int]] | None = None
         self.expected = False
-        """Are the steps of this run known?"""
+        """Whether the steps of this run are known."""
 
     def __enter__(self) -> _Recorder:
         self._hook = self.module.register_forward_pre_hook(self._record, with_kwargs=True, prepend=True)
@@ -282,20 +287,24 @@ class _Recorder:
         self._hook.remove()
 
     def start(self, report: Callable[[int], None], draws: list[list[int]] | None) -> None:
-        """Begin a run; ``report`` is told the number of finished steps. Of ``draws`` each sample has its own."""
+        """Begin a run.
+
+        ``report`` is called with the number of finished steps. ``draws`` has the positions of each sample.
+        """
         self.report, self.before, self.draws = report, len(self.calls), draws
         self.selection.start()
         self.first_calls.start()
         self.expected = False
 
     def finish(self) -> None:
-        """End a run, and drop what only seemed to be at a wanted timestep."""
+        """End a run, and drop calls that only seemed to be at a wanted timestep."""
         if not self.selection.visited:
             raise self._nothing()
         chosen = self.selection.chosen()
         self.calls[self.before :] = [call for call in self.calls[self.before :] if call.timestep in chosen]
 
     def samples(self) -> CalibrationSamples:
+        """The calls of all runs as calibration samples."""
         if not self.calls:
             raise self._nothing()
         with torch.inference_mode(False):
@@ -328,7 +337,7 @@ class _Recorder:
             self._keep_call(given, t)
 
     def _look_ahead(self, time: Tensor | float) -> None:
-        """As a run begins, ask whether its steps are those that are wanted; the first one always is, by position."""
+        """At the first steps of a run, predict its timesteps and check that the wanted ones are among them."""
         times = self.first_calls.all_times(list(self.selection.visited), time)
         listed = self.selection.positions is None
         if times is not None and not (listed and rounding_of(time) > RELATIVE_TOLERANCE):
@@ -353,7 +362,7 @@ class _Recorder:
 
 
 def _named(module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, Any]:
-    """A call's arguments by name.
+    """Arguments of a call by name.
 
     Raises:
         CalibrationError: ``forward`` has no name for one.
@@ -369,7 +378,11 @@ def _named(module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, obj
 
 
 def _check_batch(module: nn.Module, tensors: Mapping[str, Tensor], given: Mapping[str, object]) -> None:
-    """Raises CalibrationError unless the first tensor is an argument of its own, and has an axis."""
+    """Check that the first tensor is an argument of its own and has a batch axis.
+
+    Raises:
+        CalibrationError: it is not.
+    """
     name = next(iter(tensors), None)
     if name is None or not isinstance(given.get(name), Tensor):
         raise CalibrationError(
@@ -381,9 +394,9 @@ def _check_batch(module: nn.Module, tensors: Mapping[str, Tensor], given: Mappin
 
 
 def _drawn_rows(tensors: dict[str, Tensor], draws: list[list[int]], position: int) -> dict[str, Tensor]:
-    """A call's rows of the samples that drew its position, as often as they did; nothing if there are none.
+    """Rows of a call whose samples drew its position, repeated as often as they drew it; empty if none did.
 
-    Row r is of sample r modulo their number: so are both halves of guidance.
+    Row r belongs to sample r modulo the number of samples, so both halves of a guidance batch are included.
     """
     batch = len(next(iter(tensors.values())))
     rows = [row for row in range(batch) for _ in range(draws[row % len(draws)].count(position))]
@@ -391,27 +404,31 @@ def _drawn_rows(tensors: dict[str, Tensor], draws: list[list[int]], position: in
 
 
 def _check_finite(component: str, tensors: Mapping[str, Tensor], t: float) -> None:
-    """Raises CalibrationError for a NaN or an infinity; a mask may hide with minus infinity."""
+    """Check that the inputs are finite. A mask may hold minus infinity.
+
+    Raises:
+        CalibrationError: an input holds NaN or infinity.
+    """
     for name, x in tensors.items():
         bad = x.isnan() | (x == torch.inf) if "mask" in name else ~x.isfinite()
         if bad.any():
             raise CalibrationError(
                 f"{component} received {x[bad][0].item()} in {name!r} at timestep {t:g}: the float pipeline goes wrong "
-                "there; draw with it once, and record in a dtype in which it works (float32)"
+                "there; sample with it once, and record in a dtype in which it works (float32)"
             )
 
 
 def _keep(tensor: Tensor, known: Tensor | None) -> Tensor:
-    """A copy on the CPU; position ids and the like, which are equal in all calls, are kept once."""
+    """A copy on the CPU. Tensors that are equal in all calls, such as position ids, are stored once."""
     tensor = tensor.detach().cpu()
     if known is not None and torch.equal(tensor, known):
         return known
-    with torch.inference_mode(False):  # what learns needs ordinary tensors, wherever the pipeline ran
+    with torch.inference_mode(False):  # learning needs ordinary tensors, even if the pipeline ran in inference mode
         return tensor.clone()
 
 
 def _timestep(module: nn.Module, given: Mapping[str, Any]) -> Tensor | float:
-    """The time of a call. In a batch or per token (frames that are given have time 0), the latest one counts."""
+    """The timestep of a call. With one per row or token, the largest counts, because given frames have time 0."""
     t = next((given[name] for name in TIMESTEP_NAMES if given.get(name) is not None), None)
     if t is None:
         raise CalibrationError(
@@ -421,7 +438,11 @@ def _timestep(module: nn.Module, given: Mapping[str, Any]) -> Tensor | float:
 
 
 def _check_structure(first: CallSignature, other: CallSignature) -> None:
-    """Raises CalibrationError unless all but the tensors is equal, types included (1 is not True here)."""
+    """Check that two calls are equal except for their tensors, including types (1 is not True here).
+
+    Raises:
+        CalibrationError: they differ.
+    """
     for name in {**first.arguments, **other.arguments}:
         values = [reprlib.repr(c.arguments[name]) if name in c.arguments else "missing" for c in (first, other)]
         if repr(first.arguments.get(name)) != repr(other.arguments.get(name)) or values.count("missing") == 1:
@@ -432,12 +453,16 @@ def _check_structure(first: CallSignature, other: CallSignature) -> None:
 
 
 def _check_shapes(first: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
-    """Raises CalibrationError where two calls differ in more than the first axis."""
+    """Check that two calls differ at most in the first axis of their tensors.
+
+    Raises:
+        CalibrationError: they differ in another axis, or in dtype.
+    """
     for name, tensor in first.items():
         kinds = [(x.dtype, x.ndim, x.shape[1:]) for x in (tensor, other[name])]
         if kinds[0] != kinds[1]:
             shapes = [f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in (tensor, other[name])]
             raise CalibrationError(
                 f"input {name!r} is {shapes[0]} in one call and {shapes[1]} in another; rows need one dtype and shape: "
-                "pad all prompts to one length, draw all samples at one size, or leave the others out (skip=)"
+                "pad all prompts to one length, generate all samples at one size, or leave the others out (skip=)"
             )

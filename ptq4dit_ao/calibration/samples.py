@@ -1,4 +1,4 @@
-"""Recorded denoiser inputs, as tensors by input name."""
+"""Recorded inputs of a denoiser, as tensors by input name."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ FORMAT = TensorFormat(name="calibration samples", version=2, error=CalibrationEr
 
 
 class CalibrationSamples:
-    """Inputs of a denoiser, one tensor per input in the order of its ``forward``; all (N, ...).
+    """Inputs of a denoiser, one tensor (N, ...) per input, in the order of its ``forward``.
 
     Args:
-        inputs: what differs from row to row.
-        shared: what every batch takes as it is, such as position ids.
-        signature: how ``forward`` takes both; without it, by position.
+        inputs: tensors that differ from row to row.
+        shared: tensors that every batch uses unchanged, such as position ids.
+        signature: how ``forward`` takes both. Without it, the inputs are passed by position.
 
     Raises:
         CalibrationError: the numbers of rows differ, a name is given twice, or the signature is of other tensors.
@@ -58,13 +58,13 @@ class CalibrationSamples:
         return len(next(iter(self.inputs.values())))
 
     def on(self, device: torch.device) -> CalibrationSamples:
-        """The same samples, whose batches are handed out on a device; what is recorded stays where it is."""
+        """The same samples, with batches on a device. The recorded tensors stay where they are."""
         other = CalibrationSamples(self.inputs, self.shared, self.signature)
         other._device = device
         return other
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, ...]]:
-        """Tuples of inputs, ``size`` rows each; the last may be smaller. Shared tensors only with a signature.
+        """Tuples of inputs, ``size`` rows each; the last one may be smaller. Shared tensors need a signature.
 
         Raises:
             ArgumentError: ``size`` is less than 1.
@@ -81,22 +81,22 @@ class CalibrationSamples:
 
     @property
     def timesteps(self) -> Tensor:
-        """Of every row, (N,) float64; the largest of one per token, zeros where no input is called like a timestep."""
+        """Timestep of every row, (N,) float64: the largest of a row's tokens; zeros if no input is a timestep."""
         found = next((self.inputs[name] for name in TIMESTEP_NAMES if name in self.inputs), torch.zeros(len(self)))
         t = found.double()
         return t.flatten(1).amax(1) if t.ndim > 1 else t
 
     def by_timestep(self) -> Iterator[tuple[Tensor, ...]]:
-        """A batch for each timestep, ascending."""
+        """One batch for each timestep, ascending."""
         for t in self.timesteps.unique():
             rows = self._rows(torch.nonzero(self.timesteps == t).flatten())
             yield from rows.batches(len(rows))
 
     def spread(self, rows: int) -> CalibrationSamples:
-        """So many rows, as evenly over the timesteps as they were recorded; all if there are no more.
+        """A selection of ``rows`` rows, spread evenly over the timesteps; all rows if there are no more.
 
         Raises:
-            ArgumentError: there are to be none.
+            ArgumentError: ``rows`` is less than 1.
         """
         _check_rows("rows", rows)
         order = self.timesteps.argsort(stable=True)
@@ -133,7 +133,7 @@ class CalibrationSamples:
         return some
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, which replaces what was there when it is complete.
+        """Write one safetensors file, atomically.
 
         Raises:
             CalibrationError: it cannot be written.
@@ -150,7 +150,7 @@ class CalibrationSamples:
 
     @classmethod
     def load(cls, path: str | Path) -> CalibrationSamples:
-        """Read what :meth:`save` wrote.
+        """Read a file that :meth:`save` wrote.
 
         Raises:
             CalibrationError: the file is missing, is something else, or is damaged.
@@ -168,7 +168,11 @@ class CalibrationSamples:
 
 
 def _check_rows(name: str, value: object) -> None:
-    """Raises ArgumentError for a number of rows that is none."""
+    """Check that a number of rows is a whole number of at least 1.
+
+    Raises:
+        ArgumentError: it is not.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ArgumentError(f"{name} is {value!r}; give a whole number of rows, at least 1")
 
@@ -176,11 +180,12 @@ def _check_rows(name: str, value: object) -> None:
 def join_calls(calls: Sequence[tuple[CallSignature, Mapping[str, Tensor]]]) -> CalibrationSamples:
     """Samples from recorded calls of one structure, whose tensors differ at most in their first axis.
 
-    The first axis of the first tensor is the batch. Tensors that have it in every call are rows. So is the timestep,
-    and what differs from call to call, if it has one value for the whole batch. The others are shared.
+    The first axis of the first tensor is the batch. Tensors that have it in every call become rows. The timestep, and
+    tensors that differ from call to call, become rows, too, if they have one value for the whole batch. The others are
+    shared.
 
     Raises:
-        CalibrationError: a tensor differs from call to call, but has no row for each sample.
+        CalibrationError: a tensor differs from call to call, but does not have a row for each sample.
     """
     signature, first = calls[0]
     batches = [len(next(iter(tensors.values()))) for _, tensors in calls]

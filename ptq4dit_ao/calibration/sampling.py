@@ -20,30 +20,41 @@ from ptq4dit_ao.choices import BETA_SCHEDULES, SAMPLERS, BetaSchedule, Sampler
 from ptq4dit_ao.errors import ArgumentError, ArtifactError, check_choice
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""``(x (N,C,H,W), t (N,), y (N,)) -> predicted noise (N,C or 2C,H,W)``; DDIM ignores a learned variance."""
+"""A function ``(x (N,C,H,W), t (N,), y (N,)) -> predicted noise (N,C or 2C,H,W)``. DDIM ignores a learned variance."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """What a sampler must know of a model; small enough to travel with a quantized one."""
+    """Properties of a model that a sampler needs. They are stored with a quantized model."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
     channels: int
+    """Number of channels of the images or latents."""
     size: int
+    """Height and width of the images or latents."""
     null_label: int
-    """The label that means "no label" to classifier-free guidance."""
+    """Label of the unconditional prediction in classifier-free guidance."""
     clip: bool
-    """Does the model denoise pixels in [-1, 1] (clip every prediction) or latents?"""
+    """Whether the model denoises pixels in [-1, 1], so that every prediction is clipped.
+
+    Otherwise it denoises latents.
+    """
     train_timesteps: int = 1000
+    """Number of timesteps of the noise schedule that the model was trained with."""
     beta_schedule: BetaSchedule = "linear"
+    """Name of that noise schedule."""
     learned_variance: bool = False
-    """Does the model predict how much noise DDPM adds, too, between its bounds?"""
+    """Whether the model also predicts the variance of DDPM's noise, as a value between its bounds."""
     sampler: Sampler = "ddim"
-    """DDIM as diffusers' pipelines have it, or DDPM as the DiT authors."""
+    """Name of the sampler: DDIM as in diffusers' pipelines, or DDPM as in the DiT authors' code."""
 
     def __post_init__(self) -> None:
-        """Raises ArgumentError for values that no model has."""
+        """Check the values.
+
+        Raises:
+            ArgumentError: no model has such values.
+        """
         for name in ("channels", "size", "null_label", "train_timesteps"):
             value = getattr(self, name)
             if not _is_whole(value) or value < 1:
@@ -53,16 +64,16 @@ class Sampling:
 
     @classmethod
     def of(cls, transformer: nn.Module, *, clip: bool = False) -> Sampling:
-        """Read a diffusers ``DiTTransformer2DModel``'s config.
+        """Properties of a diffusers ``DiTTransformer2DModel``, read from its config.
 
         Raises:
-            ArgumentError: it is not drawn by class.
+            ArgumentError: it is not class-conditional.
         """
         config: Any = getattr(transformer, "config", None)
         if getattr(config, "num_embeds_ada_norm", None) is None:
             raise ArgumentError(
-                f"{type(transformer).__name__} is not drawn by class: its config has no num_embeds_ada_norm; draw with "
-                "its own pipeline"
+                f"{type(transformer).__name__} is not class-conditional: its config has no num_embeds_ada_norm; sample "
+                "with its own pipeline"
             )
         return cls(
             channels=config.in_channels,
@@ -73,11 +84,16 @@ class Sampling:
         )
 
     def to_dict(self) -> dict[str, object]:
+        """JSON-safe form, for :meth:`from_dict`."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: object) -> Sampling:
-        """Raises ArtifactError for anything but what :meth:`to_dict` gives."""
+        """Read a dict that :meth:`to_dict` made.
+
+        Raises:
+            ArtifactError: it is something else.
+        """
         try:
             return TypeAdapter(cls).validate_json(json.dumps(data))
         except ValidationError as error:
@@ -87,11 +103,14 @@ class Sampling:
 
     @property
     def guided_channels(self) -> int:
-        """Of the noise, from the first on: all, or three with DDPM (the authors' code leaves a latent's fourth out)."""
+        """Number of guided channels of the noise, from the first on: all with DDIM, and the first three with DDPM.
+
+        The DiT authors' code does not guide the fourth channel of a latent.
+        """
         return self.channels if self.sampler == "ddim" else min(3, self.channels)
 
     def by(self, sampler: str | None) -> Sampling:
-        """The same model, drawn by another sampler; None is its own.
+        """The same model with another sampler; None keeps its own.
 
         Raises:
             ArgumentError: there is no such sampler.
@@ -102,17 +121,21 @@ class Sampling:
         return replace(self, sampler=sampler)  # type: ignore[arg-type]  # checked
 
     def check_steps(self, steps: int) -> None:
-        """Raises ArgumentError unless a sampler can take so many steps."""
+        """Check that a sampler can take this number of steps.
+
+        Raises:
+            ArgumentError: it cannot.
+        """
         if not _is_whole(steps) or not 1 <= steps <= self.train_timesteps:
             raise ArgumentError(
                 f"steps is {steps}; it must lie between 1 and the model's {self.train_timesteps} timesteps"
             )
 
     def scheduler(self, steps: int) -> Any:
-        """The sampler's scheduler of diffusers, set to ``steps`` steps.
+        """diffusers' scheduler of the sampler, set to ``steps`` steps.
 
-        DDPM goes through timesteps from 0 to the last one, evenly spaced and rounded, and adds noise of the model's own
-        variance, if it predicts one.
+        DDPM goes through timesteps from 0 to the last one, evenly spaced and rounded. It adds noise of the model's own
+        variance, if the model predicts one.
 
         Raises:
             ArgumentError: there are fewer timesteps than steps, or no steps.
@@ -137,13 +160,13 @@ class Step(NamedTuple):
     """One step of a sampler."""
 
     t: Tensor
-    """() as the scheduler counts."""
+    """The scheduler's timestep, ()."""
     x: Tensor
-    """(N, C, H, W) before the step."""
+    """The sample before the step, (N, C, H, W)."""
     eps: Tensor
-    """(N, C, H, W) predicted there, after guidance."""
+    """The noise predicted for ``x``, after guidance, (N, C, H, W)."""
     result: Tensor
-    """(N, C, H, W) after the step."""
+    """The sample after the step, (N, C, H, W)."""
 
 
 @torch.no_grad()
@@ -158,20 +181,21 @@ def sample(
     scheduler: Any = None,
     on_progress: OnProgress = ignore,
 ) -> Tensor:
-    """Draw one image per label: (N,) -> (N, C, H, W); equal generators start from equal noise.
+    """Sample one image per label: (N,) -> (N, C, H, W). Equal generators start from equal noise.
 
     Args:
-        denoiser: what predicts the noise.
-        sampling: what a sampler must know of it.
-        labels: classes, or ``sampling.null_label`` for none.
-        steps: of the sampler.
-        guidance: classifier-free guidance scale; 1 is none, and 0 leaves the label out.
-        generator: of the noise, on the CPU.
-        scheduler: one of diffusers' that is told the noise, or one that wraps it; as ``sampling`` says, if not given.
-        on_progress: called with (steps done, steps in all).
+        denoiser: the model that predicts the noise.
+        sampling: its properties.
+        labels: class labels, or ``sampling.null_label`` for unconditional images.
+        steps: number of sampling steps.
+        guidance: classifier-free guidance scale; 1 is no guidance, and 0 ignores the label.
+        generator: generator of the noise, on the CPU.
+        scheduler: a scheduler of diffusers with ``prediction_type`` epsilon, or a wrapper of one. The default is that
+            of ``sampling``.
+        on_progress: called with (steps done, total steps).
 
     Raises:
-        ArgumentError: no sampler takes so many steps, or an argument is not of this kind.
+        ArgumentError: the sampler cannot take this number of steps, or an argument is invalid.
     """
     path = trajectory(
         denoiser, sampling, labels, steps=steps, guidance=guidance, generator=generator, scheduler=scheduler
@@ -193,7 +217,7 @@ def trajectory(
     generator: torch.Generator | None = None,
     scheduler: Any = None,
 ) -> Iterator[Step]:
-    """The steps by which :func:`sample` gets to its images."""
+    """The steps in which :func:`sample` generates its images."""
     _check_call(sampling, labels, guidance, generator, scheduler)
     scheduler = scheduler_for(sampling, steps, scheduler)
     x = torch.randn(len(labels), sampling.channels, sampling.size, sampling.size, generator=generator)
@@ -207,11 +231,11 @@ def trajectory(
 
 
 def scheduler_for(sampling: Sampling, steps: int, scheduler: Any) -> Any:
-    """A scheduler of diffusers set to so many steps; the sampler's own if it is None.
+    """A scheduler of diffusers set to ``steps`` steps; the sampler's own if ``scheduler`` is None.
 
     Raises:
-        ArgumentError: no sampler takes so many, or the scheduler is not for a model of noise that sees its samples as
-            they are.
+        ArgumentError: it cannot take this number of steps, or does not fit a model that predicts noise from unscaled
+            samples.
     """
     if scheduler is None:
         return sampling.scheduler(steps)
@@ -234,7 +258,11 @@ def scheduler_for(sampling: Sampling, steps: int, scheduler: Any) -> Any:
 
 
 def _check_call(sampling: Sampling, labels: Tensor, guidance: float, generator: object, scheduler: object) -> None:
-    """Raises ArgumentError for labels, a guidance scale or a generator that cannot be sampled with."""
+    """Check the labels, the guidance scale and the generator.
+
+    Raises:
+        ArgumentError: it is not possible to sample with them.
+    """
     whole = isinstance(labels, Tensor) and labels.dtype in (torch.int64, torch.int32)
     if not whole or labels.ndim != 1 or len(labels) == 0:
         shown = f"{tuple(labels.shape)} {labels.dtype}" if isinstance(labels, Tensor) else repr(labels)
@@ -247,8 +275,8 @@ def _check_call(sampling: Sampling, labels: Tensor, guidance: float, generator: 
     fitted = getattr(scheduler, "fitted_guidance", guidance)
     if fitted != guidance:
         raise ArgumentError(
-            f"guidance is {guidance:g}, and the correction of the scheduler was fitted at {fitted:g}; draw with that, "
-            "or fit one for this"
+            f"guidance is {guidance:g}, and the correction of the scheduler was fitted at {fitted:g}; sample with "
+            "that, or fit one for this"
         )
     if generator is not None and not (isinstance(generator, torch.Generator) and generator.device.type == "cpu"):
         raise ArgumentError(f"generator is {generator!r}; give a torch.Generator on the CPU, where noise is drawn")
@@ -267,7 +295,10 @@ def guided_noise(
 
 
 def _guided(denoiser: Denoiser, sampling: Sampling, x: Tensor, t: Tensor, labels: Tensor, guidance: float) -> Tensor:
-    """The same with the learned variance, if there is one; what is not guided is that of the label's half."""
+    """The guided noise with the learned variance, if there is one.
+
+    Channels without guidance are the conditional half's.
+    """
     y = torch.cat([labels, torch.full_like(labels, sampling.null_label)])
     conditional, unconditional = denoiser(torch.cat([x, x]), t.expand(len(y)), y).float().chunk(2)
     guided = sampling.guided_channels
@@ -281,13 +312,13 @@ def as_denoiser(transformer: nn.Module) -> Denoiser:
 
 
 def _place(model: Any) -> tuple[torch.device, torch.dtype]:
-    """Where a model is, and in which dtype; those of diffusers say it, also a quantized one, without parameters."""
+    """Device and dtype of a model. Models of diffusers have these attributes, and quantized ones have no parameters."""
     like = model if hasattr(model, "device") and hasattr(model, "dtype") else next(model.parameters())
     return like.device, like.dtype
 
 
 class SamplingPipeline:
-    """A bare transformer as a pipeline with the call of diffusers' ``DiTPipeline``, without a VAE."""
+    """A bare transformer as a pipeline with the call of diffusers' ``DiTPipeline``, but without a VAE."""
 
     def __init__(self, transformer: nn.Module, sampling: Sampling) -> None:
         self.transformer = transformer
@@ -301,13 +332,14 @@ class SamplingPipeline:
         generator: torch.Generator | None = None,
         num_inference_steps: int = 50,
     ) -> Tensor:
+        """Sample one image per class label; see :func:`sample`."""
         classes = self.sampling.null_label
         if odd := [label for label in class_labels if not 0 <= label <= classes]:
             raise ArgumentError(f"class {odd[0]} is asked for; the model has classes 0 to {classes - 1}")
         device, dtype = _place(self.transformer)
         denoise = as_denoiser(self.transformer)
 
-        def denoiser(x: Tensor, t: Tensor, y: Tensor) -> Tensor:  # where the transformer is, and in its precision
+        def denoiser(x: Tensor, t: Tensor, y: Tensor) -> Tensor:  # on the transformer's device and in its dtype
             return denoise(x.to(device, dtype), t.to(device), y.to(device)).to(x)
 
         return sample(

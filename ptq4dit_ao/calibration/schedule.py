@@ -1,4 +1,4 @@
-"""When one of a pipeline's modules is called, as its scheduler tells: before a run, and as it begins."""
+"""Timesteps at which a pipeline calls one of its modules, from its scheduler: before a run, and at its beginning."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FORMS: tuple[Callable[[Tensor, int], Tensor], ...] = (
     lambda t, trained: t / trained,
     lambda t, trained: 1 - t / trained,
 )
-"""How transformers are told a scheduler's time, which counts up to ``trained``."""
+"""Forms in which transformers receive a scheduler's time, which counts up to ``trained``."""
 
 
 def check_timesteps(
@@ -37,22 +37,22 @@ def check_timesteps(
     call: Mapping[str, object] | None = None,
     what: str = "calibration",
 ) -> None:
-    """Ask, without a run, whether a pipeline can be recorded at these timesteps.
+    """Check, without a run, that a pipeline can be recorded at these timesteps.
 
-    A list can be checked where the schedule is known before a run: for pipelines that are called by class, and for
-    those with two transformers (``boundary_ratio``). For others a count is checked.
+    A list can be checked where the schedule is known before a run: for class-conditional pipelines, and for those with
+    two transformers (``boundary_ratio``). For other pipelines only a count is checked.
 
     Args:
         pipeline: as for :func:`collect_from_pipeline`.
-        timesteps: as there.
-        steps: as there.
-        component: as there.
-        call: as there.
-        what: whose timesteps these are, for the message: ``calibration`` or ``evaluation``.
+        timesteps: as for :func:`collect_from_pipeline`.
+        steps: as for :func:`collect_from_pipeline`.
+        component: as for :func:`collect_from_pipeline`.
+        call: as for :func:`collect_from_pipeline`.
+        what: name of the recipe's section in messages, ``calibration`` or ``evaluation``.
 
     Raises:
-        CalibrationError: there are fewer steps, or one of the timesteps is not among them.
-        ArgumentError: timesteps or steps are no such numbers.
+        CalibrationError: there are fewer steps than timesteps, or one of the timesteps does not occur.
+        ArgumentError: ``timesteps`` or ``steps`` is invalid.
     """
     check_wanted(timesteps, steps, what)
     call = call or {}
@@ -65,19 +65,19 @@ def check_timesteps(
 
 
 def steps_asked(steps: int, call: Mapping[str, object]) -> int:
-    """How many steps a pipeline takes: a schedule of the call's own goes before ``steps``."""
+    """Number of steps that a pipeline is asked for. A schedule in ``call`` takes precedence over ``steps``."""
     own = next((call[name] for name in ("timesteps", "sigmas") if isinstance(call.get(name), Sized)), None)
     return steps if own is None else len(own)  # type: ignore[arg-type]
 
 
 def known_times(pipeline: Any, component: str, steps: int, call: Mapping[str, object]) -> list[float] | None:
-    """The times at which a module will be called, as it receives them; None where a pipeline does not tell.
+    """Times at which a module will be called, as it receives them; None where the pipeline does not reveal them.
 
-    Two kinds pass on their scheduler's times: those that are called by class, if these are integers, and those with two
-    transformers. Others scale them, or set the scheduler with arguments of their own.
+    Two kinds of pipelines pass on their scheduler's times: class-conditional ones, if these are integers, and those
+    with two transformers. Others scale them, or set the scheduler with arguments of their own.
 
     Raises:
-        CalibrationError: the scheduler cannot take so many steps, or the pipeline never calls that module.
+        CalibrationError: the scheduler cannot take this number of steps, or the pipeline never calls that module.
     """
     scheduler: Any = getattr(pipeline, "scheduler", None)
     if not hasattr(scheduler, "set_timesteps"):
@@ -99,7 +99,7 @@ def known_times(pipeline: Any, component: str, steps: int, call: Mapping[str, ob
 
 
 class FirstCalls:
-    """Reads a pipeline's scheduler when one of its modules is first called in a run, and all steps have been set."""
+    """A reader of a pipeline's scheduler at the first calls of a module in a run, when the steps have been set."""
 
     def __init__(self, pipeline: Any, component: str) -> None:
         self.pipeline, self.component = pipeline, component
@@ -110,11 +110,11 @@ class FirstCalls:
         self._before = self._timesteps()
 
     def all_times(self, first: Sequence[float], t: Tensor | float) -> list[float] | None:
-        """All times of this run as the module receives them, told by the ``first`` ones and the next, ``t``.
+        """All times of this run as the module receives them, derived from the ``first`` ones and the next one, ``t``.
 
-        One time alone tells only that a schedule begins, and only in full precision: a later one may be another's by
-        chance. None where nothing can be told yet, or at all: the pipeline has not set its scheduler in this run, or
-        what the module receives is not the scheduler's time.
+        A single time is enough only if it is the schedule's first, and in full precision: a later one may match another
+        schedule by chance. The result is None if the times cannot be derived (yet): the pipeline has not set its
+        scheduler in this run, or the module does not receive the scheduler's time.
         """
         timesteps = self._timesteps()
         if timesteps is None or timesteps is self._before or len(timesteps) == 0:
@@ -141,19 +141,19 @@ class FirstCalls:
 
 
 def rounding_of(t: Tensor | float) -> float:
-    """How far, relative to it, a time may be from the one it was before it was cast to this dtype."""
+    """Relative error that casting to the dtype of ``t`` may have caused."""
     low = isinstance(t, Tensor) and t.is_floating_point()
     return max(RELATIVE_TOLERANCE, torch.finfo(t.dtype).eps if low else 0.0)  # type: ignore[union-attr]
 
 
 def _shares(pipeline: Any, component: str) -> bool:
-    """Is it one of two transformers that share a schedule out, the first down to ``boundary_ratio`` of it?"""
+    """Whether it is one of two transformers that share a schedule: the first runs down to ``boundary_ratio`` of it."""
     config = getattr(pipeline, "config", None) or {}
     return "boundary_ratio" in config and component in ("transformer", "transformer_2")
 
 
 def _own_part(pipeline: Any, component: str, times: list[float]) -> list[float]:
-    """Of a schedule the times at which a module is called.
+    """Times of a schedule at which a module is called.
 
     Raises:
         CalibrationError: there are none.
@@ -172,5 +172,5 @@ def _own_part(pipeline: Any, component: str, times: list[float]) -> list[float]:
 
 
 def _different(timesteps: Tensor) -> list[float]:
-    """In order, without those that a solver evaluates twice."""
+    """The timesteps in order, without those that a solver evaluates a second time."""
     return list(dict.fromkeys(map(float, timesteps.tolist())))

@@ -1,4 +1,4 @@
-"""Which of a sampler's steps to calibrate on, told by the timestep that the transformer receives."""
+"""Selection of a sampler's steps to calibrate on, by the timestep that the transformer receives."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ import numpy as np
 from ptq4dit_ao.errors import ArgumentError, CalibrationError, check_type
 
 RELATIVE_TOLERANCE = 1e-4
-"""How near a visited timestep must be to one asked for: float32 arithmetic, and decimals as people write them."""
+"""Relative tolerance between two equal timesteps, for float32 arithmetic and for decimals written by people."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NormalTimesteps:
-    """PTQ4DM's draw (Shang et al. 2022, arXiv 2211.15736): ``t_i = clamp(floor(N(mean, std) T), 0, T - 1)``.
+    """Random timesteps of PTQ4DM (Shang et al. 2022, arXiv 2211.15736): ``t = clamp(floor(N(mean, std) T), 0, T - 1)``.
 
-    T counts the sampler's steps, and t = 0 is its last one, which sees the least noise. The draws are dealt out to the
-    samples in turn: with as many as samples, each sample is kept at one step of its own, as in the paper; a step that
-    is drawn twice for a sample is kept twice. (The paper has std = 0.5 and mean at most that, the authors' code 0.4
-    for both.)
+    T is the number of the sampler's steps, and t = 0 is its last step, with the least noise. The draws are dealt out to
+    the samples in turn. With as many draws as samples, each sample is recorded at one step of its own, as in the paper.
+    A step that is drawn twice for a sample is recorded twice. (The paper has std = 0.5 and mean at most that; the
+    authors' code has 0.4 for both.)
 
     Raises:
-        ArgumentError: a value is not finite, std is negative, or nothing is drawn.
+        ArgumentError: a value is not finite, std is negative, or count is less than 1.
     """
 
     mean: float = 0.4
-    """Fraction of the schedule."""
+    """Mean of the draws, as a fraction of the schedule."""
     std: float = 0.4
-    """Fraction of the schedule."""
+    """Standard deviation of the draws, as a fraction of the schedule."""
     count: int = 1024
-    """Draws in all."""
+    """Number of draws in total."""
 
     def __post_init__(self) -> None:
         numbers = all(isinstance(x, (int, float)) and math.isfinite(x) for x in (self.mean, self.std))
@@ -42,7 +42,7 @@ class NormalTimesteps:
             raise ArgumentError(f"{self} needs a finite mean, a finite std of at least 0, and a count of at least 1")
 
     def deal(self, samples: int, steps: int, seed: int) -> list[list[int]]:
-        """For each sample, positions in the sampler's order, of ``range(steps)``.
+        """Positions of each sample in the sampler's order, within ``range(steps)``.
 
         Raises:
             CalibrationError: there are fewer draws than samples.
@@ -58,9 +58,12 @@ class NormalTimesteps:
 def choose_timesteps(
     available: Sequence[float], wanted: int | Sequence[float], what: str = "calibration"
 ) -> list[float]:
-    """A count takes evenly spaced ones from first to last; a list is checked, and takes the nearest.
+    """The wanted timesteps out of the available ones.
 
-    ``what`` they are for, calibration or evaluation, is said in messages.
+    Args:
+        available: timesteps of the sampler.
+        wanted: a number of timesteps, evenly spaced from first to last; or a list, of which each takes the nearest one.
+        what: name of the recipe's section in messages, ``calibration`` or ``evaluation``.
 
     Raises:
         CalibrationError: more are wanted than there are, or one does not occur.
@@ -72,12 +75,16 @@ def choose_timesteps(
 
 
 def spaced_positions(count: int, steps: int, what: str = "calibration", taken_by: str = "the sampler has") -> list[int]:
-    """``count`` of ``range(steps)``, evenly spaced from first to last.
+    """Positions within ``range(steps)``, ``count`` of them, evenly spaced from first to last.
 
-    ``what`` they are for and ``taken_by`` whom the steps are taken is said in messages.
+    Args:
+        count: number of positions.
+        steps: number of steps.
+        what: name of the recipe's section in messages, ``calibration`` or ``evaluation``.
+        taken_by: who takes the steps, in messages.
 
     Raises:
-        CalibrationError: there are not as many.
+        CalibrationError: there are fewer steps, or ``count`` is less than 1.
     """
     if count < 1:
         raise CalibrationError(f"{count} calibration timesteps asked for; ask for at least 1")
@@ -90,10 +97,10 @@ def spaced_positions(count: int, steps: int, what: str = "calibration", taken_by
 
 
 def nearest_timestep(available: Iterable[float], t: float, what: str = "calibration") -> float:
-    """The one of ``available`` that is ``t``, up to rounding.
+    """The available timestep that is equal to ``t``, up to rounding.
 
     Raises:
-        CalibrationError: none is.
+        CalibrationError: there is none.
     """
     nearest = min(available, key=lambda a: abs(a - t))
     if not is_close(nearest, t):
@@ -105,10 +112,10 @@ def nearest_timestep(available: Iterable[float], t: float, what: str = "calibrat
 
 
 def check_wanted(wanted: object, steps: object, what: str = "calibration") -> None:
-    """Ask whether timesteps and steps make sense at all.
+    """Check that timesteps and steps are valid.
 
     Raises:
-        ArgumentError: they are no numbers that a sampler could have.
+        ArgumentError: no sampler could have such values.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ArgumentError(f"steps is {steps!r}; give a whole number of at least 1")
@@ -124,18 +131,19 @@ def check_wanted(wanted: object, steps: object, what: str = "calibration") -> No
 
 
 class StepSelection:
-    """Tells the wanted steps of a sampler, in one run after another, by the timesteps of its calls.
+    """The wanted steps of a sampler, identified in each run by the timesteps of its calls.
 
     Calls at one timestep are one step: guidance in two passes, or a solver that evaluates twice (Heun).
 
     Args:
-        wanted: how many, evenly spaced over ``steps``; or which timesteps; of a draw, all steps.
-        steps: how many the sampler is asked to take.
-        component: what is called, for messages.
-        exact: the module is called at no more steps, whatever the schedule says.
+        wanted: a number of timesteps, evenly spaced over ``steps``; a list of timesteps; or a draw, for which all steps
+            are wanted.
+        steps: number of steps that the sampler is asked for.
+        component: name of the called module, for messages.
+        exact: whether the module is called at no more than ``steps`` steps, whatever the schedule says.
 
     Raises:
-        CalibrationError: more are wanted than there are, or none.
+        CalibrationError: more timesteps are wanted than there are, or none.
     """
 
     def __init__(
@@ -158,7 +166,7 @@ class StepSelection:
         else:
             self.wanted = _not_empty(wanted, "calibration")
         self.visited: dict[float, int] = {}
-        """Position of every timestep of this run."""
+        """Timestep -> position, for every timestep of this run."""
 
     @property
     def last(self) -> int | None:
@@ -170,10 +178,10 @@ class StepSelection:
         self.visited = {}
 
     def expect(self, times: Sequence[float]) -> None:
-        """As a run begins: these steps are all that it takes, at the times that the module receives.
+        """Set all times of a run at its beginning, as the module receives them.
 
         Raises:
-            CalibrationError: what is wanted is not among them, or they are too few.
+            CalibrationError: the wanted timesteps are not among them, or they are too few.
         """
         taken = min(self.steps, len(times)) if self.exact else len(times)
         if self.positions is None:
@@ -185,7 +193,7 @@ class StepSelection:
             self.positions = spaced_positions(self.count, taken)
 
     def is_over(self, t: float) -> bool:
-        """Has this run passed all wanted steps when it arrives at ``t``?"""
+        """Whether this run has passed all wanted steps when it arrives at ``t``."""
         if t in self.visited:
             return False
         if self.positions is not None:
@@ -194,14 +202,17 @@ class StepSelection:
         return seen and not any(is_close(t, w) for w in self.wanted)
 
     def visit(self, t: float) -> bool:
-        """Is a call at ``t`` to be recorded? Of a list, whatever is close is; :meth:`chosen` says what to keep."""
+        """Whether to record a call at ``t``.
+
+        Several calls may be close to a listed timestep; :meth:`chosen` selects one.
+        """
         position = self.visited.setdefault(t, len(self.visited))
         if self.positions is not None:
             return position in self.positions
         return any(is_close(t, w) for w in self.wanted)
 
     def chosen(self) -> set[float]:
-        """The wanted ones among the timesteps of a run that has ended.
+        """The wanted timesteps among those of a finished run.
 
         Raises:
             CalibrationError: one did not occur.
@@ -237,5 +248,5 @@ def _not_empty(wanted: object, what: str) -> list[float]:
 
 
 def is_close(t: float, wanted: float) -> bool:
-    """Are two times one, as far as float32 arithmetic and decimals go?"""
+    """Whether two times are equal, up to :data:`RELATIVE_TOLERANCE`."""
     return math.isclose(t, wanted, rel_tol=RELATIVE_TOLERANCE)

@@ -1,1 +1,1 @@
-"""Compare many: quantized models with their float model, with each other, and with what other tools make of it."""
+"""Comparisons of quantized models with their float model, with each other, and with other tools' quantized models."""

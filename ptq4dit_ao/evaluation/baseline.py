@@ -1,4 +1,4 @@
-"""What quantized forms of a model are held against: its own predictions and images, and a reference set."""
+"""Baseline of an evaluation: the float model's predictions and images, and a reference set."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ from ptq4dit_ao.workflow.image_sampling import ImageSampling
 from ptq4dit_ao.workflow.models import LoadedModel
 
 OWN = "what the float model draws"
-"""The reference set, where there is no other."""
+"""Name of the reference set if there is no other: the float model's own images."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Baseline:
-    """A float model, what it draws, and where both are measured."""
+    """A float model and its images, with which quantized models are compared."""
 
     model: LoadedModel
     image_sampling: ImageSampling
     images: Tensor
-    """(samples, C, H, W) of the float model."""
+    """Images of the float model, (samples, C, H, W) in [-1, 1]."""
     distances: Distances | None
-    """Of these images; None if they are the reference themselves, or there is no network."""
+    """Distances of these images; None if they are the reference set themselves, or there is no feature network."""
     reference_features: ReferenceFeatures | None
     notes: tuple[str, ...]
 
     @property
     def float_row(self) -> EvaluationRow:
-        """The float model itself."""
+        """Result of the float model itself."""
         return EvaluationRow(model="float32", execution="float", distances=self.distances)
 
     @torch.no_grad()
@@ -57,7 +57,7 @@ class Baseline:
         correction: NoiseCorrection | None,
         on_progress: OnStage,
     ) -> EvaluationRow:
-        """Measure a quantized form of the model: on recorded inputs, and by what it draws."""
+        """Compare a quantized model with the float model, by its predictions on recorded inputs and by its images."""
         backend, integer = run.proof.backend, BACKENDS[run.proof.backend].integer
 
         def told(stage: str) -> OnProgress:
@@ -89,16 +89,16 @@ def baseline_of(
     images: Tensor | None = None,
     on_progress: OnStage = ignore,
 ) -> Baseline:
-    """Let the float model draw, and measure what it drew.
+    """Sample images with the float model and measure them.
 
     Args:
         model: the float model.
-        image_sampling: what it draws.
-        network: what distances are measured in, if they are.
-        given: the reference set; without it, what the float model draws is the reference.
-        cache: keeps the statistics of that.
-        images: what the float model drew before.
-        on_progress: called as stages advance.
+        image_sampling: settings of the images.
+        network: feature network for distances; None if no distances are measured.
+        given: the reference set. Without it, the float model's images are the reference set.
+        cache: file for the statistics of the float model's images, if they are the reference set.
+        images: images that the float model sampled earlier.
+        on_progress: called with ``(stage, done, total)`` as stages advance.
     """
     if images is None:
         images = image_sampling.draw(as_denoiser(model.transformer), of_stage(on_progress, "sample float32"))
@@ -138,16 +138,17 @@ def baseline_of(
 def network_for(
     model: LoadedModel, spec: str | None, reference: str | Path | None, samples: int
 ) -> FeatureNetwork | None:
-    """The feature network that was named, or is known of the model.
+    """The requested feature network, or that of a shipped model; None if there is neither.
 
     Raises:
-        ArgumentError: there is none for the reference set, it cannot be loaded, or the images are too few.
+        ArgumentError: a reference set is given without a network, the network cannot be loaded, or the images are too
+            few.
     """
     spec = spec or (None if model.shipped is None else model.shipped.name)
     if spec is None and reference is not None:
         raise ArgumentError(f"{reference}: a reference set is measured with a feature network; give one (features=...)")
     if spec is not None and samples <= NEIGHBOURS:
-        raise ArgumentError(f"{samples} images are too few for distances; draw at least {NEIGHBOURS + 1}")
+        raise ArgumentError(f"{samples} images are too few for distances; sample at least {NEIGHBOURS + 1}")
     return None if spec is None else load_features(spec)
 
 
@@ -158,7 +159,7 @@ def given_reference_features(
     cache: str | Path | None,
     on_progress: OnProgress = ignore,
 ) -> ReferenceFeatures | None:
-    """The reference set that was named, or is known of the model, as the network sees it.
+    """Features of the requested reference set, or of a shipped model's training data; None if there is neither.
 
     Raises:
         ArgumentError: see :func:`read_reference` and :func:`reference_features`.
@@ -179,7 +180,7 @@ def given_reference_features(
 
 
 def _known(model: LoadedModel) -> ReferenceSet | None:
-    """What the shipped digits model was trained on, if it is that one and scikit-learn is installed."""
+    """Training data of the shipped digits model, if it is that model and scikit-learn is installed."""
     if model.shipped is not DIGITS:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Where figures were measured: processor, threads, versions, commit."""
+"""Environment of a measurement: processor, threads, versions and commit."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import ptq4dit_ao
 from ptq4dit_ao._version import __version__, installed_version
 
 PACKAGES = ("torch", "torchao", "diffusers", "openvino", "nncf", "onnxruntime")
+"""Packages whose versions are reported."""
 
 
 def environment() -> dict[str, object]:
-    """What a figure of this process must be read with, as JSON."""
+    """Environment of this process as JSON, to be reported with every measurement."""
     return {
         "cpu": torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -29,7 +30,7 @@ def environment() -> dict[str, object]:
 
 
 def one_line(about: Mapping[str, object]) -> str:
-    """What :func:`environment` returned, and more of its kind, for people; what is None is left out."""
+    """Text of an :func:`environment`, perhaps with more entries, in one line. Entries that are None are left out."""
     versions = about["versions"]
     assert isinstance(versions, Mapping)
     flat = {**{name: value for name, value in about.items() if name != "versions"}, **versions}
@@ -37,7 +38,7 @@ def one_line(about: Mapping[str, object]) -> str:
 
 
 def commit() -> str | None:
-    """The commit that this package runs from, ``-dirty`` if files differ from it; None outside a git checkout."""
+    """Commit that this package runs from, with ``-dirty`` if files differ from it; None outside a git checkout."""
     folder = Path(ptq4dit_ao.__file__).parent
     if not (folder.parent / ".git").exists():
         return None
@@ -49,13 +50,13 @@ def commit() -> str | None:
 
 
 def has_native_bfloat16() -> bool:
-    """Does the processor multiply bfloat16 without converting it to float32 first?"""
+    """Whether the processor multiplies bfloat16 without converting it to float32 first."""
     able = torch.cpu.get_capabilities()
     return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def resident_mb() -> float | None:
-    """This process's memory in MB (VmRSS), where Linux tells."""
+    """Resident memory of this process in MB (VmRSS); None where the system does not report it."""
     status = Path("/proc/self/status")
     if not status.exists():
         return None

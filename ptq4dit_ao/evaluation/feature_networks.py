@@ -1,4 +1,4 @@
-"""Feature networks by name: a shipped classifier, or whatever a user has."""
+"""Feature networks by name: those of the shipped classifiers, or a user's own."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ def load_features(spec: str) -> FeatureNetwork:
     """Load a feature network.
 
     Args:
-        spec: ``digits`` or ``fashion`` for the classifier that judges that shipped DiT; or
-            ``package.module:function``, a function without arguments that returns a
-            :class:`~ptq4dit_ao.metrics.FeatureNetwork`.
+        spec: ``digits`` or ``fashion`` for the classifier that judges that shipped DiT; or ``package.module:function``,
+            a function without arguments that returns a :class:`~ptq4dit_ao.metrics.FeatureNetwork`.
 
     Raises:
         ArgumentError: it is neither.
@@ -30,7 +29,7 @@ def load_features(spec: str) -> FeatureNetwork:
 
 
 def classifier_features(reference: Reference) -> FeatureNetwork:
-    """The classifier that judges a shipped DiT: 64 features, the mean over positions of its last feature map."""
+    """Feature network of a shipped DiT's classifier: 64 features, the mean over positions of its last feature map."""
     classifier, shape = load_reference_classifier(reference.name), (1, reference.size, reference.size)
 
     def read(images: Tensor) -> Features:

@@ -1,4 +1,4 @@
-"""Images to measure generated ones against: where they come from, and their statistics kept in a file."""
+"""Reference sets that generated images are compared with: their sources, and their statistics stored in a file."""
 
 from __future__ import annotations
 
@@ -23,32 +23,37 @@ _ADM_FITS = ("mu", "sigma", "mu_s", "sigma_s")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ReferenceSet:
-    """Images (N, C, H, W) in [-1, 1]."""
+    """A reference set of images (N, C, H, W) in [-1, 1]."""
 
     name: str
     images: Tensor
     fits: tuple[Gaussian, Gaussian] | None = None
-    """Of pooled and spatial Inception features of more images than these, which ADM's files have."""
+    """Fits of pooled and spatial Inception features, which ADM's files contain.
+
+    They are of more images than ``images``.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceFeatures:
-    """A reference set as a network sees it."""
+    """Features of a reference set, measured by one network."""
 
     name: str
     network: FeatureNetwork
     statistics: ReferenceStatistics
 
     def distances(self, images: Tensor, on_progress: OnProgress = ignore) -> Distances:
-        """How far (N, C, H, W) images are from it."""
+        """Distances of (N, C, H, W) images from the reference set."""
         return self.statistics.distances(extract(self.network, images, on_progress=on_progress))
 
 
 def read_reference(path: str | Path) -> ReferenceSet | ReferenceStatistics:
-    """A folder of PNG; an ``.npz`` like ADM's, 8-bit images (N, H, W, C) as ``arr_0``; or kept statistics.
+    """Read a reference set: a folder of PNG files, an ``.npz`` like ADM's, or stored statistics (``.safetensors``).
+
+    An ``.npz`` has 8-bit images (N, H, W, C) as ``arr_0``.
 
     Raises:
-        ArgumentError: it is none of these, or the images are not of one size.
+        ArgumentError: it is none of these, or the images differ in size.
         MissingDependencyError: it is a folder, and Pillow is not installed.
     """
     path = as_path(path, "reference")
@@ -67,7 +72,7 @@ def reference_features(
     cache: str | Path | None = None,
     on_progress: OnProgress = ignore,
 ) -> ReferenceFeatures:
-    """Measure a reference set, or read from ``cache`` what was measured of it before.
+    """Measure a reference set, or read its statistics from the file ``cache`` if that exists.
 
     Raises:
         ArgumentError: the file is of other images or another network.
@@ -118,7 +123,7 @@ def _folder_levels(path: Path) -> np.ndarray:
 
 
 def _in_unit_range(path: Path, levels: np.ndarray) -> Tensor:
-    """(N, H, W) or (N, H, W, C) 8-bit levels -> (N, C, H, W) in [-1, 1]."""
+    """Convert 8-bit levels, (N, H, W) or (N, H, W, C), to images (N, C, H, W) in [-1, 1]."""
     if levels.dtype != np.uint8 or levels.ndim not in (3, 4):
         raise ArgumentError(f"{path} holds {levels.dtype} of shape {levels.shape}; expected uint8 and (N, H, W, C)")
     pixels = torch.from_numpy(levels.reshape(*levels.shape[:3], -1)).permute(0, 3, 1, 2)

@@ -1,7 +1,7 @@
-"""Evaluate a quantized model: paired with its float model first, then as a source of images.
+"""Evaluation of a quantized model: first paired with its float model, then by the distribution of its images.
 
-Paired figures (equal inputs, or equal noise, through both models) show what quantization did, with little noise of
-their own. Distances to a reference set show whether it matters; they need many images.
+Paired metrics compare both models on equal inputs, or equal noise. They show the effect of quantization with little
+statistical noise. Distances to a reference set show the effect on image quality, and need many images.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ptq4dit_ao.workflow.quantized_model import QuantizedModel, load_quantized
 from ptq4dit_ao.workflow.samples import check_recording, recorded_samples
 
 CORRECTED = "images are drawn with the noise corrected in the scheduler (PTQD); eps SQNR is the model's own"
+"""Note on results with noise correction."""
 
 
 @torch.no_grad()
@@ -45,32 +46,34 @@ def evaluate(
     cache: str | Path | None = None,
     on_progress: OnStage = ignore,
 ) -> EvaluationResult:
-    """Evaluate a saved quantized model that knows how it is sampled.
+    """Evaluate a saved quantized model that has a description of how to sample it.
 
     Args:
-        directory: as ``save_quantized`` wrote it.
-        model: the float model, as for :func:`load_model`; what the recipe names if not given.
-        backends: what executes it; each has a row of its own.
-        samples: images that each model draws, of all classes in turn.
-        steps: of the sampler.
-        sampler: ``ddim``, or ``ddpm`` as the DiT authors have it; what its recipe names if not given.
-        seed: of noise and intervals. The predicted noise is compared on the recipe's evaluation samples.
-        features: as for :func:`load_features`. Without it, the shipped models have their classifiers, and of other
-            models no distances are measured.
-        reference: as for :func:`read_reference`. Without it, the shipped digits model has scikit-learn's digits, where
-            that is installed; otherwise what the float model draws is the reference.
-        cache: a file that keeps the statistics of the reference; read if it exists.
-        on_progress: called as stages advance.
+        directory: folder that ``save_quantized`` wrote.
+        model: the float model, as for :func:`load_model`. The default is the model that the recipe names.
+        backends: backends that execute the quantized model, with a result each.
+        samples: number of images per model, of all classes in turn.
+        steps: number of sampling steps.
+        sampler: ``ddim``, or ``ddpm`` as in the DiT authors' code. The default is the sampler of the recipe.
+        seed: seed of the images' noise and of the intervals. The predicted noise is compared on the recipe's evaluation
+            samples.
+        features: feature network, as for :func:`load_features`. By default the shipped models use their classifiers,
+            and no distances are measured for other models.
+        reference: reference set, as for :func:`read_reference`. By default it is scikit-learn's digits for the shipped
+            digits model, if scikit-learn is installed, and the float model's images otherwise.
+        cache: a file for the statistics of the reference set. It is read if it exists.
+        on_progress: called with ``(stage, done, total)`` as stages advance.
 
     Raises:
-        ArgumentError: the float model or its sampling is unknown, it has latents and no VAE, or an option is wrong.
+        ArgumentError: the float model or its sampling is unknown, the model has latents and no VAE, or an option is
+            wrong.
         PTQ4DiTError: see :func:`load_quantized`, :func:`load_model` and :func:`~ptq4dit_ao.lower`.
     """
     for name, value, least in (("samples", samples, 1), ("seed", seed, 0)):
         if value < least:
             raise ArgumentError(f"{name} is {value}; it must be at least {least}")
     for name in backends:
-        choose_backend(name)  # before the long part, which a wrong name must not waste
+        choose_backend(name)  # before the long part, which a wrong name would waste
     if not backends:
         raise ArgumentError("there are no backends; give at least one, such as 'reference'")
     kept = None if cache is None else as_path(cache, "cache")

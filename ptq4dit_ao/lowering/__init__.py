@@ -1,4 +1,4 @@
-"""Run a quantized graph: one small backend per file, and the proof that integer kernels run."""
+"""Backends that run a quantized graph, one per file, and the proof that integer kernels run."""
 
 from ptq4dit_ao.lowering import (  # noqa: F401  (they register themselves)
     aoti,

@@ -1,7 +1,7 @@
-"""``aoti``: what ``x86_inductor`` compiles, ahead of time, as one file that Python and C++ load without a compiler.
+"""``aoti``: ahead-of-time compilation as in ``x86_inductor``, to a file that Python and C++ load without a compiler.
 
-Without freezing AOTInductor matches no int8 pattern and packs a float program without a word (pytorch/ao#4566). The
-proof, which asks oneDNN what it ran, refuses that.
+Without freezing, AOTInductor matches no int8 pattern and silently packages a float program (pytorch/ao#4566). The proof
+detects that, because it counts the primitives that oneDNN reports.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from ptq4dit_ao.lowering.x86_inductor import INT8, lacks, prepare
 
 SUFFIX = ".pt2"
 SETTINGS = {"freezing": True}
-"""Of Inductor, for this compile only."""
+"""Settings of Inductor, for this compilation only."""
 
 
 def build(request: Request) -> Runnable:
-    """Compile and load; the file is gone when this returns."""
+    """Compile to a temporary file and load it."""
     with tempfile.TemporaryDirectory() as folder:
         return write(request, Path(folder) / f"model{SUFFIX}")
 
 
 def write(request: Request, path: Path) -> Runnable:
-    """Write the package, and load it."""
+    """Write the package and load it."""
     prepare(request)
     program = as_program(request.graph, request.example_inputs)
-    # Where Inductor leaves what it made on the way; else that is a copy of the weights in its cache.
+    # Inductor writes its intermediate files here. By default they would be a copy of the weights in its cache.
     remains = str(path.with_name("inductor"))
     with torch.no_grad(), inductor_config.patch({**SETTINGS, "aot_inductor.output_path": remains}):
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))

@@ -1,4 +1,4 @@
-"""What a backend is, and which there are."""
+"""Backend records, and the registry of all backends."""
 
 from __future__ import annotations
 
@@ -22,24 +22,26 @@ from ptq4dit_ao.lowering.proof import count_kernels
 logger = logging.getLogger(__name__)
 
 Runnable = Callable[..., Tensor | tuple[Tensor, ...]]
-"""Called with the graph's inputs."""
+"""A built model: a function of the graph's inputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
-    """Which quantized linears a backend carries: activations per tensor, weights per output channel, ..."""
+    """Quantized linears that a backend carries: activations per tensor, weights per output channel."""
 
     activation_dtypes: tuple[torch.dtype, ...] = (torch.uint8,)
-    """As stored; fewer bits than 8 are a smaller range of these."""
+    """Dtypes of stored activations. Fewer bits than 8 use a part of the dtype's range."""
     weight_dtypes: tuple[torch.dtype, ...] = (torch.int8,)
+    """Dtypes of stored weights."""
     asymmetric_weights: bool = False
+    """Whether weights may have a zero point other than 0."""
     model_dtypes: tuple[torch.dtype, ...] = (torch.float32,)
-    """Of the graph around the linears."""
+    """Dtypes of the float model around the linears."""
     float_dtypes: tuple[torch.dtype, ...] = ()
-    """What ``float_dtype`` of ``lower`` may ask for."""
+    """Values that ``float_dtype`` of ``lower`` may have."""
 
     def refuse(self, linear: QuantizedLinear) -> str | None:
-        """Why these capabilities cannot carry a linear."""
+        """The reason why these capabilities do not cover a linear; None if they do."""
         if linear.dtype not in self.model_dtypes:
             return (
                 f"needs a {_names(self.model_dtypes)} model, got {_names([linear.dtype])}: call .float() on the model "
@@ -57,81 +59,87 @@ class Capabilities:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What ``lower`` asks a backend to build."""
+    """A request of ``lower`` to build a graph."""
 
     graph: GraphModule
-    """A private copy; its tensors are shared, so replace or delete them, but do not write into them."""
+    """A private copy of the graph. Its tensors are shared: replace or delete them, but do not write into them."""
     linears: Sequence[QuantizedLinear]
-    """Those of ``graph`` that the backend carries."""
+    """The linears of ``graph`` that the backend carries."""
     example_inputs: tuple[Tensor, ...]
     float_dtype: torch.dtype | None = None
-    """What computes beside the integers; None for the model's own dtype."""
+    """Dtype of the float part; None for the model's own dtype."""
     attention: int = 0
-    """Quantized matrix products of attention in ``graph``."""
+    """Number of attention's quantized matrix products in ``graph``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """A record of how one backend runs a converted graph, and of what proves that it does.
+    """A record of how one backend runs a converted graph, and of how to prove that it does.
 
-    A new backend is one file that makes such a record and calls :func:`register` with it; see
-    docs/maintainers/add_a_backend.md. A package of its own may do so, too: an entry point in the group
+    A new backend is one file that makes such a record and passes it to :func:`register`; see
+    docs/maintainers/add_a_backend.md. Another package can do so, too: an entry point in the group
     ``ptq4dit_ao.backends`` names the module.
     """
 
     name: str
+    """Name that ``lower`` takes."""
     summary: str
     """One line for ``ptq4dit-ao backends``."""
     integer: bool
-    """Whether it runs integer kernels; else it simulates them in float."""
+    """Whether it runs integer kernels. Otherwise it simulates them in float."""
     build: Callable[[Request], Runnable]
-    """Makes a function of the graph's inputs."""
+    """Builds a function of the graph's inputs."""
     rank: int | None = None
-    """Place in the order in which ``auto`` tries backends, lowest first; None: ``auto`` never takes it."""
+    """Position in the order in which ``auto`` tries backends, lowest first. ``auto`` never chooses one with None."""
     rare: bool = False
-    """Whether most machines cannot run it, so that ``auto`` passes it over without a warning."""
+    """Whether most machines cannot run it. ``auto`` passes over it without a warning then."""
     kernels: tuple[str, ...] = ()
-    """Names, in torch's profiler, of the kernels by which it multiplies integers by integers."""
+    """Names, in torch's profiler, of the kernels that multiply integers by integers."""
     packages: tuple[str, ...] = ()
     """Optional packages that it imports."""
     extra: str | None = None
     """Extra of this package that installs them."""
     carries: Capabilities | None = None
-    """None: anything."""
+    """Linears that it carries; None for all."""
     refuse: Callable[[QuantizedLinear], str | None] = lambda linear: None
-    """Why it cannot carry a linear that ``carries`` allows."""
+    """Returns the reason why it cannot carry a linear that ``carries`` allows, or None."""
     lacks: Callable[[], str | None] = lambda: None
-    """Why this machine's hardware or torch cannot run it, and what would help; None if it can."""
+    """Returns the reason why this machine's hardware or torch cannot run it, and the remedy, or None."""
     count: Callable[[Runnable, Sequence[Tensor]], dict[str, int]] | None = None
-    """Counts the integer GEMMs of one call, those of linears: kernel -> how often. None: torch's profiler counts
-    :attr:`kernels`."""
+    """Counts the integer matrix products of linears in one call: kernel -> count.
+
+    If None, torch's profiler counts :attr:`kernels`.
+    """
     count_attention: Callable[[Runnable, Sequence[Tensor]], dict[str, int]] = lambda run, inputs: {}
-    """Counts the matrix products of attention that one call computes with integers: kernel -> how many."""
+    """Counts the matrix products of attention that one call computes with integers: kernel -> count."""
     write: Callable[[Request, Path], Runnable] | None = None
-    """Writes the file that another program runs, into a folder of its own, and loads it; None if there is none."""
+    """Writes the file that another program runs, into a folder of its own, and loads it.
+
+    None if there is no such file.
+    """
     suffix: str = ""
     """Suffix of that file."""
     prunes: bool = False
-    """Whether it leaves out what no output depends on, be it cut off by a slice."""
+    """Whether it leaves out nodes that no output depends on, even those cut off by a slice only."""
     compiles: bool = False
-    """Whether building takes minutes, so that an error is not looked into by building parts."""
+    """Whether building takes minutes. The parity check then does not build parts of the graph to locate an error."""
 
     def unavailable(self) -> str | None:
-        """Why this machine cannot run it, and what would help; None if it can."""
+        """The reason why this machine cannot run it, and the remedy; None if it can."""
         return missing_package(self.packages, self.extra) or self.lacks()
 
     def integer_gemms(self, run: Runnable, inputs: Sequence[Tensor]) -> dict[str, int]:
-        """Integer GEMMs of linears in one call of what it built: kernel -> how often."""
+        """Integer matrix products of linears in one call of the built model: kernel -> count."""
         return count_kernels(run, inputs, self.kernels) if self.count is None else self.count(run, inputs)
 
     def why_not(self, linear: QuantizedLinear) -> str | None:
-        """Why it cannot carry a linear; None if it can."""
+        """The reason why it cannot carry a linear; None if it can."""
         declared = None if self.carries is None else self.carries.refuse(linear)
         return declared or self.refuse(linear)
 
 
 BACKENDS: dict[str, Backend] = {}
-"""Every backend that was registered, by name."""
+"""Every registered backend, by name."""
 
 PLUGINS = "ptq4dit_ao.backends"
 """Group of entry points by which other packages add backends."""
@@ -152,38 +160,38 @@ def register(backend: Backend) -> None:
 def load_plugins() -> None:
     """Import the modules that other packages name as entry points of the group ``ptq4dit_ao.backends``.
 
-    One that fails is named in a warning, and the others are loaded.
+    A plugin that fails is named in a warning, and the others are loaded.
     """
     for plugin in entry_points(group=PLUGINS):
         try:
             plugin.load()
-        except Exception as error:  # of somebody's package: it must not take the others along
+        except Exception as error:  # errors of another package must not stop the other plugins
             logger.warning("backend plugin %s (%s) cannot be loaded: %s", plugin.name, plugin.value, error)
 
 
 def available_backends() -> dict[str, str]:
-    """Name -> what it is, of the backends that this machine can run."""
+    """Name -> summary of the backends that this machine can run."""
     return {name: backend.summary for name, backend in BACKENDS.items() if backend.unavailable() is None}
 
 
 def missing_backends() -> dict[str, str]:
-    """Name -> why this machine cannot run it, of the others."""
+    """Name -> reason why this machine cannot run it, for the other backends."""
     reasons = {name: backend.unavailable() for name, backend in BACKENDS.items()}
     return {name: why for name, why in reasons.items() if why is not None}
 
 
 def backends_for(dtype: torch.dtype) -> list[str]:
-    """Names of the backends that carry linears of a model of a dtype."""
+    """Names of the backends that run models of a dtype."""
     return [name for name, b in BACKENDS.items() if b.carries is None or dtype in b.carries.model_dtypes]
 
 
 def choose_backend(name: str, linears: Sequence[QuantizedLinear] = ()) -> Backend:
-    """The backend of a name; for ``auto``, the first by rank that runs here and carries the linears.
+    """The backend of a name or, for ``auto``, the first by rank that runs here and carries the linears.
 
-    ``auto`` logs a warning for each that it passes over, but for those that are rare.
+    ``auto`` logs a warning for each backend that it passes over, except for rare ones.
 
     Raises:
-        LoweringError: the name is unknown, or this machine cannot run it.
+        LoweringError: the name is unknown, or this machine cannot run the backend.
     """
     check_type("backend", name, str, "its name, or 'auto'")
     if name == "auto":

@@ -1,4 +1,4 @@
-"""``lower``: from a converted graph to something that runs, proven."""
+"""``lower`` and ``export_to``: build a converted graph for a backend, and verify the result."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ptq4dit_ao.lowering.proof import KernelProof, check_proof
 logger = logging.getLogger(__name__)
 
 OTHER_ROWS = 3
-"""Of the second batch on which a built model is compared with its graph."""
+"""Rows of the second batch on which a built model is compared with its graph."""
 
 
 @own_modes()
@@ -45,26 +45,26 @@ def lower(
     verify: bool = True,
     consume: bool = False,
 ) -> LoweredModel:
-    """Lower what ``convert_pt2e`` returned, and prove which kernels run and that they compute what the graph says.
+    """Lower a graph of ``convert_pt2e``, and prove that integer kernels run and compute what the graph says.
 
     Args:
-        converted: left as it is, unless it is to be consumed.
-        backend: a name of :func:`available_backends`; or ``auto`` for the best that this machine can run, with a
-            warning that says why not a better one.
-        example_inputs: for compiling and for the proofs, best as the model receives them, two rows or more; random
-            ones if not given.
-        inputs: what the graph takes, which a graph that was loaded does not say itself; see
+        converted: the converted graph. It is not changed, unless ``consume`` is set.
+        backend: a name of :func:`available_backends`, or ``auto`` for the best backend that this machine can run.
+            ``auto`` logs a warning with the reason why a better one was passed over.
+        example_inputs: inputs for compiling and for the proofs, best as the model receives them, with two rows or more.
+            The default is random inputs.
+        inputs: dtypes and shapes of the graph's inputs, which a loaded graph does not contain; see
             :attr:`~ptq4dit_ao.QuantizedModel.inputs`.
-        float_dtype: what attention and the other matrix products that are not integer compute in; bfloat16 is quicker
-            where the processor has it. None for the model's own dtype.
+        float_dtype: dtype in which attention and the other float matrix products compute. bfloat16 is faster on
+            processors that have it. None is the model's own dtype.
         allow_float_fallback: accept linears that the backend runs in float.
-        verify: run what was built, and the graph, on the example and on another batch, and compare. Takes a few runs
-            of the graph in float; a backend that compiles for a batch compiles for the second one, too.
-        consume: use ``converted`` up, so that each weight is freed when it has been packed; it cannot run afterwards.
+        verify: compare the built model with the graph on the example and on another batch. It takes a few runs of the
+            graph in float. A backend that compiles for one batch size compiles again for the second.
+        consume: free each weight of ``converted`` when it has been packed. The graph cannot run afterwards.
 
     Raises:
         LoweringError: the backend is unknown, cannot run here or not in ``float_dtype``, or cannot build this graph;
-            fewer linears than promised run on integer kernels; or what was built computes something else.
+            fewer linears than promised run on integer kernels; or the built model computes something else.
     """
     check_type("converted", converted, GraphModule, "a graph that convert_pt2e returned, or QuantizedModel.graph")
     chosen = choose_backend(backend, quantized_linears(converted))
@@ -97,14 +97,14 @@ def export_to(
     allow_float_fallback: bool = False,
     verify: bool = True,
 ) -> Path:
-    """Write what another program runs: an OpenVINO IR, an AOTInductor package, an ONNX file.
+    """Write a file that another program runs: an OpenVINO IR, an AOTInductor package or an ONNX file.
 
-    The file is run and proven before it appears under its name; what was there before is replaced then.
+    The file is run and verified before it appears under its name. An earlier file of that name is replaced then.
 
     Args:
-        converted: left as it is.
-        backend: one that writes a file.
-        path: the file; the backend's suffix is added if it has another one.
+        converted: the converted graph. It is not changed.
+        backend: name of a backend that writes a file.
+        path: the file. The backend's suffix is added if it has another one.
         example_inputs: as for :func:`lower`.
         inputs: as for :func:`lower`.
         float_dtype: as for :func:`lower`.
@@ -112,7 +112,7 @@ def export_to(
         verify: as for :func:`lower`.
 
     Returns:
-        The file.
+        The path of the file, with its suffix.
 
     Raises:
         ArgumentError: the file cannot be written.
@@ -127,7 +127,7 @@ def export_to(
     if path.suffix != chosen.suffix:
         path = path.with_name(path.name + chosen.suffix)
     check_file(path)
-    check_room(path, sum(linear.weight.numel() for linear in quantized_linears(converted)) // 2)  # if all are of 4 bits
+    check_room(path, sum(linear.weight.numel() for linear in quantized_linears(converted)) // 2)  # if all have 4 bits
     job = _Job(
         converted,
         chosen,
@@ -144,7 +144,7 @@ def export_to(
 
 
 class _Job:
-    """One graph on its way to one backend: what is asked of the backend, and the proofs of what it built.
+    """One graph to be built for one backend: the request to the backend, and the proofs of the result.
 
     Raises LoweringError, as :func:`lower` says.
     """
@@ -170,13 +170,13 @@ class _Job:
         )
         _check_quantized(backend, self.request, self.promised)
         self.converted = None if consume else converted
-        """The graph as it was, if it still is: linears that the backend may have left out are looked for in it."""
+        """The original graph, unless it is consumed. It is used to find linears that the backend may have left out."""
         self.parity = None
         if verify and backend.integer:
             self.parity = Parity(converted, batches, _computes_in(converted, float_dtype), consumed=consume)
 
     def proven(self, make: Callable[[Request], Runnable]) -> tuple[Runnable, KernelProof]:
-        """What ``make`` builds, and the proof of its kernels and, unless it was left out, of its results."""
+        """The model that ``make`` builds, with the proof of its kernels and, if ``verify`` is set, of its results."""
         run = _built(self.backend, lambda: make(self.request))
         proof = self._kernels(run)
         if self.parity is not None:
@@ -202,14 +202,14 @@ class _Job:
 
 
 def _copy(graph: GraphModule) -> GraphModule:
-    """Another graph with the same tensors."""
+    """A copy of the graph that shares its tensors."""
     return GraphModule(graph, copy.deepcopy(graph.graph))
 
 
 def _batches(
     graph: GraphModule, specs: Sequence[InputSpec] | None, example_inputs: Sequence[Tensor] | None
 ) -> list[tuple[Tensor, ...]]:
-    """Inputs to build and to compare with; then, if the batch may be free, others with more rows."""
+    """Inputs to build and compare with and, if the batch size is free, a second batch of another size."""
     if example_inputs is None:
         if specs is None:
             name = next(node.name for node in placeholders(graph) if tensor_of(node) is None)
@@ -218,7 +218,7 @@ def _batches(
         example_inputs = random_inputs(specs, device)
     first = check_batch(graph, example_inputs, "example_inputs", LoweringError)
     rows = first[0].shape[:1]
-    # The rule of as_program, for a graph that was loaded does not say it itself.
+    # The rule of as_program applies, because a loaded graph does not say which inputs have the batch axis.
     batched = [x.shape[:1] == rows for x in first] if specs is None else [spec.batched for spec in specs]
     if not rows or not any(batched):
         return [first]
@@ -227,13 +227,13 @@ def _batches(
 
 
 def _computes_in(graph: GraphModule, float_dtype: torch.dtype | None) -> torch.dtype:
-    """The coarsest dtype of the float part."""
+    """The coarsest dtype that the float part computes in."""
     own = (linear.dtype for linear in quantized_linears(graph))
     return max((torch.float32, *own, *([float_dtype] if float_dtype else [])), key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _built(backend: Backend, make: Callable[[], Runnable]) -> Runnable:
-    """What a backend builds, or why it cannot, whatever its converter raises."""
+    """The model that a backend builds. Whatever its converter raises becomes a LoweringError."""
     try:
         return make()
     except (PTQ4DiTError, OSError):
@@ -246,7 +246,7 @@ def _built(backend: Backend, make: Callable[[], Runnable]) -> Runnable:
 
 
 def _rebuild(backend: Backend, float_dtype: torch.dtype | None) -> Rebuild | None:
-    """Builds a part of the graph."""
+    """A function that builds a part of the graph; None for a backend that compiles."""
     if backend.compiles:
         return None
 
@@ -264,7 +264,7 @@ def _request(
     float_dtype: torch.dtype | None,
     allow_float_fallback: bool,
 ) -> tuple[Request, list[tuple[str, str]], int]:
-    """What the backend is to build; the layers it cannot carry, with reasons; how many layers are quantized."""
+    """The request to the backend, the layers that it cannot carry with reasons, and the number of quantized layers."""
     _check_float_dtype(backend, float_dtype)
     merge_equal_computations(graph)
     make_contiguous(graph)
@@ -301,19 +301,19 @@ def _check_quantized(backend: Backend, request: Request, promised: int) -> None:
 
 
 def _explain(error: Exception) -> str:
-    """What an exception came from, in a line; with the operator that its text names, if that is not in the line."""
+    """The original cause of an exception in one line, with the operator that its text names."""
     while error.__cause__ is not None and isinstance(error.__cause__, Exception):
         error = error.__cause__
     lines = str(error).strip().splitlines()
-    said = next((line for line in lines if not line.startswith("Exception from ")), "")  # where in OpenVINO's sources
+    said = next((line for line in lines if not line.startswith("Exception from ")), "")  # places in OpenVINO's sources
     found = re.search(r"aten[.:]+\w+(\.\w+)?|(?<=operation of type: )\w+", str(error))
     return f"{type(error).__name__}: {said}" + (f" ({found[0]})" if found is not None and found[0] not in said else "")
 
 
 def make_contiguous(graph: GraphModule) -> None:
-    """Lay every tensor of a graph out row by row, in place: kernels and compilers read memory as if it was so.
+    """Make every tensor of a graph contiguous, in place: kernels and compilers assume it.
 
-    Checkpoints that were converted hold transposed weights, and parameters may be views of others.
+    Converted checkpoints hold transposed weights, and parameters may be views of others.
     """
     for path in {str(node.target) for node in graph.graph.find_nodes(op="get_attr")}:
         tensor = get_attribute(graph, path)

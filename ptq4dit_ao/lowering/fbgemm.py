@@ -1,8 +1,8 @@
-"""``fbgemm``: eager integer linears on x86, no compiler, ready in seconds.
+"""``fbgemm``: eager integer linears on x86, without a compiler, ready in seconds.
 
-Each quantized linear becomes one integer kernel call on packed weights: oneDNN's where torch was built with it
-(faster), else FBGEMM's. oneDNN's also applies the activation function that follows, and rounds its output for the next
-linear, while that is still in registers. Other float work around the linears stays eager.
+Each quantized linear becomes one integer kernel call on packed weights: oneDNN's if torch was built with it (faster),
+else FBGEMM's. oneDNN's kernel also applies the activation function that follows, and quantizes its output for the next
+linear, while the values are still in registers. The rest of the graph stays eager.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ KERNELS = ("onednn::qlinear_pointwise", "quantized::linear_with_input_q_dq_qweig
 
 
 class OneDNNLinear(nn.Module):
-    """uint8 (N, ..., C_in) -> float (N, ..., C_out), or uint8 if the next linear's quantizer was taken in."""
+    """oneDNN linear, uint8 (N, ..., C_in) -> float (N, ..., C_out), or uint8 with the next quantizer fused in."""
 
     def __init__(self, linear: QuantizedLinear) -> None:
         super().__init__()
@@ -35,6 +35,7 @@ class OneDNNLinear(nn.Module):
         self.quantize: Quantize | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Multiply uint8 activations by the packed weight."""
         q = self.quantize
         scale, zero_point, dtype = (1.0, 0, torch.float32) if q is None else (q.scale, q.zero_point, torch.uint8)
         y: Tensor = torch.ops.onednn.qlinear_pointwise(
@@ -45,7 +46,7 @@ class OneDNNLinear(nn.Module):
 
 
 class Quantize(nn.Module):
-    """float -> uint8, ``clamp(round(x / scale) + zero_point)``."""
+    """Quantization of float to uint8: ``clamp(round(x / scale) + zero_point)``."""
 
     def __init__(self, linear: QuantizedLinear) -> None:
         super().__init__()
@@ -53,17 +54,18 @@ class Quantize(nn.Module):
         self.low, self.high = linear.x_range
 
     def forward(self, x: Tensor) -> Tensor:
+        """Quantize floats to uint8 of the same shape."""
         q = torch.quantize_per_tensor(x, self.scale, self.zero_point, torch.quint8)
-        # Its integers where they lie; ``int_repr`` copies them, which takes longer than rounding.
+        # This is a view of the integers. int_repr would copy them, which takes longer than rounding.
         return self.narrow(x.new_empty(0, dtype=torch.uint8).set_(q.untyped_storage(), 0, q.shape, q.stride()))
 
     def narrow(self, q: Tensor) -> Tensor:
-        """Clamp uint8 to fewer bits, in place."""
+        """Clamp uint8 values to fewer bits, in place."""
         return q if (self.low, self.high) == (0, 255) else q.clamp_(self.low, self.high)
 
 
 class FBGEMMLinear(nn.Module):
-    """float (N, ..., C_in) -> float (N, ..., C_out); quantizes its input inside."""
+    """FBGEMM linear, float (N, ..., C_in) -> float (N, ..., C_out). It quantizes its input itself."""
 
     def __init__(self, linear: QuantizedLinear) -> None:
         super().__init__()
@@ -75,24 +77,25 @@ class FBGEMMLinear(nn.Module):
         self.packed = torch.ops.quantized.linear_prepack(weight, bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Quantize the activations and multiply them by the packed weight."""
         return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
             x, self.x_scale, self.x_zero_point, self.packed
         )
 
 
 def refuse(linear: QuantizedLinear) -> str | None:
-    """Why these kernels cannot carry a linear."""
+    """The reason why these kernels cannot carry a linear; None if they can."""
     if linear.x_range != (0, 255) and not has_onednn():
         return f"FBGEMM quantizes to the full 8 bits, got {linear.x_range}"
     return saturates(linear)
 
 
 def build(request: Request) -> GraphModule:
-    """Replace every linear by a kernel call; its unpacked weight is freed then."""
+    """Replace every linear by a kernel call, and free its unpacked weight."""
     graph, onednn = request.graph, has_onednn()
     quantizers: dict[Node, Node] = {}
     for i, linear in enumerate(request.linears):
-        source = linear.quantize.args[0]  # not linear.x, which may be a linear that has been replaced by now
+        source = linear.quantize.args[0]  # linear.x may be a linear that has been replaced by now
         assert isinstance(source, Node)
         if onednn:
             if linear.quantize not in quantizers:
@@ -108,7 +111,7 @@ def build(request: Request) -> GraphModule:
 
 
 def _fuse(graph: GraphModule) -> None:
-    """Let each linear compute what alone reads it: a function that oneDNN knows, then a quantizer."""
+    """Fuse each linear with its only reader: an activation function that oneDNN has, then a quantizer."""
     for node in list(graph.graph.nodes):
         linear = _module(graph, node)
         if not isinstance(linear, OneDNNLinear):
@@ -125,7 +128,7 @@ def _fuse(graph: GraphModule) -> None:
 
 
 def _function(node: Node) -> tuple[str, str] | None:
-    """A node's function by oneDNN's names, if it has it."""
+    """oneDNN's name and algorithm of a node's activation function; None if oneDNN does not have it."""
     if node.target is aten.gelu.default:
         return "gelu", str(node.kwargs.get("approximate", "none"))
     if node.target is aten.silu.default:

@@ -1,4 +1,4 @@
-"""A quantized model that is ready to run."""
+"""Lowered model: a quantized model that is ready to run."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ from ptq4dit_ao.lowering.proof import KernelProof
 
 
 class LoweredModel(nn.Module):
-    """A quantized model ready to run; called with the exported graph's inputs."""
+    """A quantized model that is ready to run. It is called with the exported graph's inputs."""
 
     inputs: tuple[InputSpec, ...] = ()
+    """Inputs of the graph, where they are known."""
     captured: CapturedModule | None = None
-    """These two are known of a :class:`~ptq4dit_ao.QuantizedModel`."""
+    """Interface of the captured diffusers model, if it was lowered from a :class:`~ptq4dit_ao.QuantizedModel`."""
 
     def __init__(self, run: Runnable, proof: KernelProof) -> None:
         super().__init__()
         self.run = run
         self.proof = proof
 
-    @torch.compiler.disable(reason="it is built already")  # compilers do not know the kernels in it
+    @torch.compiler.disable(reason="it is built already")  # compilers do not know its kernels
     @torch.no_grad()
     @without_autocast()
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Run the model on the graph's inputs, without gradients and autocast."""
         return self.run(*inputs)
 
     def __copy__(self) -> LoweredModel:
@@ -39,7 +41,7 @@ class LoweredModel(nn.Module):
         return other
 
     def __deepcopy__(self, memo: object) -> LoweredModel:
-        """Shares what runs, which does not change."""
+        """Copy the module and share the built model, which does not change."""
         return copy.copy(self)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:

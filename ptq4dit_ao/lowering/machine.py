@@ -1,4 +1,4 @@
-"""What this machine can run: its processor and its compiler, one line for each thing it lacks."""
+"""Capabilities of this machine's processor and compiler. Each missing one is described in one line."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch
 from ptq4dit_ao.lowering.match import QuantizedLinear
 
 X86 = ("x86_64", "AMD64")
+"""Names of the x86-64 architecture in torch."""
 
 
 @functools.cache
 def no_x86() -> str | None:
-    """Why integer kernels for x86 cannot run."""
+    """The reason why integer kernels for x86 cannot run; None if they can."""
     architecture = torch.cpu.get_capabilities().get("architecture")
     if architecture not in X86:
         return f"this processor is {architecture}, not x86-64"
@@ -24,7 +25,7 @@ def no_x86() -> str | None:
 
 @functools.cache
 def no_compiler() -> str | None:
-    """Why Inductor cannot compile C++."""
+    """The reason why Inductor cannot compile C++; None if it can."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -36,27 +37,27 @@ def no_compiler() -> str | None:
 
 
 def has_onednn() -> bool:
-    """Was torch built with oneDNN's integer linear?"""
+    """Whether torch was built with oneDNN's integer linear."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
 
 
 def no_onednn() -> str | None:
-    """Why oneDNN's fused kernels cannot run."""
+    """The reason why oneDNN's fused kernels cannot run; None if they can."""
     return None if has_onednn() else f"torch {torch.__version__} was built without oneDNN's integer linear"
 
 
 @functools.cache
 def has_dot_product() -> bool:
-    """Does the processor add up products of 8-bit integers in 32 bits (VNNI, AMX)?
+    """Whether the processor accumulates products of 8-bit integers in 32 bits (VNNI, AMX).
 
-    Without it, kernels add pairs of products in 16 bits first, and large ones saturate.
+    Without it, kernels add pairs of products in 16 bits first, and large sums saturate.
     """
     able = torch.cpu.get_capabilities()
     return any(able.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
 
 
 def saturates(linear: QuantizedLinear) -> str | None:
-    """Why this processor would compute a linear wrongly, without a word."""
+    """The reason why this processor would silently compute a linear wrongly; None if it would not."""
     largest = 2 * linear.x_range[1] * max(abs(bound) for bound in linear.weight_range)
     if has_dot_product() or largest < 2**15:
         return None

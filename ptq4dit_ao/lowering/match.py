@@ -1,6 +1,6 @@
-"""Find what is quantized in a converted graph.
+"""Patterns that find quantized operations in a converted graph.
 
-Linears: ``linear(dq(q(x)), dq(int weight), bias)``. Products of attention: ``matmul(dq(q(x)), dq(q(y)))``.
+Linears are ``linear(dq(q(x)), dq(int weight), bias)``. Products of attention are ``matmul(dq(q(x)), dq(q(y)))``.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ _DEQUANTIZE_WEIGHT = quantized.dequantize_per_channel.default
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedLinear:
-    """One linear of the converted graph with everything an integer kernel needs.
+    """One quantized linear of a converted graph, with everything that an integer kernel needs.
 
-    Tensors are read from the graph when they are asked for: whoever removes them there, as each has been packed, never
-    holds two copies of all weights.
+    Tensors are read from the graph on access. A backend that removes each one when it has been packed thus never holds
+    two copies of all weights.
     """
 
     graph: GraphModule
     node: Node
     quantize: Node
-    """The activation's quantize node; linears that read the same tensor may share it."""
+    """The activation's quantize node. Linears that read the same tensor may share it."""
     x: Node
+    """The float activation."""
     x_scale: float
     x_zero_point: int
     x_range: tuple[int, int]
@@ -44,34 +45,35 @@ class QuantizedLinear:
     weight_range: tuple[int, int]
     bias_node: Node | None
     dtype: torch.dtype
-    """Of the float model around it."""
+    """Dtype of the float model around the linear."""
 
     @property
     def name(self) -> str:
+        """Name of the linear's node."""
         return self.node.name
 
     @property
     def weight(self) -> Tensor:
-        """(C_out, C_in) int8."""
+        """Integer weight, (C_out, C_in) int8."""
         return self._constant(self.dequantize_weight.args[0])
 
     @property
     def weight_scale(self) -> Tensor:
-        """(C_out,)."""
+        """Scale of the weight, (C_out,)."""
         return self._constant(self.dequantize_weight.args[1])
 
     @property
     def weight_zero_point(self) -> Tensor:
-        """(C_out,)."""
+        """Zero point of the weight, (C_out,)."""
         return self._constant(self.dequantize_weight.args[2])
 
     @property
     def bias(self) -> Tensor | None:
-        """(C_out,)."""
+        """Float bias, (C_out,), or None."""
         return None if self.bias_node is None else self._constant(self.bias_node)
 
     def replace_by(self, node: Node) -> None:
-        """Let ``node`` take the linear's place; what nothing else reads leaves the graph, tensors and all."""
+        """Put ``node`` in the linear's place, and remove the nodes and tensors that nothing reads any more."""
         self.node.replace_all_uses_with(node)
         graph = self.node.graph
         unread = [self.node]
@@ -95,18 +97,18 @@ def quantized_linears(graph_module: GraphModule) -> list[QuantizedLinear]:
 
 
 def float_linears(graph_module: GraphModule) -> list[Node]:
-    """Every other linear."""
+    """Every linear that :func:`quantized_linears` does not find."""
     matched = {linear.node for linear in quantized_linears(graph_module)}
     return [node for node in graph_module.graph.nodes if node.target is LINEAR and node not in matched]
 
 
 def unread_linears(graph_module: GraphModule) -> list[Node]:
-    """Those whose input is quantized, but whose weight is in a form that no backend reads."""
+    """Linears with a quantized input whose weight is in a form that no backend reads."""
     return [node for node in float_linears(graph_module) if _calls(node.args[0], _DEQUANTIZE)]
 
 
 def quantized_products(graph_module: GraphModule) -> list[Node]:
-    """Every product of two quantized activations, as attention has them, in execution order."""
+    """Every product of two quantized activations, as in attention, in execution order."""
     return [
         node
         for node in graph_module.graph.nodes
@@ -115,20 +117,20 @@ def quantized_products(graph_module: GraphModule) -> list[Node]:
 
 
 def is_quantizer(node: Node) -> bool:
-    """Does a node quantize or dequantize?"""
+    """Whether a node quantizes or dequantizes."""
     return node.target in (_QUANTIZE, _DEQUANTIZE, _DEQUANTIZE_WEIGHT)
 
 
 def quantizers_of(products: Iterable[Node]) -> list[Node]:
-    """The quantize nodes of the factors of products, each once."""
+    """The quantize nodes of the factors of products, without repeats."""
     factors = (factor.args[0] for product in products for factor in product.all_input_nodes)
     return list(dict.fromkeys(node for node in factors if isinstance(node, Node) and _calls(node, _QUANTIZE)))
 
 
 def widen(quantizers: Iterable[Node]) -> None:
-    """Let activations of fewer than 8 bits fill their dtype, clamped before to what they can be.
+    """Make activations of fewer than 8 bits use the full range of their dtype, clamped to their own range before.
 
-    For runtimes that know no other range than that of the dtype.
+    It is for runtimes that know no other range than that of the dtype.
     """
     for quantize in quantizers:
         arguments: tuple[Any, ...] = quantize.args
@@ -145,10 +147,10 @@ def widen(quantizers: Iterable[Node]) -> None:
 
 
 def make_unsigned(quantizers: Iterable[Node]) -> None:
-    """Let int8 activations be uint8 ones: the same values, the zero point moved up by 128.
+    """Turn int8 activations into uint8 ones with the same values: the zero point is moved up by 128.
 
-    Where a linear's output is quantized to int8 and its input to uint8, Inductor fuses the two and then takes the
-    output for uint8.
+    Inductor fuses a linear whose output is quantized to int8 and whose input to uint8, and then takes the output for
+    uint8.
     """
     for quantize in quantizers:
         for node in (quantize, *quantize.users) if quantize.args[5] == torch.int8 else ():
@@ -158,7 +160,7 @@ def make_unsigned(quantizers: Iterable[Node]) -> None:
 
 
 def _match(graph_module: GraphModule, node: Node) -> QuantizedLinear | None:
-    # fx types arguments as anything at all; the checks below are what tells.
+    # fx types arguments as Any, so the checks below verify the types.
     arguments: tuple[Any, ...] = node.args
     dq_x, dq_w, *rest = arguments
     if not (_calls(dq_x, _DEQUANTIZE) and _calls(dq_w, _DEQUANTIZE_WEIGHT)):

@@ -1,7 +1,7 @@
-"""The float part of a quantized graph in 16 bits: matrix products compute in it, everything else stays as it was.
+"""Mixed precision of a graph's float part: matrix products compute in 16 bits, everything else stays unchanged.
 
-What autocast does for modules, as nodes of the graph. Each product's operands are cast before it and its result back
-after it, so no other node sees another dtype than the one it was traced with; compilers fuse the casts.
+It is what autocast does for modules, as nodes of the graph. The operands of each product are cast before it, and its
+result is cast back after it, so that every other node sees the dtype it was traced with. Compilers fuse the casts.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ PRODUCTS = {
     aten.conv2d.default,
     aten.conv3d.default,
 }
+"""Operators that compute in 16 bits."""
 
 
 def compute_in(graph_module: GraphModule, dtype: torch.dtype, example_inputs: Sequence[Tensor]) -> None:
-    """Let every float32 matrix product of a graph compute in ``dtype``, in place."""
+    """Make every float32 matrix product of a graph compute in ``dtype``, in place."""
     graph, float32 = graph_module.graph, _float32_nodes(graph_module, example_inputs)
     narrowed: dict[Node, Node] = {}
     for node in [node for node in graph.nodes if node.target in PRODUCTS and node in float32]:
@@ -49,7 +50,10 @@ def compute_in(graph_module: GraphModule, dtype: torch.dtype, example_inputs: Se
 
 
 def _float32_nodes(graph_module: GraphModule, example_inputs: Sequence[Tensor]) -> set[Node]:
-    """Nodes whose value is a float32 tensor; asked from the operators, for stored graphs carry no metadata."""
+    """Nodes whose value is a float32 tensor.
+
+    The graph is run on fake tensors, because stored graphs have no metadata.
+    """
     found: set[Node] = set()
 
     class Recorder(Interpreter):

@@ -1,7 +1,7 @@
-"""Integer matrix products as oneDNN itself reports them: also those of code that torch's profiler does not see into.
+"""Integer matrix products as oneDNN reports them, including those that torch's profiler does not see.
 
-An AOTInductor package calls oneDNN past torch's dispatcher, so the profiler shows nothing of it. oneDNN, asked to be
-verbose, prints a line for everything it runs, with the dtypes of what it multiplied::
+An AOTInductor package calls oneDNN without torch's dispatcher, so the profiler does not show it. In verbose mode oneDNN
+prints a line for every primitive that it runs, with the dtypes of its operands::
 
     onednn_verbose,v1,primitive,exec,cpu,matmul,brg_matmul:avx512_core_vnni,undef,src:u8:a:... wei:s8:a:... dst:f32:...
 """
@@ -26,9 +26,9 @@ _ALONE = threading.Lock()
 
 
 def count_onednn_gemms(model: Callable[..., object], inputs: Sequence[Tensor]) -> dict[str, int]:
-    """Integer GEMMs of one run of ``model``: primitive and dtypes -> how often.
+    """Integer matrix products in one run of ``model``: primitive and dtypes -> count.
 
-    Counts the whole process: nothing else should multiply integers meanwhile.
+    The whole process is counted, so nothing else should multiply integers at the same time.
     """
     with torch.no_grad():
         model(*inputs)
@@ -40,9 +40,9 @@ def count_onednn_gemms(model: Callable[..., object], inputs: Sequence[Tensor]) -
 
 @contextmanager
 def _reports() -> Iterator[list[bytes]]:
-    """The lines of oneDNN, once the block has ended. What others print meanwhile arrives after it."""
+    """Lines of oneDNN, complete when the block has ended. Other output to stdout is written after it."""
     lines: list[bytes] = []
-    # oneDNN prints from C, so it is the file descriptor that has to be turned, not sys.stdout.
+    # oneDNN prints from C, so the file descriptor has to be redirected instead of sys.stdout.
     with _ALONE, tempfile.TemporaryFile() as caught, open(os.dup(1), "wb") as stdout:
         os.dup2(caught.fileno(), 1)
         try:

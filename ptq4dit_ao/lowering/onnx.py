@@ -1,6 +1,6 @@
 """``onnx``: a file of QuantizeLinear and DequantizeLinear around float products, which runtimes fuse to integer ones.
 
-Here that runtime is onnxruntime, and has to prove it.
+Here onnxruntime runs it, and the proof counts its integer kernels.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ aten = torch.ops.aten
 
 SUFFIX = ".onnx"
 FULL_RANGE = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
+"""Range at which QuantizeLinear saturates, by dtype."""
 INTEGER_GEMMS = ("MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm")
 """Operators of onnxruntime that multiply integers by integers."""
 
 
 class Session:
-    """An ONNX file in onnxruntime, called with tensors; profiled until :attr:`ran` has read the profile."""
+    """An ONNX file in onnxruntime, called with tensors. It is profiled until :attr:`ran` has read the profile."""
 
     def __init__(self, path: Path, result: TreeSpec, attention: frozenset[str]) -> None:
         runtime = require("onnxruntime", extra="onnx")
@@ -49,7 +50,7 @@ class Session:
 
     @cached_property
     def ran(self) -> list[tuple[str, str]]:
-        """(node, operator) of every kernel that ran so far. Ends the profiling."""
+        """Every kernel that ran so far, as (node, operator). Reading it ends the profiling."""
         with self.profile:
             events = json.loads(Path(self.session.end_profiling()).read_text())
         suffix = "_kernel_time"
@@ -57,17 +58,21 @@ class Session:
         return [(event["name"].removesuffix(suffix), event["args"]["op_name"]) for event in kernels]
 
     def __call__(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Run the model on the graph's inputs."""
         feed = {name: x.detach().numpy() for name, x in zip(self.names, inputs, strict=True)}
         return tree_unflatten([torch.from_numpy(y) for y in self.session.run(None, feed)], self.result)
 
 
 def count(run: Runnable, inputs: Sequence[Tensor]) -> dict[str, int]:
-    """Integer GEMMs of a session's first call, those of linears: operator -> how often. Ends its profiling."""
+    """Integer matrix products of linears in a session's first call: operator -> count. It ends the profiling."""
     return _count(run, inputs, attention=False)
 
 
 def count_attention(run: Runnable, inputs: Sequence[Tensor]) -> dict[str, int]:
-    """Those of two activations: operator -> how often."""
+    """Integer matrix products of two activations in a session's first call: operator -> count.
+
+    It ends the profiling.
+    """
     return _count(run, inputs, attention=True)
 
 
@@ -80,7 +85,7 @@ def _count(run: Runnable, inputs: Sequence[Tensor], *, attention: bool) -> dict[
 
 
 def refuse(linear: QuantizedLinear) -> str | None:
-    """Why QuantizeLinear cannot express a linear, or why onnxruntime would compute it wrongly here."""
+    """The reason why QuantizeLinear cannot express a linear, or onnxruntime computes it wrongly; None if neither."""
     full = FULL_RANGE[linear.x_dtype]
     if linear.x_range != full:
         return f"QuantizeLinear saturates at {full}, the graph at {linear.x_range}"
@@ -88,13 +93,13 @@ def refuse(linear: QuantizedLinear) -> str | None:
 
 
 def build(request: Request) -> Session:
-    """Export, and let onnxruntime optimize what it reads; the file is gone when this returns."""
+    """Export the graph to a temporary file and load that into onnxruntime, which optimizes it."""
     with tempfile.TemporaryDirectory() as folder:
         return write(request, Path(folder) / f"model{SUFFIX}")
 
 
 def write(request: Request, path: Path) -> Session:
-    """Write the file, and load it; weights beyond 1.5 GiB lie beside it, in ``PATH.data``."""
+    """Write the file and load it. Weights beyond 1.5 GiB are stored beside it, in ``PATH.data``."""
     widen(quantizers_of(quantized_products(request.graph)))
     for linear in request.linears:
         _spell_out(linear)
@@ -108,9 +113,9 @@ def write(request: Request, path: Path) -> Session:
 
 
 def _tidy(model: Any) -> None:
-    """What ``optimize=True`` does, but for the rules that take a number for 0 or 1 which is only close to it.
+    """Optimize the model like ``optimize=True``, but without the rules that take a number close to 0 or 1 for it.
 
-    They drop the ``+ 1e-15`` that keeps linear attention from dividing by 0; onnxruntime has rules of its own.
+    Those rules drop the ``+ 1e-15`` that keeps linear attention from dividing by 0. onnxruntime has rules of its own.
     """
     optimizer = require("onnxscript", extra="onnx").optimizer
     optimizer.inline(model)
@@ -120,7 +125,7 @@ def _tidy(model: Any) -> None:
 
 
 def _products_of_activations(graph: Iterable[Any]) -> Iterator[str]:
-    """Names of the products both of whose factors are quantized when the model runs."""
+    """Names of the products both of whose factors are quantized at run time."""
     for node in graph:
         if node.op_type == "MatMul":
             dequantized = [value.producer() for value in node.inputs]
@@ -130,14 +135,14 @@ def _products_of_activations(graph: Iterable[Any]) -> Iterator[str]:
 
 
 def _spell_out(linear: QuantizedLinear) -> None:
-    """``linear(x, W, b)`` -> ``squeeze(unsqueeze(x) W^T) + b``.
+    """Replace ``linear(x, W, b)`` by ``squeeze(unsqueeze(x) W^T) + b``.
 
-    onnxruntime makes a Gemm of a product of two axes and the addition next to it, and leaves that in float.
+    onnxruntime would make a Gemm of a product of two axes and the addition after it, and compute that in float.
     """
     graph, (dequantize, weight) = linear.node.graph, linear.node.args[:2]
     assert isinstance(dequantize, Node)
     with graph.inserting_before(linear.node):
-        # In front of DequantizeLinear, which has to stay next to the product.
+        # The unsqueeze goes before DequantizeLinear, which has to stay next to the product.
         integers = graph.call_function(aten.unsqueeze.default, (linear.quantize, 0))
         x = graph.node_copy(dequantize, lambda quantize: integers)
         product = graph.call_function(aten.matmul.default, (x, graph.call_function(aten.t.default, (weight,))))

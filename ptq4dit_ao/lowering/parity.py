@@ -1,7 +1,7 @@
-"""Parity: what a backend has built computes what the quantize/dequantize graph computes.
+"""Parity check: a built model computes what the quantize/dequantize graph computes.
 
-Kernel proof counts products. It cannot see a converter that drops an addition, or a kernel that reads memory in another
-order. So both are run on equal inputs, at two batch sizes.
+The kernel proof counts products. It does not detect a converter that drops an addition, or a kernel that reads memory
+in another order. The parity check runs both on equal inputs, at two batch sizes.
 """
 
 from __future__ import annotations
@@ -27,40 +27,40 @@ logger = logging.getLogger(__name__)
 Batch = tuple[Tensor, ...]
 Run = Callable[..., object]
 Rebuild = Callable[[GraphModule, Batch], Run]
-"""Builds another graph for inputs like these."""
+"""Builds a part of the graph for such inputs."""
 
 TOLERANCE = {torch.float32: 1e-2, torch.float16: 1e-1, torch.bfloat16: 1e-1}
-"""``|y - y0| / |y0|`` that is always allowed, by the dtype of the float part.
+"""Relative difference ``|y - y0| / |y0|`` that is always allowed, by the dtype of the float part.
 
-A value between two steps of a quantizer may be rounded either way, and in deep models such differences grow. Beyond
-this, the graph's own response to rounding decides.
+A value half-way between two steps of a quantizer may be rounded either way, and in deep models such differences grow.
+Beyond this tolerance, the graph's own response to rounding errors decides.
 """
 
 RESPONSE = 4
-"""How many times as far as that response a backend may be off."""
+"""Allowed difference as a multiple of the graph's response to rounding errors."""
 
 ROUNDING = 2
-"""By how many units in the last place values are changed to measure it: kernels add up in other orders."""
+"""Size of the changes that measure the response, in units in the last place. Kernels sum in different orders."""
 
 TRIALS = 4
-"""Of such changes; the largest response counts. Of a graph that will be used up only one, as it is measured ahead."""
+"""Number of random changes, of which the largest response counts. It is 1 for a consumed graph, measured in advance."""
 
 LAST = 24
-"""Linears at the end of a graph among which idle ones are looked for."""
+"""Number of linears at the end of a graph among which idle ones are looked for."""
 
 MAX_BYTES = 2**30
-"""Of a graph's tensors, up to which parts of it are built to find the node that differs."""
+"""Largest size of a graph's tensors at which parts of it are built to find the first differing node, in bytes."""
 
 
 class Parity:
-    """Remembers what a converted graph puts out, before a backend may use it up.
+    """Comparison with the outputs of a converted graph, recorded before a backend may consume it.
 
     Args:
-        graph: what ``convert_pt2e`` returned.
-        batches: inputs to compare on. The first must run; of the others, those that the graph does not take (its batch
-            is fixed) are left out.
-        dtype: what the backend's float part computes in.
-        consumed: will the graph be used up? Then what is needed of it later is computed now.
+        graph: a graph of ``convert_pt2e``.
+        batches: inputs to compare on. The first must run. Of the others, those that the graph does not take, because
+            its batch size is fixed, are left out.
+        dtype: dtype in which the backend's float part computes.
+        consumed: whether the graph will be consumed. Everything that needs it is then computed now.
     """
 
     def __init__(self, graph: GraphModule, batches: Sequence[Batch], dtype: torch.dtype, *, consumed: bool) -> None:
@@ -70,20 +70,21 @@ class Parity:
         for batch in others:
             try:
                 self._expected.append((batch, _outputs(graph(*batch))))
-            except Exception as error:  # whatever an operator makes of a size that is not the captured one
+            except Exception as error:  # any error of an operator at another batch size than the captured one
                 logger.debug("the graph does not run at batch %d: %s", _rows(batch), error)
         self._response = self._respond(trials=1) if consumed else None
 
     def check(self, run: Run, backend: str, build: Rebuild | None) -> float | None:
-        """The largest difference of a built model from the graph, relative to the output; None if it cannot be told.
+        """Largest difference of a built model from the graph, relative to the output; None if it cannot be determined.
 
         Args:
             run: the built model.
-            backend: its name.
-            build: builds another graph, to find the first node that differs; None if that would take too long.
+            backend: name of the backend.
+            build: builds a part of the graph, to find the first node that differs; None if that would take too long.
 
         Raises:
-            LoweringError: they differ by more than rounding; or the built model fails where the graph does not.
+            LoweringError: they differ by more than rounding explains, or the built model fails where the graph does
+                not.
         """
         if not all(y.isfinite().all() for _, expected in self._expected for y in expected):
             logger.warning(
@@ -96,7 +97,7 @@ class Parity:
         for batch, expected in self._expected:
             try:
                 found = _outputs(run(*batch))
-            except Exception as error:  # whatever a runtime makes of it
+            except Exception as error:  # any error of a runtime
                 raise LoweringError(
                     f"backend {backend!r} fails at batch {_rows(batch)}, at which the graph runs: {error}"
                 ) from error
@@ -112,7 +113,7 @@ class Parity:
         return worst
 
     def _allowed(self, difference: float) -> float:
-        """The response to rounding is measured only where it matters."""
+        """Allowed difference. The response to rounding is measured only if ``difference`` exceeds the tolerance."""
         tolerance = TOLERANCE[self._dtype]
         if difference <= tolerance:
             return tolerance
@@ -121,13 +122,13 @@ class Parity:
         return max(tolerance, RESPONSE * self._response)
 
     def _respond(self, trials: int) -> float:
-        """How far the graph's output moves when each operator's output is changed by rounding errors."""
+        """Largest change of the graph's output when each operator's output is changed by rounding errors."""
         batch, expected = self._expected[0]
         runs = (_Rounded(self._graph, self._dtype, seed).run(*batch) for seed in range(trials))
         return max(relative_error(expected, _outputs(run)) for run in runs)
 
     def _place(self, build: Rebuild | None, batch: Batch) -> str:
-        """Which node differs first, for a message."""
+        """Text for a message that names the first node that differs, or nothing if it cannot be found."""
         size = sum(tensor.nbytes for tensor in self._graph.state_dict().values())
         if build is None or self._consumed or size > MAX_BYTES:
             return ""
@@ -136,17 +137,17 @@ class Parity:
 
 
 def first_difference(graph: GraphModule, build: Rebuild, batch: Batch, tolerance: float) -> str | None:
-    """The first node that a backend computes otherwise; bisects over graphs that end early.
+    """The first node that a backend computes differently, found by bisection over truncated graphs.
 
-    A graph that ends at a place returns all values that later nodes read, so that what differs there is not missed.
+    A truncated graph returns all values that later nodes read, so that no difference is missed.
 
     Returns:
-        The node's name and operator; None if a graph that ends early cannot be built, or none of them differs.
+        The node's name and operator; None if a truncated graph cannot be built, or none of them differs.
     """
     recorder = _Recorder(graph)
     recorder.run(*batch)
     nodes = recorder.found
-    right, wrong = 0, len(nodes)  # numbers of nodes that are run
+    right, wrong = 0, len(nodes)  # number of nodes that are run
     try:
         while wrong - right > 1:
             middle = (right + wrong) // 2
@@ -155,17 +156,17 @@ def first_difference(graph: GraphModule, build: Rebuild, batch: Batch, tolerance
                 right = middle
             else:
                 wrong = middle
-    except Exception as error:  # a converter may refuse a part of what it takes as a whole
+    except Exception as error:  # a converter may refuse a part of a graph that it accepts as a whole
         logger.debug("the node that differs was not found: %s", error)
         return None
     return f"{nodes[wrong - 1].name} ({nodes[wrong - 1].target})"
 
 
 def idle_linears(graph: GraphModule, batch: Batch) -> tuple[str, ...]:
-    """Linears that no output depends on, such as those of a last block's text stream that is cut off.
+    """Linears that no output depends on, such as those of the last block's text stream, which is cut off.
 
-    Each of the last ones puts out NaN in a run of its own: if no output notices, nothing does. Those before them reach
-    the output through attention.
+    In one run for each of the last linears, its output is NaN. If no output becomes NaN, none depends on it. Earlier
+    linears reach the output through attention.
     """
     linears = [node for node in graph.graph.nodes if node.target is LINEAR]
     return tuple(
@@ -176,7 +177,7 @@ def idle_linears(graph: GraphModule, batch: Batch) -> tuple[str, ...]:
 
 
 def _read_later(nodes: Sequence[Node], count: int) -> list[Node]:
-    """Those of the first nodes that others read, be it by way of nodes that are not listed."""
+    """The nodes among the first ``count`` that later nodes read, directly or through nodes that are not listed."""
     first, listed = set(nodes[:count]), set(nodes)
 
     def is_read(node: Node) -> bool:
@@ -188,7 +189,7 @@ def _read_later(nodes: Sequence[Node], count: int) -> list[Node]:
 
 
 def _returning(graph: GraphModule, nodes: Sequence[Node]) -> GraphModule:
-    """A copy that returns the values of these nodes; tensors are shared."""
+    """A copy of the graph that returns the values of these nodes. Tensors are shared."""
     part, names = GraphModule(graph, copy.deepcopy(graph.graph)), {node.name for node in nodes}
     (end,) = part.graph.find_nodes(op="output")
     end.args = (tuple(node for node in part.graph.nodes if node.name in names),)
@@ -199,7 +200,7 @@ def _returning(graph: GraphModule, nodes: Sequence[Node]) -> GraphModule:
 
 
 class _Rounded(Interpreter):
-    """Runs a graph as if each operator had rounded its output otherwise."""
+    """An interpreter that perturbs each operator's output by a random rounding error."""
 
     def __init__(self, graph: GraphModule, dtype: torch.dtype, seed: int) -> None:
         super().__init__(graph)
@@ -215,7 +216,7 @@ class _Rounded(Interpreter):
 
 
 class _Poisoned(Interpreter):
-    """Runs a graph in which one node puts out NaN, which quantizers hand on as it is."""
+    """An interpreter in which one node returns NaN, which quantizers pass on."""
 
     def __init__(self, graph: GraphModule, node: Node) -> None:
         super().__init__(graph)
@@ -231,7 +232,7 @@ class _Poisoned(Interpreter):
 
 
 class _Recorder(Interpreter):
-    """Finds the nodes whose value is a floating tensor that depends on the inputs."""
+    """An interpreter that finds the nodes whose value is a floating-point tensor that depends on the inputs."""
 
     def __init__(self, graph: GraphModule) -> None:
         super().__init__(graph)

@@ -1,4 +1,4 @@
-"""A quantized graph as an ``ExportedProgram`` again, which is what compilers and exporters take."""
+"""Export of a quantized graph as an ``ExportedProgram``, the input of compilers and exporters."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ aten = torch.ops.aten
 
 @torch.no_grad()
 def as_program(graph: GraphModule, inputs: Sequence[Tensor]) -> ExportedProgram:
-    """Export once more; the batch is free where the graph does not fix it and ``inputs`` have at least two rows.
+    """Export the graph again. The batch size is free if the graph allows it and ``inputs`` have at least two rows.
 
-    The batch is the first axis of the first input, and of every input that is as long, as when the graph was captured;
-    a graph that was loaded does not say it itself.
+    The batch axis is the first axis of the first input, and of every input with the same length, as when the graph was
+    captured. It is determined from ``inputs``, because a loaded graph does not contain it.
     """
     rows = inputs[0].shape[:1]
     free = tuple({0: Dim.AUTO} if x.ndim and x.shape[:1] == rows else {} for x in inputs)
     layouts = tuple(x.contiguous() for x in inputs)
     program = torch.export.export(graph, layouts, dynamic_shapes=free, strict=False)
-    # Export adds a check of every cast's input: one more reader of it, and patterns of int8 allow no other.
+    # Export adds a check to every cast's input. It is one more reader, and int8 patterns allow a single one.
     for check in program.graph.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default):
         program.graph.erase_node(check)
     _drop_idle_squeezes(program.graph)
@@ -35,7 +35,7 @@ def as_program(graph: GraphModule, inputs: Sequence[Tensor]) -> ExportedProgram:
 
 
 def _drop_idle_squeezes(graph: Graph) -> None:
-    """Remove squeezes of an axis that is longer than 1: torch lets such an axis be, other runtimes refuse it."""
+    """Remove squeezes of an axis longer than 1. torch ignores them, but other runtimes refuse them."""
     for node in graph.find_nodes(op="call_function", target=aten.squeeze.dim):
         source, axis = node.args
         if source.meta["val"].shape[axis] != 1:
@@ -44,7 +44,7 @@ def _drop_idle_squeezes(graph: Graph) -> None:
 
 
 def _promote_einsums(graph: Graph) -> None:
-    """Cast the factors of an einsum to one dtype: torch does that itself, other runtimes refuse two."""
+    """Cast the factors of an einsum to one dtype. torch does so itself, but other runtimes refuse mixed dtypes."""
     for node in graph.find_nodes(op="call_function", target=aten.einsum.default):
         equation, factors = node.args
         dtype = node.meta["val"].dtype
@@ -59,14 +59,14 @@ def _promote_einsums(graph: Graph) -> None:
 
 @dataclass(frozen=True)
 class Input:
-    """What a compiled program takes at one place."""
+    """Dtype and shape of one input of a compiled program."""
 
     dtype: torch.dtype
     shape: tuple[int | str, ...]
-    """Sizes that may differ from call to call by name; equal names, equal sizes."""
+    """Size of each axis. A size that may differ from call to call is a name, and equal names are equal sizes."""
 
     def accepts(self, x: Tensor, sizes: dict[str, int]) -> bool:
-        """Is a tensor of this dtype and shape? Sizes that are met for the first time are added to ``sizes``."""
+        """Whether a tensor has this dtype and shape. Named sizes are looked up in ``sizes`` and added at first use."""
         if x.dtype != self.dtype or x.ndim != len(self.shape):
             return False
         pairs = zip(self.shape, x.shape, strict=True)
@@ -76,7 +76,7 @@ class Input:
 
 
 def inputs_of(program: ExportedProgram) -> list[Input]:
-    """What a program takes."""
+    """Inputs of a program."""
     values = [
         node.meta["val"]
         for node in program.graph.find_nodes(op="placeholder")
@@ -88,15 +88,15 @@ def inputs_of(program: ExportedProgram) -> list[Input]:
 
 
 def _varies(size: int | torch.SymInt) -> bool:
-    """Not so if tracing found that it has to be the example's; it is still symbolic then."""
+    """Whether a size may vary. A size that tracing fixed to the example's is symbolic, too, but has no free symbol."""
     return isinstance(size, torch.SymInt) and bool(size.node.expr.free_symbols)
 
 
 def check_inputs(inputs: Sequence[Tensor], expected: Sequence[Input]) -> None:
-    """Refuse what a compiled program would misread: it takes its inputs as memory of the layout it was compiled for.
+    """Check the inputs of a compiled program, which reads them as memory of the layout it was compiled for.
 
     Raises:
-        ArgumentError: there are more or fewer inputs, one has another dtype or shape, or they differ in their batch.
+        ArgumentError: there are more or fewer inputs, one has another dtype or shape, or their batch sizes differ.
     """
     if len(inputs) != len(expected):
         raise ArgumentError(f"got {len(inputs)} inputs; this program takes {len(expected)}")

@@ -17,26 +17,27 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class KernelProof:
-    """What really ran, in one call of the lowered model."""
+    """Kernels that ran in one call of the lowered model."""
 
     backend: str
     promised: int
-    """Quantized linears in the graph; 0 for a backend that only simulates."""
+    """Number of quantized linears in the graph; 0 for a backend that only simulates."""
     kernels: dict[str, int] = field(default_factory=dict)
-    """Integer kernel -> calls."""
+    """Integer kernel -> number of calls."""
     float_layers: tuple[tuple[str, str], ...] = ()
-    """Linears that compute in float: (name, why)."""
+    """Linears that compute in float, as (name, reason)."""
     idle: tuple[str, ...] = ()
-    """Linears that no output depends on, which the backend leaves out; not among those promised."""
+    """Linears that no output depends on, which the backend leaves out. They are not counted in ``promised``."""
     attention: int = 0
-    """Quantized matrix products of attention in the graph; those that no integer kernel computes are simulated."""
+    """Number of attention's quantized matrix products in the graph. Those without an integer kernel are simulated."""
     attention_kernels: dict[str, int] = field(default_factory=dict)
-    """Integer kernel -> how many of these it computes."""
+    """Integer kernel -> number of attention's matrix products that it computes."""
     difference: float | None = None
-    """Largest difference from the quantized graph run in float, relative to the output's size; None: not compared."""
+    """Largest difference from the quantized graph run in float, relative to the output; None if not compared."""
 
     @property
     def integer_gemms(self) -> int:
+        """Number of integer matrix products of linears."""
         return sum(self.kernels.values())
 
     def __str__(self) -> str:
@@ -47,14 +48,14 @@ class KernelProof:
 
     @property
     def parity(self) -> str:
-        """What :attr:`difference` says, in words."""
+        """:attr:`difference` as a sentence."""
         if self.difference is None:
             return "not compared with the simulated graph"
         return f"differs from the simulated graph by {self.difference:.1g} of the output's size"
 
     @property
     def simulated(self) -> int:
-        """Quantized matrix products of attention that are computed in float, of integers all the same."""
+        """Number of attention's quantized matrix products that are computed in float, from quantized values."""
         return self.attention - sum(self.attention_kernels.values())
 
     def _attention(self) -> str:
@@ -67,7 +68,7 @@ class KernelProof:
 
 
 def count_kernels(model: Callable[..., object], inputs: Sequence[Tensor], kernels: Sequence[str]) -> dict[str, int]:
-    """Calls of each kernel in one run of ``model``, by torch's profiler; compilation, if any, happens before."""
+    """Calls of each kernel in one run of ``model``, from torch's profiler. A run before it does any compilation."""
     with torch.no_grad():
         model(*inputs)
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -77,7 +78,11 @@ def count_kernels(model: Callable[..., object], inputs: Sequence[Tensor], kernel
 
 
 def check_proof(proof: KernelProof, *, allow_float_fallback: bool) -> None:
-    """Raises LoweringError if fewer linears than promised ran as integers; warns of attention that did not."""
+    """Check that all promised linears ran on integer kernels, and warn of attention that did not.
+
+    Raises:
+        LoweringError: fewer did, and ``allow_float_fallback`` is not set.
+    """
     if proof.promised and proof.simulated:
         logger.warning(
             "backend %r has no integer kernels for %d of %d quantized matmuls of attention; it simulates them in float",

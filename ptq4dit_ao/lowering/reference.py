@@ -1,4 +1,4 @@
-"""``reference``: the quantize/dequantize graph as it is, in float: a simulation, exact to the integer arithmetic."""
+"""``reference``: run the quantize/dequantize graph unchanged in float, an exact simulation of integer arithmetic."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""One weight for each linear, as Inductor's int8 patterns need it.
+"""A separate weight for each linear, as Inductor's int8 patterns need it.
 
-Inductor merges equal dequantizations, so those of a weight that several linears read; its patterns then match none of
-them, for a dequantized weight must have no other reader.
+Inductor merges equal dequantizations, which includes those of a weight that several linears read. Its patterns then
+match none of these linears, because they require a dequantized weight to have a single reader.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ptq4dit_ao.lowering.match import QuantizedLinear
 
 
 def unshare_weights(model: GraphModule, linears: Sequence[QuantizedLinear]) -> None:
-    """Let every linear after the first that reads a weight read a view of it, by another name, in place."""
+    """Give every linear after the first that reads a weight a view of it under another name, in place."""
     graph, read = model.graph, set()
     for linear in linears:
         dequantize = linear.dequantize_weight

@@ -1,7 +1,7 @@
-"""``x86_inductor``: ``torch.compile`` with weights frozen, which fuses quantization into its neighbours.
+"""``x86_inductor``: ``torch.compile`` with frozen weights, which fuses quantization into neighbouring operations.
 
-Without freezing Inductor keeps weights symbolic, matches no int8 pattern and silently runs float; so it is switched
-on here, for this compile only.
+Without freezing, Inductor keeps weights symbolic, matches no int8 pattern and silently computes in float. Freezing is
+therefore switched on here, for this compilation only.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ KERNELS = ("onednn::qlinear_pointwise",)
 """Names of its integer kernels in torch's profiler."""
 
 INT8 = Capabilities(activation_dtypes=(torch.uint8, torch.int8), float_dtypes=(torch.bfloat16,))
+"""Linears that Inductor's int8 patterns match."""
 
 
 def lacks() -> str | None:
-    """Why this machine cannot compile to oneDNN."""
+    """The reason why this machine cannot compile to oneDNN; None if it can."""
     return no_x86() or no_onednn() or no_compiler()
 
 
@@ -33,7 +34,7 @@ def prepare(request: Request) -> None:
     """Bring a graph into the form that Inductor's int8 patterns match, in place."""
     make_unsigned(quantizers_of(quantized_products(request.graph)))
     unshare_weights(request.graph, request.linears)
-    # A linear that reads across memory is decomposed otherwise, into what a pattern fails on if the batch is free.
+    # Without this, Inductor decomposes a linear of a non-contiguous input into a form that its pattern fails on.
     for quantize in dict.fromkeys(linear.quantize for linear in request.linears):
         with quantize.graph.inserting_before(quantize):
             quantize.update_arg(0, quantize.graph.call_function(aten.contiguous.default, (quantize.args[0],)))
@@ -43,12 +44,13 @@ def prepare(request: Request) -> None:
 
 
 def build(request: Request) -> Runnable:
-    """Compile; the first call with a new batch size compiles once more, then any batch runs."""
+    """Compile the graph. The first call with a new batch size compiles again, and from then on any batch size runs."""
     prepare(request)
     compiled = torch.compile(request.graph)
 
     def run(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        # Around the call, not in torch.compile(options=...): Dynamo reads this setting too, before the backend does.
+        # The patch surrounds the call instead of torch.compile(options=...), because Dynamo reads this setting before
+        # the backend does.
         with torch.no_grad(), inductor_config.patch(freezing=True):
             return compiled(*inputs)
 

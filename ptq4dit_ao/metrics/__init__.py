@@ -1,4 +1,4 @@
-"""How good and how fast: paired errors, distances between sets of images, and latency."""
+"""Metrics of quality and speed: paired errors, distances between sets of images, and latency."""
 
 from ptq4dit_ao.metrics.distribution import Gaussian, frechet_distance, inception_score, precision_recall
 from ptq4dit_ao.metrics.features import FeatureNetwork, Features, extract

@@ -1,4 +1,4 @@
-"""Distances between sets of images in a network's feature space, as ADM's evaluator defines them.
+"""Distances between sets of images in a network's feature space, as in ADM's evaluator.
 
 ADM: Dhariwal and Nichol 2021 (arXiv 2105.05233). Everything is computed in float64.
 """
@@ -13,24 +13,26 @@ from torch import Tensor
 from ptq4dit_ao.errors import ArgumentError
 
 NEIGHBOURS = 3
+"""Number of nearest neighbours that define a manifold for precision and recall."""
 SPLIT = 5000
+"""Images per split of the inception score."""
 BLOCK = 1000
-"""Rows of a distance matrix that are in memory at once."""
+"""Number of rows of a distance matrix that are in memory at once."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Gaussian:
-    """Mean (D,) and unbiased covariance (D, D) of features, float64."""
+    """Gaussian of features: mean (D,) and unbiased covariance (D, D), float64."""
 
     mean: Tensor
     covariance: Tensor
 
     @classmethod
     def of(cls, features: Tensor) -> Gaussian:
-        """Fit to (N, D) features.
+        """Fit a Gaussian to (N, D) features.
 
         Raises:
-            ArgumentError: there are fewer than two.
+            ArgumentError: there are fewer than two images.
         """
         if len(features) < 2:
             raise ArgumentError(f"{len(features)} images have no covariance; give at least 2")
@@ -39,11 +41,11 @@ class Gaussian:
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """``|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))`` (Heusel et al. 2017, arXiv 1706.08500).
+    """Frechet distance ``|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))`` (Heusel et al. 2017, arXiv 1706.08500).
 
-    The trace of the root is that of ``(R^T S_b R)^(1/2)`` with ``R R^T = S_a``, which is symmetric: unlike the root of
-    ``S_a S_b`` it exists for singular covariances, too, and needs no offset on their diagonals. Where fewer images
-    than features were fitted, it is what ADM's ``sqrtm`` approaches as its offset of 1e-6 goes to zero.
+    The trace of the root equals that of ``(R^T S_b R)^(1/2)`` with ``R R^T = S_a``, which is symmetric. Unlike the root
+    of ``S_a S_b``, it exists for singular covariances, too, and needs no offset on their diagonals. If fewer images
+    than features were fitted, it is the limit of ADM's ``sqrtm`` as its offset of 1e-6 goes to zero.
 
     Raises:
         ArgumentError: the numbers of features differ.
@@ -58,9 +60,10 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 def inception_score(probabilities: Tensor, *, split: int = SPLIT) -> float:
-    """``exp(E_x KL(p(y|x) || p(y)))`` (Salimans et al. 2016, arXiv 1606.03498): (N, classes) -> mean over splits.
+    """Inception score ``exp(E_x KL(p(y|x) || p(y)))``, the mean over splits of (N, classes) probabilities.
 
-    Splits are consecutive; the last may be smaller. Up to ``split`` images are one.
+    Source: Salimans et al. 2016 (arXiv 1606.03498). Splits are consecutive, and the last may be smaller. Up to
+    ``split`` images are one split.
     """
     scores = []
     for part in probabilities.double().split(split):
@@ -72,8 +75,9 @@ def inception_score(probabilities: Tensor, *, split: int = SPLIT) -> float:
 def precision_recall(real: Tensor, generated: Tensor, *, neighbours: int = NEIGHBOURS) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991) of (N, D) and (M, D) features.
 
-    A set's manifold is the union of balls around its features that reach to their k-th nearest neighbour in the set.
-    Precision is the share of generated features on the real manifold, recall that of real ones on the generated.
+    The manifold of a set is the union of the balls around its features, each of which reaches to the k-th nearest
+    neighbour in the set. Precision is the fraction of generated features on the real manifold, and recall that of real
+    features on the generated one.
 
     Raises:
         ArgumentError: a set has too few features, or their numbers of dimensions differ.
@@ -96,5 +100,5 @@ def _share_on_manifold(features: Tensor, manifold: Tensor, neighbours: int) -> f
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """(N, D) and (M, D) -> (N, M)."""
+    """Squared distances of two sets of features: (N, D) and (M, D) -> (N, M)."""
     return (a.square().sum(1)[:, None] - 2 * a @ b.T + b.square().sum(1)).clamp_min(0)

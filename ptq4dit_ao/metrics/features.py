@@ -1,4 +1,4 @@
-"""Feature networks: what distances between sets of images are measured in."""
+"""Feature networks, in whose feature space distances between sets of images are measured."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from ptq4dit_ao._progress import OnProgress, ignore
 from ptq4dit_ao.errors import ArgumentError
 
 SPATIAL_CHANNELS = 7
-"""ADM's sFID takes the first 7 channels of a feature map: about as many values as it takes pooled ones."""
+"""Channels of the spatial features: ADM's sFID takes the first 7 of a map, about as many values as pooled ones."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Features:
-    """What a network sees in N images."""
+    """Features of N images."""
 
     pooled: Tensor
-    """(N, D), before the classifier's head."""
+    """Pooled features before the classifier's head, (N, D)."""
     spatial: Tensor
-    """(N, C, H, W), a feature map half-way."""
+    """A feature map from the middle of the network, (N, C, H, W)."""
     probabilities: Tensor
-    """(N, classes)."""
+    """Class probabilities, (N, classes)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureNetwork:
-    """A network with a name, which every figure that is measured with it carries.
+    """A feature network with a name, which is reported with every metric that it measures.
 
-    Wrap any module: ``read`` takes images (N, C, H, W) in [-1, 1] of 256 levels, resizes them if it must, and returns
-    :class:`Features`.
+    Wrap any module: ``read`` takes images (N, C, H, W) in [-1, 1] with 256 levels, resizes them if necessary, and
+    returns :class:`Features`.
     """
 
     name: str
@@ -40,7 +40,7 @@ class FeatureNetwork:
 
     @property
     def is_inception(self) -> bool:
-        """Does it call itself Inception? Only then is a distance called FID."""
+        """Whether its name begins with "inception". Only then is its distance called FID."""
         return self.name.lower().startswith("inception")
 
 
@@ -54,7 +54,8 @@ def extract(
 ) -> Features:
     """Features of (N, C, H, W) images in [-1, 1], with ``spatial`` as (N, H * W * 7): ADM's channels and order.
 
-    Images are rounded to 256 levels first, as they are on disk. ``on_progress`` is called with (images done, in all).
+    Images are rounded to 256 levels first, as they are on disk. ``on_progress`` is called with (images done, total
+    images).
 
     Raises:
         ArgumentError: the network returns something else.

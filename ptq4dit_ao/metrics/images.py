@@ -1,4 +1,4 @@
-"""Errors between paired images: the same noise sampled with the float and the quantized model."""
+"""Errors between paired images: sampled from the same noise with the float and the quantized model."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.metrics.intervals import Estimate, bootstrap_mean
 
 DATA_RANGE = 2.0
-"""Images are in [-1, 1]."""
+"""Range of images in [-1, 1]."""
 WINDOW, SIGMA = 11, 1.5
 K1, K2 = 0.01, 0.03
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageErrors:
-    """Means over images, with bootstrap intervals over images."""
+    """Mean errors over images, with bootstrap intervals over images."""
 
     mse: Estimate
     psnr_db: Estimate
-    """Mean of the images' own PSNR; infinite if an image is equal to its reference."""
+    """Mean of the images' PSNR; infinite if an image is equal to its reference."""
     ssim: Estimate
     images: int
     data_range: float
-    """Of PSNR and SSIM."""
+    """Range of the images, which PSNR and SSIM use."""
 
 
 def image_errors(reference: Tensor, images: Tensor, *, data_range: float = DATA_RANGE, seed: int = 0) -> ImageErrors:
     """Compare images with their references, one by one.
 
     Args:
-        reference: (N, C, H, W).
-        images: as many, of the same size.
+        reference: the reference images, (N, C, H, W).
+        images: the images to compare, of the same shape.
         data_range: largest possible value minus smallest.
-        seed: of the intervals.
+        seed: seed of the intervals.
 
     Raises:
         ArgumentError: the shapes differ, or are not those of images.
@@ -51,9 +51,9 @@ def image_errors(reference: Tensor, images: Tensor, *, data_range: float = DATA_
 def ssim(reference: Tensor, images: Tensor, data_range: float = DATA_RANGE) -> Tensor:
     """Structural similarity (Wang et al. 2004): (N, C, H, W) twice -> (N,) float64, mean over channels and positions.
 
-    Local moments are weighed by a Gaussian of 11 x 11 pixels and sigma 1.5, where it fits into the image. In images
-    of fewer than 11 pixels it has the largest odd size that fits: 7 x 7 for 8 x 8, so such figures compare only with
-    their like.
+    Local moments are weighted by a Gaussian window of 11 x 11 pixels with sigma 1.5, at the positions where it fits
+    into the image. In images of fewer than 11 pixels the window has the largest odd size that fits: 7 x 7 for 8 x 8.
+    Such values are comparable only among images of one size.
 
     Raises:
         ArgumentError: the shapes differ, or are not those of images.
@@ -69,7 +69,7 @@ def ssim(reference: Tensor, images: Tensor, data_range: float = DATA_RANGE) -> T
 
 
 def _images(reference: Tensor, images: Tensor) -> Tensor:
-    """The reference in float64, checked."""
+    """The reference in float64, once both shapes are checked."""
     if reference.shape != images.shape or images.ndim != 4 or 0 in images.shape:
         raise ArgumentError(
             f"images have shape {tuple(images.shape)} and their references {tuple(reference.shape)}; expected one "
@@ -79,7 +79,7 @@ def _images(reference: Tensor, images: Tensor) -> Tensor:
 
 
 def _window(size: int) -> Tensor:
-    """A Gaussian over size x size pixels that sums to 1."""
+    """Gaussian window of size x size pixels that sums to 1."""
     line = torch.exp(-((torch.arange(size, dtype=torch.float64) - size // 2) ** 2) / (2 * SIGMA**2))
     return torch.outer(line, line) / line.sum() ** 2
 

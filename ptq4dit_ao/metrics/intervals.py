@@ -1,4 +1,4 @@
-"""Bootstrap intervals (Efron 1979, the percentile form), seeded."""
+"""Bootstrap intervals (Efron 1979, the percentile method), seeded."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 RESAMPLES = 1000
+"""Number of bootstrap resamples."""
 TAILS = (0.025, 0.975)
-"""A 95 % interval."""
+"""Quantiles that bound a 95 % interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A figure and its 95 % bootstrap interval."""
+    """A value with its 95 % bootstrap interval."""
 
     value: float
     low: float
@@ -22,21 +23,22 @@ class Estimate:
 
 
 def bootstrap(rows: int, statistic: Callable[[np.ndarray], float], *, seed: int = 0) -> Estimate:
-    """A statistic of all rows, with the interval that it has on rows drawn with replacement.
+    """Statistic of all rows, with its percentile interval over resamples with replacement.
 
-    It shows how much the figure depends on which rows were drawn, if rows are independent. Equal seeds draw equal rows.
+    The interval shows how much the value depends on the choice of rows, if rows are independent. Equal seeds give equal
+    resamples.
 
     Args:
-        rows: how many there are.
-        statistic: of the rows of these indices, (rows,) int64.
-        seed: of the draws.
+        rows: number of rows.
+        statistic: a function of row indices, (rows,) int64.
+        seed: seed of the resamples.
     """
     generator = np.random.default_rng(seed)
     values = [statistic(generator.integers(rows, size=rows)) for _ in range(RESAMPLES)]
-    low, high = np.quantile(values, TAILS, method="inverted_cdf")  # one of the values: infinite ones do not mix
+    low, high = np.quantile(values, TAILS, method="inverted_cdf")  # infinite values cannot be interpolated
     return Estimate(value=float(statistic(np.arange(rows))), low=float(low), high=float(high))
 
 
 def bootstrap_mean(values: np.ndarray, *, seed: int = 0) -> Estimate:
-    """The mean of (rows,) values, with its interval."""
+    """Mean of (rows,) values, with its interval."""
     return bootstrap(len(values), lambda rows: float(values[rows].mean()), seed=seed)

@@ -1,4 +1,4 @@
-"""Latency of several models, interleaved: each round runs every model once, so that noise hits all alike."""
+"""Latency of several models, interleaved: each round runs every model once, so that disturbances affect all alike."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ptq4dit_ao._progress import OnProgress, ignore
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyResult:
-    """Milliseconds per call."""
+    """Latency per call, in milliseconds."""
 
     median_ms: float
     low_ms: float
-    """10th percentile."""
+    """10th percentile of the latency."""
     high_ms: float
-    """90th percentile."""
+    """90th percentile of the latency."""
     rounds: int
 
 
@@ -34,7 +34,7 @@ def measure_latency(
     warmup: int = 2,
     on_progress: OnProgress = ignore,
 ) -> dict[str, LatencyResult]:
-    """Time every model on the same inputs, ``warmup`` untimed and ``rounds`` timed rounds."""
+    """Measure the latency of every model on the same inputs, in ``warmup`` untimed and ``rounds`` timed rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for i in range(warmup + rounds):
         for name, model in models.items():

@@ -1,4 +1,4 @@
-"""Where the error of a quantized graph comes from: which layer, at which timestep."""
+"""Sources of a quantized graph's error: its layers, at each timestep."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def layer_errors(
     *,
     timestep_index: int | None = 1,
 ) -> dict[str, PairedError]:
-    """Error of every linear's output, with what has built up before it: node name -> a row for each batch.
+    """Error of every linear's output, including the error accumulated before it: node name -> a row for each batch.
 
     Both graphs run side by side, and no output is kept.
 
     Args:
-        balanced: the float graph after folding, whose linears are the quantized graph's, by name.
+        balanced: the float graph after folding. Its linears have the names of the quantized graph's.
         quantized: the converted graph.
         batches: input tuples, each of one timestep.
-        timestep_index: which input holds the timestep; None if none does.
+        timestep_index: index of the input that holds the timestep; None if none does.
 
     Raises:
         ArgumentError: a batch mixes timesteps, or a linear is missing in the float graph.
@@ -51,7 +51,7 @@ def layer_errors(
             expected = next((value for other, value in float_outputs if other == name), None)
             if expected is None:
                 raise ArgumentError(f"the float graph has no linear {name!r} where the quantized graph has it")
-            # One row: the samples of a linear's output may lie along any axis.
+            # The output is compared as one row, because its samples may lie along any axis.
             found[name].append(energies(t, expected.double().unsqueeze(0), actual.double().unsqueeze(0)))
     return {name: PairedError.of(parts) for name, parts in found.items()}
 
@@ -62,16 +62,19 @@ def _linear_outputs(graph_module: GraphModule, inputs: tuple[Tensor, ...]) -> It
 
 @dataclass(frozen=True, kw_only=True)
 class LeaveOneOut:
-    """What the output gains when one input's linears are not quantized, and all others are."""
+    """Errors of the output when the linears of one input at a time are not quantized, and all others are."""
 
     quantized: PairedError
-    """With everything quantized."""
+    """Error with everything quantized."""
     without: dict[tuple[str, ...], PairedError]
-    """Node names of linears that read one quantized input -> with these in float; in execution order."""
+    """Node names of the linears that read one quantized input -> error with these in float, in execution order."""
 
     @property
     def gains_db(self) -> dict[tuple[str, ...], float]:
-        """Keyed like :attr:`without`; below 0 where the others had made up for their error."""
+        """Gain of each entry of :attr:`without` in dB.
+
+        It is below 0 where other linears compensated for their error.
+        """
         return {names: error.sqnr_db - self.quantized.sqnr_db for names, error in self.without.items()}
 
 
@@ -84,15 +87,15 @@ def leave_one_out(
     timestep_index: int | None = 1,
     on_progress: OnProgress = ignore,
 ) -> LeaveOneOut:
-    """Put the linears of one quantized input at a time back to float, input and weights.
+    """Restore the linears of one quantized input at a time to float, input and weights.
 
-    What comes before that input is run once for all, so that a batch costs half a run of the graph for each input.
+    The nodes before that input run once for all, so that a batch costs half a run of the graph for each input.
 
     Args:
-        balanced: the float graph after folding, whose linears are the quantized graph's, by name.
+        balanced: the float graph after folding. Its linears have the names of the quantized graph's.
         quantized: the converted graph.
         batches: input tuples.
-        timestep_index: which input holds the timestep; None if none does.
+        timestep_index: index of the input that holds the timestep; None if none does.
         on_progress: called after every such run.
 
     Raises:
@@ -117,14 +120,14 @@ def weight_errors(
     timestep_index: int | None = 1,
     on_progress: OnProgress = ignore,
 ) -> dict[tuple[str, ...], PairedError]:
-    """The output's error when only the weights that read one quantized input are quantized, and all else is float.
+    """Errors of the output when only the weights that read one quantized input are quantized, and all else is float.
 
-    For a graph whose layers were rounded each for itself, that is in one pass or to nearest: one that was rounded
-    layer by layer has weights that make up for the error of others, which here is not made.
+    The layers must have been rounded independently, in one pass or to nearest. Weights rounded layer by layer
+    compensate for errors of other layers, which do not occur here.
 
     Args:
         balanced, quantized, batches, timestep_index, on_progress: as for :func:`leave_one_out`.
-        only: names of the linears that are looked at; None is all.
+        only: names of the linears to measure; None is all.
 
     Returns:
         Node names of the linears that read one quantized input -> error, in execution order.
@@ -144,7 +147,7 @@ def weight_errors(
 
 
 def quantized_inputs(quantized: GraphModule) -> dict[Node, list[Node]]:
-    """Quantize node -> the linears that read what it gives, in execution order.
+    """Quantize node -> the linears that read its result, in execution order.
 
     Raises:
         ArgumentError: there are none.
@@ -166,7 +169,10 @@ def _one_by_one(
     timestep_index: int | None,
     on_progress: OnProgress,
 ) -> list[PairedError]:
-    """Errors of a graph with each change, keyed by the first node that it concerns, and at last without any."""
+    """Errors of a graph with each change, keyed by the first node that it affects.
+
+    The last one is without any change.
+    """
     batches, in_place = list(batches), writes_in_place(graph_module)
     starts = [node for node in graph_module.graph.nodes if node in changes]
     parts: dict[Node | None, list[Tensor]] = {node: [] for node in (*changes, None)}
@@ -174,7 +180,7 @@ def _one_by_one(
         t, expected = timesteps_of(inputs, timestep_index), rows_of(reference(*inputs))
         walk = Walk(graph_module, inputs)
         for done, start in enumerate(starts, start=batch * len(starts) + 1):
-            if not in_place:  # else a run would change what the next one starts from
+            if not in_place:  # otherwise a run would change the values that the next one starts from
                 walk.advance(start)
             parts[start].append(energies(t, expected, rows_of(walk.fork(changes[start]).finish())))
             on_progress(done, len(batches) * len(starts))
@@ -183,7 +189,7 @@ def _one_by_one(
 
 
 def _linear_with(graph_module: GraphModule, node: Node) -> Callable[..., Tensor]:
-    """The linear with the weight and bias of a node of this graph."""
+    """A linear with the weight and bias of a node of this graph."""
 
     def linear(x: Tensor, *_: object) -> Tensor:
         return functional.linear(x, *(_value(graph_module, source) for source in node.args[1:]))
@@ -192,7 +198,7 @@ def _linear_with(graph_module: GraphModule, node: Node) -> Callable[..., Tensor]
 
 
 def _value(graph_module: GraphModule, source: object) -> Any:
-    """What a constant, or a dequantized one, is."""
+    """Value of a constant node, or of a node that dequantizes one."""
     if not isinstance(source, Node):
         return source
     if source.op == "get_attr":

@@ -1,4 +1,4 @@
-"""Paired errors: the same inputs through the float and the quantized model."""
+"""Paired errors: the float and the quantized model on the same inputs."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ Denoiser = Callable[..., Tensor | tuple[Tensor, ...]]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PairedError:
-    """Signal-to-quantization-noise ratio (SQNR) of the predicted noise, in dB, from the energies of every row.
+    """Signal-to-quantization-noise ratio (SQNR) of the predicted noise in dB, from the energies of every row.
 
-    Intervals draw rows as if they were independent, which the rows of one image are not quite.
+    The bootstrap intervals resample rows as if they were independent. The rows of one image are not fully independent.
     """
 
     timesteps: np.ndarray
-    """(rows,), like the energies, float64."""
+    """Timestep of every row, (rows,) float64."""
     signal: np.ndarray
-    """``sum ref^2`` of a row."""
+    """Energy of the float output, ``sum ref^2``, (rows,) float64."""
     noise: np.ndarray
-    """``sum (ref - approx)^2`` of a row."""
+    """Energy of the error, ``sum (ref - approx)^2``, (rows,) float64."""
 
     @classmethod
     def of(cls, parts: Sequence[Tensor]) -> PairedError:
-        """From timestep, signal and noise of some rows each, (3, rows)."""
+        """Errors from parts of (3, rows): timestep, signal and noise."""
         if not parts:
             raise ArgumentError("there are no batches to compare on; pass at least one tuple of inputs")
         timesteps, signal, noise = torch.cat(list(parts), dim=1).numpy()
@@ -42,29 +42,30 @@ class PairedError:
 
     @property
     def rows(self) -> int:
+        """Number of rows."""
         return len(self.timesteps)
 
     @property
     def sqnr_db(self) -> float:
-        """Of all rows, by their summed energies: the loudest error decides."""
+        """SQNR of all rows by their summed energies, so that the largest errors dominate."""
         return self._pooled_db(np.arange(self.rows))
 
     @functools.cached_property
     def per_timestep(self) -> dict[float, float]:
-        """Timestep -> dB of its rows, ascending."""
+        """Timestep -> SQNR of its rows in dB, ascending."""
         return {float(t): self._pooled_db(self._rows_at(t)) for t in np.unique(self.timesteps)}
 
     @property
     def median_db(self) -> float:
-        """Over timesteps: each counts the same."""
+        """Median of the SQNR over timesteps, in which each timestep counts the same."""
         return float(np.median(list(self.per_timestep.values())))
 
     def sqnr_estimate(self, *, seed: int = 0) -> Estimate:
-        """:attr:`sqnr_db` with its bootstrap interval."""
+        """Estimate of :attr:`sqnr_db` with its bootstrap interval."""
         return self._estimate(np.arange(self.rows), seed)
 
     def median_estimate(self, *, seed: int = 0) -> Estimate:
-        """:attr:`median_db` with its bootstrap interval."""
+        """Estimate of :attr:`median_db` with its bootstrap interval."""
         _, which = np.unique(self.timesteps, return_inverse=True)
 
         def median(rows: np.ndarray) -> float:
@@ -75,7 +76,7 @@ class PairedError:
         return bootstrap(self.rows, median, seed=seed)
 
     def timestep_estimates(self, *, seed: int = 0) -> dict[float, Estimate]:
-        """:attr:`per_timestep` with bootstrap intervals over the rows of each."""
+        """Estimates of :attr:`per_timestep`, with bootstrap intervals over the rows of each timestep."""
         return {t: self._estimate(self._rows_at(t), seed) for t in self.per_timestep}
 
     def _estimate(self, rows: np.ndarray, seed: int) -> Estimate:
@@ -96,9 +97,10 @@ def paired_error(
 
     Args:
         reference: the float model.
-        quantized: its quantized form.
+        quantized: the quantized model.
         batches: input tuples, each tensor (N, ...).
-        timestep_index: which input holds the timestep, (N,) or, with one for each token, (N, T); None if none does.
+        timestep_index: index of the input that holds the timestep, (N,) or, with one for each token, (N, T); None if
+            none does.
 
     Raises:
         ArgumentError: the outputs have different shapes.
@@ -117,7 +119,11 @@ def paired_error(
 
 
 def _check_finite(name: str, output: Tensor, timesteps: Tensor) -> None:
-    """Raises CalibrationError for a model that overflows: no figure of it means anything."""
+    """Check that a model does not overflow, because no metric would be meaningful.
+
+    Raises:
+        CalibrationError: its output is not finite.
+    """
     bad = ~output.flatten(1).isfinite().all(1)
     if bad.any():
         raise CalibrationError(
@@ -133,14 +139,14 @@ def energies(timesteps: Tensor, expected: Tensor, actual: Tensor) -> Tensor:
 
 
 def rows_of(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """(N, ...) float64 on the CPU; several outputs side by side, (N, values)."""
+    """A model's output as float64 on the CPU, (N, ...). Several outputs are joined to (N, values)."""
     if isinstance(output, Tensor):
         return output.double().cpu()
     return torch.cat([part.double().cpu().flatten(1) for part in output], dim=1)
 
 
 def timesteps_of(inputs: Sequence[Tensor], index: int | None) -> Tensor:
-    """Timestep of every row of a batch, (N,) float64; zeros where no input holds it, the largest of one per token."""
+    """Timestep of every row of a batch, (N,) float64: the largest of a row's tokens; zeros if no input holds it."""
     if index is None:
         return torch.zeros(len(inputs[0]), dtype=torch.float64)
     if not -len(inputs) <= index < len(inputs):

@@ -1,4 +1,4 @@
-"""Statistics of a reference set, worth keeping: a network reads its images only once."""
+"""Statistics of a reference set, stored so that a feature network reads its images only once."""
 
 from __future__ import annotations
 
@@ -23,23 +23,28 @@ FORMAT = TensorFormat(
 
 @dataclass(frozen=True, kw_only=True)
 class Distances:
-    """How far generated images are from a reference set."""
+    """Distances of generated images from a reference set."""
 
     frechet: float
+    """Frechet distance of pooled features (FID with Inception features)."""
     spatial_frechet: float
+    """Frechet distance of spatial features (sFID with Inception features)."""
     inception_score: float
-    """Of the generated images alone."""
+    """Inception score of the generated images alone."""
     precision: float
+    """Fraction of generated images on the manifold of the reference set."""
     recall: float
+    """Fraction of reference images on the manifold of the generated images."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ReferenceStatistics:
-    """What generated images are measured against, and of which network and images it is."""
+    """Statistics of a reference set, with the names of its feature network and images."""
 
     network: str
+    """Name of the feature network."""
     checksum: str
-    """Of the images: :func:`images_checksum`."""
+    """Checksum of the images, :func:`images_checksum`."""
     pooled: Tensor
     """Features of the images, (N, D) float32."""
     pooled_fit: Gaussian
@@ -47,7 +52,7 @@ class ReferenceStatistics:
 
     @classmethod
     def of(cls, network: str, images: Tensor, features: Features) -> ReferenceStatistics:
-        """Of (N, C, H, W) images in [-1, 1] and what :func:`extract` found in them."""
+        """Statistics of (N, C, H, W) images in [-1, 1] and the features that :func:`extract` found in them."""
         return cls(
             network=network,
             checksum=images_checksum(images),
@@ -57,7 +62,7 @@ class ReferenceStatistics:
         )
 
     def distances(self, features: Features) -> Distances:
-        """From generated images, by what :func:`extract` found in them with the same network."""
+        """Distances of generated images from the set, by the features that :func:`extract` found with this network."""
         precision, recall = precision_recall(self.pooled, features.pooled)
         return Distances(
             frechet=frechet_distance(self.pooled_fit, Gaussian.of(features.pooled)),
@@ -68,10 +73,10 @@ class ReferenceStatistics:
         )
 
     def check(self, source: str, network: str, images: Tensor | None = None) -> ReferenceStatistics:
-        """Itself, if it is of this network and, where they are given, of these images.
+        """The statistics themselves, if they are of this network and, where given, of these images.
 
         Raises:
-            ArgumentError: it is not. ``source`` is what the message calls it.
+            ArgumentError: they are not. ``source`` is their name in the message.
         """
         if network != self.network:
             raise ArgumentError(f"{source} is of the network {self.network!r}, not of {network!r}; use another file")
@@ -82,7 +87,7 @@ class ReferenceStatistics:
         return self
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file; one that was there is replaced whole or not at all.
+        """Write a safetensors file, atomically.
 
         Raises:
             ArgumentError: it cannot be written.
@@ -94,7 +99,7 @@ class ReferenceStatistics:
 
     @classmethod
     def load(cls, path: str | Path) -> ReferenceStatistics:
-        """Read what :meth:`save` wrote.
+        """Read a file that :meth:`save` wrote.
 
         Raises:
             ArgumentError: the file is missing, is something else, or is damaged.
@@ -113,7 +118,7 @@ class ReferenceStatistics:
 
 
 def images_checksum(images: Tensor) -> str:
-    """SHA-256 of the size and the 8-bit levels of (N, C, H, W) images in [-1, 1]."""
+    """SHA-256 of the shape and the 8-bit levels of (N, C, H, W) images in [-1, 1]."""
     digest = hashlib.sha256(repr(tuple(images.shape)).encode())
     digest.update(to_levels(images).contiguous().numpy().tobytes())
     return digest.hexdigest()

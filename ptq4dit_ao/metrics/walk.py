@@ -1,4 +1,4 @@
-"""A graph run node by node: to be looked at on the way, stopped, and gone on with in more than one way."""
+"""Stepwise runs of a graph, which can be inspected, stopped and resumed in more than one way."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 Instead = Mapping[Node, Callable[..., Tensor]]
-"""What computes a node's value from its arguments, instead of the node."""
+"""Nodes -> functions that compute their value from their arguments, in place of the node."""
 
 
 class Walk(Interpreter):
-    """One run of a graph; of its values, those are kept which a later node reads.
+    """One run of a graph. It keeps the values that a later node reads.
 
     Args:
         graph_module: the graph.
-        inputs: of the run.
+        inputs: inputs of the run.
     """
 
     def __init__(self, graph_module: GraphModule, inputs: Sequence[Tensor]) -> None:
@@ -29,8 +29,8 @@ class Walk(Interpreter):
         self._instead: Instead = {}
 
     def steps(self, stop: Node | None = None) -> Iterator[tuple[Node, Any]]:
-        """Run on, up to a node or to the end, and give each node with its value."""
-        self.args_iter = (x.clone() for x in self._inputs)  # read in the first stretch; the graph may write into them
+        """Resume the run up to a node or to the end, and yield each node with its value."""
+        self.args_iter = (x.clone() for x in self._inputs)  # the graph may write into its inputs
         while self._done < len(self._nodes) and (node := self._nodes[self._done]) is not stop:
             value = self.env[node] = self.run_node(node)
             for unread in self.user_to_last_uses.get(node, ()):
@@ -39,22 +39,23 @@ class Walk(Interpreter):
             yield node, value
 
     def advance(self, stop: Node) -> None:
-        """Run on, up to a node."""
+        """Resume the run up to a node."""
         for _ in self.steps(stop):
             pass
 
     def finish(self) -> Any:
-        """Run on to the end; the graph's output."""
+        """Resume the run to the end, and return the graph's output."""
         *_, (_, value) = self.steps()
         return self.graph.process_outputs(value)
 
     def fork(self, instead: Instead) -> Self:
-        """The same run from here on, with other values for some nodes. Tensors are shared."""
+        """A copy of the run from here on, with other values for some nodes. Tensors are shared."""
         other = copy.copy(self)
         other.env, other._instead = dict(self.env), instead
         return other
 
     def run_node(self, n: Node) -> Any:
+        """Compute the value of a node, or its replacement."""
         function = self._instead.get(n)
         if function is None:
             return super().run_node(n)

@@ -1,4 +1,4 @@
-"""PTQD (He et al. 2023, arXiv 2305.10657): corrects the quantization noise of a denoiser in its scheduler."""
+"""PTQD (He et al. 2023, arXiv 2305.10657): correction of a denoiser's quantization noise in its scheduler."""
 
 from ptq4dit_ao.ptqd.fit import fit_noise_correction
 from ptq4dit_ao.ptqd.scheduler import PTQDScheduler

@@ -1,4 +1,4 @@
-"""Measure how a quantized denoiser's noise differs from the float model's, along the float model's trajectory."""
+"""Measurement of a quantized denoiser's noise error along the float model's trajectory."""
 
 from __future__ import annotations
 
@@ -30,19 +30,20 @@ def fit_noise_correction(
     """Sample with the float model, and at each step regress the quantized model's error on the float model's noise.
 
     Args:
-        float_denoiser: whose trajectory is followed.
-        quantized_denoiser: on any backend; is given the same x at every step.
-        sampling: what a sampler must know of both.
-        labels: (N,), one image for each.
-        steps: of the sampler that the correction is for.
-        guidance: as it will be used: the noise is compared after classifier-free guidance.
-        generator: of the starting noise.
-        scheduler: the one of diffusers that is to be corrected; as ``sampling`` says, if not given.
-        batch_size: labels sampled at a time.
-        on_progress: called with (steps done, steps in all).
+        float_denoiser: the float model, whose trajectory is followed.
+        quantized_denoiser: the quantized model on any backend. It gets the same x at every step.
+        sampling: properties of both models.
+        labels: class labels (N,), one for each image.
+        steps: steps of the sampler that the correction is for.
+        guidance: guidance scale of the sampler that the correction is for. The noise is compared after classifier-free
+            guidance.
+        generator: generator of the starting noise.
+        scheduler: the scheduler of diffusers that will be corrected. The default is that of ``sampling``.
+        batch_size: number of labels sampled at a time.
+        on_progress: called with (steps done, total steps).
 
     Raises:
-        CalibrationError: there are no labels, or a model predicts what is not finite.
+        CalibrationError: there are no labels, or a model predicts values that are not finite.
         ArgumentError: see :func:`~ptq4dit_ao.calibration.sample`.
     """
     if len(labels) == 0:
@@ -75,22 +76,22 @@ def fit_noise_correction(
 
 
 _MOMENTS = ("eps", "d", "eps^2", "eps d", "d^2")
-"""With d = eps_q - eps."""
+"""Moments that :func:`solve` needs, with d = eps_q - eps."""
 
 
 def sums_of_moments(eps: Tensor, eps_q: Tensor) -> Tensor:
-    """(N, C, ...) twice -> (5, C): sums over all but the channels of what :func:`solve` needs."""
+    """Sums of the moments that :func:`solve` needs, over all but the channels: (N, C, ...) twice -> (5, C)."""
     d = eps_q - eps
     columns = torch.stack([eps, d, eps * eps, eps * d, d * d])
     return columns.transpose(1, 2).flatten(2).sum(2)
 
 
 def solve(moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Means of :func:`sums_of_moments`, (T, 5, C) -> k (T,), mu (T, C), sigma_q (T,).
+    """Least-squares fit from means of :func:`sums_of_moments`, (T, 5, C) -> k (T,), mu (T, C), sigma_q (T,).
 
-    Least squares of ``d = k eps + mu_c`` over all elements of a step, with ``k`` not below 0. (The authors' code has
-    one intercept for all channels, which lets their biases leak into ``k``, and takes the mean of d for ``mu_c``,
-    which differs by ``k E[eps]``.)
+    It fits ``d = k eps + mu_c`` over all elements of a step, with ``k`` not below 0. (The authors' code has one
+    intercept for all channels, whose biases then leak into ``k``. It takes the mean of d for ``mu_c``, which differs by
+    ``k E[eps]``.)
     """
     eps, d, eps_eps, eps_d, d_d = moments.unbind(1)
     k = ((eps_d - eps * d).mean(1) / (eps_eps - eps * eps).mean(1)).clamp(min=0)

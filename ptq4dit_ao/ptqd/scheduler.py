@@ -1,7 +1,8 @@
-"""A diffusers scheduler that corrects a quantized model's noise before each step, and adds less of its own after it.
+"""Scheduler that corrects a quantized model's noise before each step, and reduces its own noise after it.
 
-What the correction cannot remove is noise of known size, so the sampler's own noise is made smaller by as much
-(He et al. 2023, "variance schedule calibration"). One step takes the predicted noise with the coefficient c, thus
+The error that the correction cannot remove is noise of known variance, so the sampler's own noise is reduced by that
+variance (He et al. 2023, "variance schedule calibration"). One step uses the predicted noise with the coefficient c,
+thus
 
     sigma'^2 = max(0, sigma^2 - c^2 sigma_q^2 / (1 + k)^2)
 
@@ -27,17 +28,18 @@ _AS_VARIANCE = {
     "learned": lambda value: value,
     "learned_range": torch.exp,
 }
-"""By DDPM's ``variance_type``: sigma^2 from what its ``_get_variance`` returns."""
+"""DDPM's ``variance_type`` -> function from the result of its ``_get_variance`` to sigma^2."""
 
 
 class PTQDScheduler:
-    """``pipe.scheduler = PTQDScheduler(pipe.scheduler, table)``; all but ``step`` is the wrapped scheduler's.
+    """A scheduler with noise correction, for ``pipe.scheduler = PTQDScheduler(pipe.scheduler, table)``.
 
-    With classifier-free guidance, pipelines hand the guided noise to ``step``, and that is what is corrected.
+    All attributes except ``step`` are those of the wrapped scheduler. With classifier-free guidance, pipelines pass the
+    guided noise to ``step``, and that is what is corrected.
 
     Args:
-        scheduler: a ``DDIMScheduler`` or ``DDPMScheduler`` of diffusers that is told the noise (``epsilon``).
-        table: of the model, the guidance scale and the timesteps that it will be used with.
+        scheduler: a ``DDIMScheduler`` or ``DDPMScheduler`` of diffusers with ``prediction_type`` epsilon.
+        table: correction for the model, guidance scale and timesteps that it will be used with.
 
     Raises:
         ArgumentError: it is another scheduler.
@@ -62,11 +64,11 @@ class PTQDScheduler:
 
     @property
     def fitted_guidance(self) -> float:
-        """The guidance scale that the table is of, for samplers to compare."""
+        """Guidance scale of the table, which samplers compare with their own."""
         return self.table.guidance
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_scheduler":  # not there yet while copy or pickle make one
+        if name == "_scheduler":  # copy and pickle ask for it before it is set
             raise AttributeError(name)
         return getattr(self._scheduler, name)
 
@@ -81,16 +83,16 @@ class PTQDScheduler:
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """The wrapped scheduler's step from corrected noise.
+        """Take the wrapped scheduler's step with the corrected noise.
 
         Args:
-            model_output: (N, C, ...) noise, or (N, 2C, ...) with a learned variance, which stays as it is.
-            timestep: one of the table's.
-            sample: (N, C, ...).
-            eta: DDIM's; ignored by DDPM, as diffusers' pipelines expect.
-            use_clipped_model_output: DDIM's, too.
-            generator: draws what the wrapped scheduler would draw.
-            return_dict: else a tuple.
+            model_output: noise (N, C, ...), or (N, 2C, ...) with a learned variance, which stays unchanged.
+            timestep: one of the table's timesteps.
+            sample: the current sample, (N, C, ...).
+            eta: DDIM's eta. DDPM ignores it, as diffusers' pipelines expect.
+            use_clipped_model_output: as for DDIM. DDPM ignores it.
+            generator: generator of the noise that the wrapped scheduler adds.
+            return_dict: return diffusers' output class instead of a tuple.
 
         Raises:
             ArgumentError: the table has no such timestep, or other channels.
@@ -140,5 +142,5 @@ class PTQDScheduler:
 
 
 def _left(variance: Tensor, added: Tensor) -> Tensor:
-    """``sigma' / sigma``; 0 where quantization adds more than there is to be, or nothing is."""
+    """The factor ``sigma' / sigma`` for the sampler's noise; 0 where quantization adds more, or sigma is 0."""
     return ((variance - added).clamp(min=0) / variance.clamp(min=torch.finfo(variance.dtype).tiny)).sqrt()

@@ -1,4 +1,4 @@
-"""What PTQD knows of a quantized denoiser: for each step, how its predicted noise differs from the float model's.
+"""PTQD's table: the difference of a quantized denoiser's predicted noise from the float model's, for each step.
 
 eps_q = (1 + k_t) eps + mu_{t,c} + r,    r of mean 0 and standard deviation sigma_q,t
 """
@@ -24,27 +24,27 @@ _TENSORS = {
     "mu": (torch.float64, 2),
     "sigma_q": (torch.float64, 1),
 }
-"""Type and number of axes."""
+"""Dtype and number of axes of each tensor."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NoiseCorrection:
-    """A row for each of a sampler's T steps; some kilobytes, and the same for every backend.
+    """Noise correction, with a row for each of a sampler's T steps. It takes some kilobytes, and fits every backend.
 
     Raises:
-        ArgumentError: types, shapes or values are none that a measurement gives.
+        ArgumentError: dtypes, shapes or values are not those of a measurement.
     """
 
     timesteps: Tensor
-    """(T,) int64, all different."""
+    """Timesteps of the sampler, (T,) int64, all different."""
     k: Tensor
-    """(T,) float64, >= 0: the part of the error that is proportional to the noise."""
+    """Factor of the error that is proportional to the noise, (T,) float64, >= 0."""
     mu: Tensor
-    """(T, C) float64: mean of the rest, for each channel."""
+    """Mean of the remaining error for each channel, (T, C) float64."""
     sigma_q: Tensor
-    """(T,) float64, >= 0: standard deviation of what is left."""
+    """Standard deviation of the remaining error, (T,) float64, >= 0."""
     guidance: float
-    """Scale of classifier-free guidance, after which it was measured; another scale has other errors."""
+    """Scale of classifier-free guidance at which it was measured. The error depends on it."""
 
     def __post_init__(self) -> None:
         found = {name: getattr(self, name) for name in _TENSORS}
@@ -69,15 +69,15 @@ class NoiseCorrection:
 
     @property
     def steps(self) -> int:
-        """T, of the sampler that it was measured for."""
+        """Number of steps T of the sampler that it was measured for."""
         return len(self.timesteps)
 
     def serves(self, timesteps: Iterable[int], guidance: float) -> bool:
-        """Is it of this guidance scale, and of all these timesteps?"""
+        """Whether it is of this guidance scale and has all these timesteps."""
         return guidance == self.guidance and set(timesteps) <= self._rows.keys()
 
     def correct(self, eps: Tensor, timestep: float | Tensor) -> Tensor:
-        """``(eps - mu_t) / (1 + k_t)``: the quantized model's guided noise (N, C, ...) made like the float model's.
+        """Correct the quantized model's guided noise (N, C, ...): ``(eps - mu_t) / (1 + k_t)``.
 
         Raises:
             ArgumentError: the table has no such timestep, or other channels.
@@ -90,7 +90,7 @@ class NoiseCorrection:
         return (eps - mu) / (1 + self.k[row].item())
 
     def remaining_variance(self, timestep: float | Tensor) -> float:
-        """``sigma_q^2 / (1 + k_t)^2``: what quantization adds to every element of the corrected noise.
+        """Variance that quantization adds to every element of the corrected noise: ``sigma_q^2 / (1 + k_t)^2``.
 
         Raises:
             ArgumentError: the table has no such timestep.
@@ -99,7 +99,7 @@ class NoiseCorrection:
         return (self.sigma_q[row] / (1 + self.k[row])).item() ** 2
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, which replaces what was there when it is complete.
+        """Write one safetensors file, atomically.
 
         Raises:
             CalibrationError: it cannot be written.
@@ -109,7 +109,7 @@ class NoiseCorrection:
 
     @classmethod
     def load(cls, path: str | Path) -> NoiseCorrection:
-        """Read what :meth:`save` wrote.
+        """Read a file that :meth:`save` wrote.
 
         Raises:
             CalibrationError: the file is missing, is something else, or is damaged.

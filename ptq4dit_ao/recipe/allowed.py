@@ -1,4 +1,4 @@
-"""The JSON Schema of a model, the part of it that stands at a key path, and what that part allows, in words."""
+"""JSON Schema of a model, the part of it at a key path, and a description of the values that the part allows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusive
 
 
 class _WithoutNull(GenerateJsonSchema):
-    """A file never holds null: a key that is not set is left out. ``None`` exists in Python only."""
+    """Schema without null, because a file leaves out a key that is not set. ``None`` exists in Python only."""
 
     def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
         return self.generate_inner(schema["schema"])
@@ -30,12 +30,12 @@ class _WithoutNull(GenerateJsonSchema):
 
 
 def model_json_schema(model: type[BaseModel]) -> dict[str, object]:
-    """The JSON Schema of any recipe model, as a file may hold it."""
+    """JSON Schema of any recipe model, for the values that a file may hold."""
     return model.model_json_schema(schema_generator=_WithoutNull)
 
 
 def node_at(root: Node, path: Sequence[str | int]) -> Node:
-    """The schema of what stands at ``path`` (keys and list indices), references resolved."""
+    """Schema of the value at ``path`` (keys and list indices), with references resolved."""
     node = _resolved(root, root)
     for part in path:
         node = _resolved(root, _below(node, part))
@@ -43,13 +43,13 @@ def node_at(root: Node, path: Sequence[str | int]) -> Node:
 
 
 def choices(node: Node) -> list[str]:
-    """The names that ``node`` knows: keys of a mapping or the values of an enumeration."""
+    """Names that ``node`` allows: keys of a mapping or values of an enumeration."""
     own = cast(Sequence[str], node.get("properties") or node.get("enum") or [])
     return list(own) or [name for branch in _branches(node) for name in choices(branch)]
 
 
 def allowed(node: Node) -> str:
-    """What a value may be, as it reads after "it must be"."""
+    """Description of the allowed values, as it reads after "it must be"."""
     if "const" in node:
         const = node["const"]
         return const if isinstance(const, str) else f"{str(const).lower()}, or left out"
@@ -70,7 +70,7 @@ def _resolved(root: Node, node: Node) -> Node:
 
 
 def _below(node: Node, part: str | int) -> Node:
-    """What stands under a key or an index, in the one branch of a union that has such."""
+    """Schema under a key or an index, from the one branch of a union that has it."""
     key = "properties" if isinstance(part, str) else "items"
     (inside,) = [branch[key] for branch in (node, *_branches(node)) if key in branch]
     return cast(Mapping[str, Node], inside)[part] if isinstance(part, str) else cast(Node, inside)

@@ -1,4 +1,4 @@
-"""The JSON Schema of a recipe file, for editors; ``recipes/recipe.schema.json`` is this, written out."""
+"""JSON Schema of a recipe file, for editors. ``recipes/recipe.schema.json`` holds a copy."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from ptq4dit_ao.recipe.schema import RecipeFile
 
 
 def recipe_json_schema() -> dict[str, object]:
-    """The JSON Schema (draft 2020-12) that every recipe file must meet; ``version`` is const 1."""
+    """JSON Schema (draft 2020-12) of every recipe file; ``version`` is const 1."""
     dialect = "https://json-schema.org/draft/2020-12/schema"
     return {"$schema": dialect, **model_json_schema(RecipeFile), "title": "PTQ4DiT recipe"}

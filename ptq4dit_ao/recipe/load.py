@@ -1,7 +1,7 @@
-"""Read a recipe file and the files it extends.
+"""Reader of a recipe file and the files that it extends.
 
-Every file of a chain is checked on its own, since each is a whole recipe once the defaults are in. Faults are thus
-reported where they stand, and a base cannot hide one behind a key that the file on top of it replaces.
+Every file of a chain is checked on its own, since each is a whole recipe once the defaults are added. Errors are thus
+reported where they are, and a base cannot hide one behind a key that the extending file replaces.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ptq4dit_ao.recipe.yaml_text import YamlText, read_yaml
 
 
 def load_recipe(path_or_name: str | Path) -> Recipe:
-    """The recipe in a file, or the shipped recipe of that name, with its bases merged in.
+    """Load the recipe in a file, or the shipped recipe of that name, with its bases merged in.
 
-    A file found at the path wins over a shipped recipe of the same name. In a chain of ``extends``, mappings are
-    merged key by key; scalars and lists replace those of the base. A ``RecipeError`` lists every problem of every
-    file, each with file, line, key path, value, and what is allowed.
+    A file at the path takes precedence over a shipped recipe of the same name. In a chain of ``extends``, mappings are
+    merged key by key, and scalars and lists replace those of the base. A ``RecipeError`` lists every problem of every
+    file, each with its file, line, key path, value and allowed values.
     """
     path = _find(as_path(path_or_name, "recipe"))
     if path is None:
@@ -40,7 +40,7 @@ def load_recipe(path_or_name: str | Path) -> Recipe:
 
 
 def merge(base: dict[str, object], top: dict[str, object]) -> dict[str, object]:
-    """``top`` over ``base``: mappings key by key, all else replaced."""
+    """Merge ``top`` over ``base``: mappings key by key, everything else replaced."""
     merged = dict(base)
     for key, value in top.items():
         below = base.get(key)
@@ -49,7 +49,7 @@ def merge(base: dict[str, object], top: dict[str, object]) -> dict[str, object]:
 
 
 def _chain(path: Path) -> tuple[list[YamlText], list[str]]:
-    """The file and its bases, the file itself first; and why the chain could not be followed to its end."""
+    """The file and its bases, the file itself first, and the problems that ended the chain early."""
     paths, texts = [path], [_read(path)]
     while extends := _extends(texts[-1]):
         where = f"{texts[-1].where(('extends',))}: extends"
@@ -65,18 +65,21 @@ def _chain(path: Path) -> tuple[list[YamlText], list[str]]:
 
 
 def _extends(text: YamlText) -> str | None:
-    """The base that ``text`` names, unless ``text`` is of another version, where the key may mean something else."""
+    """The base that ``text`` names.
+
+    None if ``text`` is of another version, in which the key may have another meaning.
+    """
     extends = text.value.get("extends")
     return extends if isinstance(extends, str) and not version_problem(text.value) else None
 
 
 def _find(path: Path, name: str | None = None) -> Path | None:
-    """``path`` if it is a file, else the shipped recipe called ``name``."""
+    """The file at ``path``, else the shipped recipe called ``name``, else None."""
     name = str(path) if name is None else name
     try:
         if path.is_file():
             return path
-    except OSError as error:  # a name that is too long
+    except OSError as error:  # for example a name that is too long
         raise RecipeError(f"{path}: cannot be read: {because(error)}") from None
     return shipped_recipe_path(name) if name.removesuffix(".yaml") in shipped_recipes() else None
 
@@ -96,7 +99,7 @@ def _read(path: Path) -> YamlText:
 
 
 def _problems(text: YamlText) -> list[str]:
-    """Every fault of one file, in the order of its lines."""
+    """Every error of one file, in the order of its lines."""
     version = version_problem(text.value)
     problems = [version] if version else _faults(text)
     problems.sort(key=lambda problem: text.line(problem.path))

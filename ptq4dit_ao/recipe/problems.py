@@ -1,6 +1,6 @@
-"""Turn pydantic's errors into sentences: where, the value, what is allowed, and the nearest name.
+"""Sentences for pydantic's errors, with the key path, the value, the allowed values and the nearest name.
 
-What is allowed is read off the JSON Schema of the model, so that a bound is written once, in ``schema.py``.
+The allowed values are read from the JSON Schema of the model, so that each bound is written once, in ``schema.py``.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ from ptq4dit_ao.recipe.allowed import allowed, choices, model_json_schema, node_
 from ptq4dit_ao.recipe.yaml_text import KeyPath, dotted
 
 READ_VERSIONS = (1,)
+"""Versions of the recipe format that this release reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One thing wrong at one key path; ``text`` begins with the path, if it is not that of the whole recipe."""
+    """One error at one key path. ``text`` begins with the path, unless the error is of the whole recipe."""
 
     path: KeyPath
     text: str
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
-    """``"; did you mean 'alpha'?"``, or nothing where no known name is near."""
+    """The text ``"; did you mean 'alpha'?"``, or nothing if no known name is similar."""
     near = difflib.get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def version_problem(data: Mapping[str, object]) -> Problem | None:
-    """Checked before all else: in another version every other complaint would be noise."""
+    """The problem with the recipe's version, if any. It is checked first, because other checks assume the version."""
     versions = " and ".join(map(str, READ_VERSIONS))
     if "version" not in data:
         return Problem(
@@ -49,9 +50,9 @@ def version_problem(data: Mapping[str, object]) -> Problem | None:
 
 
 def describe(error: ValidationError, model: type[BaseModel], data: Mapping[str, object]) -> list[Problem]:
-    """One problem per fault of ``data``, in the order pydantic met them."""
+    """One problem per error in ``data``, in the order in which pydantic reports them."""
     problems = [_describe(details, _schema(model), data) for details in error.errors(include_url=False)]
-    # pydantic calls a list without one valid item "too short" besides: the fault is the item alone.
+    # pydantic also reports a list without a valid item as "too short", but only the item is wrong.
     return [problem for problem in problems if not any(_is_below(other.path, problem.path) for other in problems)]
 
 
@@ -89,8 +90,8 @@ def _sentence(details: ErrorDetails, path: KeyPath, value: object, schema: Mappi
 def _found(data: object, loc: KeyPath, *, missing: bool) -> tuple[KeyPath, object]:
     """The key path that ``loc`` means, and the value there.
 
-    For a union, pydantic puts the name of the branch into ``loc``: text that ``data`` has no mapping to look up in, or
-    one that does not hold it. So does a key that is missing, but that comes last.
+    For a union, pydantic inserts the name of the branch into ``loc``. It is recognized because ``data`` has no such
+    key. A missing key looks alike, but it is the last part of ``loc``.
     """
     path: list[str | int] = []
     for i, part in enumerate(loc):
@@ -107,7 +108,7 @@ def _found(data: object, loc: KeyPath, *, missing: bool) -> tuple[KeyPath, objec
 
 
 def show(value: object, limit: int = 60) -> str:
-    """``value`` as it would stand in the file, cut to ``limit`` characters; text is quoted and called text."""
+    """``value`` as it would be written in the file, cut to ``limit`` characters. Text is quoted and marked as text."""
     text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
     text = text if len(text) <= limit else f"{text[: limit - 3]}..."
     return f"{text} (text)" if isinstance(value, str) else text

@@ -1,7 +1,7 @@
-"""What a recipe may say: frozen models that refuse unknown keys and values of a near-miss type (``"8"``, ``true``).
+"""Schema of recipes: frozen models that refuse unknown keys and values of a near-miss type (``"8"``, ``true``).
 
-Every default lives here and nowhere else. ``RecipeFile`` is the same recipe as it stands in one YAML file, where
-``version`` must be written out and ``extends`` may name a base.
+Every default is defined here and nowhere else. ``RecipeFile`` is a recipe as one YAML file holds it: ``version`` must
+be written out, and ``extends`` may name a base.
 """
 
 from __future__ import annotations
@@ -47,23 +47,26 @@ class _Section(BaseModel):
 
 
 def _rule(message: str, **values: object) -> PydanticCustomError:
-    """A fault of several keys together; "recipe_rule" is the type whose message is taken over as it is."""
+    """An error of several keys together. The type "recipe_rule" marks a message that is reported unchanged."""
     return PydanticCustomError("recipe_rule", message, values)
 
 
 class Weights(_Section):
-    """How weights are quantized."""
+    """Quantization of the weights."""
 
     bits: BitsOrAuto = Field(
         default=8,
-        description="Width of a weight in bits, 2 to 8. 'auto': each layer's own, one of 'candidates', so that they "
-        "have 'average_bits' at most.",
+        description="Width of a weight in bits, 2 to 8, or 'auto'. 'auto' chooses one of 'candidates' for each layer, "
+        "such that the mean width is at most 'average_bits'.",
     )
     candidates: BitsCandidates | None = Field(
-        default=None, description="For bits: auto. The widths to choose from; [4, 8] if left out."
+        default=None, description="Widths that bits: auto chooses from, at least two. If left out, [4, 8]."
     )
     average_bits: float | None = Field(
-        default=None, ge=2, le=8, description="For bits: auto. Mean width of all quantized weights, at most."
+        default=None,
+        ge=2,
+        le=8,
+        description="Upper limit of the mean width of all quantized weights, in bits. Required by bits: auto.",
     )
 
     @model_validator(mode="after")
@@ -90,64 +93,72 @@ class Weights(_Section):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """What ``bits: auto`` chooses from, ascending."""
+        """Widths that ``bits: auto`` chooses from, ascending."""
         return tuple(sorted(self.candidates or (4, 8)))
 
 
 class Activations(_Section):
-    """How activations are quantized."""
+    """Quantization of the activations."""
 
     bits: Bits = Field(default=8, description="Width of an activation in bits, 2 to 8.")
 
 
 class Attention(_Section):
-    """Whether attention's own matrix products are quantized: q, k, v and the probabilities."""
+    """Quantization of attention's own matrix products, which multiply q, k, v and the probabilities."""
 
     quantize: bool = Field(
         default=False,
-        description="true: quantize what attention multiplies, as the PTQ4DiT paper does. false: leave it float.",
+        description="true: quantize the inputs of attention's matrix products, as the PTQ4DiT paper does. false: keep "
+        "these products in float.",
     )
-    bits: Bits = Field(default=8, description="Width of q, k, v and the probabilities in bits, 2 to 8.")
+    bits: Bits = Field(default=8, description="Width of q, k, v and the attention probabilities in bits, 2 to 8.")
 
 
 class Balance(_Section):
-    """How extreme channels are shared out between activation and weight before quantization (CSB and SSC)."""
+    """Balancing of extreme channels between activations and weights before quantization (PTQ4DiT's CSB and SSC)."""
 
     method: BalanceMethod = Field(
         default="ssc",
-        description="How the balancing factors are found. By salience, where the activation's of several timesteps "
-        "becomes one: 'ssc' weighs timesteps by Spearman's rho with the weight salience (the lower, the more), 'max' "
-        "(SmoothQuant) and 'mean' ignore the weights. 'auto': each site takes what leaves least error after rounding. "
-        "'repq': RepQ-ViT's, which gives all channels one scale and one zero point; it takes no alpha. 'none': no "
-        "balancing (plain min-max baseline).",
+        description="Method that finds the balancing factors. 'ssc', 'max' and 'mean' reduce the activation salience "
+        "of several timesteps to one vector: 'ssc' gives a timestep more weight the lower its Spearman correlation "
+        "with the weight salience is, 'max' takes the maximum (SmoothQuant), and 'mean' takes the mean. 'auto' chooses "
+        "the one with the least error after rounding, for each site. 'repq' gives all channels one scale and one zero "
+        "point (RepQ-ViT) and allows no 'alpha'. 'none' does not balance (min-max baseline).",
     )
     alpha: Alpha = Field(
         default=0.5,
-        description="Balancing exponent, 0 to 1; 0.5 is the geometric mean of activation and weight salience. 'auto': "
-        "each site takes what leaves least error after rounding, or is left alone.",
+        description="Exponent of the balancing factors, 0 to 1; at 0.5 they are the geometric mean of activation and "
+        "weight salience. 'auto' chooses the exponent with the least error after rounding, or no balancing, for each "
+        "site.",
     )
     max_scale: float = Field(
-        default=1000.0, gt=1, description="A balancing factor is clipped into [1/max_scale, max_scale]; above 1."
+        default=1000.0,
+        gt=1,
+        description="Limit of the balancing factors, above 1. They are clipped to [1/max_scale, max_scale].",
     )
     fold_form: FoldForm = Field(
-        default="constant", description="How the factors are folded into the adaLN modulation: 'constant' or 'bias'."
+        default="constant",
+        description="Form of the fold into the adaLN modulation 1 + scale. 'constant' replaces the 1 by the vector of "
+        "reciprocal factors. 'bias' keeps the 1 and changes the bias of the layer that computes the scale.",
     )
     couple_blocks: bool = Field(
         default=False,
-        description="true: also balance layers that would have to share one factor across blocks, as the cross "
-        "attention of all blocks behind one caption projection.",
+        description="true: also balance layers that must share one factor across blocks, such as the cross-attention "
+        "layers of all blocks behind one caption projection. false: leave them unbalanced.",
     )
     vector_multiply: bool = Field(
         default=True,
-        description="false: leave out what needs one multiply of a modulation vector per call, where one layer "
-        "modulates all blocks (adaLN-single). Everything else costs nothing at run time.",
+        description="true: allow folds that add one multiplication of a modulation vector per call, where one layer "
+        "modulates all blocks (adaLN-single). false: leave these layers unbalanced. All other folds cost nothing at "
+        "run time.",
     )
     min_variables: Count = Field(
-        default=4, description="Leave out layers in which fewer channels than this can have factors of their own."
+        default=4, description="Least number of channels with their own factor; layers with fewer are not balanced."
     )
     verify: bool = Field(
         default=True,
-        description="false: do not check that the balanced float model computes what it did before.",
+        description="true: check that the balanced float model computes the same output as before. false: do not "
+        "check.",
     )
 
     @model_validator(mode="before")
@@ -159,42 +170,47 @@ class Balance(_Section):
 
 
 class Rounding(_Section):
-    """How weights are rounded, and how far the ranges reach, after balancing."""
+    """Rounding of weights, and choice of quantization ranges, after balancing."""
 
     method: RoundingMethod = Field(
         default="nearest",
-        description="'nearest'; 'gptq', which rounds weights and corrects biases in view of what they are multiplied "
-        "with; or 'adaround', by which the weights of a block learn together which way to round (sequential: true).",
+        description="Method that rounds the weights. 'nearest' rounds to nearest. 'gptq' rounds weights and corrects "
+        "biases to keep the layer's output on the calibration data. 'adaround' learns for all weights of a block "
+        "whether to round up or down; it needs sequential: true.",
     )
     ranges: Ranges = Field(
         default="minmax",
-        description="'minmax': a range holds every value seen. 'output': tails are cut where the layer's output gains. "
-        "'percentile': PTQ4DiT's and RepQ-ViT's search, 'lp': PTQ4DM's and Q-Diffusion's, for what keeps the values.",
+        description="Choice of the quantization ranges. 'minmax' covers every value seen. 'output' clips tails where "
+        "that reduces the error of the layer's output. 'percentile' (PTQ4DiT, RepQ-ViT) and 'lp' (PTQ4DM, Q-Diffusion) "
+        "search for the range with the least error of the values.",
     )
     sequential: bool = Field(
         default=False,
-        description="true: round layer by layer, each for the inputs of the quantized network and towards the float "
-        "network's output. false: in one pass, from statistics of the float network.",
+        description="true: round layer by layer, each for the inputs that the quantized network gives it and towards "
+        "the float network's output. false: round in one pass, from statistics of the float network.",
     )
     tokens: Count = Field(
         default=32768,
-        description="How many calibration tokens (rows of a linear's input) a sequential rounding runs; its memory "
-        "grows with them.",
+        description="Number of calibration tokens (rows of a linear layer's input) that sequential rounding runs. Its "
+        "memory grows with this number.",
     )
     damping: float = Field(
         default=0.01,
         gt=0,
         le=1,
-        description="What GPTQ adds to the diagonal of the inputs' second moment, as a part of its mean.",
+        description="Damping of GPTQ: the fraction of its mean that is added to the diagonal of the inputs' second "
+        "moment. Above 0, at most 1.",
     )
     start: Start = Field(
-        default="nearest", description="Where 'adaround' starts: at the float weight, or at what 'gptq' finds."
+        default="nearest",
+        description="Rounding that 'adaround' starts from: 'nearest' (the float weight) or 'gptq' (GPTQ's result).",
     )
-    steps: Count = Field(default=20_000, description="How often 'adaround' updates the weights of a block.")
+    steps: Count = Field(default=20_000, description="Number of optimizer steps of 'adaround' for each block.")
     minutes: float | None = Field(
         default=None,
         gt=0,
-        description="What 'adaround' may take for all blocks together; with a limit, results depend on the machine.",
+        description="Time limit of 'adaround' for all blocks together, in minutes. With a limit, results depend on the "
+        "speed of the machine. If left out, there is no limit.",
     )
 
     @model_validator(mode="after")
@@ -207,17 +223,18 @@ class Rounding(_Section):
 
 
 class Distillation(_Section):
-    """How long the whole quantized network learns from the float one, after its weights have been rounded."""
+    """Distillation of the whole quantized network from the float network, after its weights have been rounded."""
 
     steps: Annotated[int, Field(ge=0)] = Field(
         default=0,
-        description="How often integers, scales, biases and ranges of all layers are updated, with 'calibration.batch_"
-        "size' images each time; 0: not at all. Needs rounding.sequential: true.",
+        description="Number of optimizer steps, each on 'calibration.batch_size' images. They update the integers, "
+        "scales, biases and ranges of all layers. 0: no distillation. Needs rounding.sequential: true.",
     )
     minutes: float | None = Field(
         default=None,
         gt=0,
-        description="What that may take; with a limit, results depend on the machine.",
+        description="Time limit of distillation, in minutes. With a limit, results depend on the speed of the machine. "
+        "If left out, there is no limit.",
     )
 
 
@@ -225,9 +242,9 @@ _NOT_WITH_SKIP = ("weight_bits", "activation_bits", "balance")
 
 
 class Override(_Section):
-    """A different treatment for the modules whose name matches 'pattern': either ``skip``, or any of the others."""
+    """An exception for the modules whose name matches ``pattern``: either ``skip``, or any of the other keys."""
 
-    # The two rules of `_asks_for_one_thing`, for editors: exactly one of "skip" and "any of the rest".
+    # The two rules of `_asks_for_one_thing`, for editors: exactly one of "skip" and "any of the other keys".
     model_config = ConfigDict(
         json_schema_extra={
             "oneOf": [{"required": ["skip"]}, {"anyOf": [{"required": [name]} for name in _NOT_WITH_SKIP]}]
@@ -235,13 +252,20 @@ class Override(_Section):
     )
 
     pattern: str = Field(
-        min_length=1, description="Shell-style pattern (fnmatch) over module names, as in 'transformer_blocks.0.*'."
+        min_length=1,
+        description="Shell-style pattern (fnmatch) for module names, such as 'transformer_blocks.0.*'. A '*' also "
+        "matches dots.",
     )
     skip: OnlyTrue | None = Field(
-        default=None, description="true: leave these modules in float. Excludes the other keys."
+        default=None, description="true: keep these modules in float. It excludes the other keys."
     )
-    weight_bits: Bits | None = Field(default=None, description="Width of a weight in bits, 2 to 8.")
-    activation_bits: Bits | None = Field(default=None, description="Width of an activation in bits, 2 to 8.")
+    weight_bits: Bits | None = Field(
+        default=None, description="Width of these modules' weights in bits, 2 to 8. If left out, that of 'weights'."
+    )
+    activation_bits: Bits | None = Field(
+        default=None,
+        description="Width of these modules' activations in bits, 2 to 8. If left out, that of 'activations'.",
+    )
     balance: OnlyFalse | None = Field(default=None, description="false: quantize these modules without balancing them.")
 
     @model_validator(mode="after")
@@ -263,14 +287,21 @@ class Override(_Section):
 
 
 class NormalDraw(_Section):
-    """PTQ4DM's draw of calibration timesteps: each image is observed at timesteps of its own."""
+    """Random calibration timesteps as in PTQ4DM: each image is observed at timesteps of its own."""
 
-    draw: Literal["normal"] = Field(description="'normal': positions in the schedule are normally distributed.")
-    mean: float = Field(
-        default=0.4, description="Mean, as a fraction of the schedule; 0 is its end, which sees the least noise."
+    draw: Literal["normal"] = Field(
+        description="Distribution of the positions in the schedule. 'normal' is the only one."
     )
-    std: float = Field(default=0.4, ge=0, description="Standard deviation, as a fraction of the schedule.")
-    count: Count = Field(default=1024, description="Draws in all, at least as many as images.")
+    mean: float = Field(
+        default=0.4,
+        description="Mean of the positions, as a fraction of the schedule. 0 is the last step, with the least noise.",
+    )
+    std: float = Field(
+        default=0.4, ge=0, description="Standard deviation of the positions, as a fraction of the schedule."
+    )
+    count: Count = Field(
+        default=1024, description="Number of positions to draw in total, at least the number of images."
+    )
 
 
 def _count_list_or_draw(value: object) -> str:
@@ -278,80 +309,99 @@ def _count_list_or_draw(value: object) -> str:
 
 
 class Calibration(_Section):
-    """What the activation statistics are taken from."""
+    """Calibration samples, from which the activation statistics are taken."""
 
     timesteps: Annotated[
         Annotated[Count, Tag("count")] | Annotated[TimestepList, Tag("list")] | Annotated[NormalDraw, Tag("drawn")],
         Discriminator(_count_list_or_draw),
     ] = Field(
         default=25,
-        description="How many timesteps to observe, evenly spaced; or the list of them (numbers >= 0, all different); "
-        "or how to draw them for each image.",
+        description="Timesteps to observe: their number, evenly spaced over the sampler's steps; a list of them "
+        "(different numbers, 0 or more); or a mapping with 'draw', which draws them for each image.",
     )
-    samples: Count = Field(default=16, description="Images per timestep.")
+    samples: Count = Field(default=16, description="Number of images at each timestep.")
     batch_size: Count = Field(
-        default=16, description="Images drawn at a time; calibration runs twice as many rows, as with guidance."
+        default=16,
+        description="Number of images sampled at a time. Calibration runs twice as many rows at a time, as guidance "
+        "does.",
     )
-    steps: Count = Field(default=50, description="Steps of the sampler that draws the images.")
+    steps: Count = Field(default=50, description="Number of steps of the sampler that generates the images.")
     sampler: Sampler | None = Field(
         default=None,
-        description="That sampler, for models that are drawn by class: 'ddim' or 'ddpm'; the pipeline's own if left "
-        "out. Choose what the quantized model will be drawn with.",
+        description="Sampler of class-conditional models: 'ddim' or 'ddpm'. Choose the one that the quantized model "
+        "will be used with. If left out, the pipeline's own.",
     )
-    guidance: float = Field(default=1.5, ge=0, description="Classifier-free guidance scale of that sampler, 0 or more.")
+    guidance: float = Field(default=1.5, ge=0, description="Classifier-free guidance scale of the sampler, 0 or more.")
     prompts: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(as_tuple)] = Field(
         default=(),
-        description="What a text-to-image or text-to-video pipeline draws; used again from the first if there are "
+        description="Prompts of a text-to-image or text-to-video pipeline. They repeat from the first if there are "
         "more samples than prompts.",
     )
-    height: Count | None = Field(default=None, description="Height in pixels; the pipeline's own if left out.")
-    width: Count | None = Field(default=None, description="Width in pixels; the pipeline's own if left out.")
-    num_frames: Count | None = Field(default=None, description="Frames of a video; the pipeline's own if left out.")
-    seed: Seed = Field(default=0, description="Seed of labels and starting noise, 0 to 2^32 - 1.")
+    height: Count | None = Field(
+        default=None, description="Height of the images in pixels. If left out, the pipeline's own."
+    )
+    width: Count | None = Field(
+        default=None, description="Width of the images in pixels. If left out, the pipeline's own."
+    )
+    num_frames: Count | None = Field(
+        default=None, description="Number of frames of a video. If left out, the pipeline's own."
+    )
+    seed: Seed = Field(default=0, description="Seed of class labels and starting noise, 0 to 2^32 - 1.")
 
     @property
     def rows(self) -> int:
-        """Rows that calibration and evaluation run at a time."""
+        """Number of rows that calibration and evaluation run at a time."""
         return 2 * self.batch_size
 
 
 class Evaluation(_Section):
-    """What the quantized model is compared with the float model on."""
+    """Samples on which the quantized model is compared with the float model."""
 
     timesteps: Timesteps = Field(
-        default=20, description="How many timesteps to compare at, or the list of them (numbers >= 0, all different)."
+        default=20,
+        description="Timesteps to compare at: their number, evenly spaced over the sampler's steps, or a list of them "
+        "(different numbers, 0 or more).",
     )
-    samples: Count = Field(default=32, description="Images per timestep.")
-    seed: Seed = Field(default=1000, description="Seed of labels and starting noise; keep it apart from calibration's.")
+    samples: Count = Field(default=32, description="Number of images at each timestep.")
+    seed: Seed = Field(
+        default=1000,
+        description="Seed of class labels and starting noise, 0 to 2^32 - 1. Choose it different from "
+        "calibration.seed.",
+    )
     leave_one_out: bool = Field(
         default=True,
-        description="false: do not measure what each layer costs, by putting one after the other back to float.",
+        description="true: measure the error that each layer causes, by restoring one layer at a time to float. false: "
+        "do not measure it.",
     )
 
 
 class NoiseCorrection(_Section):
-    """A correction of the predicted noise in the scheduler (PTQD), for models that are drawn by class."""
+    """Correction of the predicted noise in the scheduler (PTQD), for class-conditional models."""
 
     images: Annotated[int, Field(ge=0)] = Field(
         default=0,
-        description="Images along whose trajectories it is fitted, some hundred; 0: no correction. Steps and guidance "
-        "are those of 'calibration'.",
+        description="Number of images along whose trajectories the correction is fitted; some hundred are enough. 0: "
+        "no correction. Steps and guidance are those of 'calibration'.",
     )
-    seed: Seed = Field(default=2000, description="Seed of their noise; keep it apart from that of other images.")
+    seed: Seed = Field(
+        default=2000,
+        description="Seed of the noise of these images, 0 to 2^32 - 1. Choose it different from the other seeds.",
+    )
 
 
 class Recipe(_Section):
-    """Everything that decides how a model is quantized. All sections are optional: ``Recipe()`` is W8A8 with SSC.
+    """A complete description of how a model is quantized. All sections are optional: ``Recipe()`` is W8A8 with SSC.
 
-    Built in Python, a wrong value raises pydantic's ``ValidationError``; read from a dict or a file, ``RecipeError``.
+    A wrong value raises pydantic's ``ValidationError`` where a recipe is built in Python, and ``RecipeError`` where it
+    is read from a dict or a file.
     """
 
     version: Version = Field(default=1, description="Version of the recipe format; this release reads 1.")
-    description: str = Field(default="", description="One line on what the recipe is for.")
+    description: str = Field(default="", description="One line on the purpose of the recipe.")
     model: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,
-        description="The model: 'reference' or 'fashion' (shipped), a path to a diffusers model folder, or "
-        "'package.module:function'.",
+        description="Model to quantize: 'reference' or 'fashion' (both come with the package), the path of a diffusers "
+        "model folder, or 'package.module:function'.",
     )
     weights: Weights = Weights()
     activations: Activations = Activations()
@@ -359,9 +409,14 @@ class Recipe(_Section):
     balance: Balance = Balance()
     rounding: Rounding = Rounding()
     distillation: Distillation = Distillation()
-    layers: LayerPreset = Field(default="safe", description="Preset of layers that stay float: 'safe' or 'paper'.")
+    layers: LayerPreset = Field(
+        default="safe",
+        description="Preset of layers that differ from the others. 'safe' keeps the embedders and the final layer in "
+        "float. 'paper' quantizes them, too, but the final layer's weights to 8 bits.",
+    )
     overrides: Annotated[tuple[Override, ...], BeforeValidator(as_tuple)] = Field(
-        default=(), description="Exceptions for single modules; where several patterns match, the later one wins."
+        default=(),
+        description="Exceptions for modules, matched by name. Where several patterns match, the later one wins.",
     )
     calibration: Calibration = Calibration()
     noise_correction: NoiseCorrection = NoiseCorrection()
@@ -379,23 +434,26 @@ class Recipe(_Section):
 
     @property
     def widths(self) -> str:
-        """Bits of weights and activations, ``W4A8``; ``W4-8A8`` where overrides give some layers others."""
+        """Bits of weights and activations, such as ``W4A8``; ``W4-8A8`` where some layers have other bits."""
         weights = self.weights.widths if self.weights.bits == "auto" else (self.weights.bits,)
         of_weights = {*weights, *(o.weight_bits for o in self.overrides if o.weight_bits is not None)}
         of_activations = {self.activations.bits} | {o.activation_bits for o in self.overrides if o.activation_bits}
         return f"W{_span(of_weights)}A{_span(of_activations)}"
 
     def to_dict(self) -> dict[str, object]:
-        """The whole recipe, defaults included, as a dict that ``json.dump`` takes and ``from_dict`` reads back."""
+        """The whole recipe with its defaults, as a dict that ``json.dump`` writes and ``from_dict`` reads back."""
         return self.model_dump(mode="json", exclude_none=True)
 
     def to_yaml(self) -> str:
-        """``to_dict`` as the text of a recipe file."""
+        """The recipe as the text of a recipe file."""
         return write_yaml(self.to_dict())
 
     @classmethod
     def from_dict(cls, data: Mapping[str, object], *, name: str = "recipe") -> Self:
-        """Read ``to_dict`` back; a ``RecipeError`` lists every problem, each behind the recipe's name."""
+        """Read a dict that ``to_dict`` made.
+
+        A ``RecipeError`` lists every problem, each prefixed with the recipe's name.
+        """
         if not isinstance(data, Mapping):
             raise RecipeError(f"{name}: {show(data)} is not a mapping; give what Recipe.to_dict returned")
         problem = version_problem(data)
@@ -408,18 +466,18 @@ class Recipe(_Section):
 
 
 class RecipeFile(Recipe):
-    """A recipe as it stands in one YAML file, before its base is merged in."""
+    """A recipe as one YAML file holds it, before its base is merged in."""
 
     version: Version = Field(description="Version of the recipe format; this release reads 1.")
     extends: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,
-        description="The recipe this one builds on: a path relative to this file, or the name of a shipped recipe. "
-        "Mappings are merged key by key; scalars and lists replace those of the base.",
+        description="Recipe that this one builds on: a path relative to this file, or the name of a shipped recipe. "
+        "Mappings are merged key by key. Scalars and lists replace those of the base.",
     )
 
     @model_validator(mode="after")
     def _distills_what_was_rounded(self) -> Self:
-        return self  # its base may have the other key
+        return self  # the base may have the other key
 
 
 def _span(bits: set[int]) -> str:

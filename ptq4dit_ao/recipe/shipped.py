@@ -1,4 +1,4 @@
-"""The recipes that come with the package."""
+"""Recipes that come with the package."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _SUFFIX = ".yaml"
 
 
 def shipped_recipes() -> list[str]:
-    """The names that ``load_recipe`` and ``extends`` take without a path, sorted."""
+    """Names that ``load_recipe`` and ``extends`` accept without a path, sorted."""
     return sorted(path.stem for path in _folder().glob(f"*{_SUFFIX}"))
 
 
 def shipped_recipe_path(name: str) -> Path:
-    """The file of a shipped recipe, named with or without ``.yaml``."""
+    """The file of a shipped recipe, whose name may end in ``.yaml``."""
     names = shipped_recipes()
     stem = name.removesuffix(_SUFFIX)
     if stem not in names:
@@ -26,12 +26,12 @@ def shipped_recipe_path(name: str) -> Path:
 
 
 def listed_recipes() -> str:
-    """The end of a message about a recipe that is not there."""
+    """The end of a message about a missing recipe."""
     return " (`ptq4dit-ao recipes` lists the shipped ones)"
 
 
 def _folder() -> Path:
-    """``ptq4dit_ao.recipes`` once installed; in a source checkout, the folder beside the package."""
+    """Folder of the shipped recipes: ``ptq4dit_ao.recipes`` once installed, or ``recipes`` in a source checkout."""
     try:
         return Path(str(importlib.resources.files("ptq4dit_ao.recipes")))
     except ModuleNotFoundError:

@@ -1,4 +1,4 @@
-"""The types of single values in a recipe. Models that use them are strict: ``"8"`` is no 8 and ``true`` no 1."""
+"""Types of single values in a recipe. The models that use them are strict: ``"8"`` is not 8, and ``true`` is not 1."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from pydantic_core import PydanticCustomError
 
 
 def as_tuple(value: object) -> object:
-    """Let a list stand for a tuple, which strict models refuse; tuples keep the models immutable and hashable."""
+    """Accept a list where strict models require a tuple. Tuples keep the models immutable and hashable."""
     return tuple(value) if isinstance(value, list) else value
 
 
 def exactly(kind: type) -> BeforeValidator:
-    """Literals compare with ``==``, so that ``1`` would pass for ``True``: ask for the type first."""
+    """A validator that accepts values of exactly this type.
+
+    Literals compare with ``==``, which would accept 1 for True.
+    """
 
     def check(value: object) -> object:
         if type(value) is not kind:
@@ -27,7 +30,7 @@ def exactly(kind: type) -> BeforeValidator:
 def _all_different(values: tuple[float, ...]) -> tuple[float, ...]:
     twice = next((value for index, value in enumerate(values) if value in values[:index]), None)
     if twice is not None:
-        # "recipe_rule" is the error type whose message problems.py takes over as it is.
+        # problems.py reports the message of the error type "recipe_rule" unchanged.
         raise PydanticCustomError(
             "recipe_rule", "{value} stands more than once in the list; keep one of them", {"value": f"{twice:g}"}
         )
@@ -35,14 +38,14 @@ def _all_different(values: tuple[float, ...]) -> tuple[float, ...]:
 
 
 def count_or_list(value: object) -> str:
-    """The tag of a count or a list."""
+    """Tag of the union's branch: ``list`` or ``count``."""
     return "list" if isinstance(value, list | tuple) else "count"
 
 
 Version = Annotated[Literal[1], exactly(int)]
 Bits = Annotated[int, Field(ge=2, le=8)]
 Count = Annotated[int, Field(ge=1)]
-# 32 bits: the widest seed that both torch and numpy take.
+# The widest seed that both torch and numpy take has 32 bits.
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 TimestepList = Annotated[
     tuple[Annotated[float, Field(ge=0)], ...],
@@ -54,7 +57,7 @@ TimestepList = Annotated[
 Timesteps = Annotated[
     Annotated[Count, Tag("count")] | Annotated[TimestepList, Tag("list")], Discriminator(count_or_list)
 ]
-# A budget has to choose between at least two.
+# A budget needs at least two widths to choose from.
 BitsCandidates = Annotated[
     tuple[Bits, ...],
     Field(min_length=2, json_schema_extra={"uniqueItems": True}),

@@ -1,7 +1,7 @@
-"""What a plain YAML scalar means in a recipe: the rules of YAML 1.2, given to PyYAML, which follows YAML 1.1.
+"""Dialect of plain YAML scalars in a recipe: YAML 1.2 rules for PyYAML, which itself follows YAML 1.1.
 
-``1e-5`` is a number, only ``true`` and ``false`` are booleans (``on`` is text), ``010`` is no octal number and
-``2024-01-01`` no date.
+``1e-5`` is a number, only ``true`` and ``false`` are booleans (``on`` is text), ``010`` is not an octal number, and
+``2024-01-01`` is not a date.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _Resolvers = dict[str, list[tuple[str, re.Pattern[str]]]]
 
 
 class Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """Parses and resolves; its constructors, which know YAML 1.1 only, are not to be used."""
+    """A loader that parses and resolves tags. Its constructors follow YAML 1.1 and are not used."""
 
     yaml_implicit_resolvers: ClassVar[_Resolvers] = {}
 
 
 class Dumper(yaml.SafeDumper):  # type: ignore[misc]
-    """Quotes the text that ``Loader`` would otherwise take for something else."""
+    """A dumper that quotes text that ``Loader`` would read as another type."""
 
     yaml_implicit_resolvers: ClassVar[_Resolvers] = {}
 
@@ -63,6 +63,6 @@ SCALARS: dict[str, Callable[[str], object]] = {
 
 
 def is_tagged(node: yaml.Node) -> bool:
-    """Whether the file gives ``node`` a tag of its own (``!!str 8``) instead of leaving it to the patterns."""
+    """Whether the file gives ``node`` an explicit tag (``!!str 8``) instead of leaving it to the patterns."""
     plain = getattr(node, "style", None) is None
     return bool(node.tag != Loader("").resolve(type(node), node.value, (plain, not plain)))

@@ -1,4 +1,4 @@
-"""YAML text to Python values and back, with the line of every key.
+"""Conversion of YAML text to Python values and back, with the line of every key.
 
 Duplicate keys, tags, merge keys (``<<``), empty values and second documents are errors. Anchors and aliases are read.
 """
@@ -14,30 +14,31 @@ from ptq4dit_ao.errors import RecipeError
 from ptq4dit_ao.recipe.yaml_dialect import NULL, SCALARS, STR, Dumper, Loader, is_tagged
 
 KeyPath = tuple[str | int, ...]
+"""Keys and list indices from the top of a recipe to one value."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class YamlText:
-    """The content of one YAML text, and the 1-based line on which each key or list item stands."""
+    """Content of one YAML text, with the 1-based line of each key and list item."""
 
     source: str
     value: dict[str, object]
     lines: Mapping[KeyPath, int]
 
     def line(self, path: KeyPath) -> int:
-        """The line of ``path``, or of the nearest thing around it that was written; 0 where nothing was."""
+        """The line of ``path``, or of the nearest key above it that was written; 0 if there is none."""
         while path and path not in self.lines:
             path = path[:-1]
         return self.lines.get(path, 0)
 
     def where(self, path: KeyPath) -> str:
-        """``recipes/x.yaml:12``, without the number where there is no line to name."""
+        """The source and line, ``recipes/x.yaml:12``, or the source alone if the line is unknown."""
         line = self.line(path)
         return f"{self.source}:{line}" if line else self.source
 
 
 def read_yaml(text: str, source: str) -> YamlText:
-    """Read a mapping; every refusal is a ``RecipeError`` that begins with ``source``, and the line if there is one."""
+    """Read a mapping. Every error is a ``RecipeError`` that begins with ``source``, and the line if there is one."""
     try:
         return _read(text, source)
     except RecursionError:
@@ -55,12 +56,12 @@ def _read(text: str, source: str) -> YamlText:
 
 
 def write_yaml(data: Mapping[str, object]) -> str:
-    """Text that ``read_yaml`` reads back as ``data``, keys in their order."""
+    """YAML text that ``read_yaml`` reads back as ``data``, with the keys in their order."""
     return str(yaml.dump(data, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100))
 
 
 def dotted(path: KeyPath) -> str:
-    """``("overrides", 0, "skip")`` as ``overrides[0].skip``."""
+    """A key path as text: ``("overrides", 0, "skip")`` is ``overrides[0].skip``."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
     return text.removeprefix(".")
 
@@ -82,7 +83,7 @@ def _compose(text: str, source: str) -> yaml.Node | None:
 
 
 class _Reader:
-    """Turns nodes into Python values and notes the line of each on the way."""
+    """A reader that turns nodes into Python values and records their lines."""
 
     def __init__(self, source: str) -> None:
         self.lines: dict[KeyPath, int] = {}

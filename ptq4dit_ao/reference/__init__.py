@@ -1,4 +1,4 @@
-"""Real, small diffusion transformers to try everything on: trained on grey images, shipped with their judges."""
+"""Reference models: small trained diffusion transformers of grey images, shipped with classifiers that judge them."""
 
 from ptq4dit_ao.reference.models import (
     DIGITS,

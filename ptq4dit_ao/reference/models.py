@@ -1,4 +1,4 @@
-"""The reference models: two small DiTs (adaLN-Zero, diffusers), each with the classifier that judges its samples.
+"""Reference models: two small DiTs (adaLN-Zero, diffusers), each with the classifier that judges its samples.
 
 * ``digits``: scikit-learn's digits (1797 real 8x8 grey images, UCI "Optical Recognition of Handwritten Digits").
 * ``fashion``: Fashion-MNIST (60 000 training images of 28x28, arXiv 1708.07747).
@@ -26,25 +26,25 @@ if TYPE_CHECKING:
 M = TypeVar("M")
 
 NUM_CLASSES = 10
-"""Of either; label ``NUM_CLASSES`` is the null label of classifier-free guidance."""
+"""Number of classes of both models. The label ``NUM_CLASSES`` is the null label of classifier-free guidance."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """What decides a reference DiT and its judge but for their weights."""
+    """Description of a reference DiT and its judge, except for their weights."""
 
     name: str
     data: str
-    """What it was trained on."""
+    """Name of the training data."""
     size: int
-    """Of its grey images."""
+    """Height and width of its grey images, in pixels."""
     patch: int
     pooled: tuple[int, ...]
-    """Which of the classifier's three convolutions are followed by a 2x2 max pooling."""
+    """Indices of the classifier's three convolutions that a 2x2 max pooling follows."""
 
     @property
     def config(self) -> dict[str, Any]:
-        """Of a ``DiTTransformer2DModel``: width 128, 6 adaLN-Zero blocks, (size / patch)^2 tokens."""
+        """Config of a ``DiTTransformer2DModel``: width 128, 6 adaLN-Zero blocks, (size / patch)^2 tokens."""
         return {
             "num_attention_heads": 4,
             "attention_head_dim": 32,
@@ -60,7 +60,7 @@ class Reference:
 
     @property
     def sampling(self) -> Sampling:
-        """How the DiT was trained to be sampled: the linear DDPM schedule over 1000 timesteps, in pixels."""
+        """Sampling that the DiT was trained for: the linear DDPM schedule over 1000 timesteps, in pixels."""
         return Sampling(channels=1, size=self.size, null_label=NUM_CLASSES, clip=True)
 
 
@@ -73,7 +73,7 @@ SAMPLING = DIGITS.sampling
 
 
 class ImageClassifier(nn.Module):
-    """Three 3x3 convolutions and a linear head: (N, 1, size, size) in [-1, 1] -> (N, 10) logits."""
+    """Image classifier of three 3x3 convolutions and a linear head: (N, 1, size, size) in [-1, 1] -> (N, 10) logits."""
 
     def __init__(self, reference: Reference = DIGITS) -> None:
         super().__init__()
@@ -85,23 +85,25 @@ class ImageClassifier(nn.Module):
         self.head = nn.Linear(64 * (reference.size >> len(reference.pooled)) ** 2, NUM_CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Logits of the images: (N, 1, size, size) -> (N, 10)."""
         return self.head(self.features(images).flatten(1))
 
 
 def build_reference_dit(name: str = "digits") -> DiTTransformer2DModel:
-    """An untrained reference DiT, 2.1 M parameters; its training drops labels itself."""
+    """Build an untrained reference DiT with 2.1 M parameters. Its training drops labels itself."""
     model = require("diffusers", extra="diffusers").DiTTransformer2DModel(**REFERENCES[name].config)
     for block in model.transformer_blocks:
-        # In train mode each block would draw a label-drop mask of its own; training drops labels outside.
+        # In train mode each block would draw its own label-drop mask. Training drops the labels itself.
         block.norm1.emb.class_embedder.dropout_prob = 0.0
     return model
 
 
 def load_reference_dit(name: str = "digits") -> DiTTransformer2DModel:
-    """A trained reference DiT in float32 eval mode: ``model(x, timestep=t, class_labels=y).sample``.
+    """Load a trained reference DiT in float32 eval mode: ``model(x, timestep=t, class_labels=y).sample``.
 
-    ``x`` is (N, 1, S, S) with S = 8 for ``digits`` and 28 for ``fashion``, ``t`` (N,) in [0, 1000) of the linear DDPM
-    schedule, ``y`` (N,) in [0, 10], where 10 is the null label; the result is the predicted noise, (N, 1, S, S).
+    ``x`` is (N, 1, S, S) with S = 8 for ``digits`` and 28 for ``fashion``, ``t`` is (N,) in [0, 1000) of the linear
+    DDPM schedule, and ``y`` is (N,) in [0, 10], where 10 is the null label. The result is the predicted noise, (N, 1,
+    S, S).
 
     Raises:
         ArgumentError: there is no such model.
@@ -112,7 +114,7 @@ def load_reference_dit(name: str = "digits") -> DiTTransformer2DModel:
 
 
 def load_reference_classifier(name: str = "digits") -> ImageClassifier:
-    """The classifier that judges samples, float32 eval mode.
+    """Load the classifier that judges samples, in float32 eval mode.
 
     Raises:
         ArgumentError: there is no such classifier.

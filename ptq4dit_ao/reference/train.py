@@ -1,8 +1,8 @@
 """Train a reference DiT and its judge: ``python -m ptq4dit_ao.reference.train --output DIR``.
 
-Deterministic for a given ``--seed``, torch version and thread count. Never run in CI: it takes about an hour
-on one CPU core. scikit-learn provides the digits; for ``--data fashion``, ``--images`` is a folder with Fashion-MNIST's
-four files (``train-images-idx3-ubyte.gz`` and so on; Debian's package dataset-fashion-mnist has them).
+Training is deterministic for a given ``--seed``, torch version and thread count. It takes about an hour on one CPU
+core, and never runs in CI. scikit-learn provides the digits. For ``--data fashion``, ``--images`` is a folder with the
+four files of Fashion-MNIST (``train-images-idx3-ubyte.gz`` and so on; Debian's package dataset-fashion-mnist has them).
 """
 
 from __future__ import annotations
@@ -35,18 +35,20 @@ from ptq4dit_ao.reference.models import (
 )
 
 EMA_DECAY = 0.9995
+"""Decay of the exponential moving average of the weights."""
 LABEL_DROP = 0.1
+"""Probability of replacing a label by the null label."""
 
 
 def load_digits() -> tuple[Tensor, Tensor]:
-    """All 1797 digits: images (N, 1, 8, 8) in [-1, 1] and labels (N,)."""
+    """Load all 1797 digits: images (N, 1, 8, 8) in [-1, 1] and labels (N,)."""
     data = require("sklearn.datasets", extra="train").load_digits()
     images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1)
     return images / 8.0 - 1.0, torch.tensor(data.target, dtype=torch.long)
 
 
 def load_fashion(folder: Path, part: str = "train") -> tuple[Tensor, Tensor]:
-    """Fashion-MNIST: images (N, 1, 28, 28) in [-1, 1] and labels (N,), ``train`` (60 000) or ``t10k`` (10 000).
+    """Load Fashion-MNIST: images (N, 1, 28, 28) in [-1, 1] and labels (N,), ``train`` (60 000) or ``t10k`` (10 000).
 
     Raises:
         ArgumentError: the folder lacks the part's two files, or they hold something else.
@@ -57,15 +59,18 @@ def load_fashion(folder: Path, part: str = "train") -> tuple[Tensor, Tensor]:
         pixels, labels = (gzip.decompress(path.read_bytes()) for path in paths)
     except (OSError, EOFError, zlib.error) as error:
         raise ArgumentError(f"cannot read Fashion-MNIST from {folder} (--images): {error}") from error
-    count = len(labels) - 8  # IDX: a header of 8 bytes before labels, of 16 before images
+    count = len(labels) - 8  # the IDX header has 8 bytes before labels, and 16 before images
     if count < 1 or len(pixels) != 16 + count * size * size:
-        raise ArgumentError(f"{paths[0]} does not hold {count} images of {size} x {size}; get the file anew")
+        raise ArgumentError(f"{paths[0]} does not hold {count} images of {size} x {size}; get the file again")
     images = torch.frombuffer(bytearray(pixels), dtype=torch.uint8, offset=16).view(count, 1, size, size)
     return images / 127.5 - 1.0, torch.frombuffer(bytearray(labels), dtype=torch.uint8, offset=8).long()
 
 
 def jitter(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Random rotation (+-10 degrees), scale (+-8 %) and shift (+-half a pixel); the background stays -1."""
+    """Augment images by a random rotation (+-10 degrees), scale (+-8 %) and shift (+-half a pixel).
+
+    The background stays -1.
+    """
     n = len(images)
     angle, scale, dx, dy = (torch.rand(4, n, generator=generator) * 2 - 1).unbind(0)
     angle, scale = angle * math.radians(10), 1 + 0.08 * scale
@@ -78,7 +83,7 @@ def jitter(images: Tensor, generator: torch.Generator) -> Tensor:
 def train_classifier(
     reference: Reference, images: Tensor, labels: Tensor, *, seed: int, epochs: int
 ) -> tuple[ImageClassifier, float]:
-    """Train on 80 % of the images; returns the model and its accuracy on the held-out 20 %."""
+    """Train the classifier on 80 % of the images, and return it with its accuracy on the held-out 20 %."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator)
@@ -102,7 +107,7 @@ def train_classifier(
 def sample_accuracy(
     reference: Reference, model: nn.Module, classifier: nn.Module, *, per_class: int = 20, seed: int = 0
 ) -> float:
-    """Fraction of CFG-1.5, 50-step samples that the classifier takes for the class asked for."""
+    """Fraction of samples (guidance 1.5, 50 steps) that the classifier assigns to the requested class."""
     labels = torch.arange(NUM_CLASSES).repeat(per_class)
     images = sample(as_denoiser(model), reference.sampling, labels, generator=torch.Generator().manual_seed(seed))
     return (classifier(images).argmax(1) == labels).float().mean().item()
@@ -120,7 +125,7 @@ def train_dit(
     batch: int,
     checkpoint: Path,
 ) -> nn.Module:
-    """Train with the DDPM noise-prediction loss, min-SNR-5 weights (arXiv 2303.09556) and an EMA of weights."""
+    """Train a DiT with the DDPM noise-prediction loss, min-SNR-5 weights (arXiv 2303.09556) and an EMA of weights."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model: Any = build_reference_dit(reference.name)
@@ -144,7 +149,7 @@ def train_dit(
         x0 = images[index]
         dropped = torch.rand(batch, generator=generator) < LABEL_DROP
         y = labels[index].masked_fill(dropped, NUM_CLASSES)
-        # Stratified timesteps: one draw from each of `batch` equal slices of [0, T).
+        # Timesteps are stratified: one from each of `batch` equal slices of [0, T).
         t = ((torch.arange(batch) + torch.rand(batch, generator=generator)) * sampling.train_timesteps / batch).long()
         t = t.clamp(max=sampling.train_timesteps - 1)
         noise = torch.randn(x0.shape, generator=generator)
@@ -170,10 +175,12 @@ def train_dit(
 
 
 def save_half(model: nn.Module, path: Path) -> None:
+    """Save the weights of a model as float16 safetensors."""
     save_file({k: v.detach().to(torch.float16).contiguous() for k, v in model.state_dict().items()}, path)
 
 
 def main() -> None:
+    """Train the models that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=list(REFERENCES), default=DIGITS.name)
     parser.add_argument("--images", type=Path, help="folder of Fashion-MNIST's files")
@@ -181,7 +188,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=14_000, help="length of the learning-rate schedule")
     parser.add_argument("--stop", type=int, default=8_000, help="stop at this step of the schedule (default 8000)")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--epochs", type=int, default=60, help="of the classifier")
+    parser.add_argument("--epochs", type=int, default=60, help="training epochs of the classifier")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Recipe in, artifact out: the method on one screen."""
+"""Workflows from a recipe to an artifact: load a model, calibrate, quantize, evaluate, save and load."""
 
 from ptq4dit_ao.workflow.apply import apply_recipe
 from ptq4dit_ao.workflow.as_diffusers import as_diffusers_transformer

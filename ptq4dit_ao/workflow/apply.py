@@ -1,4 +1,4 @@
-"""``apply_recipe``: for use inside somebody's pipeline."""
+"""``apply_recipe``: quantize a model inside the caller's own pipeline."""
 
 from __future__ import annotations
 
@@ -45,8 +45,9 @@ from ptq4dit_ao.workflow.weight_bits import WeightBits, choose_weight_bits
 logger = logging.getLogger(__name__)
 
 EXAMPLE_ROWS = 2
+"""Batch size of the example inputs that a model is exported with."""
 SHUFFLE_SEED = 0
-"""Recorded samples are shuffled, so that a batch mixes timesteps."""
+"""Seed of the shuffle of recorded samples, after which each batch mixes timesteps."""
 
 
 @own_modes()
@@ -64,22 +65,22 @@ def apply_recipe(
     """Quantize a denoiser as a recipe says.
 
     Args:
-        model: an eval-mode module, or the graph that ``export_transformer`` made of it. Not changed.
-        recipe: its ``calibration`` section is the caller's business: it says how to get ``samples``.
-        samples: what :func:`~ptq4dit_ao.collect_from_pipeline` recorded; or input tuples in the order of ``forward``,
-            a batch of at least 2 in the first.
-        base: the torchao quantizer to wrap; ours if not given.
-        timestep_input: name of the input that holds the timestep, if it is not an obvious one.
-        name: of the model, for the report.
-        on_progress: called with ``(stage, done, in all)``. Stages are ``choose bits`` (quantized inputs measured),
-            ``calibrate`` (batches), ``round`` (parts of a sequential rounding) and ``distill`` (steps), as far as the
-            recipe has them; ``in all`` is 0 where ``samples`` does not tell its length.
-        resume: a folder for what a sequential rounding, and distillation, have done so far; what is found there is not
-            done again.
+        model: an eval-mode module, or the graph that ``export_transformer`` made of it. It is not changed.
+        recipe: the recipe. Its ``calibration`` section is not executed here: the caller provides ``samples``.
+        samples: what :func:`~ptq4dit_ao.collect_from_pipeline` recorded, or tuples of inputs in the order of
+            ``forward``. The first tuple has a batch size of at least 2.
+        base: the torchao quantizer to wrap; the default is this package's own.
+        timestep_input: name of the input that holds the timestep, where it cannot be found by its name.
+        name: name of the model in the report.
+        on_progress: called with ``(stage, done, total)``. The stages are ``choose bits`` (counts quantized inputs),
+            ``calibrate`` (batches), ``round`` (parts of a sequential rounding) and ``distill`` (steps), those that the
+            recipe has. ``total`` is 0 where ``samples`` has no length.
+        resume: a folder for checkpoints of sequential rounding and distillation. Work that is found there is not
+            repeated.
 
     Raises:
-        ExportError: the model is no float model with its weights in memory, or cannot be captured.
-        CalibrationError: there are no samples, or they are not finite, or of too few timesteps.
+        ExportError: the model is not a float model with its weights in memory, or cannot be captured.
+        CalibrationError: there are no samples, they are not finite, or they cover too few timesteps.
         PTQ4DiTError: see :class:`~ptq4dit_ao.PTQ4DiTQuantizer`.
     """
     converted = convert(
@@ -97,15 +98,15 @@ def apply_recipe(
 
 @dataclass(frozen=True, kw_only=True)
 class Converted:
-    """A converted graph and how it was made: all that its report says, but for what is measured afterwards."""
+    """A converted graph and the record of how it was made: its report, except for what is measured afterwards."""
 
     graph: GraphModule
     recipe: Recipe
-    """With the bits that were chosen, where it left them open."""
+    """The recipe, with the chosen bits where it says ``bits: auto``."""
     name: str
     parameters: int
     seconds: dict[str, float]
-    """Wall time per stage."""
+    """Wall time per stage, in seconds."""
     captured: CapturedModule | None
     weight_bits: WeightBits | None
 
@@ -117,13 +118,13 @@ class Converted:
         diagnostics: Diagnostics | None = None,
         seconds: Mapping[str, float] | None = None,
     ) -> QuantizedModel:
-        """The model with its report, which is built here and nowhere else.
+        """The quantized model with its report. Every report is built here.
 
         Args:
             sampling: how to sample the model, where that is known.
-            evaluation: error of its output.
-            diagnostics: what was measured of its layers.
-            seconds: wall time of stages before and after the conversion.
+            evaluation: error of the model's output.
+            diagnostics: measurements of its layers.
+            seconds: wall time of the stages before and after the conversion.
         """
         report = build_report(
             self.graph,
@@ -157,7 +158,7 @@ def convert(
     on_progress: OnStage = ignore,
     resume: str | Path | None = None,
 ) -> Converted:
-    """Calibrate, balance, round and convert: :func:`apply_recipe` without the report."""
+    """Calibrate, balance, round and convert a model: :func:`apply_recipe` without the report."""
     check_type("recipe", recipe, Recipe, "what load_recipe returned")
     check_type(
         "samples",
@@ -258,7 +259,10 @@ def _choose_bits(
 
 
 def warn_of_dtype(model: nn.Module) -> None:
-    """Log which backends can run a model of this dtype, if not all can: the others refuse it when all is done."""
+    """Log which backends can run a model of this dtype, if not all can.
+
+    The others refuse it, but only after quantization.
+    """
     for dtype in {p.dtype for p in model.parameters() if p.ndim > 1 and p.is_floating_point()}:
         able = backends_for(dtype)
         if unable := [name for name in BACKENDS if name not in able]:
@@ -273,24 +277,24 @@ def warn_of_dtype(model: nn.Module) -> None:
 
 
 def enough(batches: list[tuple[Tensor, ...]], tokens: int, seen: int) -> list[tuple[Tensor, ...]]:
-    """The first batches, so many that they have about ``tokens`` of the ``seen`` tokens of all."""
+    """The first batches, as many as hold about ``tokens`` of all ``seen`` tokens."""
     return batches[: max(1, round(len(batches) * tokens / max(1, seen)))]
 
 
 def _on(device: torch.device, inputs: Any) -> Any:
-    """Inputs, which may come from anywhere, on the model's device."""
+    """Inputs on the model's device."""
     return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, inputs)
 
 
 class Stopwatch:
-    """Wall time per stage, in seconds."""
+    """Stopwatch for the wall time per stage, in seconds."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._start = time.perf_counter()
 
     def lap(self, stage: str) -> None:
-        """End a stage and start the next."""
+        """End a stage and start the next one."""
         now = time.perf_counter()
         self.seconds[stage] = now - self._start
         self._start = now

@@ -1,4 +1,4 @@
-"""``as_diffusers_transformer``: a quantized model for somebody's pipeline."""
+"""``as_diffusers_transformer``: a quantized model as the transformer of a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -25,18 +25,20 @@ def as_diffusers_transformer(
     backend: str = "auto",
     dtype: torch.dtype | None = None,
 ) -> QuantizedTransformer:
-    """A module for ``pipe.transformer = ...``: called like the one it was, and for a pipeline it looks like it.
+    """Make a module for ``pipe.transformer = ...``, with the call and the attributes of the diffusers model.
 
     Args:
-        quantized: of a diffusers model, just quantized or loaded.
-        config: the original's ``config``, or its folder, or that of its pipeline. The quantized model remembers it;
-            only a class of your own, which diffusers does not know, needs that of the class it comes from.
-        backend: what to lower a :class:`~ptq4dit_ao.QuantizedModel` to; see :func:`~ptq4dit_ao.lower`.
-        dtype: of the pipeline's other components, which may be in 16 bits while the graph computes in 32; the graph's
-            if not given.
+        quantized: a quantized or lowered model that was captured from a diffusers model.
+        config: the ``config`` of the diffusers model, its folder, or the folder of its pipeline. The quantized model
+            stores its own. It is needed only for a class that diffusers does not know: give the ``config`` of the
+            diffusers class that it derives from.
+        backend: backend to lower a :class:`~ptq4dit_ao.QuantizedModel` to; see :func:`~ptq4dit_ao.lower`.
+        dtype: dtype of the pipeline's other components, which may have 16 bits while the graph computes in 32. The
+            default is the dtype of the graph.
 
     Raises:
-        ArgumentError: it was not captured from a diffusers model, or the configuration is of none.
+        ArgumentError: it was not captured from a diffusers model, or the configuration is not that of a diffusers
+            model.
         LoweringError: the backend cannot run it.
         MissingDependencyError: diffusers is not installed.
     """
@@ -55,7 +57,7 @@ def as_diffusers_transformer(
 
 
 def _original(config: Mapping[str, Any]) -> Any:
-    """The diffusers model that a configuration describes, without weights."""
+    """The diffusers model that a configuration describes, on the meta device."""
     diffusers = require("diffusers", extra="diffusers")
     name = config["_class_name"]
     kind = getattr(diffusers, name, None)
@@ -72,7 +74,7 @@ def _original(config: Mapping[str, Any]) -> Any:
 
 
 def _configuration(config: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
-    """That of a folder with a ``config.json``, or with a transformer that has one."""
+    """The configuration itself, or that in a folder's ``config.json`` or ``transformer/config.json``."""
     if isinstance(config, Mapping):
         return config
     paths = [Path(config) / "config.json", Path(config) / "transformer" / "config.json"]

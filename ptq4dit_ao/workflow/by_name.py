@@ -1,4 +1,4 @@
-"""What a user names as ``package.module:function``."""
+"""Functions that a user names as ``package.module:function``."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from ptq4dit_ao.errors import ArgumentError
 
 
 def call_by_name(what: str, spec: str, others: Iterable[str]) -> Any:
-    """Call a function without arguments.
+    """Import a function by its name and call it without arguments.
 
     Args:
-        what: it shall return, for messages.
+        what: name of the object that it returns, for messages.
         spec: ``package.module:function``.
-        others: what else could have been given, for messages.
+        others: the other values that ``spec`` could have had, for messages.
 
     Raises:
-        ArgumentError: ``spec`` is not of that form, there is no such function, or it fails for want of something.
+        ArgumentError: ``spec`` is not of that form, there is no such function, or it fails.
     """
     module, colon, function = spec.partition(":")
     if not (colon and all(part.isidentifier() for part in module.split(".")) and function.isidentifier()):

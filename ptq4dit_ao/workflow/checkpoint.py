@@ -1,4 +1,4 @@
-"""Balance once, quantize anywhere: a float checkpoint in, the same architecture, balanced, out."""
+"""``balance_checkpoint``: balance a float checkpoint, so that any quantizer can use it. The architecture stays."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from ptq4dit_ao.workflow.models import LoadedModel
 from ptq4dit_ao.workflow.samples import check_recording, recorded_samples
 
 REPORT = "balance_report.json"
+"""Name of the report in the checkpoint's folder."""
 
 
 @own_modes()
@@ -46,20 +47,20 @@ def balance_checkpoint(
     """Balance a model in its own parameters and save it with ``save_pretrained``, atomically.
 
     Args:
-        model: changed in place.
-        recipe: its ``balance`` and ``calibration`` sections count, and overrides with ``balance: false``; layers that
-            it leaves in float are balanced, too, as the next quantizer may not leave them.
-        output: a folder that does not exist or is empty; gets the checkpoint and ``balance_report.json``.
-        samples: recorded calibration samples; else the model's pipeline draws them.
-        on_progress: called as stages advance.
+        model: the float model. It is changed in place.
+        recipe: its ``balance`` and ``calibration`` sections, and overrides with ``balance: false``, are used. Layers
+            that the recipe leaves float are balanced, too, because the next quantizer may quantize them.
+        output: a folder that does not exist or is empty, for the checkpoint and ``balance_report.json``.
+        samples: a file of recorded calibration samples. The default is to record some from the model's pipeline.
+        on_progress: called with ``(stage, done, total)`` as stages advance.
 
     Raises:
-        ArgumentError: the folder holds something, or the recipe does not balance.
+        ArgumentError: the folder is not empty, or the recipe does not balance.
         PTQ4DiTError: see :func:`~ptq4dit_ao.collect_salience` and :func:`~ptq4dit_ao.balance_module`.
     """
     folder = as_path(output, "output").resolve()
     settings = replace(balance_settings(recipe), stored_dtype=model.stored_dtype)
-    policy = replace(site_policy(recipe), vector_multiply=False)  # a checkpoint has no place for it
+    policy = replace(site_policy(recipe), vector_multiply=False)  # a checkpoint has no place for the multiplied vector
     check_empty(folder)
     check_room(folder, _bytes_of(model))
     if samples is None:
@@ -84,7 +85,7 @@ def balance_checkpoint(
     result = balance_module(model.transformer, exported, statistics, settings, exclude=exclude, policy=policy)
     if model.stored_dtype is not None:
         dtype = next(model.transformer.parameters()).dtype
-        model.transformer.to(model.stored_dtype).to(dtype)  # rounded as they will be stored
+        model.transformer.to(model.stored_dtype).to(dtype)  # round the parameters as they will be stored
         result = replace(result, output_change=relative_error(before, _outputs(model, exported, example)))
     on_progress("balance", 1, 1)
     _save(model, recipe, result, folder)
@@ -92,10 +93,10 @@ def balance_checkpoint(
 
 
 def check_empty(folder: Path) -> None:
-    """Ask before the work whether a checkpoint can be written to a folder.
+    """Check before the work that a checkpoint can be written to a folder.
 
     Raises:
-        ArgumentError: it holds something, or cannot be written.
+        ArgumentError: the folder is not empty, or cannot be written.
     """
     check_writable(folder)
     if folder.exists() and (not folder.is_dir() or any(not is_unfinished(path) for path in folder.iterdir())):
@@ -103,7 +104,7 @@ def check_empty(folder: Path) -> None:
 
 
 def _bytes_of(model: LoadedModel) -> int:
-    """Of the transformer as it will be stored."""
+    """Size of the transformer as it will be stored, in bytes."""
     parameters = list(model.transformer.parameters())
     return sum(p.numel() * (model.stored_dtype or p.dtype).itemsize for p in parameters)
 
@@ -114,9 +115,9 @@ def _outputs(model: LoadedModel, exported: GraphModule, inputs: tuple[Tensor, ..
 
 
 def _save(model: LoadedModel, recipe: Recipe, result: ModuleBalance, folder: Path) -> None:
-    """Write to a folder beside it, then rename: an interrupted save leaves nothing behind.
+    """Write to a folder beside it, then rename, so that an interrupted save leaves nothing behind.
 
-    The transformer is stored in the dtype it had; the other parts of a pipeline are copied as they lie.
+    The transformer is stored in the dtype it had. The other parts of a pipeline are copied unchanged.
     """
     transformer: Any = model.transformer.to(model.stored_dtype) if model.stored_dtype else model.transformer
     try:
@@ -136,7 +137,7 @@ def _save(model: LoadedModel, recipe: Recipe, result: ModuleBalance, folder: Pat
 
 
 def balance_report(result: ModuleBalance, recipe: Recipe) -> dict[str, Any]:
-    """What was done, as JSON."""
+    """Report of the balancing, as JSON."""
     return {
         "recipe": recipe.to_dict(),
         "output_change": result.output_change,

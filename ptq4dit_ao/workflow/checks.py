@@ -1,4 +1,4 @@
-"""What is known before any work, and asked then: hours of sampling and calibration are not spent on what must fail."""
+"""Checks of everything that is known before hours of sampling and calibration."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ptq4dit_ao.recipe import Recipe
 
 
 def check_overrides(transformer: nn.Module, recipe: Recipe) -> None:
-    """Ask whether every override of a recipe can match a layer.
+    """Check that every override of a recipe can match a layer.
 
-    Whether it does match a linear layer of the graph is known when that has been captured.
+    Whether it matches a linear layer of the graph is known only when the graph has been captured.
 
     Raises:
-        OverrideError: one matches nothing that has a matrix for a parameter.
+        OverrideError: an override matches no module that has a matrix as a parameter.
     """
     names = [
         unwrapped(name)
@@ -35,7 +35,7 @@ def check_overrides(transformer: nn.Module, recipe: Recipe) -> None:
 
 
 def check_dtype(transformer: nn.Module, backend: str) -> None:
-    """Ask whether a backend runs models of this one's dtype.
+    """Check that a backend runs models of this model's dtype.
 
     Raises:
         LoweringError: it does not.
@@ -53,7 +53,7 @@ def check_dtype(transformer: nn.Module, backend: str) -> None:
 
 
 def least_bytes(transformer: nn.Module, recipe: Recipe) -> int:
-    """What a quantized model takes on disk at least: as if all its parameters were quantized."""
+    """Lower bound of the size on disk, in bytes: all parameters quantized to the fewest bits."""
     parameters = sum(parameter.numel() for parameter in transformer.parameters())
     bits = min(recipe.weights.widths) if recipe.weights.bits == "auto" else recipe.weights.bits
     narrowest = min([bits, *(o.weight_bits for o in recipe.overrides if o.weight_bits is not None)])

@@ -1,7 +1,8 @@
-"""What a quantized transformer refuses, and why: it computes one fixed graph, which nothing else reaches.
+"""Refusals of a quantized transformer, with their reasons.
 
-Functions of diffusers, accelerate and peft change a model through its methods, its attributes and its blocks. All three
-are closed here, so that none of them is taken and then does nothing.
+It computes one fixed graph. Functions of diffusers, accelerate and peft change a model through its methods, attributes
+and blocks, which would not reach that graph. All three are closed here, so that such a change raises an error instead
+of having no effect.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from ptq4dit_ao.errors import AbsentError, ArgumentError
 
 HOOKS = (
-    "it computes one fixed graph, which hooks, caches and offloading do not reach; leave them out, or draw with the "
-    "float transformer"
+    "it computes one fixed graph, which hooks, caches and offloading do not reach; leave them out, or sample with "
+    "the float transformer"
 )
 ATTENTION = "attention is part of its graph; leave this out, or call it on the float transformer and quantize that"
 PLACE = (
@@ -74,7 +75,7 @@ _BY_REASON: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 REFUSED = {name: reason for reason, names in _BY_REASON.items() for name in names}
-"""Methods of diffusers' models -> why a quantized transformer does not have them, and the way out."""
+"""Methods of diffusers' models -> the reason why a quantized transformer lacks them, and the way out."""
 
 _ATTRIBUTES = {
     "_diffusers_hook": ("hook of diffusers (a cache, a guider, offloading, casting)", HOOKS),
@@ -85,11 +86,11 @@ _ATTRIBUTES = {
     "peft_config": ("adapter of peft", ADAPTERS),
     "lowered": ("other lowered model", LOWERED),
 }
-"""What others set on a model -> what that is, and why not."""
+"""Attributes that other packages set on a model -> what they are, and the reason for refusing them."""
 
 
 class Closed(nn.Module):
-    """A module whose attributes stay as they are."""
+    """A module whose attributes cannot be changed."""
 
     def _refuse(self, what: str, reason: str, error: type[ArgumentError] = ArgumentError) -> NoReturn:
         raise error(f"a quantized transformer {what}: {reason}")
@@ -103,7 +104,7 @@ class Closed(nn.Module):
 
 
 def refusing(name: str) -> Callable[..., None]:
-    """A method, of a model or its class, that raises ArgumentError."""
+    """A method for a model or its class that raises ArgumentError."""
 
     def refuse(*args: object, **kwargs: object) -> None:
         if not _switches_off(name, args):
@@ -114,20 +115,25 @@ def refusing(name: str) -> Callable[..., None]:
 
 
 def _switches_off(name: str, args: tuple[object, ...]) -> bool:
-    """``set_use_...(False)``, which pipelines call on all that they find, has nothing to do."""
+    """Whether a call switches an option off, like ``set_use_...(False)``.
+
+    Pipelines call these on all modules, and there is nothing to do.
+    """
     return name.startswith("set_use_") and any(value is False for value in args)
 
 
 # -- blocks and other parts --------------------------------------------------------------------------------------------
 
 _READ = ("children", "eval", "extra_repr", "get_submodule", "modules", "named_children", "named_modules", "train")
-"""What of ``nn.Module`` a part does."""
+"""Methods of ``nn.Module`` that a part keeps."""
 _CONTAINER_READ = ("items", "keys", "values")
+"""Methods of containers that a part keeps."""
 _CONTAINER_WRITE = ("__delitem__", "__iadd__", "__imul__", "__setitem__")
+"""Methods of containers that a part refuses."""
 
 
 class Part(Closed):
-    """A submodule of the float model, to be read: its numbers and lists, and methods that need no weights."""
+    """A read-only submodule of the float model: its numbers, its lists, and the methods that need no weights."""
 
     def _refuse(self, what: str, reason: str, error: type[ArgumentError] = ArgumentError) -> NoReturn:
         path = self.__dict__["_path"]
@@ -139,17 +145,18 @@ class Part(Closed):
         return super().__getattr__(name)
 
     def extra_repr(self) -> str:
-        return ""  # many ask for weights
+        """Return nothing, because the text of many modules needs their weights."""
+        return ""
 
     def train(self, mode: bool = True) -> Part:
-        """Itself; raises ArgumentError for training mode."""
+        """Return the part itself; raises ArgumentError for training mode."""
         if mode:
             self._refuse("takes no training mode", TRAINING)
         return self
 
 
 def close_parts(model: nn.Module) -> None:
-    """Make every submodule a :class:`Part`, in place, without its tensors."""
+    """Make every submodule a :class:`Part`, in place, and remove its tensors."""
     parts = [(path, module, any(map(own_tensors, module.modules()))) for path, module in model.named_modules() if path]
     for path, module, weighs in parts:
         dropped = own_tensors(module)
@@ -161,21 +168,21 @@ def close_parts(model: nn.Module) -> None:
 
 
 def own_tensors(module: nn.Module) -> frozenset[str]:
-    """Names of a module's parameters, buffers and attributes that are tensors, without its submodules'."""
+    """Names of a module's own parameters, buffers and tensor attributes, without those of its submodules."""
     attributes = (name for name, value in vars(module).items() if isinstance(value, Tensor))
     return frozenset((*module._parameters, *module._buffers, *attributes))
 
 
 @functools.cache
 def _closed(kind: type[nn.Module], weighs: bool) -> type[Part]:
-    """A subclass that refuses what ``nn.Module`` changes and, if it had weights, whatever else the class does."""
+    """A subclass that refuses the changing methods of ``nn.Module`` and, if it had weights, all those of its class."""
     own = [base for base in kind.__mro__ if base is not nn.Module and issubclass(base, nn.Module)]
     methods = {name for base in own for name, value in vars(base).items() if inspect.isfunction(value)}
     names = {name for name in vars(nn.Module) if not name.startswith("_")} - {*_READ, "forward"}
     names |= {name for name in methods if weighs and not name.startswith("_")} - {*_READ, *_CONTAINER_READ}
     names |= methods & {*_CONTAINER_WRITE}
     body: dict[str, Any] = {name: _refusing_part(name) for name in names if callable(getattr(kind, name, None))}
-    # Functions that look for blocks ask for their class.
+    # Functions that look for blocks compare their class.
     body["__class__"] = property(lambda self: kind)
     return type(kind.__name__, (Part, kind), body)
 

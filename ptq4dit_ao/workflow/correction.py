@@ -1,4 +1,4 @@
-"""PTQD's correction of a quantized model's noise: fitted as the recipe says, kept beside the model, or fitted anew."""
+"""PTQD noise correction of a quantized model: fitted as the recipe says, and stored beside the model."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from ptq4dit_ao.workflow.models import LoadedModel
 from ptq4dit_ao.workflow.quantized_model import QuantizedModel
 
 FILE = "ptqd.safetensors"
+"""Name of the correction's file in the folder of a saved model."""
 
 
 def fit_correction(
     model: LoadedModel, quantized: GraphModule, recipe: Recipe, steps: int, on_progress: OnProgress = ignore
 ) -> NoiseCorrection | None:
-    """Fit the correction that the recipe asks for, if it does, for a sampler of so many steps.
+    """Fit the noise correction that the recipe asks for, for a sampler of ``steps`` steps; None if it asks for none.
 
     Raises:
         ArgumentError: see :func:`check_correction`.
@@ -46,15 +47,16 @@ def fit_correction(
 
 
 def check_correction(model: LoadedModel, recipe: Recipe) -> None:
-    """Ask before a long computation whether the recipe's correction can be fitted.
+    """Check before a long computation that the recipe's noise correction can be fitted.
 
     Raises:
-        ArgumentError: the model is not drawn by class.
+        ArgumentError: the model is not class-conditional.
     """
     if recipe.noise_correction.images and model.sampling is None:
         raise ArgumentError(
             f"the recipe corrects the noise (noise_correction.images {recipe.noise_correction.images}), but "
-            f"{model.name} is not drawn by class; fit one with ptq4dit_ao.ptqd for its own pipeline, and leave that out"
+            f"{model.name} is not class-conditional; fit one with ptq4dit_ao.ptqd for its own pipeline, and leave that "
+            "out"
         )
 
 
@@ -65,7 +67,10 @@ def correction_for(
     steps: int,
     on_progress: OnProgress = ignore,
 ) -> NoiseCorrection | None:
-    """The correction kept with a saved model; if that is of other timesteps or guidance, one fitted anew."""
+    """The noise correction stored with a saved model; None if its recipe asks for none.
+
+    It is fitted again if the stored one has other timesteps or another guidance scale.
+    """
     kept = _kept(directory, quantized)
     if kept is not None and model.sampling is not None and model.sampling.sampler == _sampler(quantized):
         timesteps = model.sampling.scheduler(steps).timesteps.tolist()
@@ -77,15 +82,15 @@ def correction_for(
 def corrected_scheduler(
     directory: str | Path, quantized: QuantizedModel, sampling: Sampling, steps: int, guidance: float
 ) -> PTQDScheduler | None:
-    """A scheduler with the correction kept with a saved model, or None if its recipe asks for none.
+    """A scheduler with the noise correction stored with a saved model, or None if its recipe asks for none.
 
     Raises:
-        ArgumentError: it is of other timesteps or guidance, or is not there.
+        ArgumentError: the correction is missing, or has other timesteps or another guidance scale.
     """
     kept = _kept(directory, quantized)
     if kept is None:
         if quantized.recipe.noise_correction.images:
-            raise ArgumentError(f"{directory} lacks {FILE}, which corrects its noise; quantize again")
+            raise ArgumentError(f"{directory} lacks {FILE}, its noise correction; quantize again")
         return None
     own = _sampler(quantized)
     if sampling.sampler != own or not kept.serves(sampling.scheduler(steps).timesteps.tolist(), guidance):
@@ -103,5 +108,5 @@ def _kept(directory: str | Path, quantized: QuantizedModel) -> NoiseCorrection |
 
 
 def _sampler(quantized: QuantizedModel) -> str:
-    """What a saved model was calibrated with, and its correction fitted."""
+    """Name of the sampler that a saved model was calibrated with, and its correction fitted for."""
     return "ddim" if quantized.sampling is None else quantized.sampling.sampler

@@ -1,4 +1,4 @@
-"""What the report says of a quantized model's layers: errors by timestep, ranges, and what each of them costs."""
+"""Diagnostics of a quantized model's layers: error by timestep, weight clipping, and the error each layer causes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ptq4dit_ao.passes import balance_result, balanced_as
 from ptq4dit_ao.report import Diagnostics
 
 ROWS_PER_TIMESTEP = 4
-"""Rows that layers are compared on."""
+"""Rows per timestep on which the layers of both graphs are compared."""
 FEWEST, MOST = 2, 64
-"""Rows that layers are left out on."""
+"""Least and largest number of rows on which layers are left out one at a time."""
 
 
 def diagnose(
@@ -30,15 +30,16 @@ def diagnose(
     without_one: bool = True,
     on_progress: OnStage = ignore,
 ) -> Diagnostics:
-    """Look at every layer of a converted graph.
+    """Measure every layer of a converted graph.
 
     Args:
         exported: the float graph that it was made from.
         quantized: the converted graph.
-        samples: for evaluation; a part of them is used.
-        rows: to run at a time.
-        without_one: also leave out one layer after the other. That costs as many runs of a row as there are quantized
-            inputs, times half the rows: at most a quarter of what comparing both graphs on all samples costs.
+        samples: samples for evaluation; a part of them is used.
+        rows: number of rows to run at a time.
+        without_one: also leave out one layer at a time. The cost per row is one half run for each quantized input. The
+            number of rows is limited, so that the total is at most a quarter of what it costs to compare both graphs on
+            all samples.
         on_progress: called as layers are left out.
     """
     balanced = balanced_as(exported, balance_result(quantized))
@@ -81,14 +82,14 @@ def _leave_out(
 
 
 def timestep_position(exported: GraphModule) -> int | None:
-    """Which of the graph's inputs holds the timestep, if any does."""
+    """Position of the timestep among the graph's inputs; None if no input is a timestep."""
     timestep = timestep_placeholder(exported)
     return None if timestep is None else placeholders(exported).index(timestep)
 
 
 @own_modes()
 def weight_clipping(balanced: GraphModule, quantized: GraphModule) -> dict[str, float]:
-    """Node name of a quantized linear -> its weight's range as a part of the largest weight's; mean over channels."""
+    """Node name of a quantized linear -> range of its weight over the largest absolute weight, mean over channels."""
     twins = {node.name: node for node in balanced.graph.nodes}
     ratios = {}
     for linear in quantized_linears(quantized):

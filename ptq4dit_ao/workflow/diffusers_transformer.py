@@ -1,4 +1,4 @@
-"""A lowered model in the place of a pipeline's transformer. Needs diffusers: import it in functions only."""
+"""A lowered model as a pipeline's transformer. This module imports diffusers, so import it inside functions only."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ from ptq4dit_ao.workflow.closed import (
 logger = logging.getLogger(__name__)
 
 BINNED = ("HunyuanDiT", "PRX", "PixArt", "Sana")
-"""How the classes begin whose pipelines take ``use_resolution_binning``."""
+"""Prefixes of the class names whose pipelines take ``use_resolution_binning``."""
 
 BY_COMPILERS = (("training", False), ("_is_torch_compile", True))
-"""What ``torch.compile`` sets on the model that it wraps; both change nothing."""
+"""Attributes that ``torch.compile`` sets on the model that it wraps. They are accepted and have no effect."""
 
 _WARNED: WeakSet[LoweredModel] = WeakSet()
-"""Lowered models whose output did not fit float16."""
+"""Lowered models that have been warned of output beyond float16's range."""
 
 
 class QuantizedTransformer(Closed, ModelMixin, ConfigMixin):
-    """A lowered model with the call, the configuration and the sizes of the diffusers model that it was.
+    """A lowered model with the call, the configuration and the sizes of the diffusers model that it was captured from.
 
-    Inputs are cast to what the graph takes, and outputs back to the dtype of the first floating input. A call that the
-    graph was not captured for is an error, never another result. So is whatever would change what a model computes or
-    where: methods that it does not have, attributes that are set, hooks on it or on its blocks. Only forward hooks on
-    the transformer itself work, for they see its calls.
+    Inputs are cast to the dtypes of the graph, and outputs to the dtype of the first floating-point input. A call that
+    the graph was not captured for raises an error and never returns a wrong result. The same holds for everything that
+    would change the result or the device: missing methods, attributes that are set, hooks on the model or its blocks.
+    Only forward hooks on the transformer itself are allowed, because they see its calls.
     """
 
     is_cache_enabled = False
@@ -61,19 +61,26 @@ class QuantizedTransformer(Closed, ModelMixin, ConfigMixin):
     def __init__(
         self, lowered: LoweredModel, original: Any, call: CallSignature, dtype: torch.dtype | None = None
     ) -> None:
-        """``original`` is the diffusers model without weights, on the meta device; ``dtype`` is what it passes for."""
+        """Wrap a lowered model.
+
+        Args:
+            lowered: the model to run.
+            original: the diffusers model without weights, on the meta device.
+            call: signature of the captured call.
+            dtype: dtype that the module reports; the default is that of the graph.
+        """
         self.__dict__["_original"] = original
         super().__init__()
         ConfigMixin.register_to_config(self, **original.config)
         sizes = {flag: original.num_parameters(exclude_embeddings=flag) for flag in (False, True)}
         close_parts(original)
-        # Widths, numbers of blocks, makers of position ids: pipelines read them, and none of them needs weights.
+        # Pipelines read widths, numbers of blocks and makers of position ids, none of which needs weights.
         dropped = own_tensors(original)
         public = {x: value for x, value in vars(original).items() if not x.startswith("_") and x not in dropped}
         self.__dict__.update(public | original._modules)
         self._modules.update(original._modules)
         graph_dtype = next((spec.dtype for spec in lowered.inputs if spec.dtype.is_floating_point), torch.float32)
-        # With the original's signature, which modular pipelines look at.
+        # Modular pipelines read the signature of forward, so it is the original's.
         forward = torch.compiler.disable(functools.partial(run_as, original, call, lowered), reason=BUILT)
         self.__dict__.update(
             training=False,
@@ -85,7 +92,7 @@ class QuantizedTransformer(Closed, ModelMixin, ConfigMixin):
         )
 
     def __setattr__(self, name: str, value: object) -> None:
-        if "_sizes" not in self.__dict__:  # the classes of diffusers, while it is made
+        if "_sizes" not in self.__dict__:  # diffusers' constructors set attributes until _sizes exists
             self.__dict__[name] = value
         elif (name, value) not in BY_COMPILERS:
             super().__setattr__(name, value)
@@ -104,30 +111,31 @@ class QuantizedTransformer(Closed, ModelMixin, ConfigMixin):
         return other
 
     def __deepcopy__(self, memo: object) -> QuantizedTransformer:
-        """Shares what runs, which does not change."""
+        """Copy the module and share the lowered model, which does not change."""
         return copy.copy(self)
 
     def __reduce_ex__(self, protocol: object) -> Any:
         return self.lowered.__reduce_ex__(protocol)
 
     def cache_context(self, name: str, **kwargs: object) -> contextlib.AbstractContextManager[None]:
-        """Nothing: a graph keeps nothing from call to call."""
+        """Return a context without effect: a graph keeps no state between calls."""
         return contextlib.nullcontext()
 
     @property
     def dtype(self) -> torch.dtype:
-        """What pipelines pass to it; the graph may compute in another one."""
+        """The dtype that the pipeline's inputs have. The graph may compute in another one."""
         return self._dtype
 
     @property
     def device(self) -> torch.device:
+        """The device of the lowered model's weights."""
         return next((x.device for x in (*self.lowered.parameters(), *self.lowered.buffers())), torch.device("cpu"))
 
     def to(self, *args: Any, **kwargs: Any) -> QuantizedTransformer:
-        """Itself; it cannot change.
+        """Return the module itself, which cannot be moved or cast.
 
         Raises:
-            ArgumentError: the device or the dtype is another one.
+            ArgumentError: another device or dtype is asked for.
         """
         device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
         own = self.device
@@ -135,20 +143,23 @@ class QuantizedTransformer(Closed, ModelMixin, ConfigMixin):
         return self if same and dtype in (None, self.dtype) else self._apply(None)
 
     def cpu(self) -> QuantizedTransformer:
-        """As ``to``; so are the three that follow."""
+        """Return the module itself; see ``to``."""
         return self.to("cpu")
 
     def float(self) -> QuantizedTransformer:
+        """Return the module itself; see ``to``."""
         return self.to(torch.float32)
 
     def half(self) -> QuantizedTransformer:
+        """Return the module itself; see ``to``."""
         return self.to(torch.float16)
 
     def bfloat16(self) -> QuantizedTransformer:
+        """Return the module itself; see ``to``."""
         return self.to(torch.bfloat16)
 
     def _apply(self, fn: object, recurse: bool = True) -> NoReturn:
-        """What ``double``, ``cuda`` and the like come down to."""
+        """Refuse ``double``, ``cuda`` and similar methods, which all call this one."""
         raise ArgumentError(
             f"a quantized transformer stays on {self.device} and in {self.dtype}; lower it for another device, make it "
             "with as_diffusers_transformer(..., dtype=...) for another dtype, and move the pipeline's other components "
@@ -156,26 +167,26 @@ class QuantizedTransformer(Closed, ModelMixin, ConfigMixin):
         )
 
     def train(self, mode: bool = True) -> QuantizedTransformer:
-        """Itself; raises ArgumentError for training mode."""
+        """Return the module itself; raises ArgumentError for training mode."""
         if mode:
             self._refuse("has no training mode", TRAINING)
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> QuantizedTransformer:
-        """Itself; raises ArgumentError if gradients are asked for."""
+        """Return the module itself; raises ArgumentError if gradients are asked for."""
         if requires_grad:
             self._refuse("has no gradients", TRAINING)
         return self
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Nothing: there are no gradients."""
+        """Do nothing: there are no gradients."""
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Of the float model; none is trainable."""
+        """Number of parameters of the float model; none of them is trainable."""
         return 0 if only_trainable else self._sizes[exclude_embeddings]
 
     def save_pretrained(self, save_directory: object, *args: object, **kwargs: object) -> NoReturn:
-        """Raises ArgumentError: diffusers could not read it."""
+        """Raise ArgumentError, because diffusers could not read the result."""
         raise ArgumentError(
             "a lowered transformer is not saved with its pipeline; save the quantized model with save_quantized, and "
             "the pipeline with its transformer set to None"
@@ -183,15 +194,15 @@ class QuantizedTransformer(Closed, ModelMixin, ConfigMixin):
 
 
 for _name in REFUSED:
-    if hasattr(QuantizedTransformer, _name):  # what is left of them is in no base class, and never found
+    if hasattr(QuantizedTransformer, _name):  # other names are in no base class, so nothing finds them
         setattr(QuantizedTransformer, _name, refusing(_name))
 
 
 def run_as(original: Any, captured: CallSignature, lowered: LoweredModel, *args: Any, **kwargs: Any) -> Any:
-    """Run a lowered model on the arguments of ``original.forward``, for what that returns.
+    """Run a lowered model on the arguments of ``original.forward``, and return what that would return.
 
     Raises:
-        ArgumentError: the graph does not compute this call.
+        ArgumentError: the graph was not captured for this call.
     """
     signature = inspect.signature(original.forward)
     try:
@@ -209,12 +220,12 @@ def run_as(original: Any, captured: CallSignature, lowered: LoweredModel, *args:
         _warn_of_overflow(lowered, found, outputs)
     kind = output_class(type(original))
     if len(outputs) > len(fields(kind)):
-        outputs = [outputs]  # the samples are a list
+        outputs = [outputs]  # these classes return a list of samples
     return kind(*outputs) if return_dict else tuple(outputs)
 
 
 def _warn_of_overflow(lowered: LoweredModel, found: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-    """Once for each model: float16 ends at 65504."""
+    """Warn once for each lowered model whose output exceeds 65504, float16's largest number."""
     lost = [x.abs().max() for x, y in zip(found, outputs, strict=True) if not y.isfinite().all()]
     largest = max(map(float, lost), default=0.0)
     if torch.finfo(torch.float16).max < largest < torch.inf and lowered not in _WARNED:
@@ -227,7 +238,7 @@ def _warn_of_overflow(lowered: LoweredModel, found: Sequence[Tensor], outputs: S
 
 
 def output_class(kind: type) -> type:
-    """What ``forward`` of a diffusers model returns with ``return_dict=True``: the output class that it names."""
+    """The output class that ``forward`` of a diffusers model returns with ``return_dict=True``, found in its code."""
     forward = inspect.unwrap(kind.forward)  # type: ignore[attr-defined]
     named = [forward.__globals__.get(name) for name in forward.__code__.co_names]
     return next((x for x in named if isinstance(x, type) and issubclass(x, BaseOutput)), Transformer2DModelOutput)

@@ -1,4 +1,4 @@
-"""What each key of a recipe does: the quantizer, the balancing, the folds and the exceptions it describes."""
+"""Translation of a recipe into the quantizer, balancing, folds and overrides that it describes."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ from ptq4dit_ao.workflow.weight_bits import WeightBits
 logger = logging.getLogger(__name__)
 
 PRESETS = {"safe": SAFE_LAYERS, "paper": PAPER_LAYERS}
+"""Overrides of each layer preset, by its name in a recipe."""
 
 
 def quantizer_from_recipe(
     recipe: Recipe, base: Quantizer | None = None, *, timestep_input: str | None = None
 ) -> PTQ4DiTQuantizer:
-    """The quantizer that a recipe describes, around any base.
+    """The quantizer that a recipe describes, around any base quantizer.
 
     Raises:
-        ArgumentError: the recipe leaves the weights' bits to be chosen.
+        ArgumentError: the recipe says ``weights.bits: auto``.
     """
     return PTQ4DiTQuantizer(
         base,
@@ -60,7 +61,11 @@ def quantizer_from_recipe(
 
 
 def weight_bits_of(recipe: Recipe) -> int:
-    """Raises ArgumentError if the recipe leaves them to be chosen."""
+    """Bits of the recipe's weights.
+
+    Raises:
+        ArgumentError: they are ``auto``.
+    """
     if recipe.weights.bits == "auto":
         raise ArgumentError(
             "weights.bits is auto; apply_recipe and 'ptq4dit-ao quantize' choose them, elsewhere give a number"
@@ -69,20 +74,20 @@ def weight_bits_of(recipe: Recipe) -> int:
 
 
 def with_chosen_bits(recipe: Recipe, choice: WeightBits) -> Recipe:
-    """The recipe with a number, and an override for each layer with more, instead of ``bits: auto``."""
+    """The recipe with ``bits: auto`` replaced by the lowest width and an override for each layer with more bits."""
     more = (RecipeOverride(pattern=o.pattern, weight_bits=o.weight_bits) for o in choice.overrides)
     weights = Weights(bits=choice.candidates[0])
     return recipe.model_copy(update={"weights": weights, "overrides": (*more, *recipe.overrides)})
 
 
 def overrides_of(recipe: Recipe) -> tuple[Override, ...]:
-    """The recipe's preset of layers and its own exceptions."""
+    """Overrides of the recipe's layer preset, then its own."""
     own = [Override(**override.model_dump()) for override in recipe.overrides]
     return (*PRESETS[recipe.layers], *own)
 
 
 def site_policy(recipe: Recipe) -> SitePolicy:
-    """Which folds a recipe takes."""
+    """Policy of the folds that a recipe allows."""
     return SitePolicy(
         couple_blocks=recipe.balance.couple_blocks,
         vector_multiply=recipe.balance.vector_multiply,
@@ -91,10 +96,10 @@ def site_policy(recipe: Recipe) -> SitePolicy:
 
 
 def balance_settings(recipe: Recipe) -> BalanceSettings:
-    """How a recipe balances a float model, whatever quantizes it then.
+    """Balance settings of a recipe for a float model, without a quantizer.
 
     Raises:
-        ArgumentError: it does not balance, or only along with its quantizer.
+        ArgumentError: the recipe does not balance, or its method needs a quantizer.
     """
     method, alpha = recipe.balance.method, recipe.balance.alpha
     if method == "repq":
@@ -106,8 +111,8 @@ def balance_settings(recipe: Recipe) -> BalanceSettings:
         method = "ssc" if method == "auto" else method
         alpha = 0.5 if isinstance(alpha, str) else alpha
         logger.warning(
-            "the recipe chooses its balancing by the error after quantization, which is another tool's here: balancing "
-            "with method %r and alpha %g",
+            "the recipe chooses its balancing by the error after quantization, which is not known "
+            "here; balancing with method %r and alpha %g",
             method,
             alpha,
         )

@@ -1,4 +1,4 @@
-"""How a float model and its quantized forms draw images that compare: equal labels, equal noise, one decoder."""
+"""Sampling of comparable images with a float model and its quantized models: equal labels, noise and decoder."""
 
 from __future__ import annotations
 
@@ -21,36 +21,36 @@ _log = logging.getLogger(__name__)
 
 
 NOISE_SEED = 3000
-"""Of images that are compared: apart from those that calibrate, are predicted on, or fit a correction."""
+"""Seed of the noise of compared images. It differs from the seeds of calibration, evaluation and noise correction."""
 BATCH = 100
-"""Images that are drawn at once."""
+"""Number of images sampled at once."""
 DECODED = 8
-"""Latents that are decoded at once: a VAE takes far more memory for an image than a transformer."""
+"""Number of latents decoded at once. A VAE takes far more memory per image than a transformer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSampling:
-    """What decides an image but for the model."""
+    """Settings that, together with the model, determine the sampled images."""
 
     sampling: Sampling
     samples: int
     steps: int
     guidance: float
     seed: int
-    """Of the noise."""
+    """Seed of the starting noise."""
     decode: Callable[[Tensor], Tensor] | None = None
-    """From latents to images in [-1, 1]; None if the model draws these."""
+    """Decoder of latents to images in [-1, 1]; None if the model samples pixels."""
 
     @property
     def units(self) -> int:
-        """How far the last call of ``on_progress`` counts."""
+        """Total number of progress units, as the last call of ``on_progress`` reports it."""
         return -(-self.samples // BATCH) * (self.steps + (self.decode is not None))
 
     @torch.no_grad()
     def draw(
         self, denoiser: Denoiser, on_progress: OnProgress = ignore, correction: NoiseCorrection | None = None
     ) -> Tensor:
-        """(samples, C, H, W) of all classes in turn."""
+        """Sample images of all classes in turn: (samples, C, H, W) in [-1, 1]."""
         scheduler = self.sampling.scheduler(self.steps)
         return draw_images(
             denoiser,
@@ -78,7 +78,10 @@ def draw_images(
     decode: Callable[[Tensor], Tensor] | None = None,
     on_progress: OnProgress = ignore,
 ) -> Tensor:
-    """One image for each label, some at a time: (N,) -> (N, C, H, W) in [-1, 1], through ``decode`` if it is given."""
+    """Sample one image for each label, :data:`BATCH` at a time: (N,) -> (N, C, H, W) in [-1, 1].
+
+    ``decode`` turns latents into images. Without it, the model has to sample pixels.
+    """
     generator, parts = torch.Generator().manual_seed(seed), labels.split(BATCH)
     done, units = 0, len(parts) * (steps + (decode is not None))
     drawn: list[Tensor] = []
@@ -115,10 +118,10 @@ def draw_images(
 
 
 def decoder(model: LoadedModel, sampling: Sampling) -> Callable[[Tensor], Tensor] | None:
-    """What turns the model's latents into images: its pipeline's VAE. None if it draws images itself.
+    """Decoder of the model's latents to images, by its pipeline's VAE; None if the model samples pixels.
 
     Raises:
-        ArgumentError: it draws latents, and has no VAE.
+        ArgumentError: the model samples latents and has no VAE, or one for another number of channels.
     """
     if sampling.channels in (1, 3):
         return None
@@ -139,5 +142,5 @@ def decoder(model: LoadedModel, sampling: Sampling) -> Callable[[Tensor], Tensor
 
 
 def vae_of(model: LoadedModel) -> Any:
-    """What its pipeline decodes latents with; None if there is none."""
+    """VAE of the model's pipeline; None if there is none."""
     return getattr(model.pipeline, "vae", None)

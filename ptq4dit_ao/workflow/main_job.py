@@ -1,4 +1,4 @@
-"""The main job: calibrate, balance, convert, evaluate, save."""
+"""``quantize``: the main job, from a model and a recipe to a saved artifact with its report."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ from ptq4dit_ao.workflow.quantized_model import QuantizedModel, write_model
 from ptq4dit_ao.workflow.samples import check_recording, recorded_samples
 
 GRID_CLASSES = GRID_PER_CLASS = 10
+"""Numbers of classes, and of images per class, in the report's grids of images."""
 LATENT_GRID_CLASSES = 8
-"""Images of models that need a VAE are large, and few are enough."""
+"""Number of classes in the grids of models with a VAE, one image each: their images are large."""
 
 
 @own_modes()
@@ -52,14 +53,14 @@ def quantize(
 
     Args:
         model: the float model.
-        recipe: what to do.
-        output: folder for the artifact, ``report.json`` and ``report.html``; ``ptqd.safetensors``, where the recipe
-            corrects the noise. Layers that are rounded one after another, and what distillation has learned,
-            are kept in ``OUTPUT.rounding`` until it is written; after a kill, the same call goes on from there.
-        samples: recorded calibration samples; else the model's pipeline draws them. Recorded samples are also what
-            the error is measured on.
-        grids: draw images with both models for the report.
-        on_progress: called as stages advance.
+        recipe: how to quantize it.
+        output: folder for the artifact, ``report.json`` and ``report.html``, and for ``ptqd.safetensors`` if the recipe
+            corrects the noise. Sequential rounding and distillation keep checkpoints in ``OUTPUT.rounding`` until the
+            artifact is written. After an interruption, the same call resumes from there.
+        samples: a file of recorded calibration samples. The default is to record some from the model's pipeline. If
+            given, the error is measured on them, too.
+        grids: sample images with both models for the report.
+        on_progress: called with ``(stage, done, total)`` as stages advance.
 
     Raises:
         PTQ4DiTError: see :func:`~ptq4dit_ao.apply_recipe` and :func:`~ptq4dit_ao.save_quantized`.
@@ -108,7 +109,7 @@ def quantize(
 
 
 def _checked(model: LoadedModel, recipe: Recipe, output: Path, resume: Path | None, draws: bool) -> LoadedModel:
-    """The model with the recipe's sampler, once all that is known before the work has been asked."""
+    """Check everything that can be checked before the work, and return the model with the recipe's sampler."""
     check_float_module(model.transformer)
     check_in_memory(model.transformer)
     check_target(output)
@@ -132,7 +133,7 @@ def _checked(model: LoadedModel, recipe: Recipe, output: Path, resume: Path | No
 def _evaluate(
     exported: GraphModule, converted: Converted, samples: CalibrationSamples, *, on_calibration: bool
 ) -> EvaluationEntry:
-    """Error of the simulated integer graph's output."""
+    """Error of the output of the simulated integer graph."""
     batches = samples.batches(converted.recipe.calibration.rows)
     error = paired_error(exported, converted.graph, batches, timestep_index=timestep_position(exported))
     return {
@@ -147,7 +148,7 @@ def _evaluate(
 def _grids(
     model: LoadedModel, converted: Converted, correction: NoiseCorrection | None, on_progress: OnStage
 ) -> tuple[Tensor, Tensor] | None:
-    """Samples of the float and the quantized model from equal noise, if the model draws images or has a VAE."""
+    """Images of the float and the quantized model from equal noise; None for a model of latents without a VAE."""
     sampling = model.sampling
     if sampling is None or (sampling.channels not in (1, 3) and vae_of(model) is None):
         return None
@@ -174,7 +175,7 @@ def _grids(
 
 
 def write_report(report: Report, folder: Path, images: tuple[Tensor, Tensor] | None) -> None:
-    """``report.json`` and ``report.html`` beside the artifact."""
+    """Write ``report.json`` and ``report.html`` beside the artifact."""
     replace_json(folder / "report.json", report)
     float_images, quantized_images = images or (None, None)
     write_html(report, folder / "report.html", float_images=float_images, quantized_images=quantized_images)

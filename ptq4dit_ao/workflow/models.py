@@ -1,4 +1,4 @@
-"""What a recipe or the command line calls a model."""
+"""Models that a recipe or the command line names, loaded with what is needed to sample them."""
 
 from __future__ import annotations
 
@@ -24,44 +24,47 @@ from ptq4dit_ao.workflow.by_name import call_by_name
 _log = logging.getLogger(__name__)
 
 SHIPPED = {"reference": DIGITS, "fashion": FASHION}
-"""What a recipe calls the models that come with the package."""
+"""Names of the models that come with the package, as recipes write them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A float transformer, and what calibrates it.
+    """A float transformer, with what is needed to calibrate it.
 
-    ``sampling`` is known for class-conditional DiTs; ``pipeline`` is None for a bare transformer of another kind,
-    which is calibrated with recorded samples.
+    ``sampling`` is known for class-conditional DiTs. ``pipeline`` is None for a bare transformer of another kind, which
+    is calibrated with recorded samples.
     """
 
     name: str
     transformer: nn.Module
+    """The float model in eval mode, which is what gets quantized."""
     pipeline: Any | None = None
+    """Pipeline that calls the transformer."""
     sampling: Sampling | None = None
+    """Sampling of a class-conditional model."""
     folder: Path | None = None
-    """Where it was loaded from."""
+    """The folder that it was loaded from, if any."""
     shipped: Reference | None = None
-    """If it comes with the package."""
+    """Description of the shipped model, if it comes with the package."""
 
     def drawn_by(self, sampler: str | None) -> LoadedModel:
-        """The same model and pipeline, drawn by another sampler (``sampling``); None leaves it with its own.
+        """The same model with another sampler (``sampling``); None keeps its own.
 
         Raises:
-            ArgumentError: there is no such sampler, or the model is not drawn by class.
+            ArgumentError: there is no such sampler, or the model is not class-conditional.
         """
         if sampler is None:
             return self
         if self.sampling is None:
             raise ArgumentError(
-                f"{self.name} is not drawn by class, so that sampler {sampler!r} says nothing; leave it out "
-                "(calibration.sampler), and its pipeline's own is used"
+                f"{self.name} is not class-conditional, so that sampler {sampler!r} cannot be used; leave it "
+                "out (calibration.sampler) to use its pipeline's own"
             )
         return replace(self, sampling=self.sampling.by(sampler))
 
     @functools.cached_property
     def stored_dtype(self) -> torch.dtype | None:
-        """What its transformer is stored in, if it comes from a folder; it is loaded as float32."""
+        """Dtype that the transformer is stored in, if it comes from a folder. It is loaded as float32."""
         if self.folder is None:
             return None
         inner = self.folder / "transformer"
@@ -79,9 +82,9 @@ def load_model(spec: str) -> LoadedModel:
     """Load a diffusion transformer.
 
     Args:
-        spec: ``reference`` or ``fashion``, the shipped ones; a folder with a diffusers pipeline (``model_index.json``)
-            or a bare transformer (``config.json``); or ``package.module:function``, a function without arguments that
-            returns either.
+        spec: ``reference`` or ``fashion``, which come with the package; a folder with a diffusers pipeline
+            (``model_index.json``) or a bare transformer (``config.json``); or ``package.module:function``, a function
+            without arguments that returns either.
 
     Raises:
         ArgumentError: it is none of these.
@@ -112,9 +115,9 @@ def _from_folder(path: Path) -> Any:
         raise ArgumentError(f"folder {path} says it holds a {name!r}, which diffusers {diffusers.__version__} lacks")
     try:
         return kind.from_pretrained(path, **options)
-    except ImportError as error:  # a tokenizer that needs another package
+    except ImportError as error:  # for example a tokenizer that needs another package
         raise MissingDependencyError(f"folder {path} needs a package that is not installed: {error}") from error
-    except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:  # what diffusers raises for bad files
+    except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:  # diffusers' errors for bad files
         raise ArgumentError(f"folder {path} cannot be loaded as a {name}: {error}") from error
 
 

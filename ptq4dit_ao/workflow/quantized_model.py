@@ -23,17 +23,22 @@ from ptq4dit_ao.report import Report, size_entry, summary
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedModel:
-    """A converted graph with all that is known of it."""
+    """A quantized model: its converted graph, recipe, inputs and report."""
 
     graph: GraphModule
+    """The converted graph."""
     recipe: Recipe
     inputs: tuple[InputSpec, ...]
+    """Dtype and shape of each input of the graph."""
     report: Report
-    """See :mod:`ptq4dit_ao.report.types`; its ``size`` is known of a model that was saved."""
+    """Report of the quantization, see :mod:`ptq4dit_ao.report.types`. Its ``size`` is known for a saved model."""
     sampling: Sampling | None = None
-    """How to sample it, where that is known."""
+    """Sampling of the model, where it is known."""
     captured: CapturedModule | None = None
-    """The diffusers model that it was, if it was one; see :func:`~ptq4dit_ao.as_diffusers_transformer`."""
+    """Interface of the diffusers model that the graph was captured from, if it was one.
+
+    See :func:`~ptq4dit_ao.as_diffusers_transformer`.
+    """
 
     def lower(
         self,
@@ -45,7 +50,7 @@ class QuantizedModel:
         verify: bool = True,
         consume: bool = False,
     ) -> LoweredModel:
-        """Ready to run on a backend, proven; see :func:`ptq4dit_ao.lower`."""
+        """Lower the model to a backend and verify the result; see :func:`ptq4dit_ao.lower`."""
         lowered = lower(
             self.graph,
             backend,
@@ -60,7 +65,7 @@ class QuantizedModel:
         return lowered
 
     def save(self, directory: str | Path) -> ArtifactSize:
-        """See :func:`save_quantized`."""
+        """Save the model to a folder; see :func:`save_quantized`."""
         return save_quantized(self, directory)
 
     def __copy__(self) -> QuantizedModel:
@@ -77,7 +82,7 @@ class QuantizedModel:
 
 
 def save_quantized(model: QuantizedModel, directory: str | Path) -> ArtifactSize:
-    """Write a folder of JSON and safetensors, atomically; an earlier artifact there is replaced.
+    """Write a folder of JSON and safetensors files, atomically. An earlier artifact in the folder is replaced.
 
     Raises:
         ArtifactError: the folder holds something else, or cannot be written.
@@ -92,9 +97,9 @@ def write_model(
     """Save a model as :func:`save_quantized` does, and return it with its size in its report.
 
     Args:
-        model: what to save.
+        model: the model to save.
         directory: the folder.
-        beside: writes what lies beside the model and appears with it, such as the report as it is stored.
+        beside: writes further files into the folder before it appears, such as the report as it is stored.
     """
     report = copy.copy(model.report)
 
@@ -136,12 +141,12 @@ def load_quantized(
     allow_float_fallback: bool = False,
     verify: bool = True,
 ) -> QuantizedModel | LoweredModel:
-    """Read what :func:`save_quantized` wrote; needs neither the float model nor calibration data.
+    """Read a model that :func:`save_quantized` wrote. Neither the float model nor calibration data is needed.
 
     Args:
         directory: the folder.
-        backend: lower the model at once, and return that. Takes less memory than ``lower`` afterwards: each weight is
-            freed when it has been packed.
+        backend: if given, lower the model at once and return the lowered model. This takes less memory than ``lower``
+            afterwards, because each weight is freed when it has been packed.
         float_dtype: as for :func:`~ptq4dit_ao.lower`.
         allow_float_fallback: as for :func:`~ptq4dit_ao.lower`.
         verify: as for :func:`~ptq4dit_ao.lower`.

@@ -1,4 +1,4 @@
-"""Calibration and evaluation samples, as a recipe asks for them."""
+"""Calibration and evaluation samples that a recipe asks for."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ def recorded_samples(
     evaluate: bool = False,
     on_progress: OnStage = ignore,
 ) -> CalibrationSamples:
-    """What the model's transformer receives: from a file, from its own pipeline, or by the recipe's sampler.
+    """Record the transformer's inputs from its own pipeline or the recipe's sampler, or read them from a file.
 
     Their batches come on the transformer's device.
 
     Args:
-        model: with a pipeline, unless there is a file.
-        recipe: its ``calibration`` section, and for evaluation its ``evaluation`` section, say how many.
-        file: as :meth:`~ptq4dit_ao.CalibrationSamples.save` wrote it.
-        evaluate: draw other samples, for evaluation.
+        model: the float model. It needs a pipeline, unless a file is given.
+        recipe: its ``calibration`` section, and for evaluation its ``evaluation`` section, say what to record.
+        file: a file that :meth:`~ptq4dit_ao.CalibrationSamples.save` wrote.
+        evaluate: record the samples for evaluation instead of those for calibration.
         on_progress: called as the pipeline advances.
 
     Raises:
         CalibrationError: there is neither a pipeline nor a file, or the recipe has no prompts for a text pipeline.
-        ArgumentError: the recipe names a sampler, and the model is not drawn by class.
+        ArgumentError: the recipe names a sampler, and the model is not class-conditional.
     """
     if file is not None:
         return CalibrationSamples.load(file).on(device_of(model.transformer))
@@ -68,8 +68,8 @@ def recorded_samples(
         raise
     except Exception as error:  # whatever somebody's pipeline makes of its arguments
         raise CalibrationError(
-            f"{type(pipeline).__name__} of {model.name} failed while it drew {stage}: {type(error).__name__}: {error}; "
-            "run it by hand with the recipe's steps, guidance and sizes, or record samples (samples=...)"
+            f"{type(pipeline).__name__} of {model.name} failed while it sampled {stage}: {type(error).__name__}: "
+            f"{error}; run it by hand with the recipe's steps, guidance and sizes, or record samples (samples=...)"
         ) from error
     return recorded.on(device_of(model.transformer))
 
@@ -77,12 +77,12 @@ def recorded_samples(
 def check_recording(
     model: LoadedModel, recipe: Recipe, sections: Sequence[str] = ("calibration", "evaluation")
 ) -> None:
-    """Ask before any sampling whether the samples of a recipe's sections can be drawn.
+    """Check before any sampling that the samples of a recipe's sections can be recorded.
 
     Raises:
-        CalibrationError: see :func:`recorded_samples`; or there are fewer steps than timesteps, or fewer draws than
-            samples.
-        ArgumentError: the recipe names a sampler, and the model is not drawn by class.
+        CalibrationError: see :func:`recorded_samples`; or there are fewer steps than timesteps, or fewer timestep draws
+            than samples.
+        ArgumentError: the recipe names a sampler, and the model is not class-conditional.
     """
     pipeline = _pipeline(model, recipe)
     _prompts(model, recipe, 1, recipe.calibration.seed)
@@ -99,26 +99,26 @@ def _check_section(pipeline: Any, recipe: Recipe, section: str) -> None:
 
 
 def _pipeline(model: LoadedModel, recipe: Recipe) -> Any:
-    """What draws the samples: the model's own pipeline, or the sampler that the recipe names."""
+    """The pipeline that samples the images: the model's own, or one with the sampler that the recipe names."""
     sampling = model.drawn_by(recipe.calibration.sampler).sampling
     if recipe.calibration.sampler is not None and sampling is not None:
         sampling.check_steps(recipe.calibration.steps)
         return SamplingPipeline(model.transformer, sampling)
     if model.pipeline is None:
         raise CalibrationError(
-            f"{model.name} is a transformer without a pipeline that could draw calibration samples; give the folder of "
-            "the pipeline, or samples recorded with collect_from_pipeline (samples=...)"
+            f"{model.name} is a transformer without a pipeline to record calibration samples from; give the folder "
+            "of the pipeline, or samples recorded with collect_from_pipeline (samples=...)"
         )
     return model.pipeline
 
 
 def _size(recipe: Recipe) -> dict[str, int]:
-    """What a pipeline is told of the size of its images."""
+    """Arguments of the pipeline's call that set the size of its images."""
     return {name: value for name in ("height", "width", "num_frames") if (value := getattr(recipe.calibration, name))}
 
 
 def wanted_timesteps(timesteps: int | Sequence[float] | NormalDraw) -> int | Sequence[float] | NormalTimesteps:
-    """What a recipe says, as :func:`~ptq4dit_ao.collect_from_pipeline` takes it."""
+    """Timesteps of a recipe, as :func:`~ptq4dit_ao.collect_from_pipeline` takes them."""
     if isinstance(timesteps, NormalDraw):
         return NormalTimesteps(mean=timesteps.mean, std=timesteps.std, count=timesteps.count)
     return timesteps
@@ -130,7 +130,7 @@ def _prompts(model: LoadedModel, recipe: Recipe, count: int, seed: int) -> Seque
         return torch.randint(model.sampling.null_label, (count,), generator=generator).tolist()
     if not recipe.calibration.prompts:
         raise CalibrationError(
-            f"{model.name} is drawn from text, and the recipe has no calibration.prompts; list some, like those it "
-            "will be used with"
+            f"{model.name} is text-conditional, and the recipe has no calibration.prompts; list some, like "
+            "those it will be used with"
         )
     return list(itertools.islice(itertools.cycle(recipe.calibration.prompts), count))

@@ -1,8 +1,8 @@
-"""Mixed precision: which weights get more bits, under a budget for all.
+"""Mixed precision: choose which weights get more bits, under a budget for the average.
 
-A layer is worth the bits whose lack the predicted noise shows most. That is measured after rounding, with one layer's
-weights quantized and all else float, so that no other layer's error hides it; errors of different layers then add up,
-and what is left is a knapsack.
+The bits go to the layers whose quantization changes the predicted noise most. That change is measured after rounding,
+with one layer's weights quantized and everything else float, so that no other layer's error hides it. The errors of
+different layers then add up, and the choice is a knapsack problem.
 """
 
 from __future__ import annotations
@@ -34,36 +34,39 @@ from ptq4dit_ao.report import WeightBitsEntry
 logger = logging.getLogger(__name__)
 
 HELD_OUT = 16
-"""One batch in so many is kept from rounding, for measuring."""
+"""Ratio of all batches to those that are held out from rounding, for measuring."""
 
 BIT = 1 / 4
-"""What one bit more leaves of an error's energy."""
+"""Factor by which one more bit reduces the energy of a quantization error (6 dB)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChosenBits:
-    """What the weights that read one quantized input get."""
+    """Bits of the weights that read one quantized input."""
 
     layers: tuple[str, ...]
     parameters: int
     noise: tuple[float, ...]
-    """Energy that they add to the output's error at each candidate."""
+    """Energy that these weights add to the output's error, at the width of each candidate."""
     bits: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightBits:
-    """A choice of bits for all weights that overrides leave free."""
+    """A choice of bits for all weights whose bits no override sets."""
 
     candidates: tuple[int, ...]
     chosen: tuple[ChosenBits, ...]
-    """In execution order."""
+    """Choices, in execution order."""
     average_bits: float
-    """Of all quantized weights, those with bits of their own included."""
+    """Mean bits of all quantized weights, including those whose bits an override sets."""
 
     @property
     def overrides(self) -> tuple[Override, ...]:
-        """For a quantizer whose ``weight_bits`` is the lowest candidate; to stand before others, which win."""
+        """Overrides for a quantizer whose ``weight_bits`` is the lowest candidate.
+
+        Other overrides follow them and win.
+        """
         return tuple(
             Override(pattern=layer.replace("[", "[[]"), weight_bits=inputs.bits)
             for inputs in self.chosen
@@ -72,7 +75,7 @@ class WeightBits:
         )
 
     def to_dict(self) -> WeightBitsEntry:
-        """JSON-safe, for the report; noise as a part of what all add at the lowest candidate."""
+        """JSON-safe entry for the report. Noise is relative to the total at the lowest candidate."""
         total = sum(inputs.noise[0] for inputs in self.chosen) or 1.0
         return {
             "candidates": list(self.candidates),
@@ -100,22 +103,24 @@ def choose_weight_bits(
     quantizer: PTQ4DiTQuantizer | None = None,
     on_progress: OnProgress = ignore,
 ) -> WeightBits:
-    """Give the weights that cost most more bits.
+    """Choose the bits of all weights, more for those whose quantization causes most error.
 
-    For every candidate but the highest, the model is calibrated and rounded in one pass, and run once for each
-    quantized input on the batches held out (half a run: what comes before is shared). The highest is taken to leave of
-    the error before it what its bits more leave, 6 dB each.
+    For every candidate but the highest, the model is calibrated, rounded in one pass, and run once for each quantized
+    input on the batches held out. Each run costs half a run on average, because the nodes before the input are shared.
+    The error at the highest candidate is extrapolated from the one below, by 6 dB per bit.
 
     Args:
-        exported: from :func:`~ptq4dit_ao.export_transformer`. Not changed.
-        batches: calibration inputs. The last sixteenth, at least one, is measured on, and not rounded for.
-        average_bits: mean over all quantized weights, at most.
+        exported: a graph from :func:`~ptq4dit_ao.export_transformer`. It is not changed.
+        batches: calibration inputs. The last sixteenth, at least one batch, is held out from rounding for measuring.
+        average_bits: upper limit of the mean over all quantized weights.
         candidates: widths to choose from.
-        quantizer: how to balance and round; its ``weight_bits`` do not matter, its overrides stay. Default: GPTQ.
+        quantizer: how to balance and round. Its ``weight_bits`` are ignored, and its overrides are kept. The default
+            rounds with GPTQ.
         on_progress: called as inputs are measured.
 
     Raises:
-        ArgumentError: a candidate is no width; the average is not between them, or overrides leave less.
+        ArgumentError: a candidate is not a valid width, the average is not between them, or overrides leave a smaller
+            budget than needed.
         CalibrationError: there are no batches.
     """
     widths = _checked(candidates, average_bits)
@@ -140,7 +145,7 @@ def choose_weight_bits(
 
 
 def _checked(candidates: Sequence[int], average_bits: float) -> tuple[int, ...]:
-    """The candidates, ascending."""
+    """The candidates, ascending, once they and the average are checked."""
     for bits in candidates:
         check_bits("a candidate for weight_bits", bits)
     widths = tuple(sorted(set(candidates)))
@@ -167,7 +172,7 @@ def _noise(
     measured: Sequence[tuple[Tensor, ...]],
     on_progress: OnProgress,
 ) -> dict[tuple[str, ...], float]:
-    """Names of the free layers that read one quantized input -> energy that their weights alone add to the output."""
+    """Names of the free layers that read one quantized input -> energy of the output error that they cause."""
     prepared = prepare_pt2e(GraphModule(exported, copy.deepcopy(exported.graph)), quantizer)
     for inputs in rounded:
         prepared(*inputs)
@@ -182,7 +187,7 @@ def _noise(
         on_progress=on_progress,
     )
     noise: dict[tuple[str, ...], float] = defaultdict(float)
-    for nodes, error in found.items():  # a module that is called twice is one choice
+    for nodes, error in found.items():  # a module that is called twice has one choice
         noise[tuple(dict.fromkeys(result.layers[node] for node in nodes))] += float(error.noise.sum())
     return noise
 
@@ -194,7 +199,7 @@ def _choose(
     average_bits: float,
     others: Mapping[str, int],
 ) -> WeightBits:
-    """Spend what ``others``, layers whose bits are given, leave of the budget."""
+    """Spend the budget that remains after ``others``, layers whose bits are given."""
     sizes = {layer_name(node): get_attribute(exported, weight_path(node)).numel() for node in linears(exported)}
     parameters = [sum(map(sizes.__getitem__, layers)) for layers in noise]
     total = sum(parameters) + sum(map(sizes.__getitem__, others))
@@ -218,6 +223,6 @@ def _choose(
 
 
 def _planned_bits(exported: GraphModule, quantizer: PTQ4DiTQuantizer, bits: int) -> dict[str, int]:
-    """Quantized layer -> bits of its weight, if those that nothing else is said of get these."""
+    """Quantized layer -> bits of its weight, if all weights without an override get ``bits``."""
     plans = quantizer.variant(weight_bits=bits, sequential=False).plan(exported).values()
     return {plan.layer: plan.weight_bits for plan in plans if not plan.skip}

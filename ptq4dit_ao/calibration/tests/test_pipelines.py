@@ -603,7 +603,7 @@ def test_drawn_steps_hold_in_both_calls_of_guidance():
 def test_draws_need_prompts_and_all_steps():
     with pytest.raises(ArgumentError, match="deals its draws out to prompts, but prompts is None"):
         record(once, prompts=None, timesteps=NormalTimesteps(), call={"prompt": ["a"]})
-    with pytest.raises(ArgumentError, match="and num_images_per_prompt is 2; give each prompt as often as it is to be"):
+    with pytest.raises(ArgumentError, match="and num_images_per_prompt is 2; repeat the prompts instead"):
         record(once, timesteps=NormalTimesteps(), call={"num_images_per_prompt": 2})
     with pytest.raises(CalibrationError, match=r"^calibration timesteps are drawn from 5 .* at 3; give steps"):
         record(once, pipeline=Stub(once, times=[9.0, 7.0, 5.0]), timesteps=NormalTimesteps())
@@ -770,7 +770,7 @@ def test_what_is_not_finite_is_refused_at_its_step(bad):
     def draw(stub: Stub, x: Tensor, t: Tensor) -> None:
         stub.transformer(x, timestep=t, text=torch.full((len(x), 2), 1.0 if t > 5 else bad))
 
-    message = rf"transformer received {bad} in 'text' at timestep 5: the float pipeline goes wrong there; draw with it"
+    message = rf"transformer received {bad} in 'text' at timestep 5: the float pipeline goes wrong there; sample with"
     with pytest.raises(CalibrationError, match=message):
         record(draw, timesteps=5)
 
@@ -855,11 +855,11 @@ def test_prompts_beside_their_embeddings():
 def test_options_that_a_pipeline_does_not_take_are_said(caplog):
     record(once)
     assert caplog.messages == [
-        "Stub does not take steps (num_inference_steps), guidance (guidance_scale): nothing comes of it"
+        "Stub ignores steps (num_inference_steps), guidance (guidance_scale), which it does not take"
     ]
     caplog.clear()
     record(once, seed=3, call={"generator": torch.Generator()})
-    assert "call has a generator of its own, so that seed=3 says nothing of the noise" in caplog.messages
+    assert "call has a generator of its own, so that seed=3 does not set the noise" in caplog.messages
 
 
 def test_times_in_low_precision_that_become_one_are_one_step():

@@ -137,7 +137,7 @@ def test_a_sampling_of_no_model(value, message):
 
 def test_a_transformer_that_is_not_drawn_by_class():
     with pytest.raises(
-        ArgumentError, match="Linear is not drawn by class: its config has no num_embeds_ada_norm; draw"
+        ArgumentError, match="Linear is not class-conditional: its config has no num_embeds_ada_norm; sample"
     ):
         Sampling.of(torch.nn.Linear(2, 2))
 

@@ -121,7 +121,7 @@ def test_quantize_on_recorded_samples(run, workshop, tmp_path):
     ("command", "recipe", "options", "message"),
     [
         ("balance", "plain", ["--samples", "samples"], "method is 'none'; choose one of ssc, max"),
-        ("balance", "tiny", [], "model is a transformer without a pipeline that could draw calibration samples"),
+        ("balance", "tiny", [], "model is a transformer without a pipeline to record calibration samples from"),
         ("quantize", "tiny", [], "or samples recorded with collect_from_pipeline (--samples)"),
         ("balance", "tiny", ["--samples", "tiny.yaml"], "cannot read calibration samples from "),
         ("quantize", "tiny", ["--samples", "no"], "cannot read calibration samples from "),

@@ -1,1 +1,1 @@
-"""Speed of a quantized model on its backends, beside the float model and other tools' results."""
+"""Benchmark of a quantized model's speed on its backends, beside the float model and other tools' quantized models."""

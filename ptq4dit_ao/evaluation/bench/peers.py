@@ -1,7 +1,7 @@
-"""What a user would run instead: other quantizers of the same float model, each in a few lines, as its docs say.
+"""Other quantizers of the same float model, each used in a few lines as its documentation says.
 
-Every peer gets the same module, graph and calibration batches, and as many threads as torch has. Packages are imported
-inside; those that are not installed do not run.
+Every peer gets the same module, graph and calibration batches, and as many threads as torch uses. Packages are imported
+inside the functions, and peers whose packages are not installed do not run.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ from ptq4dit_ao.lowering.fbgemm import KERNELS
 from ptq4dit_ao.lowering.openvino import OpenVINORunnable, to_openvino
 
 TORCH_GEMMS = (*KERNELS, "aten::_int_mm")
+"""Names of integer matrix products in torch's profiler."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FloatModel:
-    """A float model in the forms in which quantizers take it; none is to be changed."""
+    """A float model in the forms that quantizers take. None of them may be changed."""
 
     module: nn.Module
     exported: GraphModule
     batches: Sequence[tuple[Tensor, ...]]
-    """The graph's inputs, all of one shape; the first is what is timed."""
+    """Inputs of the graph, all of one shape. The first batch is timed."""
 
     def call(self, module: nn.Module) -> Runnable:
-        """A module like this one as a function of the graph's inputs."""
+        """A module like ``module`` as a function of the graph's inputs."""
         return lambda *tensors: call_like(self.exported, module, tensors)
 
 
@@ -48,13 +49,14 @@ class Started:
 
     run: Runnable
     integer_gemms: int | None = None
-    """In one call; None if it has none to show."""
+    """Number of integer matrix products in one call; None if it cannot be counted."""
     promised: int | None = None
+    """Number of linears that should run on integer kernels, if it is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """Something to be measured."""
+    """A model to be measured."""
 
     name: str
     start: Callable[[FloatModel], Started]
@@ -63,23 +65,23 @@ class Contender:
 
 
 def float_eager(model: FloatModel) -> Started:
-    """The module as it is."""
+    """Float model, run eagerly."""
     return Started(run=model.call(model.module))
 
 
 def float_compiled(model: FloatModel) -> Started:
-    """``torch.compile``."""
+    """Float model, compiled with ``torch.compile``."""
     return Started(run=model.call(_compiled(copy.copy(model.module))))
 
 
 def bfloat16_compiled(model: FloatModel) -> Started:
-    """``torch.compile`` of the module in bfloat16; floating inputs are cast, too."""
+    """Float model in bfloat16, compiled with ``torch.compile``. Floating-point inputs are cast, too."""
     run = model.call(_compiled(copy.deepcopy(model.module).to(torch.bfloat16)))
     return Started(run=lambda *tensors: run(*(x.bfloat16() if x.is_floating_point() else x for x in tensors)))
 
 
 def torchao_dynamic(model: FloatModel) -> Started:
-    """``quantize_``: int8 weights, activations quantized per token at run time."""
+    """torchao's ``quantize_`` with int8 weights and int8 activations, quantized per token at run time."""
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
     module = copy.deepcopy(model.module)
@@ -88,7 +90,7 @@ def torchao_dynamic(model: FloatModel) -> Started:
 
 
 def torchao_static(model: FloatModel) -> Started:
-    """PT2E with ``X86InductorQuantizer``: static int8 of linears and convolutions."""
+    """torchao's PT2E with ``X86InductorQuantizer``: static int8 of linears and convolutions."""
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
@@ -100,7 +102,7 @@ def torchao_static(model: FloatModel) -> Started:
 
 
 def torchao_smoothquant(model: FloatModel) -> Started:
-    """``quantize_`` with SmoothQuant 0.5 over static int8, activations per tensor."""
+    """torchao's ``quantize_`` with SmoothQuant 0.5 over static int8, with activations per tensor."""
     from torchao.prototype.smoothquant import SmoothQuantConfig
     from torchao.quantization import Int8StaticActivationInt8WeightConfig, quantize_
     from torchao.quantization.granularity import PerRow, PerTensor
@@ -111,8 +113,8 @@ def torchao_smoothquant(model: FloatModel) -> Started:
     for batch in model.batches:
         model.call(module)(*batch)
     quantize_(module, SmoothQuantConfig(base, step="convert"))
-    # Not frozen: once the passes of X86InductorQuantizer are registered, Inductor fuses these products wrongly (torchao
-    # 0.18: 5.6 dB instead of 37). They are integer either way.
+    # Freezing is off. Once the passes of X86InductorQuantizer are registered, Inductor fuses these products wrongly
+    # (torchao 0.18: 5.6 dB instead of 37). They are integer either way.
     return _counted(model.call(_compiled(module)), model)
 
 
@@ -122,7 +124,7 @@ def openvino_float32(model: FloatModel) -> Started:
 
 
 def nncf_int8(model: FloatModel, **options: Any) -> Started:
-    """``nncf.quantize`` of the OpenVINO model, which computes the rest in what the processor does best."""
+    """``nncf.quantize`` of the OpenVINO model. The rest computes in the processor's fastest dtype."""
     import nncf
 
     logging.getLogger("nncf").setLevel(logging.ERROR)
@@ -134,7 +136,7 @@ def nncf_int8(model: FloatModel, **options: Any) -> Started:
 
 
 def sdnq_int8(model: FloatModel) -> Started:
-    """SDNQ's int8 weights with quantized matrix products; it compiles its own kernels."""
+    """SDNQ with int8 weights and quantized matrix products. It compiles its own kernels."""
     from sdnq import sdnq_post_load_quant
 
     module = sdnq_post_load_quant(copy.deepcopy(model.module), weights_dtype="int8", use_quantized_matmul=True)
@@ -142,7 +144,7 @@ def sdnq_int8(model: FloatModel) -> Started:
 
 
 def quanto_int8(model: FloatModel) -> Started:
-    """optimum-quanto's int8 weights; it computes in float."""
+    """optimum-quanto with int8 weights. It computes in float."""
     from optimum.quanto import freeze, qint8, quantize
 
     module = copy.deepcopy(model.module)
@@ -160,16 +162,17 @@ PEERS = (
     Contender(name="SDNQ int8", start=sdnq_int8, packages=("sdnq",)),
     Contender(name="quanto int8 weights", start=quanto_int8, packages=("optimum-quanto",)),
 )
+"""Other quantizers, in the order in which they are measured."""
 
 
 def _compiled(module: nn.Module) -> nn.Module:
-    """In place. ``forward``, not the module: ``call_like`` reads the signature of the one that it calls."""
+    """Compile a module in place. Only ``forward`` is compiled, because ``call_like`` reads the module's signature."""
     module.forward = torch.compile(module.forward)  # type: ignore[method-assign]
     return module
 
 
 def _frozen(run: Runnable) -> Runnable:
-    """Without freezing, Inductor finds no integer kernels in a quantized graph."""
+    """The function with Inductor's freezing on. Otherwise Inductor finds no integer kernels in a quantized graph."""
     from torch._inductor import config
 
     def frozen(*tensors: Tensor) -> Tensor | tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""DiTs of the published widths with random parameters: for speed, memory and kernels, not for images."""
+"""DiTs of the published widths with random parameters, to measure speed, memory and kernels, but not images."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ptq4dit_ao.errors import check_choice
 M = TypeVar("M", bound=nn.Module)
 
 WIDTHS = {"dit-s": (6, 64, 12), "dit-b": (12, 64, 12), "dit-l": (16, 64, 24), "dit-xl": (16, 72, 28)}
-"""Name -> (heads, channels of a head, blocks)."""
+"""Name -> (heads, channels per head, blocks)."""
 
 CHANNELS, SIZE, CLASSES, TIMESTEPS = 4, 32, 1000, 1000
-"""Of the 256 x 256 ImageNet models: patches of 2 make 256 tokens."""
+"""Sizes of the 256 x 256 ImageNet models, in which patches of 2 make 256 tokens."""
 
 
 def random_dit(width: str, blocks: int | None = None) -> nn.Module:
-    """A diffusers DiT of a published width, as deep as published or ``blocks`` deep.
+    """A diffusers DiT of a published width, with the published number of blocks or ``blocks``.
 
-    Every block of diffusers' DiT has its own timestep and class embedders; converted checkpoints have the same
-    parameters in all of them, and so has this.
+    Every block of diffusers' DiT has its own timestep and class embedders. In converted checkpoints they have the same
+    parameters in all blocks, and so they have here.
 
     Raises:
         ArgumentError: there is no such width.
@@ -57,10 +57,11 @@ def random_batches(count: int, rows: int, seed: int = 0) -> list[tuple[Tensor, T
 
 @torch.no_grad()
 def randomize_(model: M, seed: int, std: float = 0.2) -> M:
-    """Draw all trainable parameters anew, so that no gate, shift or scale is 0 and every fold shows.
+    """Randomize all trainable parameters, so that no gate, shift or scale is 0 and every fold has an effect.
 
-    Normal with ``std``, but at most ``1 / sqrt(fan_in)``: activations keep their size and softmax does not saturate,
-    however wide the model. The draw depends on the seed and the order of parameters, not on dtype or device.
+    They are normal with standard deviation ``std``, but at most ``1 / sqrt(fan_in)``: activations keep their size, and
+    softmax does not saturate, whatever the width. The values depend on the seed and the order of the parameters, but
+    not on dtype or device.
     """
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():

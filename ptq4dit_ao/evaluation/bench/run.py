@@ -1,6 +1,6 @@
-"""Measure a quantized model on its backends, beside the float model and beside what others make of it.
+"""``bench``: measure a quantized model on its backends, beside the float model and other tools' quantized models.
 
-All models live in one process and are timed in interleaved rounds, so that noise hits all alike.
+All models live in one process and are timed in interleaved rounds, so that disturbances affect all alike.
 """
 
 from __future__ import annotations
@@ -38,32 +38,37 @@ from ptq4dit_ao.workflow.quantized_model import QuantizedModel
 logger = logging.getLogger(__name__)
 
 EAGER, COMPILED = "float32 eager", "float32 compiled"
+"""Names of the float models."""
 WARMUP = 2
+"""Number of untimed rounds."""
 BUILD = "compile and build"
-"""The stage that takes longest: a compiled model takes a minute or more."""
+"""Name of the longest stage. Compiling a model takes a minute or more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What is known of one contender; None where it has nothing to show."""
+    """Measurements of one contender; None for those that it does not have."""
 
     name: str
     problem: str | None = None
-    """Why it did not run."""
+    """Reason why it did not run."""
     latency: LatencyResult | None = None
+    """Latency of one call."""
     sqnr_db: float | None = None
-    """Of its output on the timed inputs, against the eager float32 model."""
+    """SQNR of its output on the timed inputs, against the eager float32 model, in dB."""
     integer_gemms: int | None = None
+    """Number of integer matrix products in one call."""
     promised: int | None = None
+    """Number of linears that should run on integer kernels."""
     ready_s: float | None = None
-    """From the float model, or for our backends from the quantized one, to the end of the first calls."""
+    """Seconds until the end of the first calls, from the float model or, for a backend, from the quantized model."""
     rss_growth_mb: float | None = None
-    """Of the process, meanwhile."""
+    """Growth of the process's memory in that time, in MB."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchResult:
-    """Figures of one run."""
+    """Results of one benchmark, with its settings."""
 
     model: str
     note: str
@@ -73,15 +78,15 @@ class BenchResult:
     seed: int
     rows: tuple[Row, ...]
     missing: dict[str, str]
-    """Backends and peers that cannot run here -> why."""
+    """Backend or peer that cannot run here -> reason."""
 
     def speed_up(self, row: Row, over: str) -> float | None:
-        """How many times as fast as another one, by medians."""
+        """Ratio of another contender's median latency to that of ``row``; None if one of them has none."""
         other = next((r.latency for r in self.rows if r.name == over), None)
         return None if other is None or row.latency is None else other.median_ms / row.latency.median_ms
 
     def to_dict(self) -> dict[str, object]:
-        """As JSON; decibels that are infinite are None."""
+        """The result as JSON, with None for infinite decibels."""
         rows = [
             {
                 **dataclasses.asdict(row),
@@ -105,21 +110,22 @@ def bench(
     rounds: int = 20,
     on_progress: OnStage = ignore,
 ) -> BenchResult:
-    """Time everything in interleaved rounds.
+    """Time all contenders in interleaved rounds.
 
-    A contender that fails has a row that says why. Nothing is hidden.
+    A contender that fails has a row with the reason.
 
     Args:
-        subject: what is measured.
-        backends: ours; all with integer kernels that this machine can run if not given.
-        peers: also what others make of the float model, as far as it is installed.
-        bfloat16: also the compiled float model in bfloat16; None for where the processor has it.
-        float_dtype: also the backends whose float part may compute in it, with that.
-        rounds: timed calls of each.
-        on_progress: called as contenders get ready, and after each round.
+        subject: the models and inputs to measure.
+        backends: backends of this package. The default is all with integer kernels that this machine can run.
+        peers: also measure other tools' quantized models, if the tools are installed.
+        bfloat16: also measure the compiled float model in bfloat16. None measures it if the processor supports
+            bfloat16.
+        float_dtype: also measure the backends that support it with their float part in this dtype.
+        rounds: number of timed calls of each contender.
+        on_progress: called with ``(stage, done, total)`` as contenders get ready, and after each round.
 
     Raises:
-        LoweringError: a backend that was asked for is unknown, or cannot run here.
+        LoweringError: a requested backend is unknown, or cannot run here.
     """
     chosen = _integer_backends() if backends is None else [choose_backend(name).name for name in backends]
     inputs = subject.float_model.batches[0]
@@ -190,7 +196,7 @@ def _start(
         output = started.run(*model.batches[0])
         ready_s, after = time.perf_counter() - start, resident_mb()
         paired = paired_error(lambda *_: expected, lambda *_: output, [model.batches[0]], timestep_index=None)
-    except Exception as error:  # of any package, of any type: one of them failing must not end the others
+    except Exception as error:  # any error of any package, because one failure must not end the others
         logger.info("%s failed", name, exc_info=True)
         lines = str(error).strip().splitlines()
         return Row(name=name, problem=f"{type(error).__name__}: {lines[0] if lines else ''}"), None

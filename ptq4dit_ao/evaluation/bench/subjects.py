@@ -1,4 +1,4 @@
-"""What ``bench`` measures: a model in float and quantized, with inputs, saved or made up."""
+"""Subjects of a benchmark: a float and a quantized model with inputs, saved or with random parameters."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ptq4dit_ao.workflow.quantized_model import QuantizedModel, load_quantized
 from ptq4dit_ao.workflow.samples import recorded_samples
 
 BATCHES = 4
-"""What peers are calibrated on, at least."""
+"""Least number of batches that peers are calibrated on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A model in float and quantized, and inputs for it."""
+    """A float and a quantized model, with inputs for both."""
 
     name: str
     float_model: FloatModel
@@ -41,14 +41,15 @@ def saved_subject(
     seed: int = 0,
     on_progress: OnStage = ignore,
 ) -> Subject:
-    """A saved quantized model and the float model it was made of.
+    """Load a saved quantized model and the float model that it was made from.
 
     Args:
-        directory: as ``save_quantized`` wrote it.
-        model: the float model, as for :func:`load_model`; what the recipe names if not given.
-        samples: recorded inputs; else the model's pipeline draws some, in as few steps as there are batches.
-        batch: rows of an input.
-        seed: of the inputs.
+        directory: folder that ``save_quantized`` wrote.
+        model: the float model, as for :func:`load_model`. The default is the model that the recipe names.
+        samples: a file of recorded inputs. The default is to record some from the model's pipeline, in as many steps as
+            there are batches.
+        batch: number of rows of an input.
+        seed: seed of the inputs.
         on_progress: called as the pipeline advances.
 
     Raises:
@@ -81,14 +82,14 @@ def random_subject(
     seed: int = 0,
     on_progress: OnStage = ignore,
 ) -> Subject:
-    """A DiT of a published width with random parameters, quantized in memory on random inputs.
+    """Make a DiT of a published width with random parameters, and quantize it in memory on random inputs.
 
     Args:
         width: as for :func:`random_dit`.
         blocks: as for :func:`random_dit`.
         recipe: how to quantize it.
-        batch: rows of an input.
-        seed: of the inputs.
+        batch: number of rows of an input.
+        seed: seed of the inputs.
         on_progress: called as it is calibrated.
 
     Raises:

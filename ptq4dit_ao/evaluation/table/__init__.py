@@ -1,4 +1,4 @@
-"""The comparison of a paper as one command: methods, bits and steps, resumable, as Markdown, JSON and a picture."""
+"""Comparison of methods at several bit widths and step counts, resumable, written as Markdown, JSON and a chart."""
 
 from ptq4dit_ao.evaluation.table.make import make_table
 from ptq4dit_ao.evaluation.table.result import TableResult

@@ -1,4 +1,4 @@
-"""Cells of a table on disk: a JSON file each, with all that it depends on."""
+"""Cells of a table on disk: one JSON file each, with everything that its result depends on."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from ptq4dit_ao.errors import ArgumentError, PTQ4DiTError
 
 FORMAT = JsonFormat(name="table cell", version=2, error=ArgumentError, remedy="remove it, and it is computed again")
 MODELS = "models"
-"""Folder of the quantized models of a table, and of notes on each."""
+"""Name of the folder with the quantized models of a table and a JSON file about each."""
 Json = dict[str, Any]
+"""A JSON object."""
 
 
 def read_cell(path: Path, depends: Mapping[str, Any]) -> Json | None:
-    """What was found before, None if there is no such file.
+    """Read the stored result of a cell; None if there is no file.
 
     Raises:
-        ArgumentError: it is damaged, or was found with other settings; the message names one.
+        ArgumentError: the file is damaged, or was made with other settings. The message names one of them.
     """
     if not path.exists():
         return None
@@ -39,27 +40,27 @@ def read_cell(path: Path, depends: Mapping[str, Any]) -> Json | None:
         raise ArgumentError(f"{path} is damaged ({error!r}); remove it, and it is computed again") from error
     if (difference := _difference(was, _plain(depends))) is not None:
         raise ArgumentError(
-            f"{path} was made with {difference}; give another folder (output=...), or remove the file to make it anew"
+            f"{path} was made with {difference}; give another folder (output=...), or remove the file to make it again"
         )
     return cell
 
 
 def models_of(folder: Path) -> dict[str, str]:
-    """What each quantized model of a table depends on (:func:`as_key`) -> its name."""
+    """Settings that each quantized model of a table was made with (:func:`as_key`) -> name of the model."""
     models: dict[str, str] = {}
     for path in sorted((folder / MODELS).glob("*.json")):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # read_cell will tell
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # read_cell reports such files
             models.setdefault(as_key(json.loads(path.read_text(encoding="utf-8"))["depends"]), path.stem)
     return models
 
 
 def as_key(depends: Mapping[str, Any]) -> str:
-    """Equal for what is equal as JSON."""
+    """A text that is equal for settings that are equal as JSON."""
     return json.dumps(depends, sort_keys=True)
 
 
 def write_cell(path: Path, depends: Mapping[str, Any], content: Mapping[str, Any]) -> Json:
-    """Note what was found, and return it as it will be read."""
+    """Write the result of a cell, and return it as :func:`read_cell` will read it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     cell = _plain({"depends": dict(depends), **content})
     replace_json(path, FORMAT.sign(cell))
@@ -67,7 +68,7 @@ def write_cell(path: Path, depends: Mapping[str, Any], content: Mapping[str, Any
 
 
 def model_digest(*modules: nn.Module | None) -> str:
-    """Half of the SHA-256 of the parameters and buffers of modules."""
+    """First half of the SHA-256 of the parameters and buffers of modules."""
     digest = hashlib.sha256()
     for module in modules:
         for name, tensor in ({} if module is None else module.state_dict()).items():
@@ -77,13 +78,13 @@ def model_digest(*modules: nn.Module | None) -> str:
 
 
 def _plain(value: Mapping[str, Any]) -> Json:
-    """As JSON gives it back: tuples are lists."""
+    """The value as it is read back from JSON, with lists in place of tuples."""
     plain: Json = json.loads(json.dumps(value))
     return plain
 
 
 def _difference(was: Any, now: Any, path: str = "") -> str | None:
-    """The first setting that differs, in words."""
+    """Text that names the first setting that differs; None if all are equal."""
     if isinstance(was, dict) and isinstance(now, dict):
         for key in dict.fromkeys([*now, *was]):
             found = _difference(was.get(key), now.get(key), f"{path}.{key}".lstrip("."))

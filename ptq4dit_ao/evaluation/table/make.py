@@ -1,4 +1,4 @@
-"""Fill a table's cells, one after another; what lies in its folder is not done again."""
+"""``make_table``: fill the cells of a table one after another. Cells that exist in its folder are not repeated."""
 
 from __future__ import annotations
 
@@ -28,19 +28,22 @@ def make_table(
     on_progress: OnStage = ignore,
     on_cell: Callable[[str, str | None], None] = lambda *_: None,
 ) -> TableResult:
-    """Quantize with each method at each width, measure each at each step count, and write the table.
+    """Quantize with each method at each width, measure at each step count, and write the table.
 
     Args:
-        settings: what is compared.
-        output: folder for ``table.md``, ``table.json``, ``table.png``, the cells, and what these share: quantized
-            models, the float model's images, statistics of the reference set. The same call goes on from what it finds.
-        on_progress: called as stages advance; the stage ``all cells`` counts over the whole table.
-        on_cell: called for each cell that was not there, with its name, and with the reason if it failed.
+        settings: settings of the comparison.
+        output: folder for ``table.md``, ``table.json``, ``table.png``, the cells, and what they share: quantized
+            models, the float model's images, and statistics of the reference set. The same call resumes from the cells
+            that exist there.
+        on_progress: called with ``(stage, done, total)`` as stages advance. The stage ``all cells`` counts over the
+            whole table.
+        on_cell: called for each newly computed cell, with its name and, if it failed, the reason.
 
     Raises:
-        ArgumentError: the model is not drawn by class, an option is wrong, or the folder holds cells of other settings.
-        RecipeError: a method is no recipe.
-        PTQ4DiTError: the float model cannot be drawn or measured. What fails for one method leaves the others alone.
+        ArgumentError: the model is not class-conditional, an option is wrong, or the folder holds cells of other
+            settings.
+        RecipeError: a method is not a recipe.
+        PTQ4DiTError: the float model cannot be sampled or measured. A failure of one method does not affect the others.
     """
     output = as_path(output, "output")
     _check_folder(output)
@@ -52,7 +55,7 @@ def make_table(
         if found is None:
             try:
                 found = runner.fill(cell)
-            except Exception as error:  # of whatever package: the other methods may work
+            except Exception as error:  # errors of any package, since the other methods may work
                 if cell.recipe is None:
                     raise
                 failed[cell.name] = problem = str(error) if isinstance(error, PTQ4DiTError) else repr(error)

@@ -1,4 +1,4 @@
-"""The figures that the paper reports (PTQ4DiT, arXiv 2405.16005, Tables 1 to 3), for tables of the paper's setting."""
+"""Results that the paper reports (PTQ4DiT, arXiv 2405.16005, Tables 1 to 3), for tables of the paper's setting."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ptq4dit_ao.metrics import FeatureNetwork
 from ptq4dit_ao.workflow.models import LoadedModel
 
 METRICS = ("FID", "sFID", "IS", "precision")
+"""Metrics that the paper reports."""
 _DIT_XL_2 = {
     "num_layers": 28,
     "num_attention_heads": 16,
@@ -23,24 +24,25 @@ _DIT_XL_2 = {
 
 @dataclass(frozen=True, kw_only=True)
 class PaperFigures:
-    """Figures of one resolution."""
+    """Results that the paper reports for one resolution."""
 
     solver: str
+    """Name of the paper's sampler."""
     rows: dict[tuple[int, str | None, str], tuple[float | None, ...]]
-    """(steps, bits, method) -> ``METRICS``."""
+    """(steps, bits, method) -> values of ``METRICS``."""
 
     def of(self, steps: int, bits: str | None, method: str) -> tuple[float | None, ...] | None:
-        """None if the paper has no such row."""
+        """Values of one row; None if the paper has no such row."""
         return self.rows.get((steps, bits, method))
 
 
 def paper_figures(
     model: LoadedModel, network: FeatureNetwork | None, has_reference: bool, settings: TableSettings
 ) -> PaperFigures | None:
-    """The paper's figures if this table is of its setting, as far as that can be told: otherwise they do not compare.
+    """Results of the paper, if the table has the paper's setting as far as that is known; otherwise None.
 
-    That is a DiT-XL/2 for 1000 classes whose weights lie in a folder, with the VAE of its pipeline; Inception features,
-    a reference set, and the sampler, as many images, as much guidance, learning and as many layers as the paper's.
+    The setting is a DiT-XL/2 for 1000 classes, loaded from a folder with its pipeline's VAE; Inception features and a
+    reference set; and the paper's sampler, number of images, guidance, learning steps and layers.
     """
     config = getattr(model.transformer, "config", {})
     if type(model.transformer).__name__ != "DiTTransformer2DModel" or model.folder is None:

@@ -1,4 +1,4 @@
-"""A finished table: its rows as they lie on disk, and what they must be read with."""
+"""A finished table: its rows as they are stored, with its settings and environment."""
 
 from __future__ import annotations
 
@@ -13,45 +13,46 @@ from ptq4dit_ao.lowering.backend import BACKENDS
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One method at one width and one step count."""
+    """Result of one method at one width and one step count."""
 
     steps: int
     bits: str | None
-    """None for the float model."""
+    """Bit widths, such as ``w4a8``; None for the float model."""
     method: str
     model: str
     """Name of the quantized model, which rows may share."""
     figures: dict[str, Any]
-    """An :class:`~ptq4dit_ao.evaluation.result.EvaluationRow` as JSON."""
+    """Metrics of the row: an :class:`~ptq4dit_ao.evaluation.result.EvaluationRow` as JSON."""
     paper: tuple[float | None, ...] | None
-    """What the paper reports for it: ``METRICS``."""
+    """Values of the paper for the same row, in the order of ``METRICS``."""
     seconds: dict[str, float]
-    """``measure``, and of a quantized model ``quantize``, which its rows share."""
+    """Wall time of ``measure`` and, for a quantized model, of ``quantize``, which its rows share."""
     notes: tuple[str, ...]
     environment: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableResult:
-    """All rows that could be had."""
+    """All rows of a table that could be computed."""
 
     settings: TableSettings
     model: str
     network: str | None
-    """What distances are measured in."""
+    """Name of the feature network for distances."""
     is_inception: bool
-    """Only then are they called FID and sFID."""
+    """Whether the network is Inception, so that distances are called FID and sFID."""
     reference: str | None
+    """Name of the reference set."""
     rows: tuple[Row, ...]
     failed: dict[str, str]
-    """Name of a cell -> why there is none."""
+    """Name of a cell that failed -> reason."""
     paper: PaperFigures | None
-    """None if this is not its setting."""
+    """Values of the paper; None if the table does not have the paper's setting."""
     environment: dict[str, object]
 
     @property
     def execution(self) -> str:
-        """What the quantized models compute in; one for the whole table."""
+        """Execution of the quantized models, the same for the whole table."""
         backend = self.settings.backend
         if BACKENDS[backend].integer:
             return f"integer execution ({backend})"
@@ -59,12 +60,12 @@ class TableResult:
 
     @property
     def seconds(self) -> float:
-        """Of all rows, each quantization counted once."""
+        """Wall time of all rows in seconds, with each quantization counted once."""
         quantized = {row.model: row.seconds.get("quantize", 0.0) for row in self.rows}
         return sum(quantized.values()) + sum(row.seconds["measure"] for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """The table as JSON."""
         data = {**dataclasses.asdict(self), "paper": None, "execution": self.execution}
         data |= {"command": self.settings.command, "seconds": self.seconds}
         data["settings"]["reference"] = self.settings.reference and str(self.settings.reference)

@@ -1,4 +1,4 @@
-"""One cell of a table: found in the folder, or computed from what cells share."""
+"""Cells of a table: read from the folder, or computed from what cells share."""
 
 from __future__ import annotations
 
@@ -32,31 +32,31 @@ from ptq4dit_ao.workflow.quantized_model import load_quantized
 from ptq4dit_ao.workflow.samples import check_recording, recorded_samples
 
 ALL = "all cells"
-"""The stage that counts over the whole table."""
+"""Name of the stage that counts over the whole table."""
 _PACKAGES = ("torch", "torchao", "diffusers")
-IMAGES = TensorFormat(name="float images", version=2, error=ArgumentError, remedy="remove it, and they are drawn again")
+IMAGES = TensorFormat(name="float images", version=2, error=ArgumentError, remedy="remove it to sample them again")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One row of a table that is to be."""
+    """One row of a table before it is measured."""
 
     steps: int
     method: str = FLOAT
     bits: str | None = None
     recipe: Recipe | None = None
-    """None for the float model, like the bits."""
+    """Recipe of the method; None for the float model, as for the bits."""
     model: str = ""
-    """The quantized model's name; methods that differ in the correction of noise alone share one."""
+    """Name of the quantized model. Methods that differ only in their noise correction share one."""
 
     @property
     def name(self) -> str:
-        """``paper-w4a8-50``; of the float model, ``float32-50``."""
+        """Name of the cell, such as ``paper-w4a8-50``, or ``float32-50`` for the float model."""
         return "-".join([self.method, *filter(None, [self.bits]), str(self.steps)])
 
     @property
     def model_recipe(self) -> Recipe | None:
-        """What the quantized model is made by: noise is corrected in the scheduler."""
+        """Recipe of the quantized model, without the noise correction, which takes place in the scheduler."""
         if self.recipe is None:
             return None
         off = self.recipe.noise_correction.model_copy(update={"images": 0})
@@ -64,12 +64,13 @@ class Cell:
 
 
 class TableRunner:
-    """What the cells of a table have in common: the float model, its images, reference statistics, quantized models.
+    """Shared parts of a table's cells: the float model, its images, reference statistics and quantized models.
 
     Args:
-        settings: of the table.
-        folder: where all is kept.
-        on_progress: called as stages advance; as :data:`ALL`, over all cells.
+        settings: settings of the table.
+        folder: folder of the table.
+        on_progress: called with ``(stage, done, total)`` as stages advance, and with the stage :data:`ALL` over all
+            cells.
 
     Raises:
         PTQ4DiTError: see :func:`make_table`.
@@ -80,12 +81,12 @@ class TableRunner:
         self._recipes = method_recipes(settings)
         model = load_model(settings.model)
         if model.sampling is None:
-            raise ArgumentError(f"{model.name} is not drawn by class; a table compares class-conditional DiTs")
+            raise ArgumentError(f"{model.name} is not class-conditional; a table compares class-conditional DiTs")
         self.model = model.drawn_by(settings.sampler)
         assert self.model.sampling is not None
         self._sampling: Sampling = self.model.sampling
         for steps in settings.steps:
-            self._sampling.check_steps(steps)  # before the long part, which too many must not waste
+            self._sampling.check_steps(steps)  # before the long part, which too many steps would waste
         self._check_recipes()
         self._decode = decoder(self.model, self._sampling)
         vae = getattr(self.model.pipeline, "vae", None)
@@ -109,7 +110,7 @@ class TableRunner:
         self._all = sum(self._image_sampling(cell.steps).units for cell in self.cells() if self.found(cell) is None)
 
     def _check_recipes(self) -> None:
-        """Ask before the long part what of it must fail."""
+        """Check before the long part that the recipes fit the model and the backend."""
         check_dtype(self.model.transformer, self.settings.backend)
         for bits in self.settings.bits:
             for method, base in self._recipes.items():
@@ -121,7 +122,7 @@ class TableRunner:
                     raise type(error)(f"method {method!r}: {error}") from error
 
     def _least_bytes(self) -> int:
-        """Of the quantized models and the float model's images of cells that are to be filled."""
+        """Lower bound of the bytes on disk for missing quantized models and images of the float model."""
         missing = [cell for cell in self.cells() if not self._path(cell).exists()]
         models = {cell.model: cell.model_recipe for cell in missing if not self._saved(cell).exists()}
         images = 4 * self.settings.samples * self._sampling.channels * self._sampling.size**2
@@ -130,11 +131,11 @@ class TableRunner:
 
     @property
     def reference(self) -> str | None:
-        """What distances are to."""
+        """Name of the reference set for distances; None without a feature network."""
         return self.given.name if self.given is not None else None if self.network is None else OWN
 
     def cells(self) -> Iterator[Cell]:
-        """In the order of the rows: steps, float first, bits, methods."""
+        """Cells in the order of the rows: by steps, the float model first, then by bits and methods."""
         models = models_of(self.folder)
         for steps in self.settings.steps:
             yield Cell(steps=steps)
@@ -145,10 +146,10 @@ class TableRunner:
                     yield dataclasses.replace(cell, model=models.setdefault(made_of, f"{method}-{bits}"))
 
     def found(self, cell: Cell) -> Json | None:
-        """What lies in the folder for a cell.
+        """The stored result of a cell; None if there is none.
 
         Raises:
-            ArgumentError: it, or the quantized model that it is of, was made with other settings.
+            ArgumentError: the cell, or its quantized model, was made with other settings.
         """
         if cell.recipe is not None:
             read_cell(self._about(cell), self._made_of(cell.model_recipe))
@@ -156,10 +157,10 @@ class TableRunner:
 
     @torch.no_grad()
     def fill(self, cell: Cell) -> Json:
-        """Compute a cell and keep it.
+        """Compute a cell and store it.
 
         Raises:
-            PTQ4DiTError: it cannot be had.
+            PTQ4DiTError: it cannot be computed.
         """
         about, notes = {}, []
         if cell.recipe is None:
@@ -180,7 +181,7 @@ class TableRunner:
         return write_cell(self._path(cell), self._depends(cell), content)
 
     def done(self, cell: Cell) -> None:
-        """Count a cell that was not there, filled or failed."""
+        """Count a newly computed cell, whether it succeeded or failed."""
         self._before += self._image_sampling(cell.steps).units
         self._on_progress(ALL, self._before, self._all)
 
@@ -190,7 +191,7 @@ class TableRunner:
             self._on_progress(ALL, self._before + done, self._all)
 
     def _quantize(self, cell: Cell) -> dict[str, float]:
-        """Have the quantized model in the folder; the seconds that it took, now or then."""
+        """Make sure that the quantized model is in the folder, and return the seconds that quantization took."""
         if cell.model in self._failed:
             raise self._failed[cell.model]
         recipe = cell.model_recipe
@@ -210,7 +211,7 @@ class TableRunner:
         return taken
 
     def _measure(self, cell: Cell, recipe: Recipe, baseline: Baseline) -> tuple[EvaluationRow, bool]:
-        """The row, and whether noise was corrected in the scheduler."""
+        """The result of a cell, and whether noise was corrected in the scheduler."""
         quantized = dataclasses.replace(load_quantized(self._saved(cell)), recipe=recipe)
         fitting = of_stage(self._told, "fit correction")
         correction = fit_correction(self.model, quantized.graph, recipe, cell.steps, fitting)
@@ -219,14 +220,17 @@ class TableRunner:
         return row, correction is not None
 
     def _baseline_at(self, steps: int) -> Baseline:
-        """The float model's images of one step count are in memory at a time; those drawn before are read."""
+        """Baseline at one step count.
+
+        Only one is in memory at a time, and images sampled earlier are read from disk.
+        """
         if self._baseline is not None and self._baseline.image_sampling.steps == steps:
             return self._baseline
         path, own = (self.folder / "float32" / f"{name}-{steps}.safetensors" for name in ("images", "statistics"))
         images = None
         if self.found(Cell(steps=steps)) is not None and path.exists():
             images = IMAGES.read(path)[1]["images"]
-        else:  # statistics of images that are drawn anew
+        else:  # the statistics are of images that are about to be sampled again
             own.unlink(missing_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         cache = own if self.given is None else None
@@ -257,7 +261,7 @@ class TableRunner:
         }
 
     def _made_of(self, recipe: Recipe | None) -> Json:
-        """What a quantized model depends on, which is neither its float model's folder nor its recipe's title."""
+        """Settings that a quantized model depends on, without its float model's folder and its recipe's description."""
         versions = {"ptq4dit-ao": __version__, **{name: installed_version(name) for name in _PACKAGES}}
         asked = None if recipe is None else recipe.model_dump(mode="json", exclude={"model", "description"})
         return {"recipe": asked, "model": self._digest, "versions": versions}

@@ -1,4 +1,4 @@
-"""What a table compares, and the recipe of each of its cells."""
+"""Settings of a table, and the recipe of each of its cells."""
 
 from __future__ import annotations
 
@@ -13,53 +13,57 @@ from ptq4dit_ao.lowering.backend import BACKENDS, choose_backend
 from ptq4dit_ao.recipe import Recipe, Weights, load_recipe, shipped_recipes
 
 FLOAT = "float32"
+"""Method name of the float model's rows."""
 _MOST = 2**31
-"""Of any number; a recipe's seeds, which add to the table's, end at twice that."""
+"""Largest value of a number. A recipe's seeds, to which the table's seed is added, may be twice as large."""
 _BITS = re.compile(r"w([2-8])a([2-8])")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableSettings:
-    """Rows are all of steps x bits x methods.
+    """Settings of a table, whose rows are all combinations of steps, bits and methods.
 
     Raises:
-        ArgumentError: a list is empty, holds something twice, or something else than it may.
+        ArgumentError: a list is empty, holds a value twice, or holds a value that is not allowed.
         PTQ4DiTError: the backend does not run here.
     """
 
     model: str
+    """Float model, as for :func:`~ptq4dit_ao.workflow.load_model`."""
     methods: tuple[str, ...]
     """Names of shipped recipes, or recipe files."""
     bits: tuple[str, ...]
-    """``w4a8``: weights of 4 bits, activations of 8."""
+    """Bit widths such as ``w4a8``: weights of 4 bits, activations of 8."""
     steps: tuple[int, ...]
-    """Of the sampler."""
+    """Numbers of sampling steps."""
     samples: int = 2000
-    """Images that each model draws."""
+    """Number of images per model."""
     calibration_images: int = 16
-    """At each timestep."""
+    """Number of calibration images at each timestep."""
     seed: int = 0
-    """Of calibration; :data:`~ptq4dit_ao.workflow.image_sampling.NOISE_SEED` more, of images."""
+    """Seed of calibration. That of images is larger by :data:`~ptq4dit_ao.workflow.image_sampling.NOISE_SEED`."""
     adaround_steps: int | None = None
-    """Of methods that learn, in each block; None is the recipe's own."""
+    """Optimizer steps per block of methods that learn; None is the recipe's own."""
     sampler: Sampler = "ddpm"
-    """Of calibration and images; ``ddpm`` is that of the DiT authors and the paper."""
+    """Sampler of calibration and images. ``ddpm`` is that of the DiT authors' code and the paper."""
     guidance: float = 1.5
+    """Classifier-free guidance scale of calibration and images."""
     layers: LayerPreset = "paper"
-    """The same preset for all methods, as only methods are compared."""
+    """Layer preset of all methods, so that only methods are compared."""
     features: str | None = None
-    """As for :func:`~ptq4dit_ao.evaluation.run.evaluate`, like ``reference``."""
+    """Feature network, as for :func:`~ptq4dit_ao.evaluation.run.evaluate`."""
     reference: Path | None = None
+    """Reference set, as for :func:`~ptq4dit_ao.evaluation.run.evaluate`."""
     backend: str = "reference"
-    """What executes the quantized models, as for :func:`~ptq4dit_ao.lower`."""
+    """Backend that executes the quantized models, as for :func:`~ptq4dit_ao.lower`."""
     ablation: bool = False
-    """Also the paper's own parts: base, +CSB, +SSC, +ours."""
+    """Whether the parts of the paper's method are compared, too: base, +CSB, +SSC, +ours."""
 
     def __post_init__(self) -> None:
         for name in ("methods", "bits", "steps"):
             values = getattr(self, name)
             if not values and not (name == "methods" and self.ablation):
-                raise ArgumentError(f"there are no {name}; give at least one (--{name})")
+                raise ArgumentError(f"there are no {name}; give at least one ({name}=...)")
             twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
             if twice is not None:
                 raise ArgumentError(f"{name} has {twice!r} twice; leave one out")
@@ -72,12 +76,12 @@ class TableSettings:
             _widths(bits)
         check_choice("sampler", self.sampler, SAMPLERS)
         check_choice("layers", self.layers, LAYER_PRESETS)
-        check_choice("backend", self.backend, tuple(BACKENDS))  # each cell by the same: no "auto"
+        check_choice("backend", self.backend, tuple(BACKENDS))  # "auto" could differ between cells
         choose_backend(self.backend)
 
     @property
     def command(self) -> str:
-        """The command line that asks for this."""
+        """The command line for these settings."""
         words = ["ptq4dit-ao", "table", "--model", self.model, "--methods", ",".join(self.methods)]
         words += ["--bits", ",".join(self.bits), "--steps", ",".join(map(str, self.steps))]
         words += ["--samples", str(self.samples), "--calibration-images", str(self.calibration_images)]
@@ -89,7 +93,7 @@ class TableSettings:
         return shlex.join(words + ["--ablation"] * self.ablation)
 
     def recipe(self, base: Recipe, bits: str) -> Recipe:
-        """A method's recipe, as all methods of this table are calibrated and at these bits."""
+        """Recipe of a method with this table's calibration settings and these bits."""
         weights, activations = _widths(bits)
         learned = {} if self.adaround_steps is None else {"steps": self.adaround_steps}
         calibration = {
@@ -119,8 +123,8 @@ def method_recipes(settings: TableSettings) -> dict[str, Recipe]:
     """Name -> recipe of each method, in the order of the rows.
 
     Raises:
-        ArgumentError: two files have one name.
-        RecipeError: there is no such recipe, or it is wrong.
+        ArgumentError: two files have the same name.
+        RecipeError: a recipe does not exist, or is wrong.
     """
     recipes: dict[str, Recipe] = {}
     for method in settings.methods:
@@ -132,7 +136,10 @@ def method_recipes(settings: TableSettings) -> dict[str, Recipe]:
 
 
 def ablation() -> dict[str, Recipe]:
-    """The parts of the paper's method, one by one; then balancing and rounding of ``auto``. The rest is equal."""
+    """Recipes of the parts of the paper's method, one by one, and of ``auto``'s balancing and rounding.
+
+    The rest is equal.
+    """
     paper, auto = _recipe("paper"), load_recipe("auto")
 
     def balanced(method: str) -> Recipe:
@@ -144,7 +151,7 @@ def ablation() -> dict[str, Recipe]:
 
 
 def _recipe(method: str) -> Recipe:
-    """A recipe whose own name has bits, like ``paper_w8a8``, is found without them, too."""
+    """Load a recipe. A shipped one whose name contains bits, like ``paper_w8a8``, is also found without them."""
     at_8_bits = f"{method}_w8a8"
     return load_recipe(at_8_bits if method not in shipped_recipes() and at_8_bits in shipped_recipes() else method)
 

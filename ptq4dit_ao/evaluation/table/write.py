@@ -1,4 +1,4 @@
-"""A table as Markdown, JSON and a picture."""
+"""Output of a table as Markdown, JSON and a chart."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ptq4dit_ao.evaluation.table.settings import FLOAT
 from ptq4dit_ao.report.comparison import Dot, Panel, comparison_chart
 
 NONE = "-"
+"""Text of an empty cell."""
 _PAIRED = {
     "eps SQNR dB": ("eps", "pooled", ".2f"),
     "median over t": ("eps", "median", ".2f"),
@@ -25,7 +26,7 @@ _DISTANCES = ("frechet", "spatial_frechet", "inception_score", "precision", "rec
 
 
 def write_table(result: TableResult, folder: Path) -> None:
-    """``table.md``, ``table.json`` and ``table.png``."""
+    """Write ``table.md``, ``table.json`` and ``table.png``."""
     replace_text(folder / "table.md", markdown(result))
     replace_text(folder / "table.json", json.dumps(result.to_dict(), indent=1, allow_nan=False) + "\n")
     with replacing_file(folder / "table.png") as temporary:
@@ -33,7 +34,7 @@ def write_table(result: TableResult, folder: Path) -> None:
 
 
 def columns(result: TableResult) -> tuple[str, ...]:
-    """Names of the columns; the feature network's is in each that is measured with it."""
+    """Names of the columns. Those measured with a feature network contain its name."""
     names = ["steps", "bits", "method", *_PAIRED]
     if result.network is not None:
         distances = ("FID", "sFID") if result.is_inception else ("Frechet distance", "spatial Frechet distance")
@@ -44,7 +45,7 @@ def columns(result: TableResult) -> tuple[str, ...]:
 
 
 def lines(result: TableResult) -> Iterator[tuple[str, ...]]:
-    """The cells of each row as text."""
+    """Texts of the cells of each row."""
     for row in result.rows:
         cells = [str(row.steps), (row.bits or "").upper() or NONE, row.method]
         cells += [_interval((row.figures[part] or {}).get(name), form) for part, name, form in _PAIRED.values()]
@@ -56,12 +57,12 @@ def lines(result: TableResult) -> Iterator[tuple[str, ...]]:
 
 
 def title(result: TableResult) -> str:
-    """What was compared, and how it was executed."""
+    """Title of the table: the model, and how the quantized models were executed."""
     return f"Model {result.model!r}, {result.execution}"
 
 
 def remarks(result: TableResult) -> Iterator[str]:
-    """What the table must be read with."""
+    """Remarks below the table: notes, proofs, failures, settings and environment."""
     settings = result.settings
     yield from dict.fromkeys(note for row in result.rows for note in row.notes)
     proofs = (row.figures["proof"] for row in result.rows)
@@ -81,7 +82,7 @@ def remarks(result: TableResult) -> Iterator[str]:
 
 
 def markdown(result: TableResult) -> str:
-    """The whole page."""
+    """The whole table as Markdown."""
     head = columns(result)
     grid = [head, ("---",) * len(head), *lines(result)]
     table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in grid)
@@ -89,7 +90,7 @@ def markdown(result: TableResult) -> str:
 
 
 def panels(result: TableResult) -> list[list[Panel]]:
-    """Rows of the picture: sample error, and the Frechet distance where it is known; a column for each step count."""
+    """Panels of the chart, with a column for each step count: image error and, if measured, Frechet distance."""
     name = "FID" if result.is_inception else "Frechet distance"
     rows = [[_panel(result, steps, "image MSE", _mse) for steps in result.settings.steps]]
     if result.network is not None:
@@ -123,7 +124,7 @@ def _frechet(row: Row) -> Dot | None:
 
 
 def _interval(estimate: dict[str, Any] | None, form: str) -> str:
-    """What is infinite has no value in JSON."""
+    """Text of an estimate with its interval. Infinite values are None, because JSON does not have them."""
     if estimate is None or estimate["value"] is None:
         return NONE
     low, high = (NONE if estimate[end] is None else f"{estimate[end]:{form}}" for end in ("low", "high"))

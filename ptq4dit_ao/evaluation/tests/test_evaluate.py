@@ -163,7 +163,7 @@ def test_infinite_figures_are_null_in_json(result):
         ({"sampler": "dpm"}, ArgumentError, "sampler is 'dpm'; choose one of ddim, ddpm"),
         ({"reference": "real.npz"}, ArgumentError, "real.npz: a reference set is measured with a feature network"),
         ({"cache": "kept"}, ArgumentError, "kept: a reference set is measured with a feature network"),
-        ({"features": "digits", "samples": 3}, ArgumentError, "3 images are too few for distances; draw at least 4"),
+        ({"features": "digits", "samples": 3}, ArgumentError, "3 images are too few for distances; sample at least 4"),
         ({"features": "didgits"}, ArgumentError, "feature network 'didgits' is none of 'digits', 'fashion'"),
         (
             {"features": "digits", "reference": "missing.npz"},

@@ -1,4 +1,4 @@
-"""From a converted graph to integer kernels on a GPU."""
+"""``cuda`` backend: build a converted graph with integer kernels on a GPU."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from ptq4dit_ao.lowering.mixed import compute_in
 logger = logging.getLogger(__name__)
 
 RECORDED_BY_ALL = "2.13"
-"""The torch from which on threads but the first can record CUDA graphs."""
+"""First version of torch in which every thread can record CUDA graphs. Before it, only the first thread can."""
 
 OLDEST = (8, 0)
-"""Compute capability: Ampere, the first that Triton's integer kernels are made for."""
+"""Least compute capability: Ampere, the oldest GPU that Triton's integer kernels support."""
 
 
 class Quantize(nn.Module):
-    """float -> int8, ``clamp(round(x / scale) + zero_point)``, unsigned values moved down by 128.
+    """Quantization of float to int8: ``clamp(round(x / scale) + zero_point)``, unsigned values shifted down by 128.
 
-    Plain ops, so that a compiler fuses them into what makes ``x``.
+    It consists of plain ops, so that a compiler fuses them into the computation of ``x``.
     """
 
     def __init__(self, linear: QuantizedLinear) -> None:
@@ -40,12 +40,16 @@ class Quantize(nn.Module):
         self.low, self.high = (bound - _shift(linear) for bound in linear.x_range)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Quantize (..., C) floats to int8 of the same shape."""
         q = (x.to(torch.float32) * self.inverse_scale).round() + self.zero_point
         return q.clamp(self.low, self.high).to(torch.int8)
 
 
 class IntegerLinear(nn.Module):
-    """int8 (..., C_in) -> ``out_dtype`` (..., C_out); weights of at most 4 bits are kept two to a byte."""
+    """Integer linear, int8 (..., C_in) -> ``out_dtype`` (..., C_out).
+
+    Weights of at most 4 bits are packed two per byte.
+    """
 
     weight: Tensor
     scale: Tensor
@@ -66,11 +70,12 @@ class IntegerLinear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.to(torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Multiply int8 (..., C_in) activations by the weight."""
         return self.op(x, self.weight, self.scale, self.correction, self.bias, self.out_dtype)
 
 
 def no_gpu() -> str | None:
-    """Why this machine cannot run the kernels."""
+    """The reason why this machine cannot run the kernels; None if it can."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA; install a CUDA build from pytorch.org"
     if not torch.cuda.is_available():
@@ -81,7 +86,7 @@ def no_gpu() -> str | None:
 
 
 def overflows(linear: QuantizedLinear) -> str | None:
-    """Why sums of a linear may not fit 32 bits."""
+    """The reason why sums of a linear may not fit 32 bits; None if they do."""
     (low, high), terms = linear.x_range, linear.weight.shape[1]
     if terms * (high - low) * max(abs(bound) for bound in linear.weight_range) < 2**31:
         return None
@@ -89,11 +94,12 @@ def overflows(linear: QuantizedLinear) -> str | None:
 
 
 def build(request: Request) -> Runnable:
-    """Compile for the current GPU; inputs are moved there, the outputs stay there.
+    """Compile for the current GPU. Inputs are moved there, and outputs stay there.
 
-    Launching some 500 kernels takes longer than running them at small batches, so they are replayed as a CUDA graph:
-    the first call of a shape compiles and tunes, the second records. Each thread records its own; with an older torch
-    only the first one can. Without a GPU the graph runs eagerly on the operators' CPU reference.
+    At small batches, launching some 500 kernels takes longer than running them, so they are replayed as a CUDA graph.
+    The first call with a new shape compiles and tunes, and the second one records. Each thread records its own graph;
+    with an older torch only the first thread can. Without a GPU the graph runs eagerly on the CPU reference of the
+    operators.
     """
     if not torch.cuda.is_available():
         return replace_linears(request, torch.device("cpu"))
@@ -108,13 +114,13 @@ def build(request: Request) -> Runnable:
     def run(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         with torch.no_grad():
             outputs = call(*(x.to(device) for x in inputs))
-        return tree_map_only(Tensor, torch.clone, outputs)  # the next replay writes into the same memory
+        return tree_map_only(Tensor, torch.clone, outputs)  # the next replay overwrites the memory of these outputs
 
     return run
 
 
 def by_thread(first: Runnable, others: Runnable) -> Runnable:
-    """A function that runs ``first`` in the thread that calls it first, and ``others`` in every other."""
+    """A function that runs ``first`` in the thread that calls it first, and ``others`` in every other thread."""
     owner: list[int] = []
     lock = Lock()
 
@@ -135,13 +141,13 @@ def by_thread(first: Runnable, others: Runnable) -> Runnable:
 
 
 def replace_linears(request: Request, device: torch.device) -> GraphModule:
-    """The request's graph on ``device``, every quantized linear a call of ``int8_linear`` or ``int4_linear``."""
+    """The request's graph on ``device``, with ``int8_linear`` or ``int4_linear`` in place of every quantized linear."""
     graph = request.graph
     if request.float_dtype is not None:
         compute_in(graph, request.float_dtype, request.example_inputs)
     quantizers: dict[Node, Node] = {}
     for i, linear in enumerate(request.linears):
-        source = linear.quantize.args[0]  # not linear.x, which may be a linear that has been replaced by now
+        source = linear.quantize.args[0]  # linear.x may be a linear that has been replaced by now
         assert isinstance(source, Node)
         if linear.quantize not in quantizers:
             quantizers[linear.quantize] = _call(graph, f"_quantize_{i}", Quantize(linear), source, linear.quantize)
@@ -156,7 +162,7 @@ def replace_linears(request: Request, device: torch.device) -> GraphModule:
 
 
 def _shift(linear: QuantizedLinear) -> int:
-    """From the stored activation to int8."""
+    """Offset from the stored activation dtype to int8."""
     return 128 if linear.x_dtype == torch.uint8 else 0
 
 
@@ -167,9 +173,9 @@ def _call(graph: GraphModule, name: str, module: nn.Module, source: Node, before
 
 
 def _move(graph: GraphModule, device: torch.device) -> None:
-    """The tensors, and the device that export wrote into ops such as ``arange``.
+    """Move the graph's tensors, and the devices that export wrote into ops such as ``arange``.
 
-    ``graph.to`` would take along the tensors of the graph that this one was copied from.
+    ``graph.to`` would also move the tensors of the graph that this one was copied from.
     """
     for path in {str(node.target) for node in graph.graph.find_nodes(op="get_attr")}:
         set_tensor(graph, path, get_attribute(graph, path).to(device))

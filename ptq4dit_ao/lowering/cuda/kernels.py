@@ -1,7 +1,7 @@
-"""The Triton kernels behind ``ops``. Import this where a GPU is about to run them: torch's CPU wheels have no Triton.
+"""Triton kernels of ``ops``. Import this module only on a GPU machine, because torch's CPU wheels have no Triton.
 
-A program computes one (BLOCK_M, BLOCK_N) tile of the output. Both operands lie along K, as integer tensor cores want
-them; sums stay in int32, and zero point, scales and bias are applied before the tile is stored, once.
+Each program computes one (BLOCK_M, BLOCK_N) tile of the output. Both operands are contiguous along K, as integer tensor
+cores need them. Sums stay in int32. Zero point, scales and bias are applied once, before the tile is stored.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages): large tiles for many tokens, small ones for few rows or channels.
-# Those that want more shared memory than the GPU has are passed over.
+# Triton's autotuner skips those that need more shared memory than the GPU has.
 TILES = (
     (128, 256, 128, 8, 3),
     (128, 128, 128, 8, 3),
@@ -33,7 +33,7 @@ CONFIGS = [
 def int8_linear(
     x: Tensor, weight: Tensor, scale: Tensor, correction: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
-    """int8 (M, K), int8 (N, K), contiguous -> ``out_dtype`` (M, N)."""
+    """Quantized linear with an int8 weight: int8 (M, K), int8 (N, K), both contiguous -> ``out_dtype`` (M, N)."""
     (m, k), n = x.shape, len(weight)
     out = torch.empty((m, n), dtype=out_dtype, device=x.device)
     int8_linear_kernel[_grid(m, n)](
@@ -46,7 +46,7 @@ def int8_linear(
 def int4_linear(
     x: Tensor, weight: Tensor, scale: Tensor, correction: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
-    """int8 (M, K), packed (N, ceil(K / 2)), contiguous -> ``out_dtype`` (M, N)."""
+    """Quantized linear with a packed weight: int8 (M, K), int8 (N, ceil(K / 2)), contiguous -> ``out_dtype`` (M, N)."""
     (m, k), (n, half) = x.shape, weight.shape
     out = torch.empty((m, n), dtype=out_dtype, device=x.device)
     int4_linear_kernel[_grid(m, n)](
@@ -72,12 +72,13 @@ def int8_linear_kernel(
     M,
     N,
     K,
-    m_bits,  # tunes anew when M doubles, not whenever it changes
+    m_bits,  # tunes again when M doubles, instead of whenever it changes
     HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    """Compute one tile of :func:`int8_linear`."""
     rows, columns = _tile(M, N, BLOCK_M, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + rows[:, None].to(tl.int64) * K + inner[None, :]
@@ -104,13 +105,14 @@ def int4_linear_kernel(
     M,
     N,
     K,
-    half,  # ceil(K / 2): an argument, so that Triton sees what it is a multiple of
+    half,  # ceil(K / 2), an argument so that Triton sees its divisibility
     m_bits,
     HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    """Compute one tile of :func:`int4_linear`."""
     rows, columns = _tile(M, N, BLOCK_M, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
     low_ptrs = x_ptr + rows[:, None].to(tl.int64) * K + inner[None, :]
@@ -121,7 +123,7 @@ def int4_linear_kernel(
         packed = tl.load(weight_ptrs, mask=(columns[None, :] < N) & (inner[:, None] < half - k), other=0)
         x_low = tl.load(low_ptrs, mask=(rows[:, None] < M) & (inner[None, :] < half - k), other=0)
         x_high = tl.load(high_ptrs, mask=(rows[:, None] < M) & (inner[None, :] < K - half - k), other=0)
-        # Right shifts extend the sign. The casts change nothing where Triton keeps int8 beside a literal.
+        # Right shifts extend the sign. The casts are needed where Triton widens int8 beside a literal.
         low = ((packed << 4).to(tl.int8) >> 4).to(tl.int8)
         high = (packed >> 4).to(tl.int8)
         sums = tl.dot(x_low, low, sums, out_dtype=tl.int32)
@@ -134,7 +136,10 @@ def int4_linear_kernel(
 
 @triton.jit
 def _tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Rows and columns of this program; eight tiles on top of each other run together and share weights in the L2."""
+    """Rows and columns of this program's tile.
+
+    Eight tiles in a column run together and share weights in the L2 cache.
+    """
     program = tl.program_id(0)
     tiles_n = tl.cdiv(N, BLOCK_N)
     first = program // (8 * tiles_n) * 8
@@ -147,7 +152,7 @@ def _tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _finish(sums, rows, columns, scale_ptr, correction_ptr, bias_ptr, out_ptr, M, N, HAS_BIAS: tl.constexpr):
-    """Zero point, scales, bias; store."""
+    """Subtract the correction, apply scales and bias, and store the tile."""
     inside = columns < N
     correction = tl.load(correction_ptr + columns, mask=inside, other=0)
     scale = tl.load(scale_ptr + columns, mask=inside, other=0.0)

@@ -1,13 +1,13 @@
-"""Quantized linears as operators, each with a fake, a CPU and a CUDA implementation.
+"""Quantized linears as custom operators, each with a fake, a CPU and a CUDA implementation.
 
     y = (x @ W^T - correction) * scale + bias
 
-``x`` (..., K) is int8, ``W`` (N, K) int8 or int4, and sums are exact in int32. ``correction``, the zero point of ``x``
-times the row sums of ``W``, takes the zero point out of the sum; ``scale`` is that of ``x`` times those of ``W``. Both
-are (N,), made once.
+``x`` (..., K) is int8, ``W`` (N, K) is int8 or int4, and sums are exact in int32. ``correction`` is the zero point of
+``x`` times the row sums of ``W``, which removes the zero point from the sum. ``scale`` is the scale of ``x`` times
+those of ``W``. Both are (N,) and computed once.
 
-On a CPU they are the reference, slow and exact; on a GPU a Triton kernel, or ``torch._int_mm`` where there is no
-Triton. ``torch.compile`` does not look inside.
+On a CPU the operators are the slow, exact reference. On a GPU they run a Triton kernel, or ``torch._int_mm`` without
+Triton. ``torch.compile`` treats them as opaque.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ from torch.nn.functional import pad
 def int8_linear(
     x: Tensor, weight: Tensor, scale: Tensor, correction: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
-    """int8 (..., K), int8 (N, K), float32 (N,), int32 (N,), float32 (N,) -> ``out_dtype`` (..., N)."""
+    """Quantized linear with an int8 weight.
+
+    x int8 (..., K), weight int8 (N, K), scale float32 (N,), correction int32 (N,), bias float32 (N,) -> ``out_dtype``
+    (..., N).
+    """
     return _scaled(_exact_mm(x, weight), scale, correction, bias, out_dtype)
 
 
@@ -33,7 +37,10 @@ def int8_linear(
 def int4_linear(
     x: Tensor, weight: Tensor, scale: Tensor, correction: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
-    """As ``int8_linear``, with the weight as ``pack_halves`` makes it: int8 (N, ceil(K / 2))."""
+    """Quantized linear with a weight packed by :func:`pack_halves`, int8 (N, ceil(K / 2)).
+
+    The rest is as for ``int8_linear``.
+    """
     return _scaled(_exact_mm(x, unpack_halves(weight, x.shape[-1])), scale, correction, bias, out_dtype)
 
 
@@ -76,24 +83,24 @@ def _int4_cuda(
 
 
 def pack_halves(weight: Tensor) -> Tensor:
-    """int8 (N, K), each in [-8, 7] -> int8 (N, ceil(K / 2)).
+    """Pack 4-bit weights: int8 (N, K), each in [-8, 7] -> int8 (N, ceil(K / 2)).
 
-    Byte j of a row holds column j in its low nibble and column j + ceil(K / 2) in its high one, so shifts alone turn a
-    tile of bytes into two tiles of weights, each of neighbouring columns. An odd K gets a column of zeros.
+    Byte j of a row holds column j in its low nibble and column j + ceil(K / 2) in its high one. Shifts alone thus turn
+    a tile of bytes into two tiles of weights, each of neighbouring columns. An odd K is padded with a column of zeros.
     """
     low, high = pad(weight, (0, weight.shape[1] % 2)).chunk(2, dim=1)
     return (low & 0xF) | (high << 4)
 
 
 def unpack_halves(packed: Tensor, columns: int) -> Tensor:
-    """int8 (N, ceil(K / 2)) -> int8 (N, K), the inverse of ``pack_halves``."""
+    """Unpack 4-bit weights: int8 (N, ceil(K / 2)) -> int8 (N, K), the inverse of ``pack_halves``."""
     return torch.cat([(packed << 4) >> 4, packed >> 4], dim=1)[:, :columns]
 
 
 def int_mm(x: Tensor, weight: Tensor) -> Tensor:
-    """int8 (M, K), int8 (N, K) -> int32 (M, N) by ``torch._int_mm``.
+    """Integer matrix product by ``torch._int_mm``: int8 (M, K), int8 (N, K) -> int32 (M, N).
 
-    On CUDA it wants more than 16 rows, and multiples of 8 for K and N; zeros fill up what lacks.
+    On CUDA it requires more than 16 rows and multiples of 8 for K and N, so the operands are padded with zeros.
     """
     (m, k), n = x.shape, len(weight)
     whole_k, whole_n = k + -k % 8, n + -n % 8
@@ -102,12 +109,12 @@ def int_mm(x: Tensor, weight: Tensor) -> Tensor:
 
 @functools.cache
 def has_triton() -> bool:
-    """Is Triton installed? It comes with torch's CUDA wheels for Linux."""
+    """Whether Triton is installed. It comes with torch's CUDA wheels for Linux."""
     return importlib.util.find_spec("triton") is not None
 
 
 def _exact_mm(x: Tensor, weight: Tensor) -> Tensor:
-    """int8 (..., K), int8 (N, K) -> int32 (..., N); floats are exact below 2**53, and quick on a CPU."""
+    """Matrix product int8 (..., K), int8 (N, K) -> int32 (..., N), in float64: exact below 2**53, and fast on a CPU."""
     return (x.double() @ weight.double().T).to(torch.int32)
 
 

@@ -27,11 +27,11 @@ __all__ = ["OpenVINORunnable", "compile_model", "to_openvino"]
 SUFFIX = ".xml"
 
 PRECISIONS = {None: "f32", torch.bfloat16: "bf16"}
-"""``float_dtype`` -> what OpenVINO calls it."""
+"""``float_dtype`` -> OpenVINO's name for it."""
 
 
 class OpenVINORunnable:
-    """An OpenVINO model as a function of tensors; threads take turns, for they share the memory of one request."""
+    """An OpenVINO model as a function of tensors. Threads take turns, because they share the memory of one request."""
 
     def __init__(self, compiled: Any, program: ExportedProgram) -> None:
         self.request = compiled.create_infer_request()
@@ -39,19 +39,20 @@ class OpenVINORunnable:
         self.inputs, self.result = inputs_of(program), program.call_spec.out_spec
 
     def __call__(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Run the model on the graph's inputs."""
         check_inputs(inputs, self.inputs)
         arrays = {i: x.detach().contiguous().numpy() for i, x in enumerate(inputs)}
         with self.turn:
-            # The request uses the memory of its results again, so these are copies.
+            # The request reuses the memory of its results, so these are copies.
             results = self.request.infer(arrays, share_inputs=True, share_outputs=False).to_tuple()
         return tree_unflatten([torch.from_numpy(array) for array in results], self.result)
 
 
 def compile_model(model: Any, program: ExportedProgram, *, float_dtype: torch.dtype | None = None) -> OpenVINORunnable:
-    """Compile what :func:`to_openvino` returned, or the file of an IR, for as many threads as torch has.
+    """Compile a model of :func:`to_openvino`, or the file of an IR, for as many threads as torch uses.
 
     Raises:
-        LoweringError: the float part is to be bfloat16 on a processor without it.
+        LoweringError: ``float_dtype`` is bfloat16, and the processor does not have it.
     """
     core = require("openvino", extra="openvino").Core()
     if float_dtype is torch.bfloat16 and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
@@ -62,14 +63,14 @@ def compile_model(model: Any, program: ExportedProgram, *, float_dtype: torch.dt
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "INFERENCE_PRECISION_HINT": PRECISIONS[float_dtype],
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # activations are integers where the graph says so, and nowhere else
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # activations are quantized only where the graph says so
         "PERF_COUNT": True,
     }
     return OpenVINORunnable(core.compile_model(model, "CPU", settings), program)
 
 
 def count(run: Runnable, inputs: Sequence[Tensor]) -> dict[str, int]:
-    """Linears that one call executed as products of 8-bit integers: kernel -> how many."""
+    """Linears that one call executed as products of 8-bit integers: kernel -> count."""
     assert isinstance(run, OpenVINORunnable)
     run(*inputs)
     nodes = [node for node in run.request.get_profiling_info() if node.status == node.Status.EXECUTED]
@@ -78,10 +79,10 @@ def count(run: Runnable, inputs: Sequence[Tensor]) -> dict[str, int]:
 
 
 def count_attention(run: Runnable, inputs: Sequence[Tensor]) -> dict[str, int]:
-    """Matrix products of attention that are computed as products of 8-bit integers: kernel -> how many.
+    """Matrix products of attention that are computed as products of 8-bit integers: kernel -> count.
 
-    Alone, or fused to one kernel: then n products read n + 1 factors that are 8-bit integers, and make none of them a
-    float again, which would be an operation of its own.
+    A product runs alone or in a fused kernel. A fused kernel of n products reads n + 1 factors as 8-bit integers, and
+    has no dequantization, which would be an operation of its own.
     """
     assert isinstance(run, OpenVINORunnable)
     found: Counter[str] = Counter()
@@ -98,21 +99,21 @@ def count_attention(run: Runnable, inputs: Sequence[Tensor]) -> dict[str, int]:
 
 
 def refuse(linear: QuantizedLinear) -> str | None:
-    """Why the plugin would compute a linear wrongly."""
+    """The reason why the plugin would compute a linear wrongly on this machine; None if it would not."""
     return None if no_x86() else saturates(linear)
 
 
 def build(request: Request) -> OpenVINORunnable:
-    """Convert and compile.
+    """Convert and compile the graph.
 
     Raises:
-        LoweringError: the float part is to be bfloat16 on a processor without it.
+        LoweringError: ``float_dtype`` is bfloat16, and the processor does not have it.
     """
     return compile_model(*quantized_model(request), float_dtype=request.float_dtype)
 
 
 def write(request: Request, path: Path) -> OpenVINORunnable:
-    """Write the IR, and compile what was written; the weights lie in a file of the same name that ends in ``.bin``.
+    """Write the IR and compile it from the file. The weights go to a file of the same name that ends in ``.bin``.
 
     Raises:
         LoweringError: ``float_dtype`` is given.

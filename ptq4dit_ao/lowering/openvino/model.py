@@ -1,4 +1,4 @@
-"""A graph of aten ops as an ``openvino.Model``."""
+"""Conversion of a graph of aten ops to an ``openvino.Model``."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from ptq4dit_ao.lowering.program import as_program, inputs_of
 
 
 def to_openvino(graph: GraphModule, example_inputs: tuple[Tensor, ...]) -> tuple[Any, ExportedProgram]:
-    """The model, whose inputs vary as those of the program do from which it was converted."""
+    """The converted model and the program it was converted from. The model's dynamic axes are those of the program."""
     program = as_program(graph, example_inputs)
-    model = require("openvino", extra="openvino").convert_model(program)  # with every axis of every input free
+    model = require("openvino", extra="openvino").convert_model(program)  # all axes are dynamic here
     sizes = enumerate(like.shape for like in inputs_of(program))
     model.reshape({i: [size if isinstance(size, int) else -1 for size in shape] for i, shape in sizes})
     return model, program
 
 
 def quantized_model(request: Request) -> tuple[Any, ExportedProgram]:
-    """As :func:`to_openvino`, in the form in which the CPU plugin computes with integers: it knows 256 steps only."""
+    """The model of :func:`to_openvino`, rewritten to what the CPU plugin computes as integers: ranges of 256 steps."""
     products = quantizers_of(quantized_products(request.graph))
     widen(dict.fromkeys([*(linear.quantize for linear in request.linears), *products]))
     dequantize_constants(request.graph)

@@ -1,4 +1,4 @@
-"""What OpenVINO does not read, or reads but computes in float, as something else with the same values."""
+"""Rewrites of what OpenVINO cannot import, or would compute in float, into equivalent operations."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ MOVES = ("Reshape", "Squeeze", "Transpose", "Unsqueeze")
 
 
 def dequantize_constants(graph_module: GraphModule) -> None:
-    """Write ``(integers - zero point) * scale`` out wherever integers are constants.
+    """Write ``(integers - zero point) * scale`` out for integer constants.
 
-    The importer takes every dequantize node for half of a pair, and drops it.
+    The importer takes every dequantize node for half of a quantize/dequantize pair, and drops it.
     """
     graph = graph_module.graph
     for node in list(graph.nodes):
@@ -44,9 +44,9 @@ def dequantize_constants(graph_module: GraphModule) -> None:
 
 
 def quantize_early(model: Any) -> None:
-    """Quantize before elements are moved, in the operation that computes them: a linear, or attention as a whole.
+    """Move quantizations before operations that move elements, next to the linear or attention that computes them.
 
-    A quantization per tensor commutes with moving elements, and by itself it costs a pass over memory.
+    A per-tensor quantization commutes with moving elements, and on its own it costs a pass over memory.
     """
     ov = require("openvino", extra="openvino")
     for node in model.get_ordered_ops():
@@ -56,7 +56,7 @@ def quantize_early(model: Any) -> None:
         moves = _moves_before(node.input_value(0))
         if not moves or any(bound.get_type_name() != "Constant" or bound.data.size > 1 for bound in bounds):
             continue
-        for port, bound in enumerate(bounds, start=1):  # scalars: they may have more axes than the tensor had before
+        for port, bound in enumerate(bounds, start=1):  # as scalars: they may have more axes than the moved tensor
             node.input(port).replace_source_output(ov.op.Constant(bound.data.reshape(())).output(0))
         for reader in node.output(0).get_target_inputs():
             reader.replace_source_output(moves[0].output(0))
@@ -66,10 +66,10 @@ def quantize_early(model: Any) -> None:
 
 
 def multiply_by_head(model: Any) -> None:
-    """Multiply tensors of more than three axes as they are.
+    """Multiply tensors of more than three axes directly.
 
-    Export makes such a product Broadcast, Reshape, a product of three axes, Reshape; then it is not next to the
-    quantization of its factors, and computed in float.
+    Export turns such a product into Broadcast, Reshape, a product of three axes and Reshape. The product is then not
+    next to the quantization of its factors, and would be computed in float.
     """
     for product in model.get_ordered_ops():
         if product.get_type_name() != "MatMul":
@@ -89,9 +89,9 @@ def multiply_by_head(model: Any) -> None:
 
 
 def store_int4(model: Any) -> None:
-    """Store int8 weights that fit four bits in four bits, two to a byte.
+    """Store int8 weights that fit 4 bits as int4, two per byte.
 
-    They are made int8 again, for the plugin to fold: int4 weights it would compute with in float, without a word.
+    They are converted back to int8, which the plugin folds. With int4 weights it would silently compute in float.
     """
     ov = require("openvino", extra="openvino")
     for node in model.get_ops():
@@ -110,7 +110,7 @@ def store_int4(model: Any) -> None:
 
 
 def _before_flattening(output: Any) -> Any:
-    """What a tensor was before its leading axes were broadcast and flattened into one; None if that was not done."""
+    """The tensor before its leading axes were broadcast and flattened into one; None if they were not."""
     node = output.get_node()
     if node.get_type_name() != "Reshape":
         return None
@@ -124,7 +124,10 @@ def _before_flattening(output: Any) -> Any:
 
 
 def _moves_before(output: Any) -> list[Any]:
-    """The operations that moved the elements of an output, the last one first; nothing else reads what they read."""
+    """The operations that moved the elements of an output, the last one first.
+
+    Empty if their source has other readers.
+    """
     moves = []
     while output.get_node().get_type_name() in MOVES and len(output.get_target_inputs()) == 1:
         moves.append(output.get_node())
@@ -133,7 +136,7 @@ def _moves_before(output: Any) -> list[Any]:
 
 
 def _as_float(node: Node, shape: list[int]) -> Node:
-    """A vector per channel, in a shape that broadcasts along its axis."""
+    """A per-channel vector as float32, in a shape that broadcasts along its axis."""
     view = node.graph.call_function(aten.view.default, (node, shape))
     return node.graph.call_function(aten.to.dtype, (view, torch.float32))
 

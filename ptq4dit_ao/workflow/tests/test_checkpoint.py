@@ -225,7 +225,7 @@ def with_pipeline(**options: object) -> LoadedModel:
 
 
 def test_a_text_pipeline_needs_prompts(drawn, tmp_path):
-    with pytest.raises(CalibrationError, match=r"painter is drawn from text, and the recipe has no calibration\.promp"):
+    with pytest.raises(CalibrationError, match=r"painter is text-conditional, and the recipe has no calibration"):
         balance_checkpoint(with_pipeline(), Recipe(), tmp_path / "out")
     assert not drawn and not list(tmp_path.iterdir())
 

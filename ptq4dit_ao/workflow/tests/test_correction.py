@@ -92,7 +92,7 @@ def test_a_sampler_that_it_does_not_serve_is_refused(saved, tmp_path):
         correction.corrected_scheduler(saved / "model", *ddpm, STEPS, 1.5)
     with pytest.raises(ArgumentError, match="not for 4 of DDIM and 2; "):
         correction.corrected_scheduler(saved / "model", *options, STEPS, 2.0)
-    with pytest.raises(ArgumentError, match="lacks ptqd.safetensors, which corrects its noise; quantize again"):
+    with pytest.raises(ArgumentError, match="lacks ptqd.safetensors, its noise correction; quantize again"):
         correction.corrected_scheduler(tmp_path, *options, STEPS, 1.5)
     plain = dataclasses.replace(quantized, recipe=Recipe())
     assert correction.corrected_scheduler(saved / "model", plain, SAMPLING, 3, 1.5) is None

@@ -404,7 +404,7 @@ def test_another_sampler():
         loaded.drawn_by("dpm")
     text = dataclasses.replace(loaded, name="flux", sampling=None)
     with pytest.raises(
-        ArgumentError, match=r"flux is not drawn by class, so that sampler 'ddpm' says nothing; leave it "
+        ArgumentError, match=r"flux is not class-conditional, so that sampler 'ddpm' cannot be used; leave it "
     ):
         text.drawn_by("ddpm")
 
@@ -473,7 +473,7 @@ def test_what_somebodys_pipeline_raises_says_whose_it_is():
     model = load_model("reference")
     model = dataclasses.replace(model, pipeline=Broken(model.transformer, SAMPLING))
     message = (
-        r"Broken of reference failed while it drew calibration samples: ValueError: `height` must .*; run it by hand"
+        r"Broken of reference failed while it sampled calibration samples: ValueError: `height` must .*; run it by hand"
     )
     with pytest.raises(CalibrationError, match=message):
         recorded_samples(model, Recipe())
@@ -481,7 +481,7 @@ def test_what_somebodys_pipeline_raises_says_whose_it_is():
 
 def test_a_sampler_for_a_model_that_is_not_drawn_by_class():
     text = dataclasses.replace(load_model("reference"), sampling=None)
-    with pytest.raises(ArgumentError, match="is not drawn by class, so that sampler 'ddim' says nothing"):
+    with pytest.raises(ArgumentError, match="is not class-conditional, so that sampler 'ddim' cannot be used"):
         recorded_samples(text, Recipe(calibration=Calibration(sampler="ddim")))
 
 

@@ -174,7 +174,7 @@ def test_damaged_images_of_the_float_model_are_told(settings, tmp_path):
     (tmp_path / "float32" / "images-2.safetensors").write_bytes(b"half")
     result = make_table(settings(methods=("plain",)), tmp_path)
     assert "images-2.safetensors: Error while" in result.failed["plain-w4a8-2"]
-    assert "remove it, and they are drawn again" in result.failed["plain-w4a8-2"]
+    assert "remove it to sample them again" in result.failed["plain-w4a8-2"]
 
 
 def test_what_fails_leaves_the_rest_alone(settings, tmp_path, counted):
@@ -268,5 +268,5 @@ def test_integer_execution_is_proved(settings, filled, tmp_path):
 
 def test_transformers_that_are_not_drawn_by_class(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "load_model", lambda spec: LoadedModel(name="flux", transformer=nn.Identity()))
-    with pytest.raises(ArgumentError, match="flux is not drawn by class; a table compares class-conditional DiTs"):
+    with pytest.raises(ArgumentError, match="flux is not class-conditional; a table compares class-conditional DiTs"):
         make_table(settings(), tmp_path)

@@ -48,7 +48,7 @@ def loaded(vae: bool = True, folder: Path | None = Path("DiT-XL-2-256"), **confi
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": ()}, r"there are no methods; give at least one \(--methods\)"),
+        ({"methods": ()}, r"there are no methods; give at least one \(methods=...\)"),
         ({"bits": ("w8a8", "w8a8")}, "bits has 'w8a8' twice; leave one out"),
         ({"bits": ("w9a8",)}, "bits 'w9a8' are not like 'w4a8'"),
         ({"bits": ("8/8",)}, "bits '8/8' are not like 'w4a8'"),
