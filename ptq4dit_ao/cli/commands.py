@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from ptq4dit_ao.lowering import export_to, missing_backends
 from ptq4dit_ao.lowering.backend import BACKENDS, Capabilities
 from ptq4dit_ao.recipe import load_recipe
 from ptq4dit_ao.report import save_image_grid
+from ptq4dit_ao.report.reasons import by_reason
 from ptq4dit_ao.workflow import QuantizedModel, balance_checkpoint, load_model, load_quantized
 from ptq4dit_ao.workflow import quantize as run_quantize
 from ptq4dit_ao.workflow.checkpoint import check_empty
@@ -81,8 +82,7 @@ def balance(args: argparse.Namespace, console: Console) -> None:
         for name, outcome in result.outcomes.items()
     ]
     print_table(console, "", ("balanced site", "channels", "b", "clipped"), lines, wide=args.wide)
-    for reason, count in Counter(why.partition(": ")[2] or why for why in result.left.values()).items():
-        console.print(f"{count} sites left: {reason}")
+    _print_reasons(console, "left", result.left.items())
     console.print(
         f"{len(result.outcomes)} sites balanced; the output changed by {result.output_change:.2g} of its size\n"
         f"saved to [bold]{args.output}[/], an ordinary diffusers checkpoint; a LoRA of the original no longer fits it: "
@@ -199,6 +199,11 @@ def _float_dtype(args: argparse.Namespace) -> torch.dtype | None:
     return None if args.float_dtype is None else getattr(torch, args.float_dtype)
 
 
+def _print_reasons(console: Console, what: str, refusals: Iterable[tuple[str, str]]) -> None:
+    for reason, names in by_reason(refusals).items():
+        console.print(f"{len(names)} site{'' if len(names) == 1 else 's'} {what}: {escape(reason)}", soft_wrap=True)
+
+
 def _layer_line(layer: Mapping[str, Any]) -> tuple[str, ...]:
     bits = f"W{layer['weight_bits']}A{layer['activation_bits']}" if layer["status"] == "integer" else "float"
     return layer["name"], bits, "-" if layer["sqnr_db"] is None else f"{layer['sqnr_db']:.1f}"
@@ -216,9 +221,8 @@ def _print_report(report: dict[str, Any], console: Console, *, layers: bool = Fa
             chosen = site["aggregation"] if site["alpha"] is None else f"{site['aggregation']} {site['alpha']:g}"
             lines.append((site["name"], f"{site['variables']}/{site['channels']}", chosen, spread, where))
         print_table(console, "", _SITE_COLUMNS, lines, wide=wide)
-    refused = Counter(site["reason"].partition(": ")[2] for site in report["sites"] if site["status"] == "refused")
-    for reason, count in refused.items():
-        console.print(f"{count} sites not folded: {reason}")
+    refused = (site for site in report["sites"] if site["status"] == "refused")
+    _print_reasons(console, "not folded", ((site["name"], site["reason"]) for site in refused))
     if layers:
         print_table(console, "", _LAYER_COLUMNS, map(_layer_line, report["layers"]), wide=wide)
     counts = Counter(layer["status"] for layer in report["layers"])
