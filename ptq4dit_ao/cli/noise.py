@@ -35,8 +35,12 @@ class Warned:
 
 LOGGED = (
     # Libraries of CUDA kernels in torchao's wheel, on machines without a GPU or with another version of torch.
-    Logged(logger="torchao", text=r"Failed to load \S*_C\S*\.so: "),
+    Logged(logger="torchao", text=r"Failed to load .*_C\S*\.so: "),
     Logged(logger="torchao.kernel.intmm", text="Warning: Detected no triton"),
+    # diffusers looks for tensors of another version of torchao; it says so on every machine that has this one.
+    Logged(logger="diffusers.quantizers.torchao.torchao_quantizer", text="Unable to import `torchao` Tensor objects"),
+    # Said of a model of which no module is to be kept in float32, when "bench" casts it.
+    Logged(logger="diffusers.models.modeling_utils", text=r"There are modules in \w+ that should .* float32: \[\]"),
     # torchao registers an enum of its own in a way that torch has given up.
     Logged(logger="torch.utils._pytree", text=r"<enum '\w+'> is an Enum subclass and is now natively supported"),
     # torch.onnx asks for the operators of torchvision, which no Diffusion Transformer has.
@@ -51,6 +55,9 @@ WARNED = (
     Warned(category=FutureWarning, module=_LIBRARIES),
     # Of functions that this library calls, or torch itself; a user's code that calls them is another module.
     Warned(category=UserWarning, text=r".*\bdeprecated\b", module=r"(ptq4dit_ao|torch|torchao)\."),
+    Warned(
+        category=UserWarning, text=r"\w+ does not implement _stable_hash_for_caching", module=r"torch\._functorch\."
+    ),
     Warned(category=UserWarning, text="To copy construct from a tensor", module=r"torch\._inductor\."),
 )
 

@@ -165,7 +165,8 @@ def _stacked(grid: Grid) -> Text:
         return f"{_INDENT}{_GAP.join(placed).rstrip()}"
 
     text = Text(f"{grid.title}\n" if grid.title else "", no_wrap=True, overflow="ignore")
-    text.append("\n".join(map(line, head)), style="bold")
+    headings_of_names = _GAP.join(column.heading for column in grid.columns[: grid.names])
+    text.append("\n".join([headings_of_names, *map(line, head)]), style="bold")
     for whole, figures in zip(grid.rows, rows, strict=True):
         text.append("\n" + _GAP.join(whole[: grid.names]), style=_NAME)
         text.append("\n" + line(figures))

@@ -98,10 +98,15 @@ def test_failures_and_missing_peers_are_shown():
     rows = Row(name="float32 eager", latency=time), Row(name="odd", problem="ValueError: a | b")
     shown = result(*rows, missing={"SDNQ": "sdnq is not installed"}, note="random")
     assert cli_bench.cells(shown, rows[0]) == ["float32 eager", "2.00", "1.50-2.50", "1.00x", *["-"] * 5]
-    assert cli_bench.cells(shown, rows[1]) == ["odd failed: ValueError: a | b", *["-"] * 8]
+    assert cli_bench.cells(shown, rows[1]) == ["odd failed", *["-"] * 8]
     page = cli_bench.markdown(shown)
-    assert r"| odd failed: ValueError: a \| b | - |" in page
-    for line in ("* random", "* not here: SDNQ: sdnq is not installed", "* cpu a, seed 0, torch 2"):
+    assert "| odd failed | - |" in page
+    for line in (
+        "* random",
+        "* odd failed: ValueError: a | b",
+        "* not here: SDNQ: sdnq is not installed",
+        "* cpu a, seed 0, torch 2",
+    ):
         assert line in page.splitlines()
 
 
