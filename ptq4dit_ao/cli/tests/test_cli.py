@@ -458,7 +458,7 @@ for line in {lines!r}:
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("error: ") == 8 and "loading" not in done.stderr
+    assert done.stderr.count("error: ") == 9 and "loading" not in done.stderr
     assert not list(tmp_path.iterdir())
 
 
