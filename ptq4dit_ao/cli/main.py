@@ -19,7 +19,7 @@ from rich.markup import escape
 
 from ptq4dit_ao import __version__
 from ptq4dit_ao._paths import as_path, because
-from ptq4dit_ao.cli.noise import silence
+from ptq4dit_ao.cli.noise import silence, silence_loading_bars
 from ptq4dit_ao.errors import ArgumentError, PTQ4DiTError
 
 EXAMPLES = """\
@@ -240,7 +240,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     console, errors = Console(), Console(stderr=True)
     level = [logging.WARNING, logging.INFO, logging.DEBUG][min(args.verbose, 2)]
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=errors)])
+    # Time and place take half of a console of 80 columns.
+    handler = RichHandler(console=errors, show_time=bool(args.verbose), show_path=bool(args.verbose))
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("ptq4dit_ao").setLevel(level)
     if not args.verbose:
         silence()
@@ -269,6 +271,9 @@ def _command(args: argparse.Namespace, errors: Console) -> Callable[[argparse.Na
     recipes.check_recipe(args)
     with _loading(errors):
         from ptq4dit_ao.cli import commands
+
+        if "model" in args and not args.verbose:  # a float model is loaded
+            silence_loading_bars()
     run: Callable[[argparse.Namespace, Console], None] = getattr(commands, args.command)
     return run
 

@@ -5,6 +5,7 @@ What is not named here is shown, for it may concern the model. ``-v`` shows ever
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import re
@@ -77,3 +78,12 @@ def silence() -> None:
         logging.getLogger(line.logger).addFilter(line)
     for one in WARNED:
         warnings.filterwarnings("ignore", category=one.category, message=one.text, module=one.module)
+
+
+def silence_loading_bars() -> None:
+    """Keep the bars of diffusers, which shows one for every pipeline it loads, off the console; imports diffusers."""
+    try:
+        logs = importlib.import_module("diffusers.utils.logging")
+    except ImportError:  # whoever needs it says so
+        return
+    logs.disable_progress_bar()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
+from diffusers.utils.logging import enable_progress_bar
 
 from ptq4dit_ao.cli.main import main
 from ptq4dit_ao.cli.noise import ENVIRONMENT, LOGGED
@@ -23,6 +24,7 @@ def _as_it_was(monkeypatch):
     logging.getLogger("ptq4dit_ao").setLevel(level)
     for line in LOGGED:
         logging.getLogger(line.logger).removeFilter(line)
+    enable_progress_bar()
 
 
 @pytest.fixture
