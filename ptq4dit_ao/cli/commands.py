@@ -221,7 +221,7 @@ def _print_report(report: dict[str, Any], console: Console, *, layers: bool = Fa
             chosen = site["aggregation"] if site["alpha"] is None else f"{site['aggregation']} {site['alpha']:g}"
             lines.append((site["name"], f"{site['variables']}/{site['channels']}", chosen, spread, where))
         print_table(console, "", _SITE_COLUMNS, lines, wide=wide)
-    refused = (site for site in report["sites"] if site["status"] == "refused")
+    refused = (site for site in report["sites"] if site["status"] == "refused" and site["reason"])
     _print_reasons(console, "not folded", ((site["name"], site["reason"]) for site in refused))
     if layers:
         print_table(console, "", _LAYER_COLUMNS, map(_layer_line, report["layers"]), wide=wide)

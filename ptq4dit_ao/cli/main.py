@@ -56,8 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
-        "-v", "--verbose", action="count", default=0, help="say what is being done; twice, for every site"
-    )
+        "-v", "--verbose", action="count", default=0,
+        help="say what is being done, and what other libraries say; twice, for every site",
+    )  # fmt: skip
     tables = argparse.ArgumentParser(add_help=False)
     tables.add_argument("--wide", action="store_true", help="print whole tables, however wide the console is")
     float_dtype = argparse.ArgumentParser(add_help=False)
@@ -239,13 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     args = build_parser().parse_args(argv)
     console, errors = Console(), Console(stderr=True)
-    level = [logging.WARNING, logging.INFO, logging.DEBUG][min(args.verbose, 2)]
-    # Time and place take half of a console of 80 columns.
-    handler = RichHandler(console=errors, show_time=bool(args.verbose), show_path=bool(args.verbose))
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
-    logging.getLogger("ptq4dit_ao").setLevel(level)
-    if not args.verbose:
-        silence()
+    _set_up_logging(args.verbose, errors)
     try:
         _command(args, errors)(args, console)
     except (PTQ4DiTError, OSError) as error:  # a path that cannot be read or written is the user's to mend
@@ -256,6 +251,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         errors.print("interrupted; nothing half-written was left behind")
         return 1
     return 0
+
+
+def _set_up_logging(verbose: int, errors: Console) -> None:
+    """What is shown of what this library and others log and warn of."""
+    # Time and place would take half of a console of 80 columns.
+    handler = RichHandler(console=errors, show_time=verbose > 0, show_path=verbose > 0)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("ptq4dit_ao").setLevel([logging.WARNING, logging.INFO, logging.DEBUG][min(verbose, 2)])
+    if not verbose:
+        silence()
 
 
 def _command(args: argparse.Namespace, errors: Console) -> Callable[[argparse.Namespace, Console], None]:

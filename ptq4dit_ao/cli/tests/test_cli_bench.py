@@ -15,7 +15,7 @@ from ptq4dit_ao.evaluation.bench.run import BenchResult, Row
 from ptq4dit_ao.lowering import Capabilities
 from ptq4dit_ao.lowering.backend import BACKENDS
 from ptq4dit_ao.metrics import LatencyResult
-from ptq4dit_ao.recipe import Recipe
+from ptq4dit_ao.recipe import Recipe, shipped_recipes
 from ptq4dit_ao.workflow import apply_recipe
 
 ALL = ("float32 eager", "float32 compiled", "reference", "fbgemm")
@@ -150,6 +150,18 @@ def test_backends_are_listed_with_what_they_lack(run):
     assert "│ absent │ no: there is no [such] device │" in lines["absent"]
     assert "│ anything │ - │" in lines["reference"]
     assert "uint8 activations, int8 weights, float32/bfloat16 float part" in text
+
+
+@pytest.mark.parametrize("command", ["backends", "recipes"])
+@pytest.mark.usefixtures("writer")
+def test_lists_fit_a_console_of_80_columns(run, monkeypatch, command):
+    whole = run(command, "--wide")[1]
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(command, "--wide")[1] == whole and max(map(len, whole.splitlines())) > 80
+    code, out, _ = run(command)
+    assert code == 0 and max(map(len, out.splitlines())) <= 80
+    names = BACKENDS if command == "backends" else shipped_recipes()
+    assert all(f"│ {name} " in out and f"│ {name} " in whole for name in names)
 
 
 # -- export ----------------------------------------------------------------------------------------------------------
