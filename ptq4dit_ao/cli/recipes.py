@@ -10,11 +10,13 @@ from rich.console import Console
 
 from ptq4dit_ao.cli.tables import Column, print_table
 from ptq4dit_ao.errors import ArgumentError
-from ptq4dit_ao.recipe import Recipe, load_recipe, recipe_json_schema, shipped_recipe_path, shipped_recipes
+from ptq4dit_ao.recipe import Recipe, load_recipe, recipe_json_schema, shipped_descriptions, shipped_recipe_path
 
 _FAMILY = re.compile(r"(?!paper_).+_w\d+a\d+")
 """A family's recipes end in their bits; so do the paper's, which are a method."""
-_WHAT = Column("what it is", is_text=True)
+_COLUMNS = ("recipe", Column("what it is", is_text=True))
+_METHODS = "Methods, for any model: extend one, or compare them with 'table'"
+_FAMILIES = "Families of models: a method and what else their models want"
 
 
 def recipes(args: argparse.Namespace, console: Console) -> None:
@@ -24,16 +26,11 @@ def recipes(args: argparse.Namespace, console: Console) -> None:
     elif args.name:
         print(shipped_recipe_path(args.name).read_text(), end="")
     else:
-        names = shipped_recipes()
-        families = [name for name in names if _FAMILY.fullmatch(name)]
-        methods = [name for name in names if name not in families]
-        _print(console, "Methods, for any model: extend one, or compare them with 'table'", methods, args.wide)
-        _print(console, "Families of models: a method and what else their models want", families, args.wide)
-
-
-def _print(console: Console, title: str, names: list[str], wide: bool) -> None:
-    lines = [(name, load_recipe(name).description) for name in names]
-    print_table(console, title, ("recipe", _WHAT), lines, wide=wide)
+        lines = shipped_descriptions().items()
+        families = [line for line in lines if _FAMILY.fullmatch(line[0])]
+        methods = [line for line in lines if line not in families]
+        print_table(console, _METHODS, _COLUMNS, methods, wide=args.wide)
+        print_table(console, _FAMILIES, _COLUMNS, families, wide=args.wide)
 
 
 def check_recipe(args: argparse.Namespace) -> None:
