@@ -11,7 +11,8 @@ from rich.markup import escape
 
 from ptq4dit_ao._progress import OnStage
 from ptq4dit_ao.cli.progress import progress
-from ptq4dit_ao.cli.results import check_results, print_table, write_results
+from ptq4dit_ao.cli.results import check_results, write_results
+from ptq4dit_ao.cli.tables import print_table
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.evaluation.bench.run import COMPILED, EAGER, BenchResult, Row
 from ptq4dit_ao.evaluation.bench.run import bench as measure
@@ -43,7 +44,7 @@ def bench(args: argparse.Namespace, console: Console) -> None:
             rounds=args.rounds,
             on_progress=on_progress,
         )
-    print_table(console, title(result), COLUMNS, (cells(result, row) for row in result.rows))
+    print_table(console, title(result), COLUMNS, (cells(result, row) for row in result.rows), wide=args.wide)
     for line in remarks(result):
         console.print(escape(line), soft_wrap=True)
     write_results(args, result.to_dict(), markdown(result))
@@ -79,7 +80,7 @@ def title(result: BenchResult) -> str:
 def cells(result: BenchResult, row: Row) -> list[str]:
     """One for each of ``COLUMNS``."""
     if row.latency is None:
-        return [f"{row.name} failed: {row.problem}", *([NONE] * (len(COLUMNS) - 1))]
+        return [f"{row.name} failed", *([NONE] * (len(COLUMNS) - 1))]  # why is a remark: no name of a row is as long
     gemms = _number(row.integer_gemms, "d")
     return [
         row.name,
@@ -102,6 +103,7 @@ def remarks(result: BenchResult) -> Iterator[str]:
     """What the table must be read with."""
     if result.note:
         yield result.note
+    yield from (f"{row.name} failed: {row.problem}" for row in result.rows if row.latency is None)
     yield from (f"not here: {name}: {why}" for name, why in result.missing.items())
     yield one_line({**result.environment, "seed": result.seed})
 

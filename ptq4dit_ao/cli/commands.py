@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections import Counter
+from collections.abc import Iterable
 
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Column, Table
 
 from ptq4dit_ao._paths import check_file, check_writable
 from ptq4dit_ao._progress import of_stage
@@ -19,12 +18,16 @@ from ptq4dit_ao.calibration import Sampling
 from ptq4dit_ao.cli.bench import bench as bench  # a command like those below
 from ptq4dit_ao.cli.evaluate import evaluate as evaluate
 from ptq4dit_ao.cli.progress import progress
+from ptq4dit_ao.cli.recipes import chosen_recipe
 from ptq4dit_ao.cli.table import table as table
+from ptq4dit_ao.cli.tables import Column, print_table
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.lowering import export_to, missing_backends
 from ptq4dit_ao.lowering.backend import BACKENDS, Capabilities
-from ptq4dit_ao.recipe import load_recipe, recipe_json_schema, shipped_recipe_path, shipped_recipes
+from ptq4dit_ao.recipe import load_recipe
 from ptq4dit_ao.report import Report, save_image_grid
+from ptq4dit_ao.report.reasons import by_reason
+from ptq4dit_ao.report.types import LayerEntry
 from ptq4dit_ao.workflow import QuantizedModel, balance_checkpoint, load_model, load_quantized
 from ptq4dit_ao.workflow import quantize as run_quantize
 from ptq4dit_ao.workflow.checkpoint import check_empty
@@ -38,13 +41,20 @@ SHOWN_PIXELS = 64
 DRAWN_CLASSES = 10
 """Of models with more, if none are named."""
 
+_BACKEND_COLUMNS = tuple(Column(name, is_text=True) for name in ("backend", "here", "what it is", "carries", "writes"))
+_SITE_COLUMNS = (
+    Column("balanced site"),
+    Column("channels"),
+    Column("salience, alpha", is_text=True),
+    Column("b", is_text=True),
+    Column("folded into", is_text=True, can_be_spared=True),
+)
+_LAYER_COLUMNS = (Column("layer"), Column("bits", is_text=True), Column("SQNR dB"))
+
 
 def quantize(args: argparse.Namespace, console: Console) -> None:
     """``ptq4dit-ao quantize``."""
-    recipe = load_recipe(args.recipe)
-    spec = args.model or recipe.model
-    if spec is None:
-        raise ArgumentError(f"recipe {args.recipe!r} names no model; say which with --model")
+    recipe, spec = chosen_recipe(args)
     if not args.leave_one_out:
         recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"leave_one_out": False})})
     recipe = recipe.model_copy(update={"model": spec})  # what "evaluate" will load
@@ -52,7 +62,7 @@ def quantize(args: argparse.Namespace, console: Console) -> None:
     model = _loaded(spec, console)
     with progress(console) as on_progress:
         quantized = run_quantize(model, recipe, args.output, samples=args.samples, on_progress=on_progress)
-    _print_report(quantized.report, console)
+    _print_report(quantized.report, console, wide=args.wide)
     console.print(f"\nsaved to [bold]{args.output}[/]; open {args.output / 'report.html'}")
 
 
@@ -63,14 +73,17 @@ def balance(args: argparse.Namespace, console: Console) -> None:
     model = _loaded(args.model, console)
     with progress(console) as on_progress:
         result = balance_checkpoint(model, recipe, args.output, samples=args.samples, on_progress=on_progress)
-    table = Table("balanced site", "channels", "b", "clipped")
-    for name, outcome in result.outcomes.items():
-        spread = f"{float(outcome.b.min()):.3g} .. {float(outcome.b.max()):.3g}"
-        channels = f"{outcome.site.num_variables}/{outcome.site.channels}"
-        table.add_row(name, channels, spread, str(int(outcome.clipped.sum())))
-    console.print(table)
-    for reason, count in Counter(why.partition(": ")[2] or why for why in result.left.values()).items():
-        console.print(f"{count} sites left: {reason}")
+    lines = [
+        (
+            name,
+            f"{outcome.site.num_variables}/{outcome.site.channels}",
+            f"{float(outcome.b.min()):.3g} .. {float(outcome.b.max()):.3g}",
+            str(int(outcome.clipped.sum())),
+        )
+        for name, outcome in result.outcomes.items()
+    ]
+    print_table(console, "", ("balanced site", "channels", "b", "clipped"), lines, wide=args.wide)
+    _print_reasons(console, "left", result.left.items())
     console.print(
         f"{len(result.outcomes)} sites balanced; the output changed by {result.output_change:.2g} of its size\n"
         f"saved to [bold]{args.output}[/], an ordinary diffusers checkpoint; a LoRA of the original no longer fits it: "
@@ -109,7 +122,7 @@ def sample(args: argparse.Namespace, console: Console) -> None:
 def inspect(args: argparse.Namespace, console: Console) -> None:
     """``ptq4dit-ao inspect``."""
     model = load_quantized(args.directory)
-    _print_report(model.report, console, layers=True)
+    _print_report(model.report, console, layers=True, wide=args.wide)
     if args.backend != "none":
         start = time.perf_counter()
         proof = model.lower(args.backend, float_dtype=_float_dtype(args)).proof
@@ -127,11 +140,17 @@ def export(args: argparse.Namespace, console: Console) -> None:
 def backends(args: argparse.Namespace, console: Console) -> None:
     """``ptq4dit-ao backends``."""
     missing = missing_backends()
-    table = Table(*(Column(title, overflow="fold") for title in ("backend", "here", "what it is", "carries", "writes")))
-    for name, backend in BACKENDS.items():
-        here = "[green]yes[/]" if name not in missing else f"no: {escape(missing[name])}"
-        table.add_row(name, here, backend.summary, _carried(backend.carries), backend.suffix or "-")
-    console.print(table)
+    lines = [
+        (
+            name,
+            "yes" if name not in missing else f"no: {missing[name]}",
+            backend.summary,
+            _carried(backend.carries),
+            backend.suffix or "-",
+        )
+        for name, backend in BACKENDS.items()
+    ]
+    print_table(console, "", _BACKEND_COLUMNS, lines, wide=args.wide)
 
 
 def _carried(carries: Capabilities | None) -> str:
@@ -145,19 +164,6 @@ def _carried(carries: Capabilities | None) -> str:
     return ", ".join(
         f"{'/'.join(str(d).removeprefix('torch.') for d in dtypes)} {what}" for what, dtypes in parts.items()
     )
-
-
-def recipes(args: argparse.Namespace, console: Console) -> None:
-    """``ptq4dit-ao recipes``."""
-    if args.schema:
-        print(json.dumps(recipe_json_schema(), indent=2))
-    elif args.name:
-        print(shipped_recipe_path(args.name).read_text(), end="")
-    else:
-        table = Table("recipe", "what it is for")
-        for name in shipped_recipes():
-            table.add_row(name, load_recipe(name).description)
-        console.print(table)
 
 
 def _loaded(spec: str, console: Console) -> LoadedModel:
@@ -194,28 +200,31 @@ def _float_dtype(args: argparse.Namespace) -> torch.dtype | None:
     return None if args.float_dtype is None else getattr(torch, args.float_dtype)
 
 
-def _print_report(report: Report, console: Console, *, layers: bool = False) -> None:
+def _print_reasons(console: Console, what: str, refusals: Iterable[tuple[str, str]]) -> None:
+    for reason, names in by_reason(refusals).items():
+        console.print(f"{len(names)} site{'' if len(names) == 1 else 's'} {what}: {escape(reason)}", soft_wrap=True)
+
+
+def _layer_line(layer: LayerEntry) -> tuple[str, ...]:
+    bits = f"W{layer['weight_bits']}A{layer['activation_bits']}" if layer["status"] == "integer" else "float"
+    return layer["name"], bits, "-" if layer["sqnr_db"] is None else f"{layer['sqnr_db']:.1f}"
+
+
+def _print_report(report: Report, console: Console, *, layers: bool = False, wide: bool = False) -> None:
     console.print(f"[bold]{report['title']}[/]: {report['model']['parameters'] / 1e6:.2f} M parameters")
     folded = [site for site in report["sites"] if site["status"] == "folded"]
     if folded:
-        table = Table("balanced site", "channels", "salience, alpha", "b", "folded into")
+        lines = []
         for site in folded:
             where = ", ".join(dict.fromkeys(path.rpartition(".")[0] for path in site["folded_into"]))
-            # Models that were saved by earlier versions do not have it.
-            spread = "{:.3g} .. {:.3g}".format(*site["b_range"]) if "b_range" in site else "-"
+            spread = "{:.3g} .. {:.3g}".format(*site["b_range"])
             chosen = site["method"] if site["alpha"] is None else f"{site['method']} {site['alpha']:g}"
-            table.add_row(site["name"], f"{site['variables']}/{site['channels']}", chosen, spread, where)
-        console.print(table)
-    refused = Counter(str(site["reason"]).partition(": ")[2] for site in report["sites"] if site["status"] == "refused")
-    for reason, count in refused.items():
-        console.print(f"{count} sites not folded: {reason}")
+            lines.append((site["name"], f"{site['variables']}/{site['channels']}", chosen, spread, where))
+        print_table(console, "", _SITE_COLUMNS, lines, wide=wide)
+    refused = [(site["name"], site["reason"] or "") for site in report["sites"] if site["status"] == "refused"]
+    _print_reasons(console, "not folded", refused)
     if layers:
-        table = Table("layer", "weights", "activations", "SQNR dB")
-        for layer in report["layers"]:
-            bits = [f"int{layer['weight_bits']}", f"uint{layer['activation_bits']}"]
-            shown = bits if layer["status"] == "integer" else ["float", "float"]
-            table.add_row(layer["name"], *shown, "-" if layer["sqnr_db"] is None else f"{layer['sqnr_db']:.1f}")
-        console.print(table)
+        print_table(console, "", _LAYER_COLUMNS, map(_layer_line, report["layers"]), wide=wide)
     counts = Counter(layer["status"] for layer in report["layers"])
     console.print(
         f"linears: {counts['integer']} integer, {counts['float']} float; "

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from ptq4dit_ao.cli.progress import progress
-from ptq4dit_ao.cli.results import check_results, print_table, write_results
+from ptq4dit_ao.cli.results import check_results, write_results
+from ptq4dit_ao.cli.tables import print_table
 from ptq4dit_ao.evaluation.environment import one_line
 from ptq4dit_ao.evaluation.result import EvaluationResult, EvaluationRow
 from ptq4dit_ao.evaluation.run import evaluate as measure
@@ -44,7 +45,7 @@ def evaluate(args: argparse.Namespace, console: Console) -> None:
             on_progress=on_progress,
         )
     for sheet in sheets(result):
-        print_table(console, sheet.title, sheet.columns, sheet.lines)
+        print_table(console, sheet.title, sheet.columns, sheet.lines, wide=args.wide)
     for remark in remarks(result):
         console.print(escape(remark), soft_wrap=True)
     write_results(args, result.to_dict(), markdown(result))

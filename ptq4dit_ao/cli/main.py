@@ -8,10 +8,9 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import os
 import sys
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from rich.console import Console
@@ -22,6 +21,7 @@ from ptq4dit_ao._paths import as_path, because
 from ptq4dit_ao._version import __version__
 from ptq4dit_ao.choices import FLOAT_DTYPES, LAYER_PRESETS, SAMPLERS
 from ptq4dit_ao.cli.messages import with_flags
+from ptq4dit_ao.cli.noise import silence, silence_loading_bars
 from ptq4dit_ao.errors import ArgumentError, PTQ4DiTError
 
 EXAMPLES = """\
@@ -41,7 +41,6 @@ examples:
 Recipes are YAML files; `ptq4dit-ao recipes` lists the shipped ones and `ptq4dit-ao recipes NAME` prints one.
 """
 
-"""As in the calibration package, whose import is heavy."""
 BACKEND_HELP = "see 'ptq4dit-ao backends'; 'auto' is the fastest that can run here (default: %(default)s)"
 
 
@@ -56,8 +55,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
-        "-v", "--verbose", action="count", default=0, help="say what is being done; twice, for every site"
-    )
+        "-v", "--verbose", action="count", default=0,
+        help="say what is being done, and what other libraries say; twice, for every site",
+    )  # fmt: skip
+    tables = argparse.ArgumentParser(add_help=False)
+    tables.add_argument("--wide", action="store_true", help="print whole tables, however wide the console is")
     float_dtype = argparse.ArgumentParser(add_help=False)
     float_dtype.add_argument(
         "--float-dtype", choices=FLOAT_DTYPES,
@@ -66,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     p = commands.add_parser(
-        "quantize", parents=[common], help="calibrate, balance, convert and save",
+        "quantize", parents=[common, tables], help="calibrate, balance, convert and save",
         description="Quantize a model as a recipe says. Writes the quantized model, report.json and report.html.",
     )  # fmt: skip
     p.add_argument("recipe", help="a recipe file, or the name of a shipped one (digits_w8a8, dit_w4a8, ...)")
@@ -84,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
 
     p = commands.add_parser(
-        "balance", parents=[common], help="balance a float checkpoint, for any quantizer",
+        "balance", parents=[common, tables], help="balance a float checkpoint, for any quantizer",
         description="Balance a model in its own parameters and save it as the ordinary diffusers checkpoint it was.",
     )  # fmt: skip
     p.add_argument("recipe", nargs="?", default="dit_w8a8", help="how to balance (default: %(default)s)")
@@ -111,14 +113,14 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=_seed, default=0, help="seed of the noise (default: %(default)s)")
 
     p = commands.add_parser(
-        "inspect", parents=[common, float_dtype], help="show layers, bits, sites and kernel proof",
+        "inspect", parents=[common, tables, float_dtype], help="show layers, bits, sites and kernel proof",
         description="Show what is in a quantized model, and prove which kernels run it.",
     )  # fmt: skip
     p.add_argument("directory", type=_path, metavar="DIR", help="a quantized model")
     p.add_argument("--backend", default="auto", help=f"{BACKEND_HELP}; 'none' for no proof")
 
     p = commands.add_parser(
-        "evaluate", parents=[common], help="measure errors against float, and distances to real images",
+        "evaluate", parents=[common, tables], help="measure errors against float, and distances to real images",
         description="Compare a quantized model with its float model at equal inputs and equal noise, and what both "
         "draw with a reference set.",
     )  # fmt: skip
@@ -146,7 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--markdown", type=_path, metavar="FILE", help="also write the tables as Markdown")
 
     p = commands.add_parser(
-        "table", parents=[common], help="compare methods at several widths and step counts",
+        "table", parents=[common, tables], help="compare methods at several widths and step counts",
         description="Quantize a class-conditional DiT with each method at each width, and measure each at each step "
         "count, simulated or by integer kernels. Writes table.md, table.json and table.png. The same command goes on "
         "where it was killed.",
@@ -196,7 +198,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--output", required=True, type=_path, metavar="FILE", help="file to write; gets the usual suffix")
 
     p = commands.add_parser(
-        "bench", parents=[common], help="measure speed, error, start-up and memory, interleaved",
+        "bench", parents=[common, tables], help="measure speed, error, start-up and memory, interleaved",
         description="Time a quantized model on each backend beside the float model, in interleaved rounds.",
     )  # fmt: skip
     subject = p.add_mutually_exclusive_group(required=True)
@@ -223,11 +225,11 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--markdown", type=_path, metavar="FILE", help="also write the table as Markdown")
 
     commands.add_parser(
-        "backends", parents=[common], help="show what this machine can run, and why not the rest",
+        "backends", parents=[common, tables], help="show what this machine can run, and why not the rest",
         description="Show every backend: can this machine run it, what it carries, which file it writes.",
     )  # fmt: skip
 
-    p = commands.add_parser("recipes", parents=[common], help="list shipped recipes, or print one")
+    p = commands.add_parser("recipes", parents=[common, tables], help="list shipped recipes, or print one")
     p.add_argument("name", nargs="?", help="recipe to print")
     p.add_argument("--schema", action="store_true", help="print the JSON Schema of recipe files, for editors")
     return parser
@@ -237,16 +239,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     args = build_parser().parse_args(argv)
     console, errors = Console(), Console(stderr=True)
-    level = [logging.WARNING, logging.INFO, logging.DEBUG][min(args.verbose, 2)]
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=errors)])
-    logging.getLogger("ptq4dit_ao").setLevel(level)
-    if not args.verbose:
-        quiet_imports()
+    _set_up_logging(args.verbose, errors)
     try:
-        with errors.status("starting: torch and torchao take some seconds to load"):  # on a terminal only
-            from ptq4dit_ao.cli import commands  # heavy: not for --help
-
-        getattr(commands, args.command)(args, console)
+        _command(args, errors)(args, console)
     except (PTQ4DiTError, OSError) as error:  # a path that cannot be read or written is the user's to mend
         text = because(error) if isinstance(error, OSError) and not isinstance(error, PTQ4DiTError) else str(error)
         errors.print(f"[bold red]error:[/] {escape(with_flags(text, args))}", soft_wrap=True, highlight=False)
@@ -257,12 +252,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def quiet_imports() -> None:
-    """Silence other packages' warnings: none is about what the user asked for."""
-    warnings.filterwarnings("ignore")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # it sets its logger's level when it is imported
-    for name in ("torch", "torchao", "torch.utils._pytree", "diffusers"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+def _set_up_logging(verbose: int, errors: Console) -> None:
+    """What is shown of what this library and others log and warn of."""
+    # Time and place would take half of a console of 80 columns.
+    handler = RichHandler(console=errors, show_time=verbose > 0, show_path=verbose > 0)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("ptq4dit_ao").setLevel([logging.WARNING, logging.INFO, logging.DEBUG][min(verbose, 2)])
+    if not verbose:
+        silence()
+
+
+def _command(args: argparse.Namespace, errors: Console) -> Callable[[argparse.Namespace, Console], None]:
+    """What carries out a command. What can be said without torch is said before torch is loaded, which takes seconds.
+
+    Raises:
+        PTQ4DiTError: the recipe that is asked for is not there, or has faults.
+    """
+    from ptq4dit_ao.cli import recipes  # not for --help, to which pydantic would add a tenth of a second
+
+    if args.command == "recipes":
+        return recipes.recipes
+    recipes.check_recipe(args)
+    with _loading(errors):
+        from ptq4dit_ao.cli import commands
+
+        if "model" in args and not args.verbose:  # a float model is loaded
+            silence_loading_bars()
+    run: Callable[[argparse.Namespace, Console], None] = getattr(commands, args.command)
+    return run
+
+
+def _loading(errors: Console) -> AbstractContextManager[object]:
+    """Say what takes the seconds that follow, unless it has been loaded: in a line that goes, on a terminal."""
+    if "torch" in sys.modules:
+        return nullcontext()
+    what = "loading torch and torchao, which takes some seconds"
+    if errors.is_terminal:
+        return errors.status(what)
+    errors.print(what, soft_wrap=True, highlight=False)
+    return nullcontext()
 
 
 def _path(text: str) -> Path:

@@ -9,10 +9,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from ptq4dit_ao.cli.progress import progress
-from ptq4dit_ao.cli.results import print_table
+from ptq4dit_ao.cli.tables import print_table
 from ptq4dit_ao.errors import PTQ4DiTError
 from ptq4dit_ao.evaluation.table import TableSettings, make_table
 from ptq4dit_ao.evaluation.table.write import columns, lines, remarks, title
+
+NAMES = 3
+"""Steps, bits and method say what a row is about."""
 
 
 def table(args: argparse.Namespace, console: Console) -> None:
@@ -40,7 +43,7 @@ def table(args: argparse.Namespace, console: Console) -> None:
 
     with progress(console) as on_progress:
         result = make_table(settings, args.output, on_progress=on_progress, on_cell=on_cell)
-    print_table(console, title(result), columns(result), lines(result))
+    print_table(console, title(result), columns(result), lines(result), names=NAMES, wide=args.wide)
     for remark in remarks(result):
         console.print(escape(remark), soft_wrap=True)
     console.print(f"saved to [bold]{args.output}[/]: table.md, table.json, table.png")

@@ -16,7 +16,7 @@ from ptq4dit_ao.recipe.schema import (
     Rounding,
     Weights,
 )
-from ptq4dit_ao.recipe.shipped import shipped_recipe_path, shipped_recipes
+from ptq4dit_ao.recipe.shipped import shipped_descriptions, shipped_recipe_path, shipped_recipes
 
 __all__ = [
     "Activations",
@@ -33,6 +33,7 @@ __all__ = [
     "Weights",
     "load_recipe",
     "recipe_json_schema",
+    "shipped_descriptions",
     "shipped_recipe_path",
     "shipped_recipes",
 ]

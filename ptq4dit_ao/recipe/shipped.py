@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ptq4dit_ao.errors import RecipeError
 from ptq4dit_ao.recipe.problems import did_you_mean
+from ptq4dit_ao.recipe.yaml_text import read_yaml
 
 _SUFFIX = ".yaml"
 
@@ -14,6 +15,13 @@ _SUFFIX = ".yaml"
 def shipped_recipes() -> list[str]:
     """Names that ``load_recipe`` and ``extends`` accept without a path, sorted."""
     return sorted(path.stem for path in _folder().glob(f"*{_SUFFIX}"))
+
+
+def shipped_descriptions() -> dict[str, str]:
+    """What each shipped recipe is, by name. Each file describes itself: none of those it extends is read."""
+    paths = {name: _folder() / f"{name}{_SUFFIX}" for name in shipped_recipes()}
+    texts = {name: read_yaml(path.read_text(encoding="utf-8"), str(path)) for name, path in paths.items()}
+    return {name: str(text.value["description"]) for name, text in texts.items()}
 
 
 def shipped_recipe_path(name: str) -> Path:

@@ -6,7 +6,6 @@ import base64
 import json
 import math
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from string import Template
@@ -19,6 +18,7 @@ from ptq4dit_ao._paths import as_path
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.report import plots
 from ptq4dit_ao.report.plots import Entry
+from ptq4dit_ao.report.reasons import by_reason
 
 _OPEN_ROWS = 30
 """Tables up to this length are shown unfolded."""
@@ -240,12 +240,18 @@ def _ssc(sites: Sequence[Entry], settings: Mapping[str, Any] | None) -> str:
 
 
 def _refusals(sites: Sequence[Entry]) -> str:
-    """How often each reason was met, so that a folded table hides none."""
-    reasons = Counter(site["reason"] for site in sites if site["status"] == "refused" and site["reason"])
+    """Each reason with the sites it holds for, so that a folded table hides none."""
+    reasons = by_reason((s["name"], s["reason"]) for s in sites if s["status"] == "refused" and s["reason"])
     if not reasons:
         return ""
-    lines = [f"{reason} ({count} {'site' if count == 1 else 'sites'})" for reason, count in reasons.most_common()]
-    return f"<h3>Not balanced, and why</h3>{_bullets(lines)}"
+    items = [f"<li>{escape(why)} {_folded_names(names)}</li>" for why, names in reasons.items()]
+    return f'<h3>Not balanced, and why</h3><ul class="reasons">{"".join(items)}</ul>'
+
+
+def _folded_names(names: Sequence[str]) -> str:
+    items = "".join(f"<li>{_code(name)}</li>" for name in names)
+    count = f"{len(names)} site{'' if len(names) == 1 else 's'}"
+    return f"<details><summary>{count}</summary><ul>{items}</ul></details>"
 
 
 def _sites_table(sites: Sequence[Entry]) -> str:
@@ -261,7 +267,7 @@ def _sites_table(sites: Sequence[Entry]) -> str:
     )
     rows = [
         (
-            f"<code>{escape(site['name'])}</code>",
+            _code(site["name"]),
             f"{site['channels']:,}",
             f"{site['variables']:,}",
             _status(site["status"]),
@@ -277,7 +283,7 @@ def _sites_table(sites: Sequence[Entry]) -> str:
 
 def _outcome(site: Entry) -> str:
     paths = site["folded_into"] if site["status"] == "folded" else ()
-    return "<br>".join(filter(None, [_reason(site), *(f"<code>{escape(path)}</code>" for path in paths)]))
+    return "<br>".join(filter(None, [_reason(site), *map(_code, paths)]))
 
 
 def _layers(layers: Sequence[Entry]) -> str:
@@ -308,7 +314,7 @@ def _layers(layers: Sequence[Entry]) -> str:
     )
     rows = [
         (
-            f"<code>{escape(layer['name'])}</code>",
+            _code(layer["name"]),
             _status(layer["status"]),
             _number(layer["weight_bits"], "d"),
             _number(layer["activation_bits"], "d"),
@@ -354,7 +360,7 @@ def _weight_bits(choice: Mapping[str, Any] | None) -> str:
     columns = ("Layers that read one input", "#Weights", "#Share of noise", "#Bits")
     rows = [
         (
-            f"<code>{escape(entry['name'])}</code>",
+            _code(entry["name"]),
             f"{entry['parameters']:,}",
             _number(entry["noise"][0], ".1%"),
             f"{entry['bits']}",
@@ -427,14 +433,17 @@ def _image(png: bytes, alt: str) -> str:
 
 
 def _table(thing: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in <details>; a column whose heading starts with # is set flush right."""
+    """A table in <details>; a column whose heading starts with # is set flush right.
+
+    A narrow page shows each row as a block of its own, below the name in its first cell, with a heading at every other.
+    """
     if not rows:
         return ""
+    headings = [column.lstrip("#") for column in columns]
     classes = [' class="number"' if column.startswith("#") else "" for column in columns]
-    heads = (f'<th scope="col"{kind}>{column.lstrip("#")}</th>' for kind, column in zip(classes, columns, strict=True))
-    body = "\n".join(
-        f"<tr>{''.join(f'<td{kind}>{cell}</td>' for kind, cell in zip(classes, row, strict=True))}</tr>" for row in rows
-    )
+    heads = (f'<th scope="col"{kind}>{heading}</th>' for kind, heading in zip(classes, headings, strict=True))
+    labels = ["", *(f' data-label="{heading}"' for heading in headings[1:])]
+    body = "\n".join(f"<tr>{''.join(map('<td{}{}>{}</td>'.format, classes, labels, row))}</tr>" for row in rows)
     state = " open" if len(rows) <= _OPEN_ROWS else ""
     title = f"All {len(rows)} {thing}s" if len(rows) != 1 else f"The only {thing}"
     head = "".join(heads)
@@ -442,6 +451,11 @@ def _table(thing: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
         f"<details{state}><summary>{title}</summary>\n"
         f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div></details>'
     )
+
+
+def _code(name: str) -> str:
+    """A dotted name, which may be broken after its dots."""
+    return f"<code>{escape(name).replace('.', '.<wbr>')}</code>"
 
 
 def _status(status: str) -> str:
@@ -568,8 +582,10 @@ table { width: 100%; border-collapse: collapse; font-size: .85rem; line-height: 
 th { padding: .4rem .6rem; border-bottom: 2px solid var(--line); text-align: left; font-weight: 600;
   vertical-align: bottom; }
 td { padding: .4rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: break-word; }
-td code { white-space: nowrap; }
 .wide { overflow-x: auto; }
+.reasons details { margin: 0; border: 0; padding: 0 0 .3rem; }
+.reasons summary { font-size: .88rem; font-weight: 400; color: var(--soft); }
+.reasons details > ul { margin-top: .2rem; font-size: .88rem; }
 .number { text-align: right; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 code, pre { font: .92em/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 pre { padding: 1rem; background: #f6f6f6; overflow-x: auto; font-size: .85rem; }
@@ -580,5 +596,14 @@ pre { padding: 1rem; background: #f6f6f6; overflow-x: auto; font-size: .85rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.5rem; font-size: .88rem; }
 dt { color: var(--soft); }
 dd { margin: 0; font-variant-numeric: tabular-nums; }
+@media (max-width: 860px) {
+  body { padding: 1.5rem 1rem 3rem; }
+  thead { display: none; }
+  table, tbody, tr, td { display: block; }
+  tr { padding: .6rem 0; border-bottom: 1px solid var(--line); }
+  td { padding: .1rem 0; border: 0; overflow-wrap: anywhere; }
+  td[data-label] { position: relative; padding-left: 9.75rem; text-align: left; }
+  td[data-label]::before { content: attr(data-label); position: absolute; left: 0; width: 9rem; color: var(--soft); }
+}
 @media print { section { break-inside: auto; } figure { break-inside: avoid; } }
 """

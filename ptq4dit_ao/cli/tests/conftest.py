@@ -5,25 +5,26 @@ from __future__ import annotations
 import logging
 
 import pytest
+from diffusers.utils.logging import enable_progress_bar
 
 from ptq4dit_ao.cli.main import main
+from ptq4dit_ao.cli.noise import ENVIRONMENT, LOGGED
 
 
 @pytest.fixture(autouse=True)
 def _as_it_was(monkeypatch):
     """Wide lines, and logging afterwards as it was before."""
     monkeypatch.setenv("COLUMNS", "300")
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
     root = logging.getLogger()
-    handlers, levels = root.handlers[:], {name: log.level for name, log in _loggers().items()}
+    handlers, level = root.handlers[:], logging.getLogger("ptq4dit_ao").level
     yield
     root.handlers[:] = handlers
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
-
-
-def _loggers() -> dict[str, logging.Logger]:
-    names = ["ptq4dit_ao", "torch", "torchao", "torch.utils._pytree", "diffusers"]
-    return {name: logging.getLogger(name) for name in names}
+    logging.getLogger("ptq4dit_ao").setLevel(level)
+    for line in LOGGED:
+        logging.getLogger(line.logger).removeFilter(line)
+    enable_progress_bar()
 
 
 @pytest.fixture

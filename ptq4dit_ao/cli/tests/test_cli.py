@@ -271,6 +271,19 @@ def test_inspect_shows_layers_sites_and_the_proof(run, quantized):
     assert "fbgemm: 7/7 quantized linears on integer GEMMs" in out and "ready in" in out
 
 
+def test_inspect_fits_a_console_of_80_columns(run, quantized, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    report = json.loads((quantized / "report.json").read_text())
+    names = [entry["name"] for entry in (*report["sites"], *report["layers"]) if entry["status"] != "refused"]
+    code, out, _ = run("inspect", quantized, "--backend", "none")
+    assert code == 0 and max(map(len, out.splitlines())) <= 80
+    assert all(name in out for name in names) and "W8A8" in out
+    assert "not shown: folded into (--wide shows it)" in out
+    code, out, _ = run("inspect", quantized, "--backend", "none", "--wide")
+    assert code == 0 and all(name in out for name in names) and "not shown" not in out
+    assert all(path.rpartition(".")[0] in out for site in report["sites"] for path in site["folded_into"])
+
+
 def test_inspect_without_a_proof(run, quantized):
     code, out, _ = run("inspect", quantized, "--backend", "none")
     assert code == 0 and "quantized linears on" not in out and "linears: 7 integer" in out
@@ -336,7 +349,7 @@ def test_sample_draws_latents_with_the_vae_of_their_pipeline(run, latent, tmp_pa
             "sample", latent / "model", "--backend", "reference", "--steps", 2, "--per-class", 1, "--output", path,
             *options, *model,
         )  # fmt: skip
-        assert code == 0 and f"{count} images in" in out, err
+        assert code == 0 and f"{count} images in" in out and err == "", err
         pictures.append(path.read_bytes())
     assert pictures[0].startswith(PNG) and pictures[0] == pictures[1]
     width, height = struct.unpack(">II", pictures[0][16:24])
@@ -396,6 +409,11 @@ def test_recipes_are_listed_and_printed(run):
     code, out, err = run("recipes")
     assert (code, err) == (0, "") and all(name in out for name in shipped_recipes())
     assert "The shipped digits model, 4-bit weights and 8-bit activations" in out
+    methods, families = out.split("Families of models")
+    assert methods.strip().startswith("Methods, for any model")
+    for name in shipped_recipes():
+        is_family = name[-5:] in ("_w4a8", "_w8a8") and not name.startswith("paper")
+        assert f"│ {name} " in (families if is_family else methods), name
     code, out, _ = run("recipes", "paper_w4a8")
     assert code == 0 and out == shipped_recipe_path("paper_w4a8").read_text()
     code, out, _ = run("recipes", "--schema")
@@ -419,6 +437,45 @@ def test_importing_is_quick(module):
     script = f"import sys, {module}; print(sorted({{'torch', 'diffusers', 'nncf', 'torchao'}} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_what_needs_no_torch_loads_none(tmp_path):
+    lines = [
+        *(f"{command} --help" for command in ("", *COMMANDS)), "--version", "recipes", "recipes auto",
+        "recipes --schema", "recipes digits", "quantize digits_w8a9 --output x", "quantize missing.yaml --output x",
+        "quantize dit_w8a8 --output x", "balance dit_w8a9 --model m --output x",
+        "bench --width dit-s --recipe dit_w8a9", "inspect", "sample x --sampler dpm", "export x --float-dtype int8",
+    ]  # fmt: skip
+    script = f"""
+import sys
+from ptq4dit_ao.cli.main import main
+for line in {lines!r}:
+    try:
+        main(line.split())
+    except SystemExit:
+        pass
+    assert not {{"torch", "torchao", "diffusers", "numpy"}} & sys.modules.keys(), line
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("error: ") == 9 and "loading" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_commands_say_at_once_what_they_load(tmp_path):
+    script = """
+import builtins, sys
+from ptq4dit_ao.cli.main import main
+find = builtins.__import__
+def stop(name, *rest):
+    if name.partition(".")[0] == "torch":
+        sys.exit(7)
+    return find(name, *rest)
+builtins.__import__ = stop
+main(["inspect", "missing"])
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 7 and done.stderr == "loading torch and torchao, which takes some seconds\n"
 
 
 def test_python_dash_m():

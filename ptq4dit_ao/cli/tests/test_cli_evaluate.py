@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 
 import pytest
 from diffusers import DiTTransformer2DModel
+from rich.console import Console
 
 from ptq4dit_ao.cli import evaluate as cli_evaluate
 from ptq4dit_ao.cli.main import build_parser
+from ptq4dit_ao.cli.tables import print_table
 from ptq4dit_ao.errors import PTQ4DiTError
 from ptq4dit_ao.evaluation.bench.random_dit import randomize_
 from ptq4dit_ao.evaluation.result import EvaluationResult, EvaluationRow, SqnrEstimates
@@ -85,6 +88,16 @@ def test_only_inception_gives_a_distance_the_name_fid():
         "Inception score (inception-2015)",
     )
     assert plain.lines == (("W8A8 simulated, a|b", "9.500", "8.000", "7.000", "0.5000", "0.2500"),)
+
+
+def test_sheets_fit_a_console_of_80_columns():
+    console = Console(file=io.StringIO(), width=80)
+    for sheet in cli_evaluate.sheets(result("toy", False)):
+        print_table(console, sheet.title, sheet.columns, sheet.lines)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80 and sum("W8A8 simulated, a|b" in line for line in lines) == 2
+    figures = ("1.00", "1.00 at 7", "1.00e+00", "1.0000"), ("9.500", "8.000", "7.000", "0.5000", "0.2500")
+    assert all(any(all(cell in line for cell in row) for line in lines) for row in figures)
 
 
 def test_the_page_says_what_it_must_be_read_with():

@@ -12,7 +12,15 @@ import pytest
 
 import ptq4dit_ao
 from ptq4dit_ao.errors import RecipeError
-from ptq4dit_ao.recipe import NormalDraw, Recipe, load_recipe, recipe_json_schema, shipped_recipe_path, shipped_recipes
+from ptq4dit_ao.recipe import (
+    NormalDraw,
+    Recipe,
+    load_recipe,
+    recipe_json_schema,
+    shipped_descriptions,
+    shipped_recipe_path,
+    shipped_recipes,
+)
 from ptq4dit_ao.recipe.yaml_text import read_yaml
 
 REGENERATE = (
@@ -46,6 +54,10 @@ def test_names() -> None:
     assert {"digits_w4a8", "digits_w8a8", "dit_w4a8", "dit_w8a8", "paper_w4a8", "paper_w8a8"} <= set(names)
     assert set(names) >= METHODS
     assert {name.replace("w4a8", "w8a8") for name in names} <= set(names), "4 bits without 8"
+
+
+def test_every_file_describes_itself() -> None:
+    assert shipped_descriptions() == {name: load_recipe(name).description for name in shipped_recipes()}
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))

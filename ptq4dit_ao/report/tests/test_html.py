@@ -17,7 +17,7 @@ from ptq4dit_ao.errors import ArgumentError, MissingDependencyError
 from ptq4dit_ao.report import plots
 from ptq4dit_ao.report.html import write_html
 
-VOID = {"br", "img", "meta"}
+VOID = {"br", "img", "meta", "wbr"}
 REASON = "to_v also feeds a norm, which <cannot> be divided"
 HOSTILE = '<script>alert("1")</script>'
 
@@ -225,7 +225,8 @@ def test_difference_grid_is_white_at_half_a_unit(page):
 
 
 def test_refused_sites_and_float_layers_come_first_in_their_tables(markup):
-    tables = [re.findall(r"<tr><td><code>(.*?)</code>", table) for table in markup.split("<tbody>")[1:]]
+    rows = markup.replace("<wbr>", "")
+    tables = [re.findall(r"<tr><td><code>(.*?)</code>", table) for table in rows.split("<tbody>")[1:]]
     assert [table[0] for table in tables] == [
         "blocks.0.attn.to_out",
         "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt;",
@@ -297,9 +298,22 @@ def test_layers_without_several_timesteps_have_no_heat_map(tmp_path, charts):
     assert "heat_map" not in charts
 
 
-def test_reasons_are_counted(tmp_path, charts):
-    report = full_report() | {"sites": [refused(f"blocks.{i}", "shared <input>") for i in range(40)]}
-    assert "shared <input> (40 sites)" in Page(write(report, tmp_path / "report.html")).text
+def test_refusals_stand_under_their_reason_with_the_sites_they_hold_for(tmp_path, charts):
+    sites = [refused(f"blocks.{i}.ff", f"gelu_{i}: <gelu> does not commute") for i in range(40)]
+    sites += [refused("blocks.0.out", "its input: no channel is free"), refused("x", "left as it is: it is best")]
+    page = Page(write(full_report() | {"sites": sites}, tmp_path / "report.html"))
+    reasons = page.text[page.text.index("Not balanced, and why") : page.text.index("All 42 sites")]
+    assert reasons.count("<gelu> does not commute 40 sites") == 1 and "gelu_" not in reasons
+    assert "no channel is free 1 site" in reasons and "left as it is: it is best 1 site" in reasons
+    assert all(site["name"] in reasons for site in sites)
+
+
+def test_every_cell_but_the_name_tells_its_heading_to_a_narrow_page(tmp_path, charts):
+    page = Page(write(full_report(), tmp_path / "report.html"))
+    cells = [attributes for tag, attributes in page.tags if tag == "td"]
+    assert len(cells) == 3 * 8 + 3 * 8 + 2 * 4
+    assert [cell.get("data-label") for cell in cells[:3]] == [None, "Channels", "b"]
+    assert sum("data-label" not in cell for cell in cells) == 8
 
 
 def test_other_aggregations_do_not_claim_the_ssc_weights(tmp_path, charts):

@@ -1,0 +1,55 @@
+"""``ptq4dit-ao recipes``, and what else can be said of a recipe before torch is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+
+from rich.console import Console
+
+from ptq4dit_ao.cli.tables import Column, print_table
+from ptq4dit_ao.errors import ArgumentError
+from ptq4dit_ao.recipe import Recipe, load_recipe, recipe_json_schema, shipped_descriptions, shipped_recipe_path
+
+_FAMILY = re.compile(r"(?!paper_).+_w\d+a\d+")
+"""A family's recipes end in their bits; so do the paper's, which are a method."""
+_COLUMNS = ("recipe", Column("what it is", is_text=True))
+_METHODS = "Methods, for any model: extend one, or compare them with 'table'"
+_FAMILIES = "Families of models: a method and what else their models want"
+
+
+def recipes(args: argparse.Namespace, console: Console) -> None:
+    """``ptq4dit-ao recipes``."""
+    if args.schema:
+        print(json.dumps(recipe_json_schema(), indent=2))
+    elif args.name:
+        print(shipped_recipe_path(args.name).read_text(), end="")
+    else:
+        lines = shipped_descriptions().items()
+        families = [line for line in lines if _FAMILY.fullmatch(line[0])]
+        methods = [line for line in lines if line not in families]
+        print_table(console, _METHODS, _COLUMNS, methods, wide=args.wide)
+        print_table(console, _FAMILIES, _COLUMNS, families, wide=args.wide)
+
+
+def check_recipe(args: argparse.Namespace) -> None:
+    """Raises RecipeError or ArgumentError for the recipe that a command names, if there is something wrong with it."""
+    if args.command == "quantize":
+        chosen_recipe(args)
+    elif getattr(args, "recipe", None) is not None:
+        load_recipe(args.recipe)
+
+
+def chosen_recipe(args: argparse.Namespace) -> tuple[Recipe, str]:
+    """The recipe of ``quantize``, and the model to quantize.
+
+    Raises:
+        RecipeError: the recipe is not there, or has faults.
+        ArgumentError: neither the recipe nor the command line names a model.
+    """
+    recipe = load_recipe(args.recipe)
+    model = args.model or recipe.model
+    if model is None:
+        raise ArgumentError(f"recipe {args.recipe!r} names no model; say which with --model")
+    return recipe, model
