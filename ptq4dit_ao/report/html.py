@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from string import Template
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -19,6 +19,19 @@ from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.report import plots
 from ptq4dit_ao.report.plots import Entry
 from ptq4dit_ao.report.reasons import by_reason
+from ptq4dit_ao.report.types import (
+    AttentionEntry,
+    EvaluationEntry,
+    LayerEntry,
+    LeaveOneOutEntry,
+    Report,
+    SettingsEntry,
+    SiteEntry,
+    SizeEntry,
+    WeightBitsEntry,
+)
+
+E = TypeVar("E", SiteEntry, LayerEntry)
 
 _OPEN_ROWS = 30
 """Tables up to this length are shown unfolded."""
@@ -29,7 +42,7 @@ _WHITE_AT = 0.5
 
 
 def write_html(
-    report: Mapping[str, Any],
+    report: Report,
     path: str | os.PathLike[str],
     *,
     float_images: Tensor | None = None,
@@ -52,11 +65,11 @@ def write_html(
         _headline(report),
         _notes(report["notes"]),
         _samples(float_images, quantized_images),
-        _evaluation(report.get("evaluation")),
+        _evaluation(report["evaluation"]),
         _balancing(report),
         _layers(report["layers"]),
-        _weight_bits(report.get("weight_bits")),
-        _costs(report.get("leave_one_out")),
+        _weight_bits(report["weight_bits"]),
+        _costs(report["leave_one_out"]),
         _provenance(report),
     )
     page = _PAGE.substitute(
@@ -68,7 +81,7 @@ def write_html(
 # Sections, top to bottom
 
 
-def _header(report: Mapping[str, Any]) -> str:
+def _header(report: Report) -> str:
     model = report["model"]
     return (
         f'<p class="kicker">Quantization report</p>\n<h1>{escape(report["title"])}</h1>\n'
@@ -76,42 +89,42 @@ def _header(report: Mapping[str, Any]) -> str:
     )
 
 
-def _headline(report: Mapping[str, Any]) -> str:
+def _headline(report: Report) -> str:
     layers, sites = report["layers"], report["sites"]
     kept = _count(layers, "float")
     refused = _count(sites, "refused")
     cards = (
-        _sqnr_card(report.get("evaluation")),
-        _size_card(report.get("size")),
+        _sqnr_card(report["evaluation"]),
+        _size_card(report["size"]),
         _card(
             "Balanced sites",
             f"{_count(sites, 'folded')} <small>of {len(sites)}</small>",
-            "balancing was off" if report.get("settings") is None else f"{refused} refused" if sites else "none found",
+            "balancing was off" if report["settings"] is None else f"{refused} refused" if sites else "none found",
         ),
         _card(
             "Integer layers",
             f"{_count(layers, 'integer')} <small>of {len(layers)}</small>",
-            (f"{kept} kept in float" if kept else "none kept in float") + _attention(report.get("attention")),
+            (f"{kept} kept in float" if kept else "none kept in float") + _attention(report["attention"]),
         ),
     )
     return f'<section class="cards">{"".join(cards)}</section>'
 
 
-def _attention(attention: Mapping[str, Any] | None) -> str:
+def _attention(attention: AttentionEntry | None) -> str:
     """What is known of attention, after what is known of the layers."""
     if attention is None:
         return "; attention in float"
     return f"; {attention['matmuls']} matmuls of attention in {' and '.join(map(str, attention['bits']))} bits"
 
 
-def _sqnr_card(evaluation: Mapping[str, Any] | None) -> str:
+def _sqnr_card(evaluation: EvaluationEntry | None) -> str:
     if evaluation is None:
         return _card("eps SQNR", "–", "not evaluated")
     value = _number(evaluation["sqnr_db"], ".1f")
     return _card("eps SQNR", f"{value} <small>dB</small>", _draws(evaluation))
 
 
-def _size_card(size: Mapping[str, Any] | None) -> str:
+def _size_card(size: SizeEntry | None) -> str:
     if size is None:
         return _card("Size", "–", "nothing was saved")
     before, after = size["float32_bytes"], size["artifact_bytes"]
@@ -154,7 +167,7 @@ def _samples(float_images: Tensor | None, quantized_images: Tensor | None) -> st
     return _section("Samples", "", f'<div class="grids">{"".join(grids)}</div><p class="caption">{caption}</p>')
 
 
-def _evaluation(evaluation: Mapping[str, Any] | None) -> str:
+def _evaluation(evaluation: EvaluationEntry | None) -> str:
     if evaluation is None or not evaluation["per_timestep"]:
         return ""
     per_timestep = evaluation["per_timestep"]
@@ -172,8 +185,8 @@ def _evaluation(evaluation: Mapping[str, Any] | None) -> str:
     return _section("Predicted noise per timestep", intro, _figure(chart, alt))
 
 
-def _balancing(report: Mapping[str, Any]) -> str:
-    sites, settings = report["sites"], report.get("settings")
+def _balancing(report: Report) -> str:
+    sites, settings = report["sites"], report["settings"]
     if settings is None and not sites:
         return _section("Balancing", "Balancing was off: the model was quantized as it is.", "")
     intro = "Balancing was off." if settings is None else _settings(settings)
@@ -181,7 +194,7 @@ def _balancing(report: Mapping[str, Any]) -> str:
     return _section("Balancing", intro, "\n".join(filter(None, parts)))
 
 
-def _settings(settings: Mapping[str, Any]) -> str:
+def _settings(settings: SettingsEntry) -> str:
     bound = settings["max_scale"]
     return (
         "Each balanced channel of an activation is divided by its b and the weights that read it are multiplied by "
@@ -192,7 +205,7 @@ def _settings(settings: Mapping[str, Any]) -> str:
     )
 
 
-def _salience(sites: Sequence[Entry]) -> str:
+def _salience(sites: Sequence[SiteEntry]) -> str:
     folded = plots.folded_sites(sites)
     if not folded:
         return ""
@@ -210,7 +223,7 @@ def _salience(sites: Sequence[Entry]) -> str:
     return "<h3>Salience before and after</h3>" + _figure(plots.salience_chart(shown), alt, caption)
 
 
-def _activations(sites: Sequence[Entry]) -> str:
+def _activations(sites: Sequence[SiteEntry]) -> str:
     measured = [site for site in plots.folded_sites(sites) if site.get("salience_t")]
     if not measured:
         return ""
@@ -225,7 +238,7 @@ def _activations(sites: Sequence[Entry]) -> str:
     )
 
 
-def _ssc(sites: Sequence[Entry], settings: Mapping[str, Any] | None) -> str:
+def _ssc(sites: Sequence[SiteEntry], settings: SettingsEntry | None) -> str:
     measured = [site for site in plots.folded_sites(sites) if site.get("rho") or site.get("eta")]
     if not measured:
         return ""
@@ -239,7 +252,7 @@ def _ssc(sites: Sequence[Entry], settings: Mapping[str, Any] | None) -> str:
     return "<h3>Timestep weights</h3>" + _figure(plots.ssc_chart(measured), alt, f"{_named(measured)} {caption}")
 
 
-def _refusals(sites: Sequence[Entry]) -> str:
+def _refusals(sites: Sequence[SiteEntry]) -> str:
     """Each reason with the sites it holds for, so that a folded table hides none."""
     reasons = by_reason((s["name"], s["reason"]) for s in sites if s["status"] == "refused" and s["reason"])
     if not reasons:
@@ -254,13 +267,13 @@ def _folded_names(names: Sequence[str]) -> str:
     return f"<details><summary>{count}</summary><ul>{items}</ul></details>"
 
 
-def _sites_table(sites: Sequence[Entry]) -> str:
+def _sites_table(sites: Sequence[SiteEntry]) -> str:
     columns = (
         "Site",
         "#Channels",
         "#b",
         "Status",
-        "Aggregation, alpha",
+        "Method, alpha",
         "Range of b",
         "#Clipped",
         "Folded into, or why not",
@@ -281,12 +294,12 @@ def _sites_table(sites: Sequence[Entry]) -> str:
     return _table("site", columns, rows)
 
 
-def _outcome(site: Entry) -> str:
+def _outcome(site: SiteEntry) -> str:
     paths = site["folded_into"] if site["status"] == "folded" else ()
     return "<br>".join(filter(None, [_reason(site), *map(_code, paths)]))
 
 
-def _layers(layers: Sequence[Entry]) -> str:
+def _layers(layers: Sequence[LayerEntry]) -> str:
     if not layers:
         return ""
     shown = plots.worst_layers(layers)
@@ -328,7 +341,7 @@ def _layers(layers: Sequence[Entry]) -> str:
     return _section("Layers", "", "\n".join([*parts, _table("layer", columns, rows)]))
 
 
-def _heat_map(layers: Sequence[Entry]) -> str:
+def _heat_map(layers: Sequence[LayerEntry]) -> str:
     shown = plots.layers_by_timestep(layers)
     if not shown:
         return ""
@@ -348,7 +361,7 @@ def _heat_map(layers: Sequence[Entry]) -> str:
     return "<h3>Layers over the timesteps</h3>" + _figure(plots.heat_map(shown), alt, caption)
 
 
-def _weight_bits(choice: Mapping[str, Any] | None) -> str:
+def _weight_bits(choice: WeightBitsEntry | None) -> str:
     if choice is None:
         return ""
     inputs, widths = choice["inputs"], choice["candidates"]
@@ -370,7 +383,7 @@ def _weight_bits(choice: Mapping[str, Any] | None) -> str:
     return _section("Bits of the weights", intro, _table("choice", columns, rows))
 
 
-def _costs(left_out: Mapping[str, Any] | None) -> str:
+def _costs(left_out: LeaveOneOutEntry | None) -> str:
     if left_out is None:
         return ""
     title = "What each layer costs"
@@ -390,7 +403,7 @@ def _costs(left_out: Mapping[str, Any] | None) -> str:
     return _section(title, intro, _figure(plots.leave_one_out_chart(shown), alt, caption))
 
 
-def _provenance(report: Mapping[str, Any]) -> str:
+def _provenance(report: Report) -> str:
     versions = "".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in report["versions"].items())
     seconds = "".join(f"<dt>{escape(k)}</dt><dd>{_number(v, '.1f')} s</dd>" for k, v in report["seconds"].items())
     recipe = escape(json.dumps(report["recipe"], indent=2, ensure_ascii=False, default=str))
@@ -481,27 +494,27 @@ def _chosen(about: Mapping[str, Any], between: str = " ") -> str:
     return escape(between.join(part for part in parts if part is not None))
 
 
-def _site_range(site: Entry) -> str:
+def _site_range(site: SiteEntry) -> str:
     if not site.get("b"):
         return "–"
     low, high = plots.b_range(site)
     return f'<span class="nowrap">{plots.short(low)} to {plots.short(high)}</span>'
 
 
-def _shown(shown: Sequence[Entry], folded: Sequence[Entry]) -> str:
+def _shown(shown: Sequence[SiteEntry], folded: Sequence[SiteEntry]) -> str:
     if len(shown) == len(folded):
         return ""
     return f"Showing the {len(shown)} sites with the widest b range of {len(folded)}."
 
 
-def _named(sites: Sequence[Entry]) -> str:
+def _named(sites: Sequence[SiteEntry]) -> str:
     shown = plots.widest_sites(sites)
     if len(shown) == len(sites):
         return ""
     return f"In colour the {len(shown)} sites with the widest b range of {len(sites)}, the others in grey."
 
 
-def _draws(evaluation: Mapping[str, Any]) -> str:
+def _draws(evaluation: EvaluationEntry) -> str:
     samples = evaluation["samples"]
     return escape(f"{samples} sample{'' if samples == 1 else 's'}, seed {evaluation['seed']}")
 
@@ -510,7 +523,7 @@ def _count(entries: Iterable[Entry], status: str) -> int:
     return sum(entry["status"] == status for entry in entries)
 
 
-def _first(entries: Iterable[Entry], status: str) -> list[Entry]:
+def _first(entries: Iterable[E], status: str) -> list[E]:
     """Those of a status before the others, each in the order of the model."""
     return sorted(entries, key=lambda entry: entry["status"] != status)
 

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from ptq4dit_ao._files import replacing_file
 from ptq4dit_ao._optional import require
 from ptq4dit_ao._paths import as_path
 from ptq4dit_ao.errors import ArgumentError
+from ptq4dit_ao.report.types import LayerEntry, LeftOutEntry, SiteEntry
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 
 Entry = Mapping[str, Any]
 """A site or a layer, as report.json holds it."""
+Curve = Literal["salience_t", "rho", "eta"]
+"""A vector of a site with an element for each timestep."""
+_CLIPPING: tuple[Literal["activation_clipping"], Literal["weight_clipping"]]
+_CLIPPING = ("activation_clipping", "weight_clipping")
 
 # Okabe and Ito's palette without yellow and black: told apart with any kind of colour vision, and on white.
 BLUE, VERMILLION, GREEN, PURPLE, SKY, ORANGE = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"
@@ -132,37 +137,37 @@ def short(value: float) -> str:
     return f"{value:,.0f}" if 1e3 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
-def b_range(site: Entry) -> tuple[float, float]:
+def b_range(site: SiteEntry) -> tuple[float, float]:
     """Smallest and largest b of a site; (1, 1) where it has none."""
     b = [value for value in numbers(site.get("b")) if value > 0]
     return (min(b), max(b)) if b else (1.0, 1.0)
 
 
-def folded_sites(sites: Iterable[Entry]) -> list[Entry]:
+def folded_sites(sites: Iterable[SiteEntry]) -> list[SiteEntry]:
     """The sites that were balanced, in the order of the model."""
     return [site for site in sites if site["status"] == "folded"]
 
 
-def widest_sites(sites: Iterable[Entry], limit: int = MAX_SITES) -> list[Entry]:
+def widest_sites(sites: Iterable[SiteEntry], limit: int = MAX_SITES) -> list[SiteEntry]:
     """The ``limit`` folded sites whose b spans the most, widest first; all in the model's order if they fit."""
     folded = folded_sites(sites)
     if len(folded) <= limit:
         return folded
 
-    def span(site: Entry) -> float:
+    def span(site: SiteEntry) -> float:
         low, high = b_range(site)
         return high / low
 
     return sorted(folded, key=span, reverse=True)[:limit]
 
 
-def worst_layers(layers: Iterable[Entry], limit: int = MAX_LAYERS) -> list[Entry]:
+def worst_layers(layers: Iterable[LayerEntry], limit: int = MAX_LAYERS) -> list[LayerEntry]:
     """The ``limit`` layers of the lowest measured SQNR, lowest first."""
     measured = [layer for layer in layers if layer.get("sqnr_db") is not None]
-    return sorted(measured, key=lambda layer: float(layer["sqnr_db"]))[:limit]
+    return sorted(measured, key=lambda layer: layer["sqnr_db"] or 0.0)[:limit]
 
 
-def layers_by_timestep(layers: Iterable[Entry]) -> list[Entry]:
+def layers_by_timestep(layers: Iterable[LayerEntry]) -> list[LayerEntry]:
     """The layers that have an error at some of several timesteps."""
     measured = [layer for layer in layers if any(db is not None for _, db in layer.get("sqnr_db_t") or ())]
     return measured if len({t for layer in measured for t, _ in layer["sqnr_db_t"]}) > 1 else []
@@ -184,7 +189,7 @@ def timestep_sqnr_chart(per_timestep: Sequence[Sequence[float | None]], pooled_d
     return _png(figure)
 
 
-def salience_chart(sites: Sequence[Entry]) -> bytes:
+def salience_chart(sites: Sequence[SiteEntry]) -> bytes:
     """For each site two panels, before and after balancing: s(X) and s(W) of every b, sorted by s(X) before."""
     columns = min(2, len(sites))
     rows = math.ceil(len(sites) / columns)
@@ -209,7 +214,7 @@ def salience_chart(sites: Sequence[Entry]) -> bytes:
     return _png(figure)
 
 
-def activation_chart(sites: Sequence[Entry]) -> bytes:
+def activation_chart(sites: Sequence[SiteEntry]) -> bytes:
     """Largest magnitude of any channel over the timesteps, a line a site; beyond MAX_SITES the rest is grey."""
     figure = _figure(3.3 + 0.16 * _legend_rows(sites))
     axes = figure.subplots()
@@ -220,7 +225,7 @@ def activation_chart(sites: Sequence[Entry]) -> bytes:
     return _png(figure)
 
 
-def ssc_chart(sites: Sequence[Entry]) -> bytes:
+def ssc_chart(sites: Sequence[SiteEntry]) -> bytes:
     """Spearman's rho and the weight that SSC gives each timestep, a line a site."""
     figure = _figure(2.9 + 0.16 * _legend_rows(sites))
     left, right = figure.subplots(1, 2)
@@ -238,12 +243,12 @@ def ssc_chart(sites: Sequence[Entry]) -> bytes:
     return _png(figure)
 
 
-def layer_chart(layers: Sequence[Entry]) -> bytes:
+def layer_chart(layers: Sequence[LayerEntry]) -> bytes:
     """SQNR of each layer as a horizontal bar, in the order given, top to bottom."""
     return _bars(layers, "sqnr_db", "SQNR (dB), higher is better", "%.1f")
 
 
-def leave_one_out_chart(inputs: Sequence[Entry]) -> bytes:
+def leave_one_out_chart(inputs: Sequence[LeftOutEntry]) -> bytes:
     """What the output gains when these layers alone are put back to float, in the order given, top to bottom."""
     return _bars(inputs, "gain_db", "gain in eps SQNR (dB) if only these layers stayed float", "%+.2f")
 
@@ -262,7 +267,7 @@ def _bars(entries: Sequence[Entry], key: str, label: str, form: str) -> bytes:
     return _png(figure)
 
 
-def heat_map(layers: Sequence[Entry]) -> bytes:
+def heat_map(layers: Sequence[LayerEntry]) -> bytes:
     """SQNR of each layer at each timestep, in execution order from the top, and beside it what its ranges cover."""
     timesteps = sorted({t for layer in layers for t, _ in layer["sqnr_db_t"]}, reverse=True)
     rows = [numbers(dict(layer["sqnr_db_t"]).get(t) for t in timesteps) for layer in layers]
@@ -283,11 +288,12 @@ def heat_map(layers: Sequence[Entry]) -> bytes:
     return _png(figure)
 
 
-def _ranges(axes: Axes, layers: Sequence[Entry]) -> None:
+def _ranges(axes: Axes, layers: Sequence[LayerEntry]) -> None:
     """How much of the largest values each layer's ranges cover."""
     _style(axes, "range, of min to max", "")
-    for key, colour, label in (("activation_clipping", BLUE, "input"), ("weight_clipping", ORANGE, "weight")):
-        values = numbers(layer.get(key) for layer in layers)
+    inputs, weights = ([layer[key] for layer in layers] for key in _CLIPPING)
+    for found, colour, label in ((inputs, BLUE, "input"), (weights, ORANGE, "weight")):
+        values = numbers(found)
         axes.plot(values, range(len(layers)), color=colour, linestyle="none", marker="o", markersize=2.5, label=label)
     axes.tick_params(axis="y", left=False, labelleft=False)
     axes.grid(visible=False, axis="y")
@@ -301,7 +307,7 @@ def _some_ticks(axis: Axis, names: Sequence[str], most: int) -> None:
     axis.set_ticks(positions, [names[i] for i in positions], fontsize=_SMALL, parse_math=False)
 
 
-def _salience_pair(before: Axes, after: Axes, site: Entry) -> list[Line2D]:
+def _salience_pair(before: Axes, after: Axes, site: SiteEntry) -> list[Line2D]:
     b, salience_x, salience_w = (numbers(site[key]) for key in ("b", "salience_x", "salience_w"))
     order = sorted(range(len(b)), key=lambda i: math.inf if math.isnan(salience_x[i]) else -salience_x[i])
     balanced_x = [x / scale for x, scale in zip(salience_x, b, strict=True)]
@@ -329,7 +335,7 @@ def _salience_panel(axes: Axes, salience_x: list[float], salience_w: list[float]
     return [activations, weights]
 
 
-def _site_lines(axes: Axes, sites: Sequence[Entry], key: str) -> tuple[list[Line2D], list[str]]:
+def _site_lines(axes: Axes, sites: Sequence[SiteEntry], key: Curve) -> tuple[list[Line2D], list[str]]:
     """One line a site; returns those to name in a legend, and the names."""
     named = widest_sites(sites)
     chosen = {id(site) for site in named}
@@ -347,7 +353,7 @@ def _site_lines(axes: Axes, sites: Sequence[Entry], key: str) -> tuple[list[Line
     return handles, names
 
 
-def _site_line(axes: Axes, site: Entry, key: str, **style: Any) -> list[Line2D]:
+def _site_line(axes: Axes, site: SiteEntry, key: Curve, **style: Any) -> list[Line2D]:
     measured = site.get(key) or ()
     timesteps, (values,) = _by_timestep(site["timesteps"] if measured else (), measured)
     return list(axes.plot(timesteps, values, **{**style, **_dots(timesteps, style["marker"])}))
@@ -426,7 +432,7 @@ def _legend(figure: Figure, handles: Sequence[Line2D], names: Sequence[str], **p
         text.set(text=name, parse_math=False, color=INK)
 
 
-def _legend_rows(sites: Sequence[Entry]) -> int:
+def _legend_rows(sites: Sequence[SiteEntry]) -> int:
     return math.ceil(min(len(sites), MAX_SITES + 1) / 2)
 
 
