@@ -8,6 +8,6 @@ Adding an op is adding a row to one of these files, with its identity as the doc
 """
 
 from ptq4dit_ao.graph.rules import arithmetic, layers, movement  # noqa: F401  (they fill the table)
-from ptq4dit_ao.graph.rules.table import IGNORED, RULES
+from ptq4dit_ao.graph.rules.table import IGNORED, RULES, rule
 
-__all__ = ["IGNORED", "RULES"]
+__all__ = ["IGNORED", "RULES", "rule"]
