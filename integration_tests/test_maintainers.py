@@ -130,6 +130,11 @@ def test_the_check_of_the_page_sees_a_wrong_rule(cases):
     run(rule.replace("p.uniform(ids, [axis])", "ids"), RULE_PAGE, {})
     with pytest.raises(AssertionError):
         check(cases)
+    body, _ = cases.CASES[aten.cumsum.default][1]
+    model = cases.exported(body)
+    with pytest.raises(AssertionError) as raised:
+        cases.assert_fold_preserves(body, find_sites(model, policy=cases.ANY), model)
+    assert "1e-12" in str(raised.traceback[-1].statement)  # the output, not only the number of scales
 
 
 def test_the_methods_of_a_rule_exist():
