@@ -210,7 +210,7 @@ def install(tmp_path, monkeypatch):
         del sys.modules[module]
 
 
-def test_a_backend_of_another_package_is_found(install, quantized):
+def test_a_backend_of_another_package_is_found(install, quantized, tmp_path):
     (name, module), *others = TOML["entry-points"][PLUGINS].items()
     assert not others
     install(TOML["name"], name, module, blocks(BACKEND_PAGE, "python")[0])
@@ -218,6 +218,10 @@ def test_a_backend_of_another_package_is_found(install, quantized):
     load_plugins()
     assert "int_mm" in available_backends()
     assert lower(quantized(), "int_mm").proof.integer_gemms == 14
+    code = "from ptq4dit_ao import available_backends; print(list(available_backends()))"  # loads it by itself
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / TOML["name"])}
+    fresh = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "'int_mm'" in fresh.stdout, fresh.stderr
 
 
 def test_a_plugin_that_fails_takes_no_other_along(install, caplog):
