@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.graph.propagation import Rule
 
 aten = torch.ops.aten
@@ -23,12 +24,16 @@ IGNORED: frozenset[object] = frozenset(
 
 
 def rule(*targets: object) -> Callable[[Rule], Rule]:
-    """Register a rule for these op overloads."""
+    """Register a rule for these op overloads, from this package or any other; see docs/maintainers/add_an_op_rule.md.
+
+    Raises:
+        ArgumentError: one of them has a rule; none is registered then.
+    """
 
     def register(function: Rule) -> Rule:
-        for target in targets:
-            assert target not in RULES, f"two rules for {target}"
-            RULES[target] = function
+        if taken := [target for target in targets if target in RULES]:
+            raise ArgumentError(f"{taken[0]} has a rule already, {RULES[taken[0]].__name__}; change that one")
+        RULES.update(dict.fromkeys(targets, function))
         return function
 
     return register

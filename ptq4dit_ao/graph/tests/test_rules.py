@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ptq4dit_ao.capture import export_transformer
+from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.graph import Site, SitePolicy, find_sites
-from ptq4dit_ao.graph.rules import IGNORED, RULES
+from ptq4dit_ao.graph.rules import IGNORED, RULES, rule
 from ptq4dit_ao.passes import fold_balance, insert_balance
 
 aten = torch.ops.aten
@@ -470,6 +471,13 @@ def test_every_rule_has_a_case():
     missing = sorted(str(op) for op in set(RULES) - set(CASES))
     assert not missing, f"add a body to CASES for {', '.join(missing)}"
     assert not set(CASES) - set(RULES)
+
+
+def test_an_op_has_one_rule():
+    before = dict(RULES)
+    with pytest.raises(ArgumentError, match=r"aten\.neg\.default has a rule already, homogeneous; change that one"):
+        rule(aten.cumsum.default, aten.neg.default)(lambda p, node: None)
+    assert before == RULES
 
 
 @pytest.mark.parametrize(("op", "body", "free"), PARAMETERS)

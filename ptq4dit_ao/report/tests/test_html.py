@@ -60,7 +60,7 @@ def folded(name: str, b: list[float], **changes: object) -> dict:
         "status": "folded",
         "reason": None,
         "folded_into": [f"{name}.norm.weight", f"{name}.norm.bias"],
-        "clipped": 1,
+        "num_clipped": 1,
         "method": "ssc",
         "alpha": 0.7,
         "b": b,
@@ -75,7 +75,7 @@ def folded(name: str, b: list[float], **changes: object) -> dict:
 
 def refused(name: str, reason: str) -> dict:
     about = {"name": name, "layers": [name], "channels": 4, "variables": 4, "status": "refused", "reason": reason}
-    return about | {"folded_into": [], "clipped": 0}
+    return about | {"folded_into": [], "num_clipped": 0}
 
 
 def layer(name: str, sqnr_db: float | None, **changes: object) -> dict:
@@ -108,6 +108,7 @@ def full_report() -> dict:
                 HOSTILE, None, status="float", reason="kept in float: <safe>", weight_bits=None, activation_bits=None
             ),
         ],
+        "attention": None,
         "leave_one_out": left_out(2),
         "weight_bits": {
             "candidates": [4, 8],
