@@ -73,7 +73,7 @@ def _refuse(args: argparse.Namespace, names: tuple[str, ...], why: str) -> None:
 
 
 def title(result: BenchResult) -> str:
-    """What was measured, and how."""
+    """Headline of a bench: the model, the batch and the number of rounds."""
     return f"{result.model}, batch {result.batch}, {result.rounds} interleaved rounds"
 
 
@@ -100,7 +100,7 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
 
 
 def remarks(result: BenchResult) -> Iterator[str]:
-    """What the table must be read with."""
+    """Remarks below the table: what was measured where, and what did not run."""
     if result.note:
         yield result.note
     yield from (f"{row.name} failed: {row.problem}" for row in result.rows if row.latency is None)

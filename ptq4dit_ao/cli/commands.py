@@ -1,4 +1,4 @@
-"""What the commands do; everything that prints is here."""
+"""Commands that need torch; everything that prints is here."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ from ptq4dit_ao.workflow.image_sampling import draw_images as draw
 from ptq4dit_ao.workflow.models import LoadedModel
 
 SHOWN_PIXELS = 64
-"""How wide small images are shown, at least."""
+"""Smallest width of a shown image, in pixels."""
 DRAWN_CLASSES = 10
-"""Of models with more, if none are named."""
+"""Number of classes that are sampled of a model with more, if none are named."""
 
 _BACKEND_COLUMNS = tuple(Column(name, is_text=True) for name in ("backend", "here", "what it is", "carries", "writes"))
 _SITE_COLUMNS = (

@@ -52,7 +52,7 @@ def evaluate(args: argparse.Namespace, console: Console) -> None:
 
 
 def sheets(result: EvaluationResult) -> Iterator[Sheet]:
-    """What is shown: paired figures, and distances where there are some."""
+    """Tables of an evaluation: paired figures, and distances where there are some."""
     yield Sheet(
         f"Model {result.model!r} against its float32 form: equal inputs, equal noise",
         ("model", "eps SQNR dB", "median over t", "worst t", "image MSE", "PSNR dB", "SSIM"),
@@ -99,7 +99,7 @@ def _interval(estimate: Estimate, form: str) -> str:
 
 
 def remarks(result: EvaluationResult) -> Iterator[str]:
-    """What the tables must be read with."""
+    """Remarks below the tables: notes, seeds and environment."""
     yield from result.notes
     yield from (row.proof for row in result.rows if row.proof is not None)
     rows, width = next((row.eps.rows, row.images.data_range) for row in result.rows if row.eps and row.images)

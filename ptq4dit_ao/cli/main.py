@@ -253,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _set_up_logging(verbose: int, errors: Console) -> None:
-    """What is shown of what this library and others log and warn of."""
+    """Set up which log lines and warnings of this library and of others are shown."""
     # Time and place would take half of a console of 80 columns.
     handler = RichHandler(console=errors, show_time=verbose > 0, show_path=verbose > 0)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
@@ -263,7 +263,7 @@ def _set_up_logging(verbose: int, errors: Console) -> None:
 
 
 def _command(args: argparse.Namespace, errors: Console) -> Callable[[argparse.Namespace, Console], None]:
-    """What carries out a command. What can be said without torch is said before torch is loaded, which takes seconds.
+    """The function that carries out a command; errors that need no torch are raised before torch is loaded.
 
     Raises:
         PTQ4DiTError: the recipe that is asked for is not there, or has faults.

@@ -67,7 +67,7 @@ ENVIRONMENT = {
     # no other is shown by default.
     "KINETO_LOG_LEVEL": "6",
 }
-"""For what is printed by C++, which reads it when torch is loaded; what the user has set stays."""
+"""Environment variables that C++ reads when torch is loaded; a value that the user has set stays."""
 
 
 def silence() -> None:

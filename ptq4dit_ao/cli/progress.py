@@ -1,4 +1,4 @@
-"""How the commands show that they advance."""
+"""Progress bars of the commands."""
 
 from __future__ import annotations
 

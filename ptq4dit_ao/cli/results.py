@@ -20,7 +20,7 @@ def check_results(args: argparse.Namespace) -> None:
 
 
 def write_results(args: argparse.Namespace, data: Mapping[str, object], markdown: str) -> None:
-    """Where ``--json`` and ``--markdown`` say."""
+    """Write results to the files that ``--json`` and ``--markdown`` name."""
     if args.json:
         replace_text(args.json, json.dumps(data, indent=1, allow_nan=False) + "\n")
     if args.markdown:

@@ -34,7 +34,7 @@ _NAME = "bold cyan"
 
 @dataclass(frozen=True)
 class Column:
-    """What a table says of each thing it names."""
+    """One column of a table."""
 
     heading: str
     is_text: bool = False
@@ -51,7 +51,7 @@ class Grid:
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
     names: int
-    """How many of the first columns say what a row is about."""
+    """Number of leading columns that name a row."""
 
 
 def print_table(
@@ -178,7 +178,7 @@ def _placed(column: Column, cell: str, width: int) -> str:
 
 
 def _parted(console: Console, grid: Grid) -> list[Table]:
-    """As many tables as it takes, each with the names; none if a name leaves no room for a column."""
+    """The columns spread over several tables, each with the names; none if a name leaves no room for a column."""
     names = list(range(grid.names))
     parts: list[list[int]] = []
     for i in range(grid.names, len(grid.columns)):

@@ -18,7 +18,7 @@ def shipped_recipes() -> list[str]:
 
 
 def shipped_descriptions() -> dict[str, str]:
-    """What each shipped recipe is, by name. Each file describes itself: none of those it extends is read."""
+    """Name -> description of every shipped recipe. Only its own file is read, none that it extends."""
     paths = {name: _folder() / f"{name}{_SUFFIX}" for name in shipped_recipes()}
     texts = {name: read_yaml(path.read_text(encoding="utf-8"), str(path)) for name, path in paths.items()}
     return {name: str(text.value["description"]) for name, text in texts.items()}

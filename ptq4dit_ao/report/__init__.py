@@ -1,4 +1,4 @@
-"""What happened and why: the report as data, plots and a page."""
+"""The report of a quantized model: data, plots and a page."""
 
 from ptq4dit_ao.report.build import Diagnostics, build_report, size_entry, summary
 from ptq4dit_ao.report.html import write_html

@@ -39,14 +39,14 @@ _PACKAGES = ("ptq4dit-ao", "torch", "torchao", "diffusers")
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnostics:
-    """What was measured of a quantized graph's linears, by node name."""
+    """Measurements of a quantized graph's linears, by node name."""
 
     layer_errors: Mapping[str, PairedError]
     weight_clipping: Mapping[str, float]
     """The range of a weight, as a part of the one that holds the largest; mean over channels."""
     leave_one_out: LeaveOneOut | None = None
     leave_one_out_skipped: str | None = None
-    """Why there is none."""
+    """Reason why there is no ``leave_one_out``."""
 
 
 def build_report(
@@ -179,7 +179,7 @@ def _layer(
 
 
 def _attention(converted: GraphModule) -> AttentionEntry | None:
-    """How many matrix products of attention are quantized, and to how many bits; None if attention is float."""
+    """Number and bits of the quantized matrix products of attention; None if attention is float."""
     products = quantized_products(converted)
     bits = {_bits(q.args[3:5]) for q in quantizers_of(products)}
     return {"matmuls": len(products), "bits": sorted(bits)} if products else None

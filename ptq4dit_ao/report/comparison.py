@@ -18,7 +18,7 @@ Dot = tuple[float, float, float]
 
 _PANEL_IN = 2.6
 _SPREAD = 0.76
-"""Of the distance between two groups, how much the dots of one take."""
+"""Width of a group of dots, as a part of the distance between two groups."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Panel:
     series: Mapping[str, Sequence[Dot | None]]
     """Method -> what is known of it in each group."""
     baseline: float | None = None
-    """Of the float model."""
+    """Figure of the float model."""
 
 
 def comparison_chart(panels: Sequence[Sequence[Panel]]) -> bytes:

@@ -111,7 +111,7 @@ def _headline(report: Report) -> str:
 
 
 def _attention(attention: AttentionEntry | None) -> str:
-    """What is known of attention, after what is known of the layers."""
+    """The part of a sentence that follows the layers and says what attention computes in."""
     if attention is None:
         return "; attention in float"
     return f"; {attention['matmuls']} matmuls of attention in {' and '.join(map(str, attention['bits']))} bits"

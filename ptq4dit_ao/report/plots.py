@@ -190,7 +190,7 @@ def timestep_sqnr_chart(per_timestep: Sequence[Sequence[float | None]], pooled_d
 
 
 def salience_chart(sites: Sequence[SiteEntry]) -> bytes:
-    """For each site two panels, before and after balancing: s(X) and s(W) of every b, sorted by s(X) before."""
+    """Two panels for each site, before and after balancing: s(X) and s(W) of every b, sorted by s(X) before."""
     columns = min(2, len(sites))
     rows = math.ceil(len(sites) / columns)
     height_in = _TOP_IN + rows * _ROW_IN + _BOTTOM_IN
@@ -249,7 +249,7 @@ def layer_chart(layers: Sequence[LayerEntry]) -> bytes:
 
 
 def leave_one_out_chart(inputs: Sequence[LeftOutEntry]) -> bytes:
-    """What the output gains when these layers alone are put back to float, in the order given, top to bottom."""
+    """Bars of what the output gains when these layers alone are put back to float, top to bottom."""
     return _bars(inputs, "gain_db", "gain in eps SQNR (dB) if only these layers stayed float", "%+.2f")
 
 
@@ -289,7 +289,7 @@ def heat_map(layers: Sequence[LayerEntry]) -> bytes:
 
 
 def _ranges(axes: Axes, layers: Sequence[LayerEntry]) -> None:
-    """How much of the largest values each layer's ranges cover."""
+    """Dots of how much of the largest values each layer's ranges cover."""
     _style(axes, "range, of min to max", "")
     inputs, weights = ([layer[key] for layer in layers] for key in _CLIPPING)
     for found, colour, label in ((inputs, BLUE, "input"), (weights, ORANGE, "weight")):

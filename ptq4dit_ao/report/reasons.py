@@ -1,4 +1,4 @@
-"""Why sites were not balanced, each reason once."""
+"""Refusals of sites, grouped by their reason."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 
 _PLACE = re.compile(r"(\S+|its input): ")
-"""Where a reason was met: a node such as ``gelu_3``, or a site. It stands before the reason and is no part of it."""
+"""The place that a refusal begins with: a node such as ``gelu_3``, or a site."""
 
 
 def by_reason(refusals: Iterable[tuple[str, str]]) -> dict[str, list[str]]:

@@ -18,7 +18,7 @@ class ModelEntry(TypedDict):
 
 
 class SettingsEntry(TypedDict):
-    """How balancing was done."""
+    """Settings of the balancing."""
 
     method: BalanceMethod
     alpha: float | str | None
@@ -77,7 +77,7 @@ class AttentionEntry(TypedDict):
 
 
 class LeftOutEntry(TypedDict):
-    """What the model gains if one quantized input is put back to float."""
+    """Gain of the model if one quantized input is put back to float."""
 
     name: str
     nodes: list[str]
@@ -86,7 +86,7 @@ class LeftOutEntry(TypedDict):
 
 
 class LeaveOneOutEntry(TypedDict, total=False):
-    """What each quantized input costs; or why that was not measured (``skipped``)."""
+    """Cost of each quantized input; or the reason why it was not measured (``skipped``)."""
 
     skipped: str | None
     sqnr_db: float | None
@@ -127,7 +127,7 @@ class ChosenBitsEntry(TypedDict):
 
 
 class WeightBitsEntry(TypedDict):
-    """How ``bits: auto`` was decided."""
+    """Decision of ``bits: auto``."""
 
     candidates: list[int]
     average_bits: float

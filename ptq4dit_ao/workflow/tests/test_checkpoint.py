@@ -101,7 +101,7 @@ def test_the_report_says_what_was_done(balanced):
     assert sites.keys() == result.outcomes.keys() and report["left"] == result.left
     site, outcome = sites[QKV], result.outcomes[QKV]
     assert site["layers"] == [f"transformer_blocks.0.attn.{name}" for name in ("to_q", "to_k", "to_v")]
-    assert (site["variables"], site["channels"], site["clipped"]) == (32, 32, 0)
+    assert (site["variables"], site["channels"], site["num_clipped"]) == (32, 32, 0)
     assert (site["b_min"], site["b_max"]) == (float(outcome.b.min()), float(outcome.b.max()))
     assert site["b_max"] > 1.2 * site["b_min"] > 0
     assert "gelu does not commute" in report["left"]["transformer_blocks.0.ff.net.2"]
@@ -216,7 +216,12 @@ def test_a_wrong_file_of_samples(kind, error, message, model, tmp_path):
 def drawn(monkeypatch) -> list[tuple[tuple, dict]]:
     """What the pipeline would be asked for."""
     calls: list[tuple[tuple, dict]] = []
-    monkeypatch.setattr(samples, "collect_from_pipeline", lambda *args, **kwargs: calls.append((args, kwargs)))
+
+    def collect(*args: object, **kwargs: object) -> CalibrationSamples:
+        calls.append((args, kwargs))
+        return CalibrationSamples({"x": torch.zeros(1)})
+
+    monkeypatch.setattr(samples, "collect_from_pipeline", collect)
     return calls
 
 

@@ -73,7 +73,8 @@ def test_what_a_recipe_chooses_is_what_runs_and_is_saved(fragile, tiny_samples, 
             RecipeOverride(pattern="transformer_blocks.0.norm1.linear", weight_bits=8),
         ),
     )
-    model = apply_recipe(fragile, recipe, tiny_samples, on_progress=lambda *run: seen.append(run))
+    model = apply_recipe(fragile, recipe, tiny_samples, on_progress=lambda *at: seen.append(at))
+    seen = [at for at in seen if at[0] == "choose bits"]
     layers = {layer["name"]: layer["weight_bits"] for layer in model.report["layers"]}
     # Overrides win, and are paid for.
     assert (layers[FRAGILE], layers["transformer_blocks.0.norm1.linear"]) == (4, 8)
@@ -83,7 +84,7 @@ def test_what_a_recipe_chooses_is_what_runs_and_is_saved(fragile, tiny_samples, 
     assert all(layers[name] == bits for name, bits in chosen.items())
     assert mean_bits(model.report, fragile) == pytest.approx(model.report["weight_bits"]["average_bits"])
     assert 4.5 < model.report["weight_bits"]["average_bits"] <= 5
-    assert seen[-1] == (8, 8)  # without those that have their bits
+    assert seen[-1] == ("choose bits", 8, 8)  # without those that have their bits
     # The recipe that is kept says it in numbers, and gives the same model again.
     assert model.recipe.weights == Weights(bits=4) and len(model.recipe.overrides) > 3
     model.save(tmp_path / "model")
