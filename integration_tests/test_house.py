@@ -16,7 +16,9 @@ PACKAGE = ROOT / "ptq4dit_ao"
 NOT_SHIPPED = {"tests", "testing"}
 """Folders that only tests import."""
 
-NO_NOUN = tuple(f"{word} " for word in "Of What How Why Where Which As For So Is Are Does".split())
+NO_NOUN = tuple(
+    f"{word} " for word in ["Of", "What", "How", "Why", "Where", "Which", "As", "For", "So", "Is", "Are", "Does"]
+)
 """Beginnings of docstrings that need their neighbours to be understood."""
 
 modules = [path for path in sorted(PACKAGE.rglob("*.py")) if "tests" not in path.parts]
