@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
+import re
 from collections import Counter
 
 import pytest
@@ -484,3 +486,10 @@ def test_a_timestep_input_that_does_not_exist(prepare):
 def test_a_base_with_dynamic_activations(prepare):
     with pytest.raises(ArgumentError, match=r"asks for dynamic activations.*balance first \(collect_salience, balance"):
         prepare(base=x86(is_dynamic=True))
+
+
+def test_prepare_says_what_will_be_balanced(prepare, caplog):
+    with caplog.at_level(logging.INFO, logger="ptq4dit_ao.quantizer"):
+        prepare()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert re.match(r"\d+ of \d+ quantized linears in 6 of \d+ sites will be balanced; refused: \S+: ", line)
