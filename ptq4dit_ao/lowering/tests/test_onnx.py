@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -104,7 +106,8 @@ def test_fewer_than_eight_bits_of_activations_have_no_form_in_onnx(quantized):
 
 
 def test_without_its_packages_the_backend_says_what_to_install(quantized, monkeypatch):
-    monkeypatch.setattr(onnx, "PACKAGES", ("onnxruntime_of_nobody",))
+    absent = dataclasses.replace(BACKENDS["onnx"], packages=("onnxruntime_of_nobody",))
+    monkeypatch.setitem(BACKENDS, "onnx", absent)
     with pytest.raises(
         LoweringError, match=r"'onnxruntime_of_nobody' is not installed; .*pip install 'ptq4dit-ao\[onnx\]"
     ):

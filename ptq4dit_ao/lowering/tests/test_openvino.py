@@ -163,7 +163,7 @@ def test_attention_quantizes_its_own_result(quantized):
 
 
 def test_without_the_package_a_line_says_how_to_get_it(head, monkeypatch):
-    monkeypatch.setattr("ptq4dit_ao.lowering.openvino.find_spec", lambda name: None)
+    monkeypatch.setattr("ptq4dit_ao._optional.find_spec", lambda name: None)
     assert "openvino" not in available_backends()
     assert missing_backends()["openvino"].endswith("python -m pip install 'ptq4dit-ao[openvino]'")
     with pytest.raises(LoweringError, match="'openvino' cannot run here: 'openvino' is not installed"):
