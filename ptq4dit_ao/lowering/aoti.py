@@ -60,6 +60,7 @@ register(
         count=count_onednn_gemms,
         write=write,
         compiles=True,
+        prunes=True,
         suffix=SUFFIX,
     )
 )

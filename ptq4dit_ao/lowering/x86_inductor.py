@@ -69,5 +69,6 @@ register(
         lacks=lacks,
         build=build,
         compiles=True,
+        prunes=True,
     )
 )
