@@ -535,7 +535,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         r"transformer is \[\]",
     ),
     "input": (lambda f: sign(f, "manifest.json", lambda d: d.update(input_signature=[3])), "input signature 3 is not"),
-    "report": (lambda f: sign(f, "manifest.json", lambda d: d["metadata"].update(report=3)), "report of .* is 3"),
+    "report": (lambda f: sign(f, "manifest.json", lambda d: d["metadata"].update(report=3)), "report of .* holds 3"),
     "shape": (
         lambda f: sign(f, "manifest.json", lambda d: next(iter(d["tensors"].values())).update(shape=[10**12])),
         "the manifest says|which is not readable",

@@ -46,7 +46,7 @@ def test_the_report_says_what_happened(artifact):
     assert report["size"]["quantized_layers_ratio"] < (0.30 if wide else 0.18)
     page = (artifact / "report.html").read_text()
     HTMLParser().feed(page)
-    assert "transformer_blocks.5.attn1" in page
+    assert "transformer_blocks.5.attn1" in page.replace("<wbr>", "")
 
 
 def test_integer_kernels_compute_what_the_simulation_says(artifact):

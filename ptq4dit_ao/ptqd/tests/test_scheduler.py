@@ -226,7 +226,7 @@ def test_a_table_of_another_guidance_is_refused_where_the_guidance_is_known():
 
     assert run(1.5).isfinite().all()
     with pytest.raises(
-        ArgumentError, match=r"guidance is 4, and the correction of the scheduler was fitted at 1\.5; draw"
+        ArgumentError, match=r"guidance is 4, and the correction of the scheduler was fitted at 1\.5; sample"
     ):
         run(4.0)
 

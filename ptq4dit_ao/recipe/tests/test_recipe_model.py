@@ -202,6 +202,7 @@ def test_public_names() -> None:
         "Weights",
         "load_recipe",
         "recipe_json_schema",
+        "shipped_descriptions",
         "shipped_recipe_path",
         "shipped_recipes",
     ]
