@@ -56,6 +56,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(?!ptq4dit_ao\.).*"),  # names of other packages: there is no inventory offline
     ("py:mod", r"ptq4dit_ao\..*"),  # where something is explained in the source
     ("py:class", r"ptq4dit_ao\.graph\.sites\.\w+Edit"),  # what is passed on, and not for users to make or to read
+    ("py:class", r"ptq4dit_ao\.report\.types\.\w+"),  # dicts of report.json
     ("py:func", r"ptq4dit_ao\.passes\.offset\.find_shifts"),
     ("py:class", r"ptq4dit_ao\.(.*\.)?(CallSignature|CapturedModule|LayerPlan|ArtifactSize|ImageClassifier)"),
 ]
