@@ -199,7 +199,7 @@ def _settings(settings: SettingsEntry) -> str:
     return (
         "Each balanced channel of an activation is divided by its b and the weights that read it are multiplied by "
         "it, which leaves the product as it was. The division is folded into the parameters named below. "
-        f"Aggregation over timesteps {_chosen(settings, ', alpha ')}, "
+        f"Method {_chosen(settings, ', alpha ')}, "
         f"b bounded to [1/{_number(bound, 'g')}, {_number(bound, 'g')}], "
         f"fold form {escape(str(settings['fold_form']))}."
     )
