@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.markup import escape
 
+from ptq4dit_ao.cli.messages import with_flags
 from ptq4dit_ao.cli.progress import progress
 from ptq4dit_ao.cli.results import check_results, write_results
 from ptq4dit_ao.cli.tables import print_table
@@ -47,7 +48,7 @@ def evaluate(args: argparse.Namespace, console: Console) -> None:
     for sheet in sheets(result):
         print_table(console, sheet.title, sheet.columns, sheet.lines, wide=args.wide)
     for remark in remarks(result):
-        console.print(escape(remark), soft_wrap=True)
+        console.print(escape(with_flags(remark, args)), soft_wrap=True)
     write_results(args, result.to_dict(), markdown(result))
 
 

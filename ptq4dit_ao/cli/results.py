@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 
-from ptq4dit_ao._files import replace_text
+from ptq4dit_ao._files import replace_json, replace_text
 from ptq4dit_ao._paths import check_file
 from ptq4dit_ao.errors import ArgumentError
 
@@ -22,6 +21,6 @@ def check_results(args: argparse.Namespace) -> None:
 def write_results(args: argparse.Namespace, data: Mapping[str, object], markdown: str) -> None:
     """Write results to the files that ``--json`` and ``--markdown`` name."""
     if args.json:
-        replace_text(args.json, json.dumps(data, indent=1, allow_nan=False) + "\n")
+        replace_json(args.json, data)
     if args.markdown:
         replace_text(args.markdown, markdown)

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from ptq4dit_ao.cli.messages import with_flags
 from ptq4dit_ao.cli.progress import progress
 from ptq4dit_ao.cli.tables import print_table
 from ptq4dit_ao.errors import PTQ4DiTError
@@ -39,13 +40,16 @@ def table(args: argparse.Namespace, console: Console) -> None:
     )
 
     def on_cell(name: str, problem: str | None) -> None:
-        console.print(f"{name}: done" if problem is None else escape(f"{name}: failed: {problem}"), soft_wrap=True)
+        console.print(
+            f"{name}: done" if problem is None else escape(with_flags(f"{name}: failed: {problem}", args)),
+            soft_wrap=True,
+        )
 
     with progress(console) as on_progress:
         result = make_table(settings, args.output, on_progress=on_progress, on_cell=on_cell)
     print_table(console, title(result), columns(result), lines(result), names=NAMES, wide=args.wide)
     for remark in remarks(result):
-        console.print(escape(remark), soft_wrap=True)
+        console.print(escape(with_flags(remark, args)), soft_wrap=True)
     console.print(f"saved to [bold]{args.output}[/]: table.md, table.json, table.png")
     _complain(result.failed, args.output)
 

@@ -60,6 +60,11 @@ def test_evaluate_writes_what_it_prints(run, saved, tmp_path):
     assert "digits classifier" in page and "FID" not in page
 
 
+def test_a_note_names_the_option(run, saved):
+    code, out, _ = run("evaluate", saved / "model", "--model", saved / "float", "--samples", 3, "--steps", 2)
+    assert code == 0 and "there is no feature network; give one (--features)" in out
+
+
 def result(network: str, is_inception: bool) -> EvaluationResult:
     one = Estimate(value=1.0, low=0.5, high=2.0)
     eps = SqnrEstimates(pooled=one, median=one, per_timestep=((7.0, one),), rows=3)

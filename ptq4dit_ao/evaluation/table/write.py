@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ptq4dit_ao._files import replace_text, replacing_file
+from ptq4dit_ao._files import replace_json, replace_text, replacing_file
 from ptq4dit_ao.evaluation.environment import one_line
 from ptq4dit_ao.evaluation.table.paper import METRICS
 from ptq4dit_ao.evaluation.table.result import Row, TableResult
@@ -28,7 +27,7 @@ _DISTANCES = ("frechet", "spatial_frechet", "inception_score", "precision", "rec
 def write_table(result: TableResult, folder: Path) -> None:
     """Write ``table.md``, ``table.json`` and ``table.png``."""
     replace_text(folder / "table.md", markdown(result))
-    replace_text(folder / "table.json", json.dumps(result.to_dict(), indent=1, allow_nan=False) + "\n")
+    replace_json(folder / "table.json", result.to_dict())
     with replacing_file(folder / "table.png") as temporary:
         temporary.write_bytes(comparison_chart(panels(result)))
 
