@@ -47,3 +47,7 @@ FLOAT_DTYPES: tuple[FloatDtype, ...] = get_args(FloatDtype)
 SiteKind = Literal["offline", "vector multiply", "partial", "refused"]
 SITE_KINDS: tuple[SiteKind, ...] = get_args(SiteKind)
 """Kinds of balance sites, by where their balancing vectors are folded."""
+
+AxisKind = Literal["batch", "height", "width", "frames", "text", "tokens"]
+AXIS_KINDS: tuple[AxisKind, ...] = get_args(AxisKind)
+"""Meanings of an input's axis whose size may differ from call to call. ``tokens`` is every length without a name."""

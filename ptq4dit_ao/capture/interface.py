@@ -11,9 +11,18 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ptq4dit_ao.capture.signature import CallSignature
+from ptq4dit_ao.capture.sizes import Expression, FreeSize, FreeSizes, evaluate, names_in
 from ptq4dit_ao.errors import ArgumentError, ArtifactError, CalibrationError, PTQ4DiTError
 from ptq4dit_ao.graph.names import placeholders
-from ptq4dit_ao.graph.shapes import example_shape, symbolic_axes, tensor_of
+from ptq4dit_ao.graph.shapes import INPUT, example_shape, symbolic_axes, tensor_of
+
+
+_SIZES = "ptq4dit_sizes"
+"""Key in the first placeholder's meta: the graph's free sizes."""
+
+
+BATCH = "batch"
+"""Name of the free size of the batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,58 +33,136 @@ class InputSpec:
     shape: tuple[int, ...]
     """Shape of the example input."""
     dtype: torch.dtype
-    batched: bool
-    """Whether the first axis is the batch, which may differ from call to call."""
+    sizes: tuple[Expression, ...]
+    """Size of each axis: a number, the name of a free size, or an expression of such names."""
+
+    @property
+    def batched(self) -> bool:
+        """Whether the first axis is the batch, which may differ from call to call."""
+        return self.sizes[:1] == (BATCH,)
 
     @classmethod
     def of(cls, node: Node) -> InputSpec:
         """The spec of a placeholder of an exported graph."""
-        shape, dtype = example_shape(node), node.meta["val"].dtype
-        return cls(name=node.name, shape=shape, dtype=dtype, batched=0 in symbolic_axes(node))
+        if (known := node.meta.get(INPUT)) is not None:
+            return known  # type: ignore[no-any-return]
+        shape, dtype, free = example_shape(node), node.meta["val"].dtype, symbolic_axes(node)
+        names = {axis: BATCH if axis == 0 else str(node.meta["val"].shape[axis]) for axis in free}
+        sizes = tuple(names.get(axis, size) for axis, size in enumerate(shape))
+        return cls(name=node.name, shape=shape, dtype=dtype, sizes=sizes)
 
     def to_dict(self) -> dict[str, object]:
         """The spec as JSON values."""
-        return {"name": self.name, "shape": list(self.shape), "dtype": _name(self.dtype), "batched": self.batched}
+        return {
+            "name": self.name,
+            "shape": list(self.shape),
+            "dtype": _name(self.dtype),
+            "sizes": list(self.sizes),
+        }
 
     @classmethod
     def from_dict(cls, data: object) -> InputSpec:
-        """Read what :meth:`to_dict` has written.
+        """Read what :meth:`to_dict` has written, now or before sizes other than the batch could be free.
 
         Raises:
             ArtifactError: ``data`` has another form.
         """
         match data:
             case {"name": str(name), "shape": [*shape], "dtype": str(kind), "batched": bool(batched), **rest}:
-                dtype = getattr(torch, kind, None)
-                if not rest and isinstance(dtype, torch.dtype) and all(type(n) is int and n >= 0 for n in shape):
-                    return cls(name=name, shape=tuple(shape), dtype=dtype, batched=batched)
-        raise ArtifactError(f"input signature {data!r} is not one this version reads; quantize again")
+                sizes = [BATCH, *shape[1:]] if batched and shape else shape
+            case {"name": str(name), "shape": [*shape], "dtype": str(kind), "sizes": [*sizes], **rest}:
+                pass
+            case _:
+                raise _unread(data)
+        dtype = getattr(torch, kind, None)
+        if rest or not isinstance(dtype, torch.dtype) or not all(type(n) is int and n >= 0 for n in shape):
+            raise _unread(data)
+        if len(sizes) != len(shape) or not all(type(size) in (int, str) for size in sizes):
+            raise _unread(data)
+        return cls(name=name, shape=tuple(shape), dtype=dtype, sizes=tuple(sizes))
+
+
+def _unread(data: object) -> ArtifactError:
+    return ArtifactError(f"input signature {data!r} is not one this version reads; quantize again")
+
+
+def set_interface(graph_module: GraphModule, specs: Sequence[InputSpec], sizes: FreeSizes) -> None:
+    """Record the inputs of a graph, and its free sizes, at its placeholders, where copies and conversions keep them."""
+    nodes = placeholders(graph_module)
+    for node, spec in zip(nodes, specs, strict=True):
+        node.meta[INPUT] = spec
+    if nodes:
+        nodes[0].meta[_SIZES] = sizes
 
 
 def input_specs(graph_module: GraphModule) -> tuple[InputSpec, ...] | None:
-    """The inputs of an exported graph; None if it does not have their shapes, such as a graph that was loaded."""
+    """The inputs of a graph; None if it does not have their shapes."""
     nodes = placeholders(graph_module)
-    return None if any(tensor_of(node) is None for node in nodes) else tuple(map(InputSpec.of, nodes))
+    known = all(INPUT in node.meta or tensor_of(node) is not None for node in nodes)
+    return tuple(map(InputSpec.of, nodes)) if known else None
+
+
+def free_sizes(graph_module: GraphModule) -> FreeSizes:
+    """The sizes of a captured graph that may differ from call to call, and the conditions on them.
+
+    For a graph that :func:`~ptq4dit_ao.export_transformer` did not make, only their names and examples are known.
+    """
+    nodes = placeholders(graph_module)
+    known = nodes[0].meta.get(_SIZES) if nodes else None
+    if known is not None:
+        return known  # type: ignore[no-any-return]
+    found: dict[str, FreeSize] = {}
+    for spec in input_specs(graph_module) or ():
+        for size, example in zip(spec.sizes, spec.shape, strict=True):
+            if isinstance(size, str) and size.isidentifier():
+                found.setdefault(size, FreeSize(name=size, example=example))
+    return FreeSizes(sizes=tuple(found.values()))
+
+
+def bind_sizes(specs: Sequence[InputSpec], shapes: Sequence[Sequence[int]]) -> dict[str, int]:
+    """The values that the free sizes have for inputs of these shapes; the first axis that has a name counts."""
+    values: dict[str, int] = {}
+    for spec, shape in zip(specs, shapes, strict=True):
+        for expression, size in zip(spec.sizes, shape, strict=False):
+            if isinstance(expression, str) and expression.isidentifier():
+                values.setdefault(expression, int(size))
+    return values
+
+
+def shape_at(spec: InputSpec, values: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of an input at these sizes; the example's where a size has no value."""
+    return tuple(
+        example if not names_in(size) <= values.keys() else int(evaluate(size, values))
+        for size, example in zip(spec.sizes, spec.shape, strict=True)
+    )
 
 
 def random_inputs(
-    specs: Sequence[InputSpec], device: torch.device | None = None, *, rows: int | None = None
+    specs: Sequence[InputSpec], device: torch.device | None = None, *, values: Mapping[str, int] | None = None
 ) -> tuple[Tensor, ...]:
     """Random inputs of the example's shapes, equal in each call: normal floats, and ones for every other dtype.
 
     Args:
         specs: names, shapes and dtypes of the inputs.
         device: device of the inputs; the CPU by default.
-        rows: size of the batch of inputs that carry it; the example's by default.
+        values: free sizes; the example's by default.
     """
     generator = torch.Generator().manual_seed(0)
 
     def random(spec: InputSpec) -> Tensor:
-        shape = (rows, *spec.shape[1:]) if rows is not None and spec.batched else spec.shape
+        shape = spec.shape if values is None else shape_at(spec, values)
         x = torch.randn(shape, generator=generator) if spec.dtype.is_floating_point else torch.ones(shape)
         return x.to(device, spec.dtype)
 
     return tuple(map(random, specs))
+
+
+def resized(x: Tensor, spec: InputSpec, values: Mapping[str, int]) -> Tensor:
+    """An input cut to other sizes, or repeated where they are larger."""
+    for axis, size in enumerate(shape_at(spec, values)):
+        if size != x.shape[axis]:
+            x = x.index_select(axis, torch.arange(size, device=x.device) % x.shape[axis])
+    return x
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,23 +220,34 @@ def check_batch(
         raise error(f"{what} is a {type(batch).__name__}; give a tuple of tensors, one for each input ({names})")
     if len(batch) != len(nodes):
         raise error(f"{what} has {len(batch)} tensors, and the graph takes {len(nodes)} ({names}); give one for each")
-    for node, x in zip(nodes, batch, strict=True):
-        _check_shape(node, x, what, error)
+    empty = next((i for i, x in enumerate(batch) if x.numel() == 0), None)
+    if empty is not None:
+        shape = tuple(batch[empty].shape)
+        raise error(f"{nodes[empty].name} of {what} has shape {shape}, which is empty; leave that batch out")
+    specs = input_specs(graph_module)
+    if specs is not None:
+        _check_shapes(specs, free_sizes(graph_module), batch, what, error)
     return tuple(batch)
 
 
-def _check_shape(node: Node, x: Tensor, what: str, error: type[PTQ4DiTError]) -> None:
-    if x.numel() == 0:
-        raise error(f"{node.name} of {what} has shape {tuple(x.shape)}, which is empty; leave that batch out")
-    if tensor_of(node) is None:  # a graph that was saved and loaded
-        return
-    shape, free = example_shape(node), symbolic_axes(node)
-    if x.ndim != len(shape) or any(x.shape[i] != size for i, size in enumerate(shape) if i not in free):
-        wanted = tuple("N" if i in free else size for i, size in enumerate(shape))
-        raise error(
-            f"{node.name} of {what} has shape {tuple(x.shape)}, and the graph was captured for "
-            f"({', '.join(map(str, wanted))}); give batches of that shape, or export again"
-        )
+def _check_shapes(
+    specs: Sequence[InputSpec], sizes: FreeSizes, batch: Sequence[Tensor], what: str, error: type[PTQ4DiTError]
+) -> None:
+    values = bind_sizes(specs, [x.shape for x in batch])
+    for spec, x in zip(specs, batch, strict=True):
+        if x.ndim != len(spec.sizes) or tuple(x.shape) != shape_at(spec, values):
+            wanted = ", ".join("N" if size == BATCH else str(size) for size in spec.sizes)
+            where = f", with {_said(values)}" if len(values) > 1 else ""
+            raise error(
+                f"{spec.name} of {what} has shape {tuple(x.shape)}, and the graph was captured for ({wanted}){where}; "
+                "give batches of that shape, or export again"
+            )
+    if (problem := sizes.problem(values)) is not None:
+        raise error(f"the graph cannot take {what}: {problem}; give batches of other sizes, or export again")
+
+
+def _said(values: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def cannot_run(what: str, error: Exception) -> CalibrationError:
@@ -163,12 +261,15 @@ def cannot_run(what: str, error: Exception) -> CalibrationError:
     )
 
 
-def fit_inputs(specs: Sequence[InputSpec], tensors: Sequence[Tensor], *, binned: bool = False) -> list[Tensor]:
+def fit_inputs(
+    specs: Sequence[InputSpec], tensors: Sequence[Tensor], sizes: FreeSizes | None = None, *, binned: bool = False
+) -> list[Tensor]:
     """Tensors cast to the graph's dtypes, with single rows expanded to the batch.
 
     Args:
         specs: the graph's inputs.
         tensors: the tensors of a call.
+        sizes: the graph's free sizes, whose conditions the tensors are checked for.
         binned: whether the pipeline may have replaced the requested height and width (resolution binning); error
             messages mention it.
 
@@ -177,28 +278,38 @@ def fit_inputs(specs: Sequence[InputSpec], tensors: Sequence[Tensor], *, binned:
             the two dtypes is bool.
     """
     pairs = list(zip(specs, tensors, strict=True))
-    batch = next((len(x) for spec, x in pairs if spec.batched and x.ndim and len(x) != 1), 1)
-    return [_cast(spec, _fit(spec, x, batch, binned)) for spec, x in pairs]
+    values = bind_sizes(specs, [x.shape for x in tensors])
+    values[BATCH] = next((len(x) for spec, x in pairs if spec.batched and x.ndim and len(x) != 1), 1)
+    fitted = [_fit(spec, x, values, binned) for spec, x in pairs]
+    if sizes is not None and (problem := sizes.problem(values)) is not None:
+        raise ArgumentError(f"the graph cannot be called so: {problem}; {_other_sizes(binned=binned)}")
+    return [_cast(spec, x) for (spec, _), x in zip(pairs, fitted, strict=True)]
 
 
-def _fit(spec: InputSpec, x: Tensor, batch: int, binned: bool) -> Tensor:
-    wanted = (batch, *spec.shape[1:]) if spec.batched else spec.shape
+def _fit(spec: InputSpec, x: Tensor, values: Mapping[str, int], binned: bool) -> Tensor:
+    wanted = shape_at(spec, values)
     if spec.batched and (x.shape == (1, *wanted[1:]) or (x.ndim == 0 and len(wanted) == 1)):
         return x.expand(wanted)
     if x.shape != wanted:
+        shape = ", ".join(map(str, spec.sizes))
+        free = f" = ({shape})" if any(isinstance(size, str) for size in spec.sizes[1:]) else ""
         raise ArgumentError(
-            f"{spec.name} has shape {tuple(x.shape)}, the graph was captured for {wanted}; "
-            + _way_out(spec, x, binned=binned)
+            f"{spec.name} has shape {tuple(x.shape)}, the graph was captured for {wanted}{free}; "
+            + _way_out(spec, x, wanted, binned=binned)
         )
     return x
 
 
-def _way_out(spec: InputSpec, x: Tensor, *, binned: bool) -> str:
+def _way_out(spec: InputSpec, x: Tensor, wanted: tuple[int, ...], *, binned: bool) -> str:
     """The advice for a wrong shape; it cannot give sizes in pixels, because only the pipeline knows them."""
-    if x.shape[1:] == spec.shape[1:] and x.ndim == len(spec.shape):
+    if x.shape[1:] == wanted[1:] and x.ndim == len(spec.shape):
         if spec.batched:
             return "give all inputs the same number of rows"
-        return "call it with that, or, if that is the batch, export with dynamic_batch=True"
+        return "call it with that, or, if that is the batch, export with a batch of two rows or more"
+    return _other_sizes(binned=binned)
+
+
+def _other_sizes(*, binned: bool) -> str:
     sizes = "give the pipeline the height and width (in pixels), frames and text length of the samples"
     if binned:
         sizes += ", and use_resolution_binning=False, without which it takes other sizes than it is given"

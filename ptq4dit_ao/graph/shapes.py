@@ -21,8 +21,14 @@ from ptq4dit_ao.graph.variables import Ids
 
 Shape = tuple[int, ...]
 
+INPUT = "ptq4dit_input"
+"""Key in a placeholder's meta: the :class:`~ptq4dit_ao.capture.interface.InputSpec` of the input."""
+
 FIRST = 4099
 """Smallest number that replaces a symbolic size, a prime larger than any number of heads, patches or frames."""
+
+DIVISIBLE = 2**7 * 3**2 * 5 * 7
+"""Common multiple of the sizes of patches and windows, by which the numbers that replace symbolic sizes are divisible."""
 
 _primes: dict[str, int] = {}
 _turn = Lock()
@@ -45,14 +51,14 @@ def symbolic_axes(node: Node) -> list[int]:
     """Axes whose size may differ from call to call."""
     value = tensor_of(node)
     assert value is not None
-    return [axis for axis, size in enumerate(value.shape) if isinstance(size, torch.SymInt)]
+    return [axis for axis, size in enumerate(value.shape) if _symbols(size)]
 
 
 @functools.lru_cache(maxsize=4096)
 def _evaluate(expression: Any) -> int:
-    """The value of a symbolic size with a distinct prime for each symbol, so that sizes are never equal by accident."""
+    """The value of a symbolic size with a distinct prime in each symbol, so that sizes are never equal by accident."""
     symbols = sorted(expression.free_symbols, key=str)
-    return int(expression.subs({symbol: prime_of(str(symbol)) for symbol in symbols}))
+    return int(expression.subs({symbol: DIVISIBLE * prime_of(str(symbol)) for symbol in symbols}))
 
 
 def prime_of(symbol: str) -> int:
@@ -73,16 +79,23 @@ def batch_axis(node: Node) -> int | None:
 
     It is the axis whose size depends on the batch symbol, or the first axis in a graph with a fixed batch.
     """
-    batch: set[object] = set()
-    for source in node.graph.find_nodes(op="placeholder"):
-        if (value := tensor_of(source)) is not None:
-            batch |= _symbols(value.shape[0] if value.ndim else 1)
+    batch = _batch_symbols(node.graph.find_nodes(op="placeholder"))
     value = tensor_of(node)
     assert value is not None
     for axis, size in enumerate(value.shape[:-1]):
         if _symbols(size) & batch:
             return axis
     return None if batch else 0
+
+
+def _batch_symbols(inputs: Sequence[Node]) -> set[object]:
+    """Symbols of the batch: of the first axis of inputs that carry it, or of the first input that has a free one."""
+    known = [node for node in inputs if INPUT in node.meta]
+    batched = [node for node in known if node.meta[INPUT].batched] if known else inputs
+    for node in batched:
+        if (value := tensor_of(node)) is not None and value.ndim and (symbols := _symbols(value.shape[0])):
+            return symbols
+    return set()
 
 
 def _symbols(size: object) -> set[object]:

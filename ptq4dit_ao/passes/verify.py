@@ -15,13 +15,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torchao.quantization.pt2e import ObserverBase
 
 from ptq4dit_ao._modes import without_autocast
-from ptq4dit_ao.capture.interface import input_specs, random_inputs
+from ptq4dit_ao.capture.interface import BATCH, free_sizes, input_specs, random_inputs
 from ptq4dit_ao.choices import FoldForm
 from ptq4dit_ao.errors import BalanceError
 from ptq4dit_ao.graph import Site
 from ptq4dit_ao.graph.names import placeholders
 from ptq4dit_ao.graph.pending import pending, tensor_at
-from ptq4dit_ao.graph.shapes import symbolic_axes, tensor_of
+from ptq4dit_ao.graph.shapes import tensor_of
 from ptq4dit_ao.passes.edit import Snapshot
 from ptq4dit_ao.passes.vectors import SiteOutcome, apply_outcome
 
@@ -127,16 +127,17 @@ def example_inputs(model: GraphModule) -> tuple[Tensor, ...]:
     if specs is None:
         name = next(node.name for node in placeholders(model) if tensor_of(node) is None)
         raise BalanceError(f"the graph does not say what input {name!r} looks like; pass an example")
-    return random_inputs(specs, next((p.device for p in model.parameters()), None), rows=ROWS)
+    values = free_sizes(model).example
+    if BATCH in values:
+        values |= {BATCH: ROWS}
+    return random_inputs(specs, next((p.device for p in model.parameters()), None), values=values)
 
 
 def _few_rows(model: GraphModule, example: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The first :data:`ROWS` rows of the inputs that carry the batch, and the other inputs as a whole."""
-    nodes = placeholders(model)
-    return tuple(
-        x[:ROWS] if tensor_of(node) is not None and 0 in symbolic_axes(node) else x
-        for node, x in zip(nodes, example, strict=True)
-    )
+    specs = input_specs(model)
+    batched = [spec.batched for spec in specs] if specs is not None else [False] * len(example)
+    return tuple(x[:ROWS] if free else x for x, free in zip(example, batched, strict=True))
 
 
 def _narrowest(model: GraphModule) -> torch.dtype:

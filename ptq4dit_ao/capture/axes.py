@@ -1,0 +1,74 @@
+"""Meaning of the axes of a denoiser's inputs: batch, height, width, frames, text length or number of tokens.
+
+The meaning follows from a tensor's name, dtype and number of axes, as diffusers' transformers use them. Axes of channels
+have no meaning here, so that they stay fixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ptq4dit_ao.choices import AxisKind
+from ptq4dit_ao.graph.names import TIMESTEP_NAMES
+
+_TEXT = ("encoder_hidden_states", "text", "txt", "prompt", "cap", "llama", "t5")
+_NOT_TEXT = ("image", "img")
+MOST_COORDINATES = 4
+"""Largest length of a last axis of whole numbers that is taken for coordinates: (time, row, column, ...)."""
+
+
+def axis_kinds(
+    tensors: Mapping[str, Tensor], rows: int | None, channels: int | None = None
+) -> dict[str, dict[int, AxisKind]]:
+    """The meaning of each axis that has one, by the name of the input and the axis.
+
+    Args:
+        tensors: the inputs by name.
+        rows: size of the batch, which is the first axis of every tensor that begins with it; None if there is none.
+        channels: number of channels of the latents, which tells (N, C, F, H, W) from (N, F, C, H, W).
+    """
+    return {name: _kinds(name, x, rows, channels) for name, x in tensors.items()}
+
+
+def _kinds(name: str, x: Tensor, rows: int | None, channels: int | None) -> dict[int, AxisKind]:
+    if x.ndim == 0:
+        return {}
+    batched = rows is not None and x.shape[0] == rows
+    found: dict[int, AxisKind] = {0: "batch"} if batched else {}
+    length: AxisKind = "tokens"
+    if any(part in name for part in _TEXT) and not any(part in name for part in _NOT_TEXT):
+        length = "text"
+    for axis in range(1 if batched else 0, x.ndim):
+        kind = length if _is_length(name, x, batched, axis) else _of_latents(x, batched, axis, channels)
+        if kind is not None:
+            found[axis] = kind
+    return found
+
+
+def _is_length(name: str, x: Tensor, batched: bool, axis: int) -> bool:
+    last = axis == x.ndim - 1
+    if "mask" in name:
+        return True
+    if not x.is_floating_point() and not x.is_complex():
+        coordinates = x.ndim > (2 if batched else 1) and x.shape[-1] <= MOST_COORDINATES
+        return not (last and coordinates)
+    if x.ndim == 1:
+        return True
+    if last:
+        return batched and x.ndim == 2 and name in TIMESTEP_NAMES
+    return x.ndim < 4
+
+
+def _of_latents(x: Tensor, batched: bool, axis: int, channels: int | None) -> AxisKind | None:
+    """The meaning of an axis of latents, (N, C, [F,] H, W) or (N, F, C, H, W); without a batch, one axis less."""
+    axes = x.ndim if batched else x.ndim + 1
+    if not x.is_floating_point() or x.ndim < 4 or axes not in (4, 5):
+        return None
+    place = axis if batched else axis + 1
+    if place >= axes - 2:
+        return "height" if place == axes - 2 else "width"
+    frames_first = axes == 5 and channels is not None and x.shape[2 if batched else 1] == channels
+    frames_first = frames_first and x.shape[1 if batched else 0] != channels
+    return "frames" if axes == 5 and place == (1 if frames_first else 2) else None

@@ -1,0 +1,242 @@
+"""Export of a module with every axis free that the module leaves free."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves
+
+from ptq4dit_ao.capture.call import Call, with_forward
+from ptq4dit_ao.capture.guards import GuardAnalysis, printed
+from ptq4dit_ao.capture.interface import BATCH, InputSpec, resized, set_interface
+from ptq4dit_ao.capture.patches import exportable
+from ptq4dit_ao.capture.sizes import Expression, FreeSizes, names_in
+from ptq4dit_ao.choices import AXIS_KINDS, AxisKind
+from ptq4dit_ao.graph.names import placeholders
+
+logger = logging.getLogger(__name__)
+
+Axis = tuple[str, int]
+"""Name of an input, and an axis of it."""
+
+MOST_CONDITIONS = 4
+"""Largest number of conditions on a free size."""
+
+AGREEMENT = 0.5
+"""Exponent on the dtype's eps that gives the tolerated relative error of the graph's output against the model's."""
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A graph, and what is known of its inputs."""
+
+    graph_module: GraphModule
+    inputs: tuple[InputSpec, ...]
+    sizes: FreeSizes
+
+
+class Tracing:
+    """Export of one call of a module.
+
+    Args:
+        model: the module.
+        call: its call.
+        tensors: the example's tensors by name.
+        kinds: the axes that may be free, with their meanings.
+    """
+
+    def __init__(
+        self, model: nn.Module, call: Call, tensors: Mapping[str, Tensor], kinds: Mapping[str, Mapping[int, AxisKind]]
+    ) -> None:
+        self.model, self.call, self.tensors = model, call, dict(tensors)
+        self.kinds: dict[Axis, AxisKind] = {
+            (name, axis): kind for name, axes in kinds.items() for axis, kind in axes.items()
+        }
+        self.fixed: dict[Axis, str] = {
+            (name, axis): "the example's size is 1; give an example with a larger one"
+            for name, axis in self.kinds
+            if tensors[name].shape[axis] == 1
+        }
+        """Reasons why an axis with a meaning is not free."""
+
+    def export(self, *, verify: bool) -> GraphModule:
+        """The graph with as many free axes as the module allows.
+
+        Args:
+            verify: whether to compare the graph with the module at other sizes than the example's. Axes at which they
+                differ are fixed.
+
+        Raises:
+            ExportError: the module cannot be exported.
+        """
+        while True:
+            traced = self._trace()
+            if traced is None:
+                continue
+            wrong = self._wrong(traced) if verify else {}
+            if not wrong:
+                break
+            for axis in self._axes_of(traced, wrong):
+                self.fixed[axis] = wrong[self._name_of(traced, axis)]
+        set_interface(traced.graph_module, traced.inputs, traced.sizes)
+        return traced.graph_module
+
+    def _free(self) -> list[Axis]:
+        return [axis for axis in self.kinds if axis not in self.fixed]
+
+    def _trace(self) -> Traced | None:
+        """Export once. None if some axes had to be fixed, so that it has to be done again."""
+        free = self._free()
+        try:
+            program = self._program(free)
+        except Exception as error:  # torch.export raises many types
+            if not [axis for axis in free if self.kinds[axis] != "batch"]:
+                raise
+            said = f"torch.export cannot capture it with free sizes: {first_line(error)}"
+            self.fixed.update((axis, said) for axis in free if self.kinds[axis] != "batch")
+            return None
+        graph_module = program.module(check_guards=False)
+        values = {node.name: node.meta["val"] for node in placeholders(graph_module)}
+        raw = {(name, axis): values[name].shape[axis] for name, axis in free if name in values}
+        sizes = {axis: size for axis, size in raw.items() if isinstance(size, torch.SymInt)}
+        env = next((size.node.shape_env for size in sizes.values()), None)
+        symbols: dict[str, Axis] = {}
+        for axis, size in sizes.items():
+            if size.node._expr.is_Symbol:
+                symbols.setdefault(str(size.node._expr), axis)
+        constant = {axis: "the model fixes it" for axis in free if axis not in sizes}
+        if env is None:
+            self.fixed.update(constant)
+            return self._traced(graph_module, {}, FreeSizes())
+        found = GuardAnalysis(
+            env,
+            {symbol: int(self.tensors[name].shape[axis]) for symbol, (name, axis) in symbols.items()},
+            lambda one, other: self.kinds[symbols[one]] == self.kinds[symbols[other]],
+        )
+        pinned = {symbols[symbol]: reason for symbol, reason in found.pinned.items()}
+        if pinned:
+            self.fixed.update(pinned | constant)
+            return None
+        self.fixed.update(constant)
+        names = self._names({symbol: _first_axis(symbol, sizes) for symbol in found.free})
+        free_sizes, conditions, unsayable = found.sizes(names)
+        unsayable |= self._entangled(names, conditions)
+        if unsayable:
+            self.fixed.update({_first_axis(symbol, sizes): reason for symbol, reason in unsayable.items()})
+            return None
+        return self._traced(graph_module, names, FreeSizes(sizes=free_sizes, conditions=conditions))
+
+    def _program(self, free: Collection[Axis]) -> ExportedProgram:
+        names = list(self.tensors)
+        inputs = tuple(self.tensors.values())
+        batched = [i for i, name in enumerate(names) if self.kinds.get((name, 0)) == "batch" and (name, 0) in free]
+
+        def forward(*tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+            for i in batched[1:]:
+                torch._check(tensors[i].shape[0] == tensors[batched[0]].shape[0])
+            return self.call(tensors)
+
+        shapes = tuple({axis: Dim.AUTO for name, axis in free if name == own} for own in names)
+        with exportable(self.model):
+            return torch.export.export(
+                with_forward(self.model, names, forward), inputs, dynamic_shapes=shapes, strict=False
+            )
+
+    def _names(self, symbols: Mapping[str, Axis]) -> dict[str, str]:
+        """A name for each free symbol: the meaning of its first axis, or that axis if the name is taken."""
+        found: dict[str, str] = {}
+        for symbol, (name, axis) in symbols.items():
+            kind = self.kinds[name, axis]
+            found[symbol] = kind if kind not in found.values() else f"{name}_axis_{axis}"
+        return found
+
+    def _entangled(self, names: Mapping[str, str], conditions: Collection[str]) -> dict[str, str]:
+        """The least common size that depends on others in more ways than a user could follow, by symbol, with reason."""
+        ways = {symbol: sum(name in names_in(text) for text in conditions) for symbol, name in names.items()}
+        common = {name: place for place, name in enumerate(AXIS_KINDS)}
+        many = [symbol for symbol in names if ways[symbol] > MOST_CONDITIONS]
+        worst = max(many, key=lambda symbol: common.get(names[symbol], len(common)), default=None)
+        return {} if worst is None else {worst: f"it depends on other sizes in {ways[worst]} ways"}
+
+    def _traced(self, graph_module: GraphModule, names: Mapping[str, str], sizes: FreeSizes) -> Traced:
+        def spec(node: Any) -> InputSpec:
+            expressions: list[Expression] = []
+            for size in node.meta["val"].shape:
+                varies = isinstance(size, torch.SymInt) and size.node.expr.free_symbols
+                expressions.append(printed(size.node.expr, names) if varies else int(size))
+            example = self.tensors[node.name]
+            return InputSpec(
+                name=node.name, shape=tuple(example.shape), dtype=example.dtype, sizes=tuple(expressions)
+            )
+
+        said = {f"{self.kinds[axis]} of {axis[0]}": reason for axis, reason in self.fixed.items()}
+        return Traced(graph_module, tuple(map(spec, placeholders(graph_module))), replace(sizes, fixed=said))
+
+    def _wrong(self, traced: Traced) -> dict[str, str]:
+        """Free sizes that are not, with reasons: the graph differs from the module there, or the module does not run."""
+        values, still = traced.sizes.other()
+        found = dict.fromkeys(still, "no other size fits those of the other inputs")
+        problem = self._problem(traced, values)
+        if problem is None:
+            return found
+        moved = [name for name in values if values[name] != traced.sizes.example[name]]
+        for name in moved:
+            alone = traced.sizes.example | {name: values[name]}
+            if traced.sizes.problem(alone) is None and (said := self._problem(traced, alone)):
+                found[name] = f"at {name} {alone[name]}, {said}"
+        return found or {name: f"at other sizes, {problem}" for name in moved if name != BATCH}
+
+    def _problem(self, traced: Traced, values: Mapping[str, int]) -> str | None:
+        """The reason why the graph does not stand for the module at these sizes; None if it does."""
+        inputs = [resized(self.tensors[spec.name], spec, values) for spec in traced.inputs]
+        try:
+            expected = self.call(inputs)
+        except Exception as error:  # a model may raise any type
+            return f"the model fails ({first_line(error)})"
+        try:
+            got = traced.graph_module(*inputs)
+        except Exception as error:
+            return f"the graph fails ({first_line(error)})"
+        return difference(expected, got)
+
+    def _axes_of(self, traced: Traced, names: Collection[str]) -> list[Axis]:
+        return [axis for axis in self._free() if self._name_of(traced, axis) in names]
+
+    def _name_of(self, traced: Traced, axis: Axis) -> str:
+        name, place = axis
+        spec = next(spec for spec in traced.inputs if spec.name == name)
+        return str(spec.sizes[place])
+
+
+def _first_axis(symbol: str, sizes: Mapping[Axis, torch.SymInt]) -> Axis:
+    """The first axis whose size is a symbol; of the axes that have it in an expression, if none is."""
+    exact = [axis for axis, size in sizes.items() if str(size.node.expr) == symbol]
+    return exact[0] if exact else next(a for a, size in sizes.items() if symbol in map(str, size.node.expr.free_symbols))
+
+
+def difference(expected: Any, got: Any) -> str | None:
+    """The first output that differs by more than rounding, in words; None if none does."""
+    for i, (one, other) in enumerate(zip(tree_leaves(expected), tree_leaves(got), strict=True)):
+        if one.shape != other.shape:
+            return f"output {i} has shape {tuple(other.shape)}, the model's {tuple(one.shape)}"
+        if not one.is_floating_point() or not one.isfinite().all():
+            continue
+        tolerance = torch.finfo(one.dtype).eps ** AGREEMENT
+        one, other = one.double(), other.double()
+        error = float((one - other).norm() / one.norm().clamp_min(1e-300))
+        if not error <= tolerance:
+            return f"output {i} differs by {error:.2g} of its size"
+    return None
+
+
+def first_line(error: Exception) -> str:
+    """The type of an exception and the first line of its text."""
+    lines = str(error).strip().splitlines()  # empty for a bare assert
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
