@@ -12,7 +12,7 @@ from ptq4dit_ao._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from ptq4dit_ao.calibration import CalibrationSamples, collect_from_pipeline
-    from ptq4dit_ao.capture import export_transformer
+    from ptq4dit_ao.capture import export_transformer, free_sizes
     from ptq4dit_ao.errors import PTQ4DiTError
     from ptq4dit_ao.graph import SitePolicy, find_sites
     from ptq4dit_ao.lowering import available_backends, lower
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "calibration": ("CalibrationSamples", "collect_from_pipeline"),
     "errors": ("PTQ4DiTError",),
-    "capture": ("export_transformer",),
+    "capture": ("export_transformer", "free_sizes"),
     "graph": ("SitePolicy", "find_sites"),
     "lowering": ("available_backends", "lower"),
     "observers": ("SalienceStatistics",),
@@ -75,6 +75,7 @@ __all__ = [
     "distill",
     "export_transformer",
     "find_sites",
+    "free_sizes",
     "load_quantized",
     "load_recipe",
     "load_reference_classifier",

@@ -1,7 +1,7 @@
 """Meaning of the axes of a denoiser's inputs: batch, height, width, frames, text length or number of tokens.
 
-The meaning follows from a tensor's name, dtype and number of axes, as diffusers' transformers use them. Axes of channels
-have no meaning here, so that they stay fixed.
+The meaning follows from a tensor's name, dtype and number of axes, as diffusers' transformers use them. Axes of
+channels have no meaning here, so that they stay fixed.
 """
 
 from __future__ import annotations

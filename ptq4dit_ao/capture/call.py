@@ -35,7 +35,7 @@ class Call:
         return found[0] if len(found) == 1 else tuple(found)
 
     def has_batch(self, first: str) -> bool:
-        """Whether an input is an argument of its own, so that its first axis is the batch; in a list, it is a sample."""
+        """Whether an input is an argument of its own, so that its first axis is the batch, and no sample in a list."""
         return self.signature is None or isinstance(self.signature.arguments.get(first), TensorName)
 
 

@@ -215,6 +215,6 @@ def _compare(model: nn.Module, expected: Any, got: Any) -> None:
         trains = next((name for name, module in model.named_modules() if module.training), None)
         random = "its output is random" if trains is None else f"it is random, as {trains!r} is in training mode"
         raise ExportError(
-            f"the graph of {type(model).__name__} does not compute what the model does: {problem}; a size or a value of "
-            f"the example inputs is not the one the model was configured for, or {random}"
+            f"the graph of {type(model).__name__} does not compute what the model does: {problem}; a size or a value "
+            f"of the example inputs is not the one the model was configured for, or {random}"
         )

@@ -60,7 +60,7 @@ class Guard:
 
 
 def guards_of(env: ShapeEnv) -> list[Guard]:
-    """The conditions on sizes that the results of an exported graph depend on, simplified by what is known to be equal."""
+    """The conditions on sizes that an exported graph's results depend on, simplified by what is known to be equal."""
     found: dict[str, Guard] = {}
     for guard in env.guards:
         expression = env.replace(guard.expr)
@@ -167,7 +167,7 @@ class GuardAnalysis:
         return not any(2 * value <= example or value >= 2 * example for value in permitted)
 
     def _permitted(self, names: Sequence[str], guards: Sequence[Guard], tried: Iterable[int]) -> Iterator[int]:
-        """The values that some symbols may have together, besides the example's, if the others are as in the example."""
+        """The values that some symbols may have together, if all others are as in the example."""
         for value in tried:
             values = self.examples | dict.fromkeys(names, value)
             if value != self.examples[names[0]] and all(guard.holds(values) for guard in guards):
@@ -215,7 +215,7 @@ class GuardAnalysis:
             try:
                 conditions[printed(guard.expression, names)] = None
             except ArtifactError:
-                unsayable |= {symbol: f"{guard.place} compares it with another" for symbol in guard.symbols}
+                unsayable |= dict.fromkeys(guard.symbols, f"{guard.place} compares it with another")
         return tuple(found.values()), tuple(conditions), unsayable
 
     def _size(self, symbol: str, name: str) -> FreeSize:

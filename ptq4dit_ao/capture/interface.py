@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +12,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ptq4dit_ao.capture.signature import CallSignature
-from ptq4dit_ao.capture.sizes import Expression, FreeSize, FreeSizes, evaluate, names_in
+from ptq4dit_ao.capture.sizes import Expression, FreeSize, FreeSizes, check_expression, evaluate, names_in
 from ptq4dit_ao.errors import ArgumentError, ArtifactError, CalibrationError, PTQ4DiTError
 from ptq4dit_ao.graph.names import placeholders
 from ptq4dit_ao.graph.shapes import INPUT, example_shape, symbolic_axes, tensor_of
-
 
 _SIZES = "ptq4dit_sizes"
 """Key in the first placeholder's meta: the graph's free sizes."""
@@ -86,12 +86,21 @@ def _unread(data: object) -> ArtifactError:
     return ArtifactError(f"input signature {data!r} is not one this version reads; quantize again")
 
 
-def set_interface(graph_module: GraphModule, specs: Sequence[InputSpec], sizes: FreeSizes) -> None:
-    """Record the inputs of a graph, and its free sizes, at its placeholders, where copies and conversions keep them."""
+def set_interface(graph_module: GraphModule, specs: Sequence[InputSpec], sizes: FreeSizes | None = None) -> None:
+    """Record the inputs of a graph, and its free sizes, at its placeholders, where copies and conversions keep them.
+
+    Raises:
+        ArtifactError: there are more or fewer inputs, or they have other sizes than those that are free.
+    """
     nodes = placeholders(graph_module)
+    if len(nodes) != len(specs):
+        raise ArtifactError(f"the graph has {len(nodes)} inputs, and its signature {len(specs)}; quantize again")
     for node, spec in zip(nodes, specs, strict=True):
         node.meta[INPUT] = spec
-    if nodes:
+    known = free_sizes(graph_module) if sizes is None else sizes
+    for size in itertools.chain.from_iterable(spec.sizes for spec in specs):
+        check_expression(size, known.names)
+    if nodes and sizes is not None:
         nodes[0].meta[_SIZES] = sizes
 
 

@@ -75,7 +75,7 @@ class FreeSize:
 
 @dataclass(frozen=True, kw_only=True)
 class FreeSizes:
-    """The free sizes of a graph, the conditions among them, and the axes that are fixed although they have a meaning."""
+    """The free sizes of a graph, the conditions among them, and the axes with a meaning that are fixed."""
 
     sizes: tuple[FreeSize, ...] = ()
     conditions: tuple[str, ...] = ()
@@ -105,16 +105,19 @@ class FreeSizes:
                 return f"{condition} does not hold at {said}"
         return None
 
-    def other(self) -> tuple[dict[str, int], list[str]]:
-        """Permitted sizes that differ from the example's, and the names of those that no condition lets change.
+    def other(self, given: Mapping[str, int] | None = None) -> tuple[dict[str, int], list[str]]:
+        """Permitted sizes that differ from given ones, and the names of those that no condition lets change.
 
-        Each size is about half as large as in the example where it can be, else a little smaller, else larger.
+        Each size is about half as large where it can be, else a little smaller, else larger.
+
+        Args:
+            given: values of all sizes; the example's by default.
         """
-        values, still = self.example, []
+        values, still = dict(self.example if given is None else given), []
         for size in self.sizes:
             for change in (_halved, _smaller, _larger):
-                changed = values | {size.name: change(size)}
-                if changed[size.name] != size.example and self.problem(changed) is None:
+                changed = values | {size.name: change(size, values[size.name])}
+                if changed[size.name] != values[size.name] and self.problem(changed) is None:
                     values = changed
                     break
             else:
@@ -155,19 +158,16 @@ def _size_from(data: object) -> FreeSize:
     raise ArtifactError(f"the free size {data!r} is not one that this version reads; quantize again")
 
 
-def _halved(size: FreeSize) -> int:
-    half = size.nearest(-(-size.example // 2))
-    return half if half != size.example else _smaller(size)
+def _halved(size: FreeSize, value: int) -> int:
+    return size.nearest(-(-value // 2))
 
 
-def _smaller(size: FreeSize) -> int:
-    less = size.example - size.multiple
-    return less if size.problem(less) is None else size.example + size.multiple
+def _smaller(size: FreeSize, value: int) -> int:
+    return value - size.multiple
 
 
-def _larger(size: FreeSize) -> int:
-    more = size.example + size.multiple
-    return more if size.problem(more) is None else size.nearest(size.example - size.multiple)
+def _larger(size: FreeSize, value: int) -> int:
+    return value + size.multiple
 
 
 def evaluate(expression: Expression, values: Mapping[str, int]) -> Any:

@@ -158,7 +158,7 @@ class Tracing:
         return found
 
     def _entangled(self, names: Mapping[str, str], conditions: Collection[str]) -> dict[str, str]:
-        """The least common size that depends on others in more ways than a user could follow, by symbol, with reason."""
+        """The least common size that depends on others in many ways, by symbol, with the reason to fix it."""
         ways = {symbol: sum(name in names_in(text) for text in conditions) for symbol, name in names.items()}
         common = {name: place for place, name in enumerate(AXIS_KINDS)}
         many = [symbol for symbol in names if ways[symbol] > MOST_CONDITIONS]
@@ -172,15 +172,13 @@ class Tracing:
                 varies = isinstance(size, torch.SymInt) and size.node.expr.free_symbols
                 expressions.append(printed(size.node.expr, names) if varies else int(size))
             example = self.tensors[node.name]
-            return InputSpec(
-                name=node.name, shape=tuple(example.shape), dtype=example.dtype, sizes=tuple(expressions)
-            )
+            return InputSpec(name=node.name, shape=tuple(example.shape), dtype=example.dtype, sizes=tuple(expressions))
 
         said = {f"{self.kinds[axis]} of {axis[0]}": reason for axis, reason in self.fixed.items()}
         return Traced(graph_module, tuple(map(spec, placeholders(graph_module))), replace(sizes, fixed=said))
 
     def _wrong(self, traced: Traced) -> dict[str, str]:
-        """Free sizes that are not, with reasons: the graph differs from the module there, or the module does not run."""
+        """Sizes that are not free, with reasons: the graph differs from the module there, or the module fails."""
         values, still = traced.sizes.other()
         found = dict.fromkeys(still, "no other size fits those of the other inputs")
         problem = self._problem(traced, values)
@@ -218,7 +216,9 @@ class Tracing:
 def _first_axis(symbol: str, sizes: Mapping[Axis, torch.SymInt]) -> Axis:
     """The first axis whose size is a symbol; of the axes that have it in an expression, if none is."""
     exact = [axis for axis, size in sizes.items() if str(size.node.expr) == symbol]
-    return exact[0] if exact else next(a for a, size in sizes.items() if symbol in map(str, size.node.expr.free_symbols))
+    return (
+        exact[0] if exact else next(a for a, size in sizes.items() if symbol in map(str, size.node.expr.free_symbols))
+    )
 
 
 def difference(expected: Any, got: Any) -> str | None:

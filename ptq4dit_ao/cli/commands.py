@@ -133,7 +133,7 @@ def export(args: argparse.Namespace, console: Console) -> None:
     """``ptq4dit-ao export``."""
     check_writable(args.output)
     model = load_quantized(args.directory)
-    path = export_to(model.graph, args.backend, args.output, inputs=model.inputs, float_dtype=_float_dtype(args))
+    path = export_to(model.graph, args.backend, args.output, float_dtype=_float_dtype(args))
     console.print(f"saved to [bold]{path}[/], {path.stat().st_size / 1e6:.2f} MB")
 
 

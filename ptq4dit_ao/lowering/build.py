@@ -16,7 +16,15 @@ from torch.fx import GraphModule
 from ptq4dit_ao._files import replacing_files
 from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao._paths import as_path, check_file, check_room
-from ptq4dit_ao.capture.interface import InputSpec, check_batch, input_specs, random_inputs
+from ptq4dit_ao.capture.interface import (
+    BATCH,
+    bind_sizes,
+    check_batch,
+    free_sizes,
+    input_specs,
+    random_inputs,
+    resized,
+)
 from ptq4dit_ao.errors import LoweringError, PTQ4DiTError, check_type
 from ptq4dit_ao.graph.names import get_attribute, placeholders, set_tensor
 from ptq4dit_ao.graph.shapes import tensor_of
@@ -39,7 +47,6 @@ def lower(
     backend: str = "reference",
     *,
     example_inputs: Sequence[Tensor] | None = None,
-    inputs: Sequence[InputSpec] | None = None,
     float_dtype: torch.dtype | None = None,
     allow_float_fallback: bool = False,
     verify: bool = True,
@@ -53,13 +60,11 @@ def lower(
             ``auto`` logs a warning with the reason why a better one was passed over.
         example_inputs: inputs for compiling and for the proofs, best as the model receives them, with two rows or more.
             The default is random inputs.
-        inputs: dtypes and shapes of the graph's inputs, which a loaded graph does not contain; see
-            :attr:`~ptq4dit_ao.QuantizedModel.inputs`.
         float_dtype: dtype in which attention and the other float matrix products compute. bfloat16 is faster on
             processors that have it. None is the model's own dtype.
         allow_float_fallback: accept linears that the backend runs in float.
-        verify: compare the built model with the graph on the example and on another batch. It takes a few runs of the
-            graph in float. A backend that compiles for one batch size compiles again for the second.
+        verify: compare the built model with the graph on the example and on inputs of other sizes. It takes a few runs
+            of the graph in float. A backend that compiles for one size compiles again for the second.
         consume: free each weight of ``converted`` when it has been packed. The graph cannot run afterwards.
 
     Raises:
@@ -72,7 +77,6 @@ def lower(
         converted,
         chosen,
         example_inputs=example_inputs,
-        inputs=inputs,
         float_dtype=float_dtype,
         allow_float_fallback=allow_float_fallback,
         verify=verify,
@@ -81,7 +85,7 @@ def lower(
     run, proof = job.proven(chosen.build)
     logger.info("%s; %s", proof, proof.parity)
     lowered = LoweredModel(run, proof)
-    lowered.inputs = job.specs or ()
+    lowered.inputs, lowered.sizes = input_specs(converted) or (), free_sizes(converted)
     return lowered
 
 
@@ -92,7 +96,6 @@ def export_to(
     path: str | Path,
     *,
     example_inputs: Sequence[Tensor] | None = None,
-    inputs: Sequence[InputSpec] | None = None,
     float_dtype: torch.dtype | None = None,
     allow_float_fallback: bool = False,
     verify: bool = True,
@@ -106,7 +109,6 @@ def export_to(
         backend: name of a backend that writes a file.
         path: the file. The backend's suffix is added if it has another one.
         example_inputs: as for :func:`lower`.
-        inputs: as for :func:`lower`.
         float_dtype: as for :func:`lower`.
         allow_float_fallback: as for :func:`lower`.
         verify: as for :func:`lower`.
@@ -132,7 +134,6 @@ def export_to(
         converted,
         chosen,
         example_inputs=example_inputs,
-        inputs=inputs,
         float_dtype=float_dtype,
         allow_float_fallback=allow_float_fallback,
         verify=verify,
@@ -155,15 +156,13 @@ class _Job:
         backend: Backend,
         *,
         example_inputs: Sequence[Tensor] | None,
-        inputs: Sequence[InputSpec] | None,
         float_dtype: torch.dtype | None,
         allow_float_fallback: bool,
         verify: bool,
         consume: bool = False,
     ) -> None:
         self.backend, self.float_dtype, self.allow_float_fallback = backend, float_dtype, allow_float_fallback
-        self.specs = input_specs(converted) if inputs is None else tuple(inputs)
-        batches = _batches(converted, self.specs, example_inputs)
+        batches = _batches(converted, example_inputs)
         graph = converted if consume else _copy(converted)
         self.request, self.refused, self.promised = _request(
             graph, backend, batches[0], float_dtype, allow_float_fallback
@@ -206,10 +205,9 @@ def _copy(graph: GraphModule) -> GraphModule:
     return GraphModule(graph, copy.deepcopy(graph.graph))
 
 
-def _batches(
-    graph: GraphModule, specs: Sequence[InputSpec] | None, example_inputs: Sequence[Tensor] | None
-) -> list[tuple[Tensor, ...]]:
-    """Inputs to build and compare with and, if the batch size is free, a second batch of another size."""
+def _batches(graph: GraphModule, example_inputs: Sequence[Tensor] | None) -> list[tuple[Tensor, ...]]:
+    """Inputs to build and compare with and, if sizes are free, others of other sizes."""
+    specs = input_specs(graph)
     if example_inputs is None:
         if specs is None:
             name = next(node.name for node in placeholders(graph) if tensor_of(node) is None)
@@ -217,13 +215,22 @@ def _batches(
         device = next((tensor.device for tensor in graph.buffers()), torch.device("cpu"))
         example_inputs = random_inputs(specs, device)
     first = check_batch(graph, example_inputs, "example_inputs", LoweringError)
-    rows = first[0].shape[:1]
-    # The rule of as_program applies, because a loaded graph does not say which inputs have the batch axis.
-    batched = [x.shape[:1] == rows for x in first] if specs is None else [spec.batched for spec in specs]
-    if not rows or not any(batched):
+    if specs is None:
+        return [first, _of_rows(first)] if first[0].ndim else [first]
+    given = bind_sizes(specs, [x.shape for x in first])
+    values = free_sizes(graph).other(given)[0]
+    if given.get(BATCH, OTHER_ROWS) != OTHER_ROWS and BATCH in values:
+        values[BATCH] = OTHER_ROWS
+    if values == given:
         return [first]
+    return [first, tuple(resized(x, spec, values) for x, spec in zip(first, specs, strict=True))]
+
+
+def _of_rows(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A batch of another size, by the rule of as_program for graphs that do not say which inputs carry it."""
+    rows = batch[0].shape[:1]
     index = torch.arange(OTHER_ROWS) % rows[0]
-    return [first, tuple(x[index.to(x.device)] if free else x for x, free in zip(first, batched, strict=True))]
+    return tuple(x[index.to(x.device)] if x.shape[:1] == rows else x for x in batch)
 
 
 def _computes_in(graph: GraphModule, float_dtype: torch.dtype | None) -> torch.dtype:

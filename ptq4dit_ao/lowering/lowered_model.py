@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ptq4dit_ao._modes import without_autocast
 from ptq4dit_ao.capture.interface import CapturedModule, InputSpec
+from ptq4dit_ao.capture.sizes import FreeSizes
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.lowering.backend import Runnable
 from ptq4dit_ao.lowering.proof import KernelProof
@@ -20,6 +21,8 @@ class LoweredModel(nn.Module):
 
     inputs: tuple[InputSpec, ...] = ()
     """Inputs of the graph, where they are known."""
+    sizes: FreeSizes = FreeSizes()
+    """Sizes of the inputs that may differ from call to call."""
     captured: CapturedModule | None = None
     """Interface of the captured diffusers model, if it was lowered from a :class:`~ptq4dit_ao.QuantizedModel`."""
 
@@ -37,7 +40,7 @@ class LoweredModel(nn.Module):
 
     def __copy__(self) -> LoweredModel:
         other = LoweredModel(self.run, self.proof)
-        other.inputs, other.captured = self.inputs, self.captured
+        other.inputs, other.sizes, other.captured = self.inputs, self.sizes, self.captured
         return other
 
     def __deepcopy__(self, memo: object) -> LoweredModel:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, GraphModule
 
+from ptq4dit_ao.capture.interface import input_specs
 from ptq4dit_ao.errors import ArgumentError
 
 aten = torch.ops.aten
@@ -17,13 +18,18 @@ aten = torch.ops.aten
 
 @torch.no_grad()
 def as_program(graph: GraphModule, inputs: Sequence[Tensor]) -> ExportedProgram:
-    """Export the graph again. The batch size is free if the graph allows it and ``inputs`` have at least two rows.
+    """Export the graph again, with the same free sizes. Those that are 1 in ``inputs`` are fixed at that.
 
-    The batch axis is the first axis of the first input, and of every input with the same length, as when the graph was
-    captured. It is determined from ``inputs``, because a loaded graph does not contain it.
+    In a graph that does not say what its inputs look like, the batch alone is free: the first axis of the first input,
+    and of every input with the same length.
     """
-    rows = inputs[0].shape[:1]
-    free = tuple({0: Dim.AUTO} if x.ndim and x.shape[:1] == rows else {} for x in inputs)
+    specs = input_specs(graph)
+    if specs is None:
+        rows = inputs[0].shape[:1]
+        axes = [[0] if x.ndim and x.shape[:1] == rows else [] for x in inputs]
+    else:
+        axes = [[axis for axis, size in enumerate(spec.sizes) if isinstance(size, str)] for spec in specs]
+    free = tuple({a: Dim.AUTO for a in own if x.shape[a] > 1} for own, x in zip(axes, inputs, strict=True))
     layouts = tuple(x.contiguous() for x in inputs)
     program = torch.export.export(graph, layouts, dynamic_shapes=free, strict=False)
     # Export adds a check to every cast's input. It is one more reader, and int8 patterns allow a single one.
@@ -105,6 +111,7 @@ def check_inputs(inputs: Sequence[Tensor], expected: Sequence[Input]) -> None:
         if not like.accepts(x, sizes):
             shape = tuple(size if isinstance(size, int) else sizes.get(size, size) for size in like.shape)
             raise ArgumentError(
-                f"input {i} is {x.dtype} {tuple(x.shape)}; this program was compiled for {like.dtype} {shape}. The "
-                "batch may differ from call to call if the model was captured so, and compiled with two rows or more"
+                f"input {i} is {x.dtype} {tuple(x.shape)}; this program was compiled for {like.dtype} {shape}. Only "
+                "sizes that the model was captured with may differ from call to call, if they are 2 or more in the "
+                "inputs that it is compiled with"
             )

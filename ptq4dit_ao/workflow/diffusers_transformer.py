@@ -213,7 +213,7 @@ def run_as(original: Any, captured: CallSignature, lowered: LoweredModel, *args:
     return_dict = given.pop("return_dict", True)
     tensors = tensors_like(captured, original, given)
     binned = type(original).__name__.startswith(BINNED)
-    found = tree_leaves(lowered(*fit_inputs(lowered.inputs, tensors, binned=binned)))
+    found = tree_leaves(lowered(*fit_inputs(lowered.inputs, tensors, lowered.sizes, binned=binned)))
     dtype = next((x.dtype for x in tensors if x.is_floating_point()), None)
     outputs = [x.to(dtype=dtype) if x.is_floating_point() else x for x in found]
     if dtype is torch.float16:

@@ -14,7 +14,8 @@ from torch.fx import GraphModule
 
 from ptq4dit_ao.artifact import ArtifactSize, read_artifact, write_artifact
 from ptq4dit_ao.calibration import Sampling
-from ptq4dit_ao.capture.interface import CapturedModule, InputSpec
+from ptq4dit_ao.capture.interface import CapturedModule, InputSpec, free_sizes, set_interface
+from ptq4dit_ao.capture.sizes import FreeSizes
 from ptq4dit_ao.errors import ArgumentError, ArtifactError, check_type
 from ptq4dit_ao.lowering import LoweredModel, lower
 from ptq4dit_ao.recipe import Recipe
@@ -30,6 +31,8 @@ class QuantizedModel:
     recipe: Recipe
     inputs: tuple[InputSpec, ...]
     """Dtype and shape of each input of the graph."""
+    sizes: FreeSizes
+    """Sizes of the inputs that may differ from call to call."""
     report: Report
     """Report of the quantization, see :mod:`ptq4dit_ao.report.types`. Its ``size`` is known for a saved model."""
     sampling: Sampling | None = None
@@ -55,7 +58,6 @@ class QuantizedModel:
             self.graph,
             backend,
             example_inputs=example_inputs,
-            inputs=self.inputs,
             float_dtype=float_dtype,
             allow_float_fallback=allow_float_fallback,
             verify=verify,
@@ -110,6 +112,7 @@ def write_model(
             "report": summary(report),
             "sampling": None if model.sampling is None else model.sampling.to_dict(),
             "captured": None if model.captured is None else model.captured.to_dict(),
+            "sizes": model.sizes.to_dict(),
         }
 
     write_beside = None if beside is None else lambda folder: beside(folder, report)
@@ -166,17 +169,19 @@ def load_quantized(
 def _read(directory: str | Path) -> QuantizedModel:
     stored = read_artifact(directory)
     metadata = stored.metadata
-    if set(metadata) != {"recipe", "report", "sampling", "captured"}:
+    if set(metadata) - {"sizes"} != {"recipe", "report", "sampling", "captured"}:
         raise ArtifactError(f"{directory} was not saved with save_quantized: its metadata holds {sorted(metadata)}")
     report = metadata["report"]
     if not isinstance(report, dict) or set(report) != set(Report.__annotations__):
         found = sorted(report) if isinstance(report, dict) else report
         raise ArtifactError(f"the report of {directory} holds {found!r}; quantize again")
     inputs = tuple(InputSpec.from_dict(entry) for entry in stored.input_signature)
+    set_interface(stored.graph_module, inputs, FreeSizes.from_dict(metadata["sizes"]) if "sizes" in metadata else None)
     return QuantizedModel(
         graph=stored.graph_module,
         recipe=Recipe.from_dict(metadata["recipe"]),
         inputs=inputs,
+        sizes=free_sizes(stored.graph_module),
         report=cast(Report, report),
         sampling=None if metadata["sampling"] is None else Sampling.from_dict(metadata["sampling"]),
         captured=_captured(metadata["captured"], len(inputs)),
