@@ -45,7 +45,7 @@ def captured(name: str) -> tuple[GraphModule, list[Batch], Tensor]:
     """The graph, its batches, and what it puts out for them. Not to be changed."""
     family = FAMILIES[name]
     model = family.model()
-    graph = export_transformer(model, family.inputs(2), dynamic_batch=family.dynamic_batch)
+    graph = export_transformer(model, family.inputs(2))
     batches = [tuple(flatten_call(model, family.inputs(2, seed=seed))[1].values()) for seed in CALIBRATION]
     return graph, batches, outputs(graph, batches)
 

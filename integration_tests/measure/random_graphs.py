@@ -40,7 +40,9 @@ RECIPE = Recipe(balance=Balance(method="max"))
 def quantized(program: list[Step], dynamic: bool) -> QuantizedModel:
     """A program in float32, W8A8."""
     samples = [tuple(x.float() for x in inputs(2, seed=i)) for i in range(2)]
-    graph = export_transformer(RandomNet(program).float(), samples[0], check=False, dynamic_batch=dynamic)
+    graph = export_transformer(
+        RandomNet(program).float(), samples[0], check=False, dynamic=("batch",) if dynamic else ()
+    )
     return apply_recipe(graph, RECIPE, samples)
 
 

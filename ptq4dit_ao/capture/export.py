@@ -136,17 +136,17 @@ def _batch_rows(call: Call, tensors: Mapping[str, Tensor], wanted: bool) -> int 
         ExportError: the batch is wanted, and the example has only one row, or tensors by position with other batches.
     """
     first = next(iter(tensors))
-    if not call.has_batch(first) or not tensors[first].ndim:
+    if not call.has_batch(first):
         return None
-    rows = tensors[first].shape[0]
+    rows = tensors[first].shape[0] if tensors[first].ndim else 0
     if wanted and call.signature is None and any(x.shape[:1] != (rows,) for x in tensors.values()):
         raise ExportError(
-            f"example inputs have batch sizes {sorted(tuple(x.shape) for x in tensors.values())}; a free batch needs "
-            "the same first axis in every input (or leave 'batch' out of dynamic)"
+            f"example inputs have batch sizes {sorted(tuple(x.shape) for x in tensors.values())}; a dynamic batch "
+            "needs the same first axis, of at least 2, in every input (or leave 'batch' out of dynamic)"
         )
     if wanted and rows < 2:
         raise ExportError(
-            f"the first example input has shape {tuple(tensors[first].shape)}; a free batch needs at least 2 rows "
+            f"the first example input has shape {tuple(tensors[first].shape)}; a dynamic batch needs at least 2 rows "
             "(or leave 'batch' out of dynamic)"
         )
     return rows

@@ -24,11 +24,11 @@ Shape = tuple[int, ...]
 INPUT = "ptq4dit_input"
 """Key in a placeholder's meta: the :class:`~ptq4dit_ao.capture.interface.InputSpec` of the input."""
 
-FIRST = 4099
-"""Smallest number that replaces a symbolic size, a prime larger than any number of heads, patches or frames."""
+FIRST = 1009
+"""Smallest prime in the numbers that replace symbolic sizes; the numbers are larger than a model's fixed sizes."""
 
-DIVISIBLE = 2**7 * 3**2 * 5 * 7
-"""Common multiple of the sizes of patches and windows, by which the numbers that replace symbolic sizes are divisible."""
+DIVISIBLE = 2**5 * 3
+"""Common multiple of the sizes of patches, by which the numbers that replace symbolic sizes are divisible."""
 
 _primes: dict[str, int] = {}
 _turn = Lock()
@@ -126,10 +126,12 @@ def example_size(size: object) -> int:
     return example_size(size.meta["val"]) if isinstance(size, Node) else hint(size)
 
 
-def fixed_size(node: Node) -> int:
-    """Product of the sizes that do not differ from call to call."""
-    shape = shape_of(node)
-    return math.prod(size for axis, size in enumerate(shape) if axis not in symbolic_axes(node))
+def size_per_sample(node: Node) -> int:
+    """Number of elements of a node's tensor for one sample of the example."""
+    value = tensor_of(node)
+    assert value is not None, f"{node.name} is not a tensor"
+    batch = _batch_symbols(node.graph.find_nodes(op="placeholder"))
+    return math.prod(example_size(size) for size in value.shape if not _symbols(size) & batch)
 
 
 def normalize_axis(axis: int, ndim: int) -> int:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ptq4dit_ao.capture import export_transformer
+from ptq4dit_ao.capture import export_transformer, free_sizes
+from ptq4dit_ao.capture.interface import InputSpec
 from ptq4dit_ao.errors import ExportError
 from ptq4dit_ao.graph import find_sites
 from ptq4dit_ao.graph.names import layer_name, linears, placeholders
@@ -95,7 +96,7 @@ def test_the_model_is_not_touched_by_export_nor_by_a_fold_of_the_graph(model):
 
 
 def test_a_static_batch_may_be_one(model):
-    exported = export_transformer(model, sample(1), dynamic_batch=False)
+    exported = export_transformer(model, sample(1), dynamic=())
     torch.testing.assert_close(exported(*sample(1)), output(model, sample(1)))
 
 
@@ -112,7 +113,9 @@ class Broken(nn.Module):
 
 
 def test_a_model_that_branches_on_its_data_is_refused():
-    with pytest.raises(ExportError, match=r"Broken cannot be exported: \w+: .*data-dependent.*dynamic_batch=False"):
+    with pytest.raises(
+        ExportError, match=r"Broken cannot be exported: \w+: .*data-dependent.*leave 'batch' out of dynamic"
+    ):
         export_transformer(Broken().eval(), (torch.randn(2, WIDTH),))
 
 
@@ -200,10 +203,12 @@ def test_a_batch_that_the_model_computes_with_can_be_made_static():
         def forward(self, x: Tensor) -> Tensor:
             return x + torch.tensor([1.0] * x.shape[0])[:, None]
 
-    with pytest.raises(ExportError, match="dynamic_batch=False may help"):
-        export_transformer(Listed().eval(), (torch.zeros(2, 3),))
-    exported = export_transformer(Listed().eval(), (torch.zeros(2, 3),), dynamic_batch=False)
-    assert torch.equal(exported(torch.zeros(2, 3)), torch.ones(2, 3))
+    with pytest.raises(ExportError, match="the batch of x cannot be free: .* fixes it at 2; leave it out of dynamic"):
+        export_transformer(Listed().eval(), (torch.zeros(2, 3),), dynamic=("batch",))
+    for options in ({}, {"dynamic": ()}):
+        exported = export_transformer(Listed().eval(), (torch.zeros(2, 3),), **options)
+        assert torch.equal(exported(torch.zeros(2, 3)), torch.ones(2, 3))
+        assert not free_sizes(exported).sizes
 
 
 # Keyword arguments
@@ -260,14 +265,15 @@ def test_several_outputs_are_a_tuple_of_the_tensors(assorted, batch):
     torch.testing.assert_close(got, (expected[0], *expected[2].values()))
 
 
-def test_only_tensors_that_carry_the_batch_are_dynamic(assorted):
-    dynamic = [symbolic_axes(node) for node in placeholders(assorted[1])]
-    assert dynamic == [[0], [0], [0], [], [0]]
+def test_only_tensors_that_carry_the_batch_have_a_dynamic_batch(assorted):
+    specs = [InputSpec.of(node) for node in placeholders(assorted[1])]
+    assert [spec.batched for spec in specs] == [True, True, True, False, True]
+    assert [spec.sizes[0] for spec in specs if not spec.batched] == ["tokens"]
 
 
 def test_a_keyword_argument_keeps_its_example_where_the_batch_is_static():
     model = Assorted().eval()
-    exported = export_transformer(model, keywords(1), dynamic_batch=False)
+    exported = export_transformer(model, keywords(1), dynamic=())
     assert not any(symbolic_axes(node) for node in exported.graph.nodes if tensor_of(node) is not None)
     torch.testing.assert_close(exported(*positional(keywords(1)))[0], model(**keywords(1), return_dict=False)[0])
 

@@ -15,9 +15,9 @@ from ptq4dit_ao.capture.signature import CallSignature, TensorName
 from ptq4dit_ao.errors import ArgumentError, ArtifactError
 from ptq4dit_ao.graph.names import placeholders
 
-X = InputSpec(name="x", shape=(2, 3, 4), dtype=torch.float32, batched=True)
-T = InputSpec(name="t", shape=(2,), dtype=torch.int64, batched=True)
-IDS = InputSpec(name="ids", shape=(5, 3), dtype=torch.float32, batched=False)
+X = InputSpec(name="x", shape=(2, 3, 4), dtype=torch.float32, sizes=("batch", 3, 4))
+T = InputSpec(name="t", shape=(2,), dtype=torch.int64, sizes=("batch",))
+IDS = InputSpec(name="ids", shape=(5, 3), dtype=torch.float32, sizes=(5, 3))
 
 
 class Adds(nn.Module):
@@ -28,12 +28,12 @@ class Adds(nn.Module):
 # -- inputs ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dynamic_batch", [True, False])
-def test_a_placeholder_is_described(dynamic_batch):
+@pytest.mark.parametrize("dynamic", [("batch",), ()])
+def test_a_placeholder_is_described(dynamic):
     example = {"x": torch.zeros(2, 3, 4), "t": torch.zeros(2, dtype=torch.int64), "ids": torch.zeros(5, 3)}
-    graph = export_transformer(Adds().eval(), example, dynamic_batch=dynamic_batch)
+    graph = export_transformer(Adds().eval(), example, dynamic=dynamic)
     specs = [InputSpec.of(node) for node in placeholders(graph)]
-    assert [spec.batched for spec in specs] == [dynamic_batch, dynamic_batch, False]
+    assert [spec.batched for spec in specs] == [bool(dynamic), bool(dynamic), False]
     assert [(s.name, s.shape, s.dtype) for s in specs] == [(s.name, s.shape, s.dtype) for s in (X, T, IDS)]
 
 
@@ -42,9 +42,17 @@ def test_a_description_comes_back_from_json(spec):
     assert InputSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
+@pytest.mark.parametrize("spec", [X, T, IDS])
+def test_a_description_from_before_sizes_were_free_is_read(spec):
+    old = {**spec.to_dict(), "batched": spec.batched}
+    del old["sizes"]
+    assert InputSpec.from_dict(old) == spec
+
+
 @pytest.mark.parametrize(
     "change",
-    [{"name": 1}, {"shape": [-1]}, {"shape": ["a"]}, {"shape": 3}, {"shape": [True]}, {"batched": 1}, {"more": 0}]
+    [{"name": 1}, {"shape": [-1]}, {"shape": ["a"]}, {"shape": 3}, {"shape": [True]}, {"sizes": 1}, {"sizes": [2]}]
+    + [{"sizes": [2.0, 3, 4]}, {"more": 0}]
     + [{"dtype": dtype} for dtype in ("float33", "nn", None)],
 )  # fmt: skip
 def test_descriptions_that_cannot_be_read(change):
@@ -112,7 +120,7 @@ KINDS = [torch.bool, torch.int64, torch.float32, torch.bfloat16]
 @pytest.mark.parametrize("given", KINDS)
 def test_a_mask_is_cast_between_numbers_only(given, recorded):
     """A bool mask hides where it is False, a float one is added to scores: 0 and 1 mean other things."""
-    spec, mask = InputSpec(name="mask", shape=(2, 3), dtype=recorded, batched=True), torch.tensor([[1, 0, 1]] * 2)
+    spec, mask = InputSpec(name="mask", shape=(2, 3), dtype=recorded, sizes=("batch", 3)), torch.tensor([[1, 0, 1]] * 2)
     if (given is torch.bool) == (recorded is torch.bool):
         (fitted,) = fit_inputs([spec], [mask.to(given)])
         assert fitted.dtype is recorded and torch.equal(fitted, mask.to(recorded))
@@ -136,10 +144,8 @@ def test_sizes_are_those_of_the_pipeline():
 
 
 def test_another_batch_than_the_fixed_one():
-    fixed = InputSpec(name="x", shape=(2, 3), dtype=torch.float32, batched=False)
-    message = (
-        r"x has shape \(3, 3\), the graph was captured for \(2, 3\); .* if that is the batch, export with dynamic_batch"
-    )
+    fixed = InputSpec(name="x", shape=(2, 3), dtype=torch.float32, sizes=(2, 3))
+    message = r"x has shape \(3, 3\), the graph was captured for \(2, 3\); .* if that is the batch, export with a batch of two"
     with pytest.raises(ArgumentError, match=message):
         fit_inputs([fixed], [torch.zeros(3, 3)])
 

@@ -90,7 +90,7 @@ def test_cogvideox_at_another_size_than_its_own(monkeypatch):
     graph = export_transformer(model, inputs)
     output = graph(*flatten_call(model, inputs)[1].values())
     assert difference(output[0] if isinstance(output, tuple) else output, eager("cogvideox", inputs)) < TOLERANCE
-    monkeypatch.setattr("ptq4dit_ao.capture.export.exportable", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr("ptq4dit_ao.capture.tracing.exportable", lambda _: contextlib.nullcontext())
     with pytest.raises(ExportError, match="CogVideoXTransformer3DModel cannot be exported: "):
         export_transformer(model, inputs)
 
@@ -107,7 +107,7 @@ def test_the_graph_computes_what_the_unpatched_model_does(name):
 
 @pytest.mark.parametrize("name", ["chroma", *(pytest.param(n, marks=pytest.mark.slow) for n in ("hidream", "lumina2"))])
 def test_the_patches_are_needed(name, monkeypatch):
-    monkeypatch.setattr("ptq4dit_ao.capture.export.exportable", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr("ptq4dit_ao.capture.tracing.exportable", lambda _: contextlib.nullcontext())
     with pytest.raises(ExportError, match=f"{type(model_of(name)).__name__} cannot be exported: "):
         export_transformer(model_of(name), FAMILIES[name].inputs(2))
 

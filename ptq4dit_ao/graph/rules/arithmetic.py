@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from ptq4dit_ao.graph.propagation import Cut, Propagation, Scalar
 from ptq4dit_ao.graph.rules.table import aten, rule
-from ptq4dit_ao.graph.shapes import fixed_size, hint, normalize_axis, shape_of, tensor_of
+from ptq4dit_ao.graph.shapes import hint, normalize_axis, shape_of, size_per_sample, tensor_of
 from ptq4dit_ao.graph.variables import Ids
 
 SMALL = 4
@@ -191,7 +191,7 @@ def operand(p: Propagation, node: Node, index: int) -> Node | Cut:
     Only a tensor that is far smaller than the node's output is cut, such as modulation, never an activation.
     """
     tensor = _argument(node, index)
-    if not p.cut or tensor.op == "get_attr" or SMALL * fixed_size(tensor) > fixed_size(node):
+    if not p.cut or tensor.op == "get_attr" or SMALL * size_per_sample(tensor) > size_per_sample(node):
         return tensor
     p.pin(tensor, node, "it is multiplied where it is read")
     return Cut(node.name, index)

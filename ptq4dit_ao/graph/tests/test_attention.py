@@ -46,7 +46,7 @@ def inputs(rows: int, heads: int = H, *, boolean: bool = True) -> tuple[Tensor, 
 
 def exported(attend: Any, example: tuple[Tensor, ...]) -> GraphModule:
     torch.manual_seed(0)
-    return export_transformer(Attend(attend).double().eval(), example)
+    return export_transformer(Attend(attend).double().eval(), example, dynamic=("batch",))
 
 
 def decomposed(graph: GraphModule) -> GraphModule:

@@ -88,7 +88,7 @@ def run(program: list[Step], dynamic: bool, counts: Counter[str]) -> None:
     """Check one program under all policies and forms; count what happened."""
     counts["programs"] += 1
     try:
-        graph = export_transformer(RandomNet(program), inputs(2), check=False, dynamic_batch=dynamic)
+        graph = export_transformer(RandomNet(program), inputs(2), check=False, dynamic=("batch",) if dynamic else ())
     except ExportError:
         counts["not exported"] += 1
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ptq4dit_ao.capture import export_transformer
+from ptq4dit_ao.capture import export_transformer, free_sizes
+from ptq4dit_ao.capture.interface import input_specs, resized
+from ptq4dit_ao.choices import AxisKind
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.graph import Site, SitePolicy, find_sites
 from ptq4dit_ao.graph.rules import IGNORED, RULES, rule
@@ -135,6 +137,7 @@ CASES: dict[object, list[tuple[Body, int]]] = {
     aten.clone.default: [(through(lambda h: h.clone()), C)],
     aten.alias.default: [(through(aten.alias), C)],
     aten.detach.default: [(through(aten.detach), C)],
+    aten.detach_.default: [(through(lambda h: aten.detach_(h.clone())), C)],
     aten.view.default: [
         (through(lambda h: h.view(-1, T, HEADS, D).view(-1, T, C)), C),
         (through(lambda h: h.view(-1, T * C).view(-1, T, C)), C),
@@ -430,8 +433,8 @@ def build(body: Body) -> Net:
     return net
 
 
-def exported(body: Body) -> GraphModule:
-    return export_transformer(build(body), inputs(2, body))
+def exported(body: Body, dynamic: Sequence[AxisKind] | None = ("batch",)) -> GraphModule:
+    return export_transformer(build(body), inputs(2, body), dynamic=dynamic)
 
 
 def site_of(sites: list[Site], *layers: str) -> Site:
@@ -452,7 +455,9 @@ def fold_everything(model: GraphModule, sites: list[Site]) -> None:
 
 
 def assert_fold_preserves(body: Body, sites: list[Site], model: GraphModule) -> None:
+    other = free_sizes(model).other()[0]
     samples = [inputs(2, body), inputs(5, body, seed=3)]
+    samples += [tuple(map(resized, samples[0], input_specs(model), [other] * 2))]
     before = [model(*sample) for sample in samples]
     fold_everything(model, sites)
     for sample, expected in zip(samples, before, strict=True):
@@ -478,6 +483,14 @@ def test_an_op_has_one_rule():
     with pytest.raises(ArgumentError, match=r"aten\.neg\.default has a rule already, homogeneous; change that one"):
         rule(aten.cumsum.default, aten.neg.default)(lambda p, node: None)
     assert before == RULES
+
+
+@pytest.mark.parametrize(("op", "body", "free"), PARAMETERS)
+def test_rule_with_any_number_of_tokens(op, body, free):
+    model = exported(body, dynamic=None)
+    sites = find_sites(model, policy=ANY)
+    assert site_of(sites, "out", "narrow2", "narrow_half", "by_token").num_variables <= free
+    assert_fold_preserves(body, sites, model)
 
 
 @pytest.mark.parametrize(("op", "body", "free"), PARAMETERS)

@@ -229,7 +229,7 @@ AXES = {"x": 0, "t": None, "ids": None, "relu": 1, "neg": 0, "cos": 0, "tanh": N
 
 def tokens_first(*, dynamic: bool) -> dict[str, torch.fx.Node]:
     inputs = {"x": torch.randn(3, 5, 4), "t": torch.randn(3), "ids": torch.randn(5, 4)}
-    graph_module = export_transformer(TokensFirst().eval(), inputs, dynamic_batch=dynamic)
+    graph_module = export_transformer(TokensFirst().eval(), inputs, dynamic=("batch",) if dynamic else ())
     return {node.name: node for node in graph_module.graph.nodes}
 
 

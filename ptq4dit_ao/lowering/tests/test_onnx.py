@@ -62,9 +62,9 @@ def two_axes(convert, **options):
 
 
 @needs_onnx
-@pytest.mark.parametrize("dynamic_batch", [True, False])
-def test_linears_of_two_axes_and_several_outputs(convert, dynamic_batch):
-    converted, inputs = two_axes(convert, dynamic_batch=dynamic_batch)
+@pytest.mark.parametrize("dynamic", [None, ()])
+def test_linears_of_two_axes_and_several_outputs(convert, dynamic):
+    converted, inputs = two_axes(convert, dynamic=dynamic)
     lowered = lower(converted, "onnx")
     assert lowered.proof.integer_gemms == 2
     for expected, actual in zip(converted(*inputs), lowered(*inputs), strict=True):

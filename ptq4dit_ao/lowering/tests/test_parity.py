@@ -93,7 +93,7 @@ def test_a_batch_that_only_the_backend_cannot_run(converted, monkeypatch):
 
 
 def test_a_fixed_batch_is_the_only_one_compared(tiny_dit, tiny_samples, convert):
-    graph = export_transformer(tiny_dit, tiny_samples[0], dynamic_batch=False)
+    graph = export_transformer(tiny_dit, tiny_samples[0], dynamic=())
     fixed = convert(graph, PTQ4DiTQuantizer(balance="none"), tiny_samples)
     assert lower(fixed, "fbgemm").proof.difference < 1e-3
 

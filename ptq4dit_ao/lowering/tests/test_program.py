@@ -59,7 +59,7 @@ def test_the_batch_is_free_also_in_a_graph_that_says_nothing_of_its_shapes(quant
 
 
 def test_a_batch_that_the_graph_fixes_stays_fixed(tiny_dit, convert, tiny_samples):
-    exported = export_transformer(tiny_dit, tiny_samples[0], dynamic_batch=False)
+    exported = export_transformer(tiny_dit, tiny_samples[0], dynamic=())
     converted = bare(convert(exported, PTQ4DiTQuantizer(), tiny_samples))
     assert shapes(converted, tiny_samples[0]) == [(4, 4, 8, 8), (4,), (4,)]
 

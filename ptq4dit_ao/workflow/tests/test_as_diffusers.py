@@ -136,7 +136,7 @@ def test_arguments_that_say_nothing_may_be_left_out_or_given():
 
 def test_a_graph_with_a_fixed_batch():
     model, inputs = FAMILIES["dit"].model(), FAMILIES["dit"].inputs(2)
-    graph = export_transformer(model, inputs, dynamic_batch=False)
+    graph = export_transformer(model, inputs, dynamic=())
     fixed = as_diffusers_transformer(apply_recipe(graph, PLAIN, [tuple(inputs.values())]), backend="reference")
     assert torch.equal(fixed(**inputs).sample, transformer("dit")(**inputs).sample)
     with pytest.raises(ArgumentError, match=r"hidden_states has shape \(3, .* \(2, 4, 8, 8\); .* dynamic_batch=True"):
