@@ -216,7 +216,9 @@ class WeightObserver(_HookedObserver):
         rows = weight.reshape(1, -1) if axis is None else weight.movedim(axis, 0).reshape(weight.shape[axis], -1)
         low, high = torch.aminmax(rows, dim=1)
         if not (low.isfinite().all() and high.isfinite().all()):
-            raise CalibrationError(f"weight {name!r} has NaN or infinite values; it cannot be quantized")
+            raise CalibrationError(
+                f"weight {name!r} has NaN or infinite values; look at the checkpoint, and the dtype it was cast to"
+            )
         low, high = (low[0], high[0]) if axis is None else (low, high)
         return self.spec.qparams(low, high)
 
