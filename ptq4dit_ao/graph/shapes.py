@@ -25,7 +25,7 @@ FIRST = 4099
 """Smallest number that replaces a symbolic size, a prime larger than any number of heads, patches or frames."""
 
 _primes: dict[str, int] = {}
-_turn = Lock()
+_lock = Lock()
 
 
 def tensor_of(node: Node) -> torch.Tensor | None:
@@ -57,7 +57,7 @@ def _evaluate(expression: Any) -> int:
 
 def prime_of(symbol: str) -> int:
     """The prime that replaces a symbol in this process; symbols get primes in order of appearance."""
-    with _turn:
+    with _lock:
         if symbol not in _primes:
             _primes[symbol] = _next_prime(max(_primes.values(), default=FIRST - 1))
         return _primes[symbol]
