@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tomllib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -85,7 +85,7 @@ def load_tests(path: str) -> ModuleType:
 @pytest.fixture(autouse=True)
 def forgotten() -> Iterator[None]:
     """Rules, backends and families that a test registers are gone afterwards."""
-    registries: tuple[dict[Any, Any], ...] = (RULES, BACKENDS, FAMILIES)
+    registries: tuple[MutableMapping[Any, Any], ...] = (RULES, BACKENDS, FAMILIES)
     before = [dict(registry) for registry in registries]
     yield
     for registry, old in zip(registries, before, strict=True):
@@ -218,7 +218,12 @@ def test_a_backend_of_another_package_is_found(install, quantized, tmp_path):
     load_plugins()
     assert "int_mm" in available_backends()
     assert lower(quantized(), "int_mm").proof.integer_gemms == 14
-    code = "from ptq4dit_ao import available_backends; print(list(available_backends()))"  # loads it by itself
+    code = f"""
+import sys
+from ptq4dit_ao import available_backends
+assert {module!r} not in sys.modules
+print(list(available_backends()))
+"""
     environment = os.environ | {"PYTHONPATH": str(tmp_path / TOML["name"])}
     fresh = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert "'int_mm'" in fresh.stdout, fresh.stderr
