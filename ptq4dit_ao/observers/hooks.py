@@ -17,7 +17,7 @@ from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.core import fake_quantize
 from ptq4dit_ao.core.int4 import INT4_MAX, INT4_MIN, pack_int4, unpack_int4
 from ptq4dit_ao.errors import CalibrationError
-from ptq4dit_ao.graph.pending import tensor_at
+from ptq4dit_ao.graph.pending import drop_unread, tensor_at
 from ptq4dit_ao.observers.clock import TimestepClock
 from ptq4dit_ao.observers.moments import Moments
 from ptq4dit_ao.observers.qdq import QuantSpec, insert_bias, insert_qdq
@@ -236,12 +236,14 @@ class WeightObserver(_HookedObserver):
         if self.rounded is None:
             weight = tensor_at(model, str(source.target)).detach()
             insert_qdq(model, node, self.spec, *self.qparams(str(source.target), weight))
-            return
-        (linear,) = node.users
-        if self.rounded.bias is not None:
-            insert_bias(model, linear, self.rounded.bias)
-        scale = self.rounded.scale if self.spec.channel_axis is not None else self.rounded.scale[0]
-        insert_qdq(model, node, self.spec, scale, torch.zeros_like(scale, dtype=torch.int64), self.rounded.integers)
+        else:
+            (linear,) = node.users
+            if self.rounded.bias is not None:
+                insert_bias(model, linear, self.rounded.bias)
+            scale = self.rounded.scale if self.spec.channel_axis is not None else self.rounded.scale[0]
+            zero_point = torch.zeros_like(scale, dtype=torch.int64)
+            insert_qdq(model, node, self.spec, scale, zero_point, self.rounded.integers)
+        drop_unread(model)
 
 
 def record_range(
