@@ -316,7 +316,10 @@ class _Recorder:
                 f"skip left out all {self.skipped} calls of the pipeline's {self.component}; nothing was recorded: "
                 "let it return False for those to record"
             )
-        return CalibrationError(f"the pipeline never called its {self.component}; nothing was recorded")
+        return CalibrationError(
+            f"the pipeline never called its {self.component}; nothing was recorded: give component= the module that it "
+            "calls at every step"
+        )
 
     def _record(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         given = _named(self.original, args, kwargs)
@@ -390,7 +393,10 @@ def _check_batch(module: nn.Module, tensors: Mapping[str, Tensor], given: Mappin
             "itself; samples in lists have no batch axis, so they cannot be joined"
         )
     if tensors[name].ndim == 0:
-        raise CalibrationError(f"{type(module).__name__} received {name!r}, a tensor without a batch axis, first")
+        raise CalibrationError(
+            f"{type(module).__name__} received {name!r}, a tensor without a batch axis, first; record a module whose "
+            "first tensor is a batch"
+        )
 
 
 def _drawn_rows(tensors: dict[str, Tensor], draws: list[list[int]], position: int) -> dict[str, Tensor]:
@@ -432,7 +438,8 @@ def _timestep(module: nn.Module, given: Mapping[str, Any]) -> Tensor | float:
     t = next((given[name] for name in TIMESTEP_NAMES if given.get(name) is not None), None)
     if t is None:
         raise CalibrationError(
-            f"{type(module).__name__} received {', '.join(given)}, but no {', '.join(TIMESTEP_NAMES)} to tell steps by"
+            f"{type(module).__name__} received {', '.join(given)}, but no {', '.join(TIMESTEP_NAMES)} to tell steps "
+            "by; give apply_recipe tuples of its inputs instead"
         )
     return t  # type: ignore[no-any-return]
 

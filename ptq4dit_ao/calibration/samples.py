@@ -52,7 +52,9 @@ class CalibrationSamples:
         self._device: torch.device | None = None
         names = [*self.inputs, *self.shared]
         if signature is not None and sorted(signature.names) != sorted(names):
-            raise CalibrationError(f"the signature takes {signature.names}, but there are tensors for {names}")
+            raise CalibrationError(
+                f"the signature takes {signature.names}, but there are tensors for {names}; give one for each name"
+            )
 
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
@@ -141,7 +143,7 @@ class CalibrationSamples:
         about = {"inputs": ",".join(self.inputs)}
         try:
             if any("," in name for name in self.inputs):
-                raise ValueError(f"a name of {list(self.inputs)} has a comma")
+                raise ValueError(f"a name of {list(self.inputs)} has a comma; rename it in forward")
             if self.signature is not None:
                 about["signature"] = json.dumps(self.signature.to_json())
         except ValueError as error:

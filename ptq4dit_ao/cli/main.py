@@ -266,13 +266,13 @@ def _command(args: argparse.Namespace, errors: Console) -> Callable[[argparse.Na
     """The function that carries out a command; errors that need no torch are raised before torch is loaded.
 
     Raises:
-        PTQ4DiTError: the recipe that is asked for is not there, or has faults.
+        PTQ4DiTError: a recipe that is asked for is not there, or has faults.
     """
     from ptq4dit_ao.cli import recipes  # not for --help, to which pydantic would add a tenth of a second
 
     if args.command == "recipes":
         return recipes.recipes
-    recipes.check_recipe(args)
+    recipes.check_recipes(args)
     with _loading(errors):
         from ptq4dit_ao.cli import commands
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from ptq4dit_ao.cli.tables import Column, print_table
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.recipe import Recipe, load_recipe, recipe_json_schema, shipped_descriptions, shipped_recipe_path
+from ptq4dit_ao.recipe.load import load_method
 
 _FAMILY = re.compile(r"(?!paper_).+_w\d+a\d+")
 """A family's recipes end in their bits; so do the paper's, which are a method."""
@@ -33,10 +34,13 @@ def recipes(args: argparse.Namespace, console: Console) -> None:
         print_table(console, _FAMILIES, _COLUMNS, families, wide=args.wide)
 
 
-def check_recipe(args: argparse.Namespace) -> None:
-    """Raises RecipeError or ArgumentError for the recipe that a command names, if there is something wrong with it."""
+def check_recipes(args: argparse.Namespace) -> None:
+    """Raises RecipeError or ArgumentError if there is something wrong with a recipe that the command names."""
     if args.command == "quantize":
         chosen_recipe(args)
+    elif args.command == "table":
+        for method in args.methods:
+            load_method(method)
     elif getattr(args, "recipe", None) is not None:
         load_recipe(args.recipe)
 

@@ -51,9 +51,9 @@ def table(args: argparse.Namespace, console: Console) -> None:
     for remark in remarks(result):
         console.print(escape(with_flags(remark, args)), soft_wrap=True)
     console.print(f"saved to [bold]{args.output}[/]: table.md, table.json, table.png")
-    _complain(result.failed, args.output)
+    _raise_for_failed(result.failed, args.output)
 
 
-def _complain(failed: dict[str, str], output: Path) -> None:
+def _raise_for_failed(failed: dict[str, str], output: Path) -> None:
     if failed:
         raise PTQ4DiTError(f"{len(failed)} cells of {output} failed: {', '.join(failed)}; the table has the others")

@@ -18,7 +18,10 @@ def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
         ArgumentError: the shapes differ.
     """
     if reference.shape != approximation.shape:
-        raise ArgumentError(f"shapes differ: reference {tuple(reference.shape)}, got {tuple(approximation.shape)}")
+        raise ArgumentError(
+            f"shapes differ: reference {tuple(reference.shape)}, got {tuple(approximation.shape)}; give two tensors of "
+            "one shape"
+        )
     ref = reference.detach().to(torch.float64)
     noise = (ref - approximation.detach().to(torch.float64)).square().sum().item()
     return float(energy_ratio_db(np.array(ref.square().sum().item()), np.array(noise)))

@@ -100,7 +100,7 @@ def _from_npz(path: Path) -> ReferenceSet:
         reason = because(error) if isinstance(error, OSError) else str(error)
         raise ArgumentError(f"cannot read reference images from {path}: {reason}; check the path") from error
     if "arr_0" not in arrays:
-        raise ArgumentError(f"{path} has no array 'arr_0' of images")
+        raise ArgumentError(f"{path} has no array 'arr_0' of images; write it with numpy.savez(path, images)")
     images = _in_unit_range(path, arrays.pop("arr_0"))
     if len(arrays) < len(_ADM_FITS):
         return ReferenceSet(name=path.name, images=images)

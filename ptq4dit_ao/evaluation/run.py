@@ -124,7 +124,10 @@ def _float_model(
     directory: str | Path, quantized: QuantizedModel, spec: str | None, sampler: str | None
 ) -> tuple[LoadedModel, Sampling]:
     if quantized.sampling is None:
-        raise ArgumentError(f"{directory} was saved without the way to sample it, so no images can be compared")
+        raise ArgumentError(
+            f"{directory} was saved without the way to sample it, so no images can be compared; compare predictions "
+            "with ptq4dit_ao.metrics.paired_error"
+        )
     spec = spec or quantized.recipe.model
     if spec is None:
         raise ArgumentError(f"{directory} does not know its float model; say which (model=...)")

@@ -136,5 +136,5 @@ def timestep_placeholder(graph_module: GraphModule, name: str | None = None) -> 
     found = [node for node in inputs if node.target in wanted or node.name in wanted]
     if name is not None and not found:
         names = ", ".join(repr(node.name) for node in inputs)
-        raise ArgumentError(f"timestep_input is {name!r}, but the graph's inputs are {names}")
+        raise ArgumentError(f"timestep_input is {name!r}, but the graph's inputs are {names}; give one of these names")
     return found[0] if found else None

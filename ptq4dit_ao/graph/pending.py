@@ -75,10 +75,22 @@ def factors_wait(model: GraphModule, may_stay: Callable[[str], bool]) -> Iterato
     """Context in which :func:`scale_later` keeps factors pending.
 
     On exit the factors are multiplied, except those of tensors for which ``may_stay(path)`` is true. Such tensors must
-    still be read with :func:`tensor_at`.
+    still be read with :func:`tensor_at`, until :func:`drop_unread` finds that nothing reads them.
     """
     model.meta.setdefault(_KEY, {})
     yield
     for path in [path for path in pending(model) if not may_stay(path)]:
         set_tensor(model, path, tensor_at(model, path))
         del model.meta[_KEY][path]
+    if not pending(model):
+        del model.meta[_KEY]
+
+
+def drop_unread(model: GraphModule) -> None:
+    """Drop the pending factors of tensors that no node reads any more, such as weights that integers have replaced."""
+    waiting = pending(model)
+    read = {str(node.target) for node in model.graph.find_nodes(op="get_attr") if node.users}
+    for path in waiting.keys() - read:
+        del waiting[path]
+    if not waiting:
+        model.meta.pop(_KEY, None)

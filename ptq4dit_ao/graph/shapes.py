@@ -31,7 +31,7 @@ DIVISIBLE = 2**5 * 3
 """Common multiple of the sizes of patches, by which the numbers that replace symbolic sizes are divisible."""
 
 _primes: dict[str, int] = {}
-_turn = Lock()
+_lock = Lock()
 
 
 def tensor_of(node: Node) -> torch.Tensor | None:
@@ -63,7 +63,7 @@ def _evaluate(expression: Any) -> int:
 
 def prime_of(symbol: str) -> int:
     """The prime that replaces a symbol in this process; symbols get primes in order of appearance."""
-    with _turn:
+    with _lock:
         if symbol not in _primes:
             _primes[symbol] = _next_prime(max(_primes.values(), default=FIRST - 1))
         return _primes[symbol]

@@ -16,7 +16,6 @@ from ptq4dit_ao.lowering.backend import (
     Request,
     available_backends,
     backends_for,
-    load_plugins,
     missing_backends,
     register,
 )
@@ -42,5 +41,3 @@ __all__ = [
     "quantized_linears",
     "register",
 ]
-
-load_plugins()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from operator import itemgetter
 from pathlib import Path
+from threading import RLock
 
 import torch
 from torch import Tensor
@@ -138,11 +139,53 @@ class Backend:
         return declared or self.refuse(linear)
 
 
-BACKENDS: dict[str, Backend] = {}
-"""Every registered backend, by name."""
-
 PLUGINS = "ptq4dit_ao.backends"
 """Group of entry points by which other packages add backends."""
+
+
+class Backends(MutableMapping[str, Backend]):
+    """Backends by name. Those of other packages are loaded at the first look, and not by an import of this package."""
+
+    def __init__(self) -> None:
+        self._registered: dict[str, Backend] = {}
+        self._complete = False
+        self._lock = RLock()  # a plugin may look, too, while it is loaded
+
+    def add(self, backend: Backend) -> None:
+        """Add a backend without loading those of other packages.
+
+        Raises:
+            ArgumentError: the name is taken.
+        """
+        if backend.name in self._registered or backend.name == "auto":
+            raise ArgumentError(f"there is a backend {backend.name!r} already; register this one under another name")
+        self._registered[backend.name] = backend
+
+    def _all(self) -> dict[str, Backend]:
+        with self._lock:
+            if not self._complete:
+                self._complete = True
+                load_plugins()
+        return self._registered
+
+    def __getitem__(self, name: str) -> Backend:
+        return self._all()[name]
+
+    def __setitem__(self, name: str, backend: Backend) -> None:
+        self._all()[name] = backend
+
+    def __delitem__(self, name: str) -> None:
+        del self._all()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+
+BACKENDS = Backends()
+"""Every backend, by name."""
 
 
 def register(backend: Backend) -> None:
@@ -152,9 +195,7 @@ def register(backend: Backend) -> None:
         ArgumentError: the name is taken.
     """
     check_type("backend", backend, Backend, "a Backend")
-    if backend.name in BACKENDS or backend.name == "auto":
-        raise ArgumentError(f"there is a backend {backend.name!r} already; register this one under another name")
-    BACKENDS[backend.name] = backend
+    BACKENDS.add(backend)
 
 
 def load_plugins() -> None:

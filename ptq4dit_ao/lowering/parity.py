@@ -99,7 +99,8 @@ class Parity:
                 found = _outputs(run(*batch))
             except Exception as error:  # any error of a runtime
                 raise LoweringError(
-                    f"backend {backend!r} fails at batch {_rows(batch)}, at which the graph runs: {error}"
+                    f"backend {backend!r} fails at batch {_rows(batch)}, at which the graph runs: {error}; use another "
+                    "backend, and please report this model"
                 ) from error
             difference = relative_error(expected, found)
             if not difference <= self._allowed(difference):

@@ -50,7 +50,10 @@ def layer_errors(
         for name, actual in _linear_outputs(quantized, inputs):
             expected = next((value for other, value in float_outputs if other == name), None)
             if expected is None:
-                raise ArgumentError(f"the float graph has no linear {name!r} where the quantized graph has it")
+                raise ArgumentError(
+                    f"the float graph has no linear {name!r} where the quantized graph has it; give the float graph "
+                    "that the quantized one was made of"
+                )
             # The output is compared as one row, because its samples may lie along any axis.
             found[name].append(energies(t, expected.double().unsqueeze(0), actual.double().unsqueeze(0)))
     return {name: PairedError.of(parts) for name, parts in found.items()}

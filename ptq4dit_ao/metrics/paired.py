@@ -110,7 +110,10 @@ def paired_error(
     for inputs in batches:
         expected, actual = rows_of(reference(*inputs)), rows_of(quantized(*inputs))
         if expected.shape != actual.shape:
-            raise ArgumentError(f"shapes differ: reference {tuple(expected.shape)}, got {tuple(actual.shape)}")
+            raise ArgumentError(
+                f"shapes differ: reference {tuple(expected.shape)}, got {tuple(actual.shape)}; compare a quantized "
+                "model with the float model that it was made of"
+            )
         timesteps = timesteps_of(inputs, timestep_index)
         for name, output in (("float", expected), ("quantized", actual)):
             _check_finite(name, output, timesteps)

@@ -17,7 +17,7 @@ from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.core import fake_quantize
 from ptq4dit_ao.core.int4 import INT4_MAX, INT4_MIN, pack_int4, unpack_int4
 from ptq4dit_ao.errors import CalibrationError
-from ptq4dit_ao.graph.pending import tensor_at
+from ptq4dit_ao.graph.pending import drop_unread, tensor_at
 from ptq4dit_ao.observers.clock import TimestepClock
 from ptq4dit_ao.observers.moments import Moments
 from ptq4dit_ao.observers.qdq import QuantSpec, insert_bias, insert_qdq
@@ -216,7 +216,9 @@ class WeightObserver(_HookedObserver):
         rows = weight.reshape(1, -1) if axis is None else weight.movedim(axis, 0).reshape(weight.shape[axis], -1)
         low, high = torch.aminmax(rows, dim=1)
         if not (low.isfinite().all() and high.isfinite().all()):
-            raise CalibrationError(f"weight {name!r} has NaN or infinite values; it cannot be quantized")
+            raise CalibrationError(
+                f"weight {name!r} has NaN or infinite values; look at the checkpoint, and the dtype it was cast to"
+            )
         low, high = (low[0], high[0]) if axis is None else (low, high)
         return self.spec.qparams(low, high)
 
@@ -234,12 +236,14 @@ class WeightObserver(_HookedObserver):
         if self.rounded is None:
             weight = tensor_at(model, str(source.target)).detach()
             insert_qdq(model, node, self.spec, *self.qparams(str(source.target), weight))
-            return
-        (linear,) = node.users
-        if self.rounded.bias is not None:
-            insert_bias(model, linear, self.rounded.bias)
-        scale = self.rounded.scale if self.spec.channel_axis is not None else self.rounded.scale[0]
-        insert_qdq(model, node, self.spec, scale, torch.zeros_like(scale, dtype=torch.int64), self.rounded.integers)
+        else:
+            (linear,) = node.users
+            if self.rounded.bias is not None:
+                insert_bias(model, linear, self.rounded.bias)
+            scale = self.rounded.scale if self.spec.channel_axis is not None else self.rounded.scale[0]
+            zero_point = torch.zeros_like(scale, dtype=torch.int64)
+            insert_qdq(model, node, self.spec, scale, zero_point, self.rounded.integers)
+        drop_unread(model)
 
 
 def record_range(

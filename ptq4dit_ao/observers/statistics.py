@@ -87,7 +87,9 @@ class ChannelStatistics:
             CalibrationError: the channel counts differ.
         """
         if other.channels != self.channels:
-            raise CalibrationError(f"cannot merge statistics of {other.channels} channels into {self.channels}")
+            raise CalibrationError(
+                f"cannot merge statistics of {other.channels} channels into {self.channels}; merge those of one tensor"
+            )
         self.update(other.timesteps, other.minimum, other.maximum)
 
     def _order(self) -> list[int]:
@@ -123,7 +125,10 @@ class SalienceStatistics(Mapping[str, ChannelStatistics]):
         check_type("other", other, SalienceStatistics, "SalienceStatistics")
         if set(other) != set(self):
             odd = sorted(set(other) ^ set(self))[0]
-            raise CalibrationError(f"cannot merge statistics of different models: {odd!r} is in one of them only")
+            raise CalibrationError(
+                f"cannot merge statistics of different models: {odd!r} is in one of them only; gather both with the "
+                "same model and the same settings"
+            )
         for name, table in self._tables.items():
             table.merge(other[name])
 

@@ -104,7 +104,10 @@ def balance_module(
     ]
     if all(site.refusal is not None for site in sites):
         why = first_refusals(sites)
-        raise BalanceError(f"nothing can be folded into the parameters of {type(model).__name__} ({why})")
+        raise BalanceError(
+            f"nothing can be folded into the parameters of {type(model).__name__} ({why}); balance its graph instead "
+            "(balance, PTQ4DiTQuantizer)"
+        )
     shared = _shared(exported, parameters)
     check = SelfCheck(graph, statistics.example)
     before = floating_outputs(call_like(exported, model, check.inputs))

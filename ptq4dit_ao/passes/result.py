@@ -46,5 +46,7 @@ def balance_result(model: GraphModule) -> BalanceResult:
     check_type("model", model, GraphModule, "a graph that was converted or balanced")
     result = model.meta.get(_META)
     if not isinstance(result, BalanceResult):
-        raise BalanceError("this graph was neither converted with PTQ4DiTQuantizer nor balanced with balance()")
+        raise BalanceError(
+            "this graph was neither converted with PTQ4DiTQuantizer nor balanced with balance(); give one that was"
+        )
     return result

@@ -86,7 +86,10 @@ class SelfCheck:
             self._fold_only(model, remaining, form)
             error = self.error(model)
         if not error <= self.tolerance:
-            raise BalanceError(f"the graph changed by {error:.2g} of its output's size although no site is balanced")
+            raise BalanceError(
+                f"the graph changed by {error:.2g} of its output's size although no site is balanced; if it draws "
+                "random numbers, make it deterministic, otherwise please report this model"
+            )
         kept = {outcome.site.name: outcome for outcome in remaining}
         return tuple(replace(s, refusal=f"{s.name}: {undone[s.name]}") if s.name in undone else s for s in sites), {
             name: kept[name] for name in outcomes if name in kept

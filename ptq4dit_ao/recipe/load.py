@@ -39,6 +39,15 @@ def load_recipe(path_or_name: str | Path) -> Recipe:
     return Recipe.from_dict(merged, name=str(path))
 
 
+def load_method(name: str) -> Recipe:
+    """Load a recipe as a method that is compared with others at several widths.
+
+    A shipped recipe whose name ends in bits, like ``paper_w8a8``, is also found without them.
+    """
+    at_8_bits = f"{name}_w8a8"
+    return load_recipe(at_8_bits if name not in shipped_recipes() and at_8_bits in shipped_recipes() else name)
+
+
 def merge(base: dict[str, object], top: dict[str, object]) -> dict[str, object]:
     """Merge ``top`` over ``base``: mappings key by key, everything else replaced."""
     merged = dict(base)

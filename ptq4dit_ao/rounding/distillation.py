@@ -151,10 +151,11 @@ def distill(
     rate = max(RATE, 2 * REACH / settings.steps)  # the cosine halves Adam's largest step on average
     optimizer = _optimizer(linears.values(), ranges.values(), rate)
     clock = _Clock(settings)
-    notes = None
+    checkpoint = None
     if resume is not None:
         start = [(g.observer.chosen_range, [_sums_of(layer.observer.rounded) for layer in g.layers]) for g in groups]
-        notes = _Notes(resume, fingerprint(prepared, groups, batches, (settings, start)), learning, optimizer, clock)
+        found = fingerprint(prepared, groups, batches, (settings, start))
+        checkpoint = _Checkpoint(resume, found, learning, optimizer, clock)
     with torch.enable_grad():
         while (spent := clock.spent()) < 1:
             for parameters in optimizer.param_groups:
@@ -169,8 +170,8 @@ def distill(
                 linear.clamp_()
             clock.steps += 1
             on_progress(round(clock.spent() * settings.steps), settings.steps)
-            if notes is not None:
-                notes.write()
+            if checkpoint is not None:
+                checkpoint.write()
     after = _error(run, inputs, targets, some)
     logger.info("distilled in %d steps: square error of the output %.3g, before %.3g", clock.steps, after, before)
     if not after < before:
@@ -240,7 +241,7 @@ class _Clock:
         return min(1.0, steps if minutes is None else max(steps, self.seconds() / (60 * minutes)))
 
 
-class _Notes:
+class _Checkpoint:
     """The checkpoint file from which a killed run resumes: learned parameters, optimizer state and clock."""
 
     def __init__(

@@ -72,8 +72,8 @@ def round_sequentially(
             trim()
             if not progress.load(index + 1, block.parts(groups)):
                 if learns:
-                    told = _told(budget.progress(index), index, len(blocks), on_progress)
-                    _learn(prepared, block, streams, settings, told)
+                    fractions = _reported(budget.progress(index), index, len(blocks), on_progress)
+                    _learn(prepared, block, streams, settings, fractions)
                 else:
                     _round(prepared, block.groups[0], streams, settings)
                 progress.save(index + 1, block.parts(groups))
@@ -102,13 +102,13 @@ def _learn(
     streams.redo(block.nodes, held)
 
 
-def _told(progress: Iterator[float], block: int, blocks: int, on_progress: OnProgress) -> Iterator[float]:
+def _reported(progress: Iterator[float], block: int, blocks: int, on_progress: OnProgress) -> Iterator[float]:
     """The fractions of ``progress``, of which every hundredth is reported to ``on_progress``."""
-    told = 0
+    reported = 0
     for spent in progress:
-        if int(spent * PARTS) > told:
-            told = int(spent * PARTS)
-            on_progress(block * PARTS + told, blocks * PARTS)
+        if int(spent * PARTS) > reported:
+            reported = int(spent * PARTS)
+            on_progress(block * PARTS + reported, blocks * PARTS)
         yield spent
 
 

@@ -80,7 +80,10 @@ def _configuration(config: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
     paths = [Path(config) / "config.json", Path(config) / "transformer" / "config.json"]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
-        raise ArgumentError(f"folder {config} has neither config.json nor transformer/config.json")
+        raise ArgumentError(
+            f"folder {config} has neither config.json nor transformer/config.json; give that of the float transformer "
+            "or of its pipeline"
+        )
     try:
         return {**json.loads(path.read_text())}
     except (OSError, ValueError, TypeError) as error:

@@ -109,10 +109,16 @@ def _from_folder(path: Path) -> Any:
     else:
         if is_manifest(path / MANIFEST):
             raise ArgumentError(f"folder {path} holds a quantized model; give the float model that it was made of")
-        raise ArgumentError(f"folder {path} has neither model_index.json nor config.json; it is no diffusers model")
+        raise ArgumentError(
+            f"folder {path} has neither model_index.json nor config.json; give the folder of a diffusers pipeline or "
+            "transformer"
+        )
     kind: Any = getattr(diffusers, name, None)
     if not hasattr(kind, "from_pretrained"):
-        raise ArgumentError(f"folder {path} says it holds a {name!r}, which diffusers {diffusers.__version__} lacks")
+        raise ArgumentError(
+            f"folder {path} says it holds a {name!r}, which diffusers {diffusers.__version__} lacks; install a version "
+            "that has it"
+        )
     try:
         return kind.from_pretrained(path, **options)
     except ImportError as error:  # for example a tokenizer that needs another package
@@ -127,7 +133,7 @@ def _class_name(config: Path) -> str:
     except (OSError, ValueError, AttributeError) as error:
         raise ArgumentError(f"{config} is not the configuration of a diffusers model: {error}") from error
     if not isinstance(name, str) or not name.isidentifier():
-        raise ArgumentError(f"{config} names no class ('_class_name'); it is no diffusers model")
+        raise ArgumentError(f"{config} names no class ('_class_name'); give a folder that save_pretrained wrote")
     return name
 
 

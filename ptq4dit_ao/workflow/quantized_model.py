@@ -170,7 +170,10 @@ def _read(directory: str | Path) -> QuantizedModel:
     stored = read_artifact(directory)
     metadata = stored.metadata
     if set(metadata) - {"sizes"} != {"recipe", "report", "sampling", "captured"}:
-        raise ArtifactError(f"{directory} was not saved with save_quantized: its metadata holds {sorted(metadata)}")
+        raise ArtifactError(
+            f"{directory} was not saved with save_quantized: its metadata holds {sorted(metadata)}; give the folder of "
+            "a model that was"
+        )
     report = metadata["report"]
     if not isinstance(report, dict) or set(report) != set(Report.__annotations__):
         found = sorted(report) if isinstance(report, dict) else report

@@ -134,7 +134,10 @@ def choose_weight_bits(
     low, high = (_planned_bits(exported, quantizer, bits) for bits in (widths[0], widths[-1]))
     free = {layer for layer, bits in low.items() if high[layer] != bits}
     if not free:
-        raise ArgumentError(f"overrides set the bits of all {len(low)} quantized layers; there is none to choose")
+        raise ArgumentError(
+            f"overrides set the bits of all {len(low)} quantized layers; there is none to choose: take out overrides, "
+            "or give bits as a number"
+        )
     noise: dict[tuple[str, ...], list[float]] = defaultdict(list)
     for done, bits in enumerate(widths[:-1]):
         step = quantizer.variant(weight_bits=bits, sequential=False)

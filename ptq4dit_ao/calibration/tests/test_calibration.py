@@ -173,7 +173,7 @@ def test_tensors_of_one_memory_are_written_apart(tmp_path):
 
 
 def test_a_name_that_a_file_cannot_hold(tmp_path):
-    with pytest.raises(CalibrationError, match=r"cannot write .*: a name of \['x,y'\] has a comma"):
+    with pytest.raises(CalibrationError, match=r"cannot write .*: a name of \['x,y'\] has a comma; rename it"):
         CalibrationSamples({"x,y": torch.zeros(2)}).save(tmp_path / "samples.safetensors")
     assert list(tmp_path.iterdir()) == []
 
@@ -360,7 +360,7 @@ def test_hooks_go_even_if_the_pipeline_fails():
 
 
 def test_a_pipeline_that_does_not_call_its_transformer():
-    with pytest.raises(CalibrationError, match="never called its transformer; nothing was recorded"):
+    with pytest.raises(CalibrationError, match="never called its transformer; nothing was recorded: give component="):
         collect_from_pipeline(Broken("idle"), LABELS, timesteps=1, steps=STEPS)
 
 

@@ -699,7 +699,7 @@ def test_steps_cannot_be_told_without_a_timestep():
 def test_samples_in_a_list_are_refused():
     with pytest.raises(CalibrationError, match="Denoiser received x, timestep, .* samples in lists have no batch axis"):
         record(lambda stub, x, t: stub.transformer(list(x), timestep=t))
-    with pytest.raises(CalibrationError, match="Denoiser received 'x', a tensor without a batch axis, first"):
+    with pytest.raises(CalibrationError, match="Denoiser received 'x', a tensor without a batch axis, first; record"):
         record(lambda stub, x, t: stub.transformer(t, timestep=t))
 
 
@@ -918,7 +918,7 @@ def test_without_a_signature_there_are_only_rows(tmp_path):
 def test_a_signature_of_other_tensors():
     signature, _ = flatten_call(Denoiser(), {"x": noise(2), "ids": noise(2)})
     with pytest.raises(
-        CalibrationError, match=r"the signature takes \['x', 'ids'\], but there are tensors for \['x'\]"
+        CalibrationError, match=r"the signature takes \['x', 'ids'\], but there are tensors for \['x'\]; give one"
     ):
         CalibrationSamples({"x": noise(2)}, signature=signature)
 

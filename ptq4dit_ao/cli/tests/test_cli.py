@@ -444,7 +444,8 @@ def test_what_needs_no_torch_loads_none(tmp_path):
         *(f"{command} --help" for command in ("", *COMMANDS)), "--version", "recipes", "recipes auto",
         "recipes --schema", "recipes digits", "quantize digits_w8a9 --output x", "quantize missing.yaml --output x",
         "quantize dit_w8a8 --output x", "balance dit_w8a9 --model m --output x",
-        "bench --width dit-s --recipe dit_w8a9", "inspect", "sample x --sampler dpm", "export x --float-dtype int8",
+        "bench --width dit-s --recipe dit_w8a9", "table --methods minmax,papre --output x",
+        "inspect", "sample x --sampler dpm", "export x --float-dtype int8",
     ]  # fmt: skip
     script = f"""
 import sys
@@ -458,7 +459,7 @@ for line in {lines!r}:
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("error: ") == 9 and "loading" not in done.stderr
+    assert done.stderr.count("error: ") == 10 and "loading" not in done.stderr
     assert not list(tmp_path.iterdir())
 
 

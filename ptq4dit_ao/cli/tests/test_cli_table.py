@@ -81,7 +81,7 @@ def test_options_reach_the_settings(run, asked):
     ("options", "code", "message"),
     [
         (["--bits", "w4"], 1, "bits 'w4' are not like 'w4a8'"),
-        (["--methods", "a,a"], 1, "methods has 'a' twice"),
+        (["--methods", "auto,auto"], 1, "methods has 'auto' twice"),
         (["--steps", "5,x"], 2, "argument --steps: 'x' is not a positive whole number"),
         (["--layers", "all"], 2, "argument --layers: invalid choice"),
     ],

@@ -372,5 +372,5 @@ def test_sqnr_accumulates_16_bit_tensors_in_float64():
 
 
 def test_sqnr_of_different_shapes_is_refused():
-    with pytest.raises(ArgumentError, match=r"shapes differ: reference \(2,\), got \(2, 1\)"):
+    with pytest.raises(ArgumentError, match=r"shapes differ: reference \(2,\), got \(2, 1\); give two"):
         core.sqnr_db(torch.ones(2), torch.ones(2, 1))

@@ -185,7 +185,7 @@ class TableRunner:
         self._before += self._image_sampling(cell.steps).units
         self._on_progress(ALL, self._before, self._all)
 
-    def _told(self, stage: str, done: int, total: int) -> None:
+    def _report_progress(self, stage: str, done: int, total: int) -> None:
         self._on_progress(stage, done, total)
         if stage.startswith("sample "):
             self._on_progress(ALL, self._before + done, self._all)
@@ -201,7 +201,7 @@ class TableRunner:
         if found is None or not self._saved(cell).is_dir():
             start = time.perf_counter()
             try:
-                quantize(self.model, recipe, self._saved(cell), grids=False, on_progress=self._told)
+                quantize(self.model, recipe, self._saved(cell), grids=False, on_progress=self._report_progress)
             except PTQ4DiTError as error:
                 self._failed[cell.model] = error
                 raise
@@ -213,10 +213,10 @@ class TableRunner:
     def _measure(self, cell: Cell, recipe: Recipe, baseline: Baseline) -> tuple[EvaluationRow, bool]:
         """The result of a cell, and whether noise was corrected in the scheduler."""
         quantized = dataclasses.replace(load_quantized(self._saved(cell)), recipe=recipe)
-        fitting = of_stage(self._told, "fit correction")
+        fitting = of_stage(self._report_progress, "fit correction")
         correction = fit_correction(self.model, quantized.graph, recipe, cell.steps, fitting)
-        recorded = recorded_samples(self.model, recipe, evaluate=True, on_progress=self._told)
-        row = baseline.row(quantized.lower(self.settings.backend), recipe, recorded, correction, self._told)
+        recorded = recorded_samples(self.model, recipe, evaluate=True, on_progress=self._report_progress)
+        row = baseline.row(quantized.lower(self.settings.backend), recipe, recorded, correction, self._report_progress)
         return row, correction is not None
 
     def _baseline_at(self, steps: int) -> Baseline:
@@ -235,7 +235,7 @@ class TableRunner:
         path.parent.mkdir(parents=True, exist_ok=True)
         cache = own if self.given is None else None
         self._baseline = baseline_of(
-            self.model, self._image_sampling(steps), self.network, self.given, cache, images, self._told
+            self.model, self._image_sampling(steps), self.network, self.given, cache, images, self._report_progress
         )
         if images is None:
             IMAGES.write(path, {"images": self._baseline.images})

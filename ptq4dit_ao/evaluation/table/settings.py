@@ -10,7 +10,8 @@ from pathlib import Path
 from ptq4dit_ao.choices import LAYER_PRESETS, SAMPLERS, LayerPreset, Sampler
 from ptq4dit_ao.errors import ArgumentError, check_choice
 from ptq4dit_ao.lowering.backend import BACKENDS, choose_backend
-from ptq4dit_ao.recipe import Recipe, Weights, load_recipe, shipped_recipes
+from ptq4dit_ao.recipe import Recipe, Weights
+from ptq4dit_ao.recipe.load import load_method
 
 FLOAT = "float32"
 """Method name of the float model's rows."""
@@ -131,7 +132,7 @@ def method_recipes(settings: TableSettings) -> dict[str, Recipe]:
         name = Path(method).name
         if name in recipes:
             raise ArgumentError(f"two methods are called {name!r}; rename one of the files")
-        recipes[name] = _recipe(method)
+        recipes[name] = load_method(method)
     return recipes | (ablation() if settings.ablation else {})
 
 
@@ -140,7 +141,7 @@ def ablation() -> dict[str, Recipe]:
 
     The rest is equal.
     """
-    paper, auto = _recipe("paper"), load_recipe("auto")
+    paper, auto = load_method("paper"), load_method("auto")
 
     def balanced(method: str) -> Recipe:
         balance = paper.balance.model_copy(update={"method": method, "alpha": 0.5})
@@ -148,12 +149,6 @@ def ablation() -> dict[str, Recipe]:
 
     ours = paper.model_copy(update={"balance": auto.balance, "rounding": auto.rounding})
     return {"base": balanced("none"), "+CSB": balanced("mean"), "+SSC": balanced("ssc"), "+ours": ours}
-
-
-def _recipe(method: str) -> Recipe:
-    """Load a recipe. A shipped one whose name contains bits, like ``paper_w8a8``, is also found without them."""
-    at_8_bits = f"{method}_w8a8"
-    return load_recipe(at_8_bits if method not in shipped_recipes() and at_8_bits in shipped_recipes() else method)
 
 
 def _widths(bits: str) -> tuple[int, int]:

@@ -199,7 +199,7 @@ def test_kept_statistics_are_of_one_network_and_have_no_cache(saved, tmp_path):
 @pytest.mark.parametrize(
     ("sampling", "message"),
     [
-        (None, "was saved without the way to sample it, so no images can be compared"),
+        (None, "was saved without the way to sample it, so no images can be compared; compare predictions with"),
         ({"channels": 4}, "quantized from a model of 4 x 8 x 8 and 10 classes"),
         ({}, r"does not know its float model; say which \(model=\.\.\.\)"),
     ],

@@ -68,7 +68,7 @@ def test_fits_in_an_npz_are_for_inception_alone(tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"images": LEVELS}, "has no array 'arr_0' of images"),
+        ({"images": LEVELS}, "has no array 'arr_0' of images; write it with numpy.savez"),
         ({"arr_0": LEVELS / 255}, r"holds float64 of shape \(5, 6, 4, 3\); expected uint8 and \(N, H, W, C\)"),
         ({"arr_0": np.array([object()])}, "cannot read reference images from .*allow_pickle"),
     ],

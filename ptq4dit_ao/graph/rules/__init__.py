@@ -8,6 +8,6 @@ To add an op, add a rule to one of these files, with its identity as the docstri
 """
 
 from ptq4dit_ao.graph.rules import arithmetic, layers, movement  # noqa: F401  (they fill the table)
-from ptq4dit_ao.graph.rules.table import IGNORED, RULES, rule
+from ptq4dit_ao.graph.rules.registry import IGNORED, RULES, rule
 
 __all__ = ["IGNORED", "RULES", "rule"]

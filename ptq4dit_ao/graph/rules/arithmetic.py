@@ -8,7 +8,7 @@ import numpy as np
 from torch.fx import Node
 
 from ptq4dit_ao.graph.propagation import Cut, Propagation, Scalar
-from ptq4dit_ao.graph.rules.table import aten, rule
+from ptq4dit_ao.graph.rules.registry import aten, rule
 from ptq4dit_ao.graph.shapes import hint, normalize_axis, shape_of, size_per_sample, tensor_of
 from ptq4dit_ao.graph.variables import Ids
 

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from ptq4dit_ao.graph.names import is_linear
 from ptq4dit_ao.graph.propagation import Columns, NewWeight, Propagation
-from ptq4dit_ao.graph.rules.table import aten, rule
+from ptq4dit_ao.graph.rules.registry import aten, rule
 from ptq4dit_ao.graph.shapes import hint, shape_of
 from ptq4dit_ao.graph.variables import Ids
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch.fx import Node
 
 from ptq4dit_ao.graph.propagation import Propagation, op_name
-from ptq4dit_ao.graph.rules.table import RULES, aten, rule
+from ptq4dit_ao.graph.rules.registry import RULES, aten, rule
 from ptq4dit_ao.graph.shapes import (
     broadcast_ids,
     embed_ids,

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, symbolic_trace
 
-from ptq4dit_ao.graph.pending import factors_wait, pending, scale_later, tensor_at
+from ptq4dit_ao.graph.pending import drop_unread, factors_wait, pending, scale_later, tensor_at
 
 ROWS, COLUMNS = torch.rand(16, 1, dtype=torch.float64) + 0.5, torch.rand(1, 64, dtype=torch.float64) + 0.5
 
@@ -39,3 +39,19 @@ def test_factors_wait_only_where_that_was_asked_for_and_saves_memory(model):
         assert not scale_later(model, ["0.bias"], torch.ones(16))
         assert not scale_later(model, ["0.weight"], torch.ones(16, 64))
     assert pending(model) == {}
+
+
+def test_factors_are_dropped_when_nothing_reads_their_tensor(model):
+    graph = model.graph
+    first = graph.find_nodes(op="call_module")[0]
+    with graph.inserting_before(first):
+        one, other = graph.get_attr("0.weight"), graph.get_attr("0.weight")
+        readers = [graph.call_function(torch.neg, (weight,)) for weight in (one, other)]
+    with factors_wait(model, may_stay=lambda path: True):
+        assert scale_later(model, ["0.weight"], ROWS)
+    for reader in readers:
+        drop_unread(model)
+        assert pending(model).keys() == {"0.weight"}
+        graph.erase_node(reader)
+    drop_unread(model)
+    assert pending(model) == {} and not model.meta

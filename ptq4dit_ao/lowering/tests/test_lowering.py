@@ -187,6 +187,16 @@ def test_an_unknown_backend(quantized, name, message):
         lower(quantized(), name)
 
 
+def test_backends_of_other_packages_are_loaded_once_at_the_first_look(monkeypatch):
+    looks: list[list[str]] = []
+    backends, known = lowering.Backends(), lowering.BACKENDS["fbgemm"]
+    monkeypatch.setattr(lowering, "load_plugins", lambda: looks.append(list(backends)))  # a plugin looks, too
+    backends.add(known)
+    assert looks == []
+    assert "fbgemm" in backends and "tpu" not in backends and len(backends) == 1
+    assert looks == [["fbgemm"]]
+
+
 # -- odd machines ----------------------------------------------------------------------------------------------------
 
 

@@ -66,7 +66,9 @@ def test_a_batch_of_several_timesteps_is_refused(tiny_exported, tiny_samples):
 def test_a_linear_that_the_float_graph_lacks(tiny_exported, by_timestep, duplicate):
     other = duplicate(tiny_exported)
     next(node for node in other.graph.nodes if node.name == "linear_5")._rename("renamed")
-    with pytest.raises(ArgumentError, match="the float graph has no linear 'linear_5' where the quantized graph has"):
+    with pytest.raises(
+        ArgumentError, match="float graph has no linear 'linear_5' where the quantized graph has it; give"
+    ):
         layer_errors(other, tiny_exported, by_timestep)
 
 

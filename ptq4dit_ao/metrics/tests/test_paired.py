@@ -100,7 +100,7 @@ def test_a_timestep_has_an_interval_over_its_own_rows():
 
 
 def test_outputs_of_different_shapes_are_refused():
-    with pytest.raises(ArgumentError, match=r"shapes differ: reference \(\d, 3\), got \(\d, 2\)"):
+    with pytest.raises(ArgumentError, match=r"shapes differ: reference \(\d, 3\), got \(\d, 2\); compare a"):
         paired_error(noisy(0), lambda x, t, y: x[:, :2], batches())
 
 

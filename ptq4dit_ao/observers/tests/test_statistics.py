@@ -123,7 +123,7 @@ def test_16_bit_rows_are_kept_in_float32():
 
 
 def test_tables_of_different_widths_do_not_merge():
-    with pytest.raises(CalibrationError, match="cannot merge statistics of 4 channels into 3"):
+    with pytest.raises(CalibrationError, match="cannot merge statistics of 4 channels into 3; merge those of one"):
         ChannelStatistics(3).merge(ChannelStatistics(4))
 
 

@@ -24,7 +24,14 @@ from ptq4dit_ao.errors import ArgumentError, BalanceError, CalibrationError, Ove
 from ptq4dit_ao.lowering import QuantizedLinear, lower, quantized_linears
 from ptq4dit_ao.observers import SalienceStatistics
 from ptq4dit_ao.passes import balance_result, collect_salience
-from ptq4dit_ao.quantizer import PAPER_LAYERS, LinearQuantizer, Override, PTQ4DiTQuantizer, salience_statistics
+from ptq4dit_ao.quantizer import (
+    PAPER_LAYERS,
+    LinearQuantizer,
+    Override,
+    PTQ4DiTQuantizer,
+    round_sequentially,
+    salience_statistics,
+)
 from ptq4dit_ao.testing.outliers import inject_outliers
 
 aten, quantized_ops = torch.ops.aten, torch.ops.quantized_decomposed
@@ -235,6 +242,17 @@ def test_a_deep_copy_of_a_prepared_model_works_by_itself(prepare, quantized, tin
         convert_pt2e(prepared)
 
 
+@pytest.mark.parametrize("options", [{}, {"rounding": "gptq"}, {"rounding": "gptq", "sequential": True}], ids=str)
+def test_a_converted_model_holds_no_pending_factors(prepare, tiny_samples, options):
+    prepared = prepare(**options)
+    for sample in tiny_samples:
+        prepared(*sample)
+    if "sequential" in options:
+        round_sequentially(prepared, tiny_samples)
+        assert prepared.meta["ptq4dit_pending"]
+    assert "ptq4dit_pending" not in convert_pt2e(prepared).meta
+
+
 def test_calibration_in_two_processes(prepare, quantized, tiny_samples, tmp_path):
     for share in (0, 1):
         prepared = prepare()
@@ -437,7 +455,7 @@ def two_inputs_body(m: Small, h: Tensor) -> Tensor:
 def test_a_weight_that_is_not_finite(convert):
     exported, samples = small(two_inputs_body)
     exported.b.weight[0, 0] = math.nan
-    with pytest.raises(CalibrationError, match="weight 'b.weight' has NaN or infinite values; it cannot be quantized"):
+    with pytest.raises(CalibrationError, match="weight 'b.weight' has NaN or infinite values; look at the checkpoint"):
         convert(exported, PTQ4DiTQuantizer(), samples)
 
 

@@ -247,12 +247,12 @@ def test_a_killed_run_goes_on_where_it_was(rounded, tiny_samples, tmp_path, monk
     distill(
         resumed, tiny_samples, steps=12, on_progress=lambda done, total: steps.append((done, total)), resume=tmp_path
     )
-    assert steps == [(step, 12) for step in range(8, 13)]  # the eighth was not noted
+    assert steps == [(step, 12) for step in range(8, 13)]  # the eighth is in no checkpoint
     assert all(equal(learned(resumed), learned(whole)))
 
 
 @pytest.fixture
-def notes(rounded, tiny_samples, tmp_path, monkeypatch):
+def checkpoint(rounded, tiny_samples, tmp_path, monkeypatch):
     """A folder with what a killed run has left."""
     never_pause(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
@@ -260,7 +260,7 @@ def notes(rounded, tiny_samples, tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_notes_of_another_run_are_refused(rounded, tiny_samples, notes):
+def test_a_checkpoint_of_another_run_is_refused(rounded, tiny_samples, checkpoint):
     for prepared, batches, steps in (
         (rounded(weight_bits=5), tiny_samples, 4),
         (rounded(), tiny_samples[1:], 4),
@@ -269,17 +269,17 @@ def test_notes_of_another_run_are_refused(rounded, tiny_samples, notes):
         with pytest.raises(
             CalibrationError, match=r"distillation.safetensors was learned by another model, recipe or "
         ):
-            distill(prepared, batches, steps=steps, resume=notes)
+            distill(prepared, batches, steps=steps, resume=checkpoint)
 
 
-def test_damaged_notes_are_named(rounded, tiny_samples, notes):
-    path = notes / "distillation.safetensors"
+def test_a_damaged_checkpoint_is_named(rounded, tiny_samples, checkpoint):
+    path = checkpoint / "distillation.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(CalibrationError, match="cannot read distillation from .*distillation.safetensors"):
-        distill(rounded(), tiny_samples, steps=4, resume=notes)
+        distill(rounded(), tiny_samples, steps=4, resume=checkpoint)
 
 
-def test_notes_that_cannot_be_written_are_named(rounded, tiny_samples, tmp_path, monkeypatch):
+def test_a_checkpoint_that_cannot_be_written_is_named(rounded, tiny_samples, tmp_path, monkeypatch):
     never_pause(monkeypatch)
     monkeypatch.setattr(
         _formats, "save_file", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device"))
@@ -291,8 +291,8 @@ def test_notes_that_cannot_be_written_are_named(rounded, tiny_samples, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_notes_hold_what_learns_and_the_optimizers_state(rounded, notes):
-    parts = load_file(notes / "distillation.safetensors")
+def test_a_checkpoint_holds_what_learns_and_the_optimizers_state(rounded, checkpoint):
+    parts = load_file(checkpoint / "distillation.safetensors")
     linears, groups = len(layers_of(rounded())), len(find_groups(rounded()))
     learning = 3 * linears + groups
     assert sum(name.startswith("adam.") for name in parts) == 3 * learning and len(parts) == 4 * learning

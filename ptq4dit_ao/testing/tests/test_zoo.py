@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ptq4dit_ao.capture.signature import flatten_call
+from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.testing.zoo import FAMILIES, Family, iter_families
 from ptq4dit_ao.testing.zoo.family import family
 
@@ -40,7 +41,7 @@ def test_a_family_has_a_name_and_a_group(one):
 
 
 def test_names_are_taken_once():
-    with pytest.raises(AssertionError, match="two families are called dit"):
+    with pytest.raises(ArgumentError, match="there is a family 'dit' already; register this one under another name"):
         family("dit", "image", lambda batch, g: {})(lambda: nn.Linear(1, 1))
 
 

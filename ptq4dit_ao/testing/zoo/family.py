@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.evaluation.bench.random_dit import randomize_
 
 Inputs = dict[str, Any]
@@ -60,10 +61,15 @@ FAMILIES: dict[str, Family] = {}
 def family(
     name: str, group: str, make_inputs: Callable[[int, torch.Generator], Inputs], **options: Any
 ) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
-    """Register the decorated function as the builder of a family."""
+    """Register the decorated function as the builder of a family.
+
+    Raises:
+        ArgumentError: the name is taken.
+    """
 
     def register(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-        assert name not in FAMILIES, f"two families are called {name}"
+        if name in FAMILIES:
+            raise ArgumentError(f"there is a family {name!r} already; register this one under another name")
         FAMILIES[name] = Family(name=name, group=group, build=build, make_inputs=make_inputs, **options)
         return build
 

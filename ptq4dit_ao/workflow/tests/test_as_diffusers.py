@@ -290,7 +290,7 @@ def test_a_class_of_ones_own_needs_the_configuration_of_its_base(saved_pipeline)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "has neither config.json nor transformer/config.json"),
+        (None, "has neither config.json nor transformer/config.json; give that of"),
         ("{", r"config\.json is not the configuration of a diffusers model: Expecting"),
         ("3", r"config\.json is not the configuration of a diffusers model"),
     ],

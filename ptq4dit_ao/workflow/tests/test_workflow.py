@@ -303,7 +303,7 @@ def test_the_paper_recipe_quantizes_attention_too(apply, tmp_path):
 
 def test_a_folder_that_was_written_some_other_way(apply, tmp_path):
     write_artifact(tmp_path / "model", apply(Recipe()).graph, {"about": 1}, [])
-    with pytest.raises(ArtifactError, match=r"was not saved with save_quantized: its metadata holds \['about'\]"):
+    with pytest.raises(ArtifactError, match=r"not saved with save_quantized: its metadata holds \['about'\]; give the"):
         load_quantized(tmp_path / "model")
     with pytest.raises(ArtifactError, match="there is no folder"):
         load_quantized(tmp_path / "missing")
@@ -517,9 +517,9 @@ def test_names_of_no_model(spec, message):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, r"has neither model_index.json nor config.json; it is no diffusers model"),
+        ({}, r"has neither model_index.json nor config.json; give the folder of a diffusers"),
         ({"config.json": "{"}, r"config.json is not the configuration of a diffusers model: Expecting property name"),
-        ({"config.json": "{}"}, r"config.json names no class \('_class_name'\); it is no diffusers model"),
+        ({"config.json": "{}"}, r"config.json names no class \('_class_name'\); give a folder that"),
         ({"config.json": '{"_class_name": "NoSuchModel"}'}, r"holds a 'NoSuchModel', which diffusers [\d.]+ lacks"),
         (
             {"config.json": '{"_class_name": "DiTTransformer2DModel"}'},
