@@ -23,8 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Attributes = dict[str, Any]
-"""Attributes that a patched module instance gets; they take precedence over those of its class."""
+from ptq4dit_ao.capture.size_patches import SIZE_PATCHES, Attributes, result
 
 _MISSING = object()
 
@@ -53,13 +52,6 @@ def exportable(model: nn.Module) -> Iterator[None]:
                 attributes.pop(name, None)
             else:
                 attributes[name] = value
-
-
-def _result(model: nn.Module, sample: Tensor, return_dict: bool) -> Any:
-    """The output of a diffusers transformer for a sample: a tuple, or a ``Transformer2DModelOutput``."""
-    if not return_dict:
-        return (sample,)
-    return sys.modules[type(model).__module__].Transformer2DModelOutput(sample=sample)
 
 
 def _lumina2(model: Any) -> Attributes:
@@ -107,7 +99,7 @@ def _lumina2(model: Any) -> Attributes:
             x = layer(x, mask, rotary, temb)
         x = model.norm_out(x, temb)[:, text_tokens:]
         x = x.reshape(batch, rows, columns, p, p, model.out_channels).permute(0, 5, 1, 3, 2, 4)
-        return _result(model, x.flatten(4, 5).flatten(2, 3), return_dict)
+        return result(model, x.flatten(4, 5).flatten(2, 3), return_dict)
 
     return {"forward": forward}
 
@@ -308,7 +300,7 @@ def _hunyuan_video15(model: Any) -> Attributes:
         mask = torch.cat([has_image, encoder_attention_mask_2.bool(), encoder_attention_mask.bool()], dim=1)
         for block in model.transformer_blocks:
             x, context = block(x, context, temb, mask, rotary)
-        return _result(model, _video(model, model.proj_out(model.norm_out(x, temb)), hidden_states), return_dict)
+        return result(model, _video(model, model.proj_out(model.norm_out(x, temb)), hidden_states), return_dict)
 
     return {"forward": forward}
 
@@ -355,7 +347,7 @@ def _framepack(model: Any) -> Attributes:
         for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
             x, context = block(x, context, temb, mask[:, None, None, :], rotary)
         x = model.proj_out(model.norm_out(x[:, -tokens:], temb))
-        return _result(model, _video(model, x, hidden_states), return_dict)
+        return result(model, _video(model, x, hidden_states), return_dict)
 
     return {"forward": forward}
 
@@ -418,5 +410,6 @@ PATCHES: dict[str, Callable[[Any], Attributes]] = {
     "MochiAttention": _mochi_attention,
     "OmniGenSuScaledRotaryEmbedding": _omnigen_rope,
     "WanAnimateTransformer3DModel": _wan_animate,
+    **SIZE_PATCHES,
 }
 """Patches by class name; a patch returns the attributes that an instance of the class gets."""
