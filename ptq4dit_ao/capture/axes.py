@@ -62,11 +62,16 @@ def _is_length(name: str, x: Tensor, batched: bool, axis: int) -> bool:
 
 
 def _of_latents(x: Tensor, batched: bool, axis: int, channels: int | None) -> AxisKind | None:
-    """The meaning of an axis of latents, (N, C, [F,] H, W) or (N, F, C, H, W); without a batch, one axis less."""
+    """The meaning of an axis of latents, (N, C, [F,] H, W) or (N, F, C, H, W); without a batch, one axis less.
+
+    With one axis more, (N, I, C, F, H, W), the second counts images.
+    """
     axes = x.ndim if batched else x.ndim + 1
-    if not x.is_floating_point() or x.ndim < 4 or axes not in (4, 5):
+    if not x.is_floating_point() or x.ndim < 4 or axes not in (4, 5, 6):
         return None
     place = axis if batched else axis + 1
+    if axes == 6:
+        return {3: "frames", 4: "height", 5: "width"}.get(place)  # type: ignore[return-value]
     if place >= axes - 2:
         return "height" if place == axes - 2 else "width"
     frames_first = axes == 5 and channels is not None and x.shape[2 if batched else 1] == channels

@@ -256,19 +256,6 @@ def _mochi_attention(attention: Any) -> Attributes:
     return {"processor": processor}
 
 
-def _cosmos_pos_embed(module: Any) -> Attributes:
-    """Patch of Cosmos's position embedding, which normalises by a ratio of element counts that include the batch.
-
-    The embedding depends on parameters only and is the same for all samples, so it is computed for one sample.
-    """
-    original = module.forward
-
-    def forward(hidden_states: Tensor) -> Tensor:
-        return original(hidden_states[:1]).expand(hidden_states.shape[0], -1, -1)
-
-    return {"forward": forward}
-
-
 def _hunyuan_video15(model: Any) -> Attributes:
     """Patch of HunyuanVideo 1.5, which branches on a blank image and packs the valid tokens of each sample.
 
@@ -360,28 +347,6 @@ def _video(model: Any, x: Tensor, latents: Tensor) -> Tensor:
     return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
-def _cogvideox_patch_embed(embed: Any) -> Attributes:
-    """Patch of CogVideoX, which for sizes other than its own writes positions into an empty table.
-
-    Such writes cannot be traced. Here the table is a concatenation of zeros for the text and the patches' positions.
-    """
-    module = sys.modules[type(embed).__module__]
-
-    def positions(height: int, width: int, frames: int, device: torch.device | None = None) -> Tensor:
-        table = module.get_3d_sincos_pos_embed(
-            embed.embed_dim,
-            (width // embed.patch_size, height // embed.patch_size),
-            (frames - 1) // embed.temporal_compression_ratio + 1,
-            embed.spatial_interpolation_scale,
-            embed.temporal_interpolation_scale,
-            device=device,
-            output_type="pt",
-        ).flatten(0, 1)
-        return torch.cat([table.new_zeros(embed.max_text_seq_length, embed.embed_dim), table])[None]
-
-    return {"_get_positional_embeddings": positions}
-
-
 def _wan_animate(model: Any) -> Attributes:
     """Patch of Wan-Animate, which encodes faces in chunks to save memory; the number of chunks depends on the batch.
 
@@ -399,8 +364,6 @@ def _wan_animate(model: Any) -> Attributes:
 
 PATCHES: dict[str, Callable[[Any], Attributes]] = {
     "ChromaCombinedTimestepTextProjEmbeddings": _chroma_time_embed,
-    "CogVideoXPatchEmbed": _cogvideox_patch_embed,
-    "CosmosLearnablePositionalEmbed": _cosmos_pos_embed,
     "HiDreamImageTransformer2DModel": _hidream,
     "HunyuanVideo15Transformer3DModel": _hunyuan_video15,
     "HunyuanVideoFramepackTransformer3DModel": _framepack,

@@ -7,6 +7,8 @@ size is free, the originals stay.
 
 from __future__ import annotations
 
+import functools
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 Attributes = dict[str, Any]
 """Attributes that a patched module instance gets; they take precedence over those of its class."""
@@ -34,6 +37,20 @@ def result(model: nn.Module, sample: Tensor, return_dict: bool) -> Any:
     if not return_dict:
         return (sample,)
     return original(model, "Transformer2DModelOutput")(sample=sample)
+
+
+def number(size: int, device: torch.device | None) -> Tensor:
+    """A size, which may be a symbol, as a tensor of float64."""
+    return torch.full((), size, dtype=torch.int64, device=device).double()
+
+
+def linspace(start: Tensor, end: Tensor, steps: int) -> Tensor:
+    """``torch.linspace`` of float32 values, with ends that are tensors of float64; equal to it but for rounding."""
+    start, end = start.float(), end.float()
+    place = torch.arange(steps, device=start.device)
+    step = (end - start) / number(steps - 1, start.device).clamp_min(1).float()
+    first = (place < steps // 2) | (place == 0)
+    return torch.where(first, start + step * place, end - step * (steps - 1 - place))
 
 
 def is_at(sizes: tuple[Any, ...], numbers: tuple[int, ...], device: torch.device) -> Tensor:
@@ -128,8 +145,229 @@ def dit(model: Any) -> Attributes:
     return {"forward": forward}
 
 
+def cogvideox_patch_embed(embed: Any) -> Attributes:
+    """Patch of CogVideoX, which has a table of positions for its own size and writes others into an empty table.
+
+    Such writes cannot be traced. Here the table is a concatenation of zeros for the text and the patches' positions.
+    Learned positions stay as they are.
+    """
+    own = (embed.sample_height, embed.sample_width, embed.sample_frames)
+
+    def positions(height: int, width: int, frames: int, device: torch.device | None = None) -> Tensor:
+        table = original(embed, "get_3d_sincos_pos_embed")(
+            embed.embed_dim,
+            (width // embed.patch_size, height // embed.patch_size),
+            (frames - 1) // embed.temporal_compression_ratio + 1,
+            embed.spatial_interpolation_scale,
+            embed.temporal_interpolation_scale,
+            device=device,
+            output_type="pt",
+        ).flatten(0, 1)
+        return torch.cat([table.new_zeros(embed.max_text_seq_length, embed.embed_dim), table])[None]
+
+    patched: Attributes = {"_get_positional_embeddings": positions}
+    if not embed.use_positional_embeddings or embed.use_learned_positional_embeddings:
+        return patched
+    if embed.patch_size_t is not None or not _is_recomputed(embed.pos_embedding, lambda device: positions(*own, device)):
+        return patched
+    forward_ = embed.forward
+
+    def forward(text_embeds: Tensor, image_embeds: Tensor) -> Tensor:
+        frames, channels, height, width = image_embeds.shape[1:]
+        if are_numbers(frames, height, width):
+            return forward_(text_embeds, image_embeds)  # type: ignore[no-any-return]
+        image = embed.proj(image_embeds.flatten(0, 1)).unflatten(0, (-1, frames))
+        image = image.flatten(3).transpose(2, 3).flatten(1, 2)
+        x = torch.cat([embed.text_proj(text_embeds), image], dim=1)
+        frames = (frames - 1) * embed.temporal_compression_ratio + 1
+        table, kind = positions(height, width, frames, x.device), embed.pos_embedding.dtype
+        if kind not in (table.dtype, x.dtype):
+            table = torch.where(is_at((height, width, frames), own, x.device), table.to(kind).to(table.dtype), table)
+        return x + table.to(x.dtype)
+
+    return {**patched, "forward": forward}
+
+
+def cosmos_pos_embed(module: Any) -> Attributes:
+    """Patch of Cosmos's position embedding, which normalises by the root of a ratio of element counts.
+
+    NumPy takes the root, which a symbol has none of. The ratio is one by the number of channels at every size. The
+    embedding depends on parameters only and is the same for all samples, so it is computed for one sample.
+    """
+
+    def forward(hidden_states: Tensor) -> Tensor:
+        sizes = [size // patch for size, patch in zip(hidden_states.shape[2:], module.patch_size, strict=True)]
+        time, row, column = (
+            table[:size]
+            for table, size in zip((module.pos_emb_t, module.pos_emb_h, module.pos_emb_w), sizes, strict=True)
+        )
+        x = (time[:, None, None] + row[:, None] + column).flatten(0, 2)[None]
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        norm = torch.add(module.eps, norm, alpha=math.sqrt(1 / x.shape[-1]))
+        return (x / norm).type_as(hidden_states).expand(hidden_states.shape[0], -1, -1)
+
+    return {"forward": forward}
+
+
+def mochi_rope(rope: Any) -> Attributes:
+    """Patch of Mochi's positions, which are spread evenly between ends that depend on the size."""
+    original_ = rope._get_positions
+
+    def centers(extent: int, scale: Tensor) -> Tensor:
+        end = extent * scale / 2
+        edges = linspace(-end, end, extent + 1)
+        return (edges[:-1] + edges[1:]) / 2
+
+    def positions(
+        num_frames: int,
+        height: int,
+        width: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        if are_numbers(height, width) or dtype is not torch.float32:
+            return original_(num_frames, height, width, device, dtype)  # type: ignore[no-any-return]
+        scale = (rope.target_area / number(height * width, device)).sqrt()
+        time = torch.arange(num_frames, device=device, dtype=dtype)
+        places = torch.meshgrid(time, centers(height, scale), centers(width, scale), indexing="ij")
+        return torch.stack(places, dim=-1).flatten(0, 2)
+
+    return {"_get_positions": positions}
+
+
+def easyanimate_rope(rope: Any) -> Attributes:
+    """Patch of EasyAnimate's positions, for which the image is fitted into a grid of 60 x 90 by Python's rounding."""
+    forward_ = rope.forward
+
+    def forward(hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        frames, height, width = hidden_states.shape[2:]
+        rows, columns = height // rope.patch_size, width // rope.patch_size
+        if are_numbers(frames, rows, columns):
+            return forward_(hidden_states)  # type: ignore[no-any-return]
+        device, most = hidden_states.device, (60 // rope.patch_size, 90 // rope.patch_size)
+        h, w = number(rows, device), number(columns, device)
+        tall = h / w > most[0] / most[1]
+        fitted = (
+            torch.where(tall, most[0], (most[1] / w * h).round()),
+            torch.where(tall, (most[0] / h * w).round(), most[1]),
+        )
+
+        def places(size: int, count: Tensor, extent: Tensor, whole: int) -> Tensor:
+            start = ((whole - extent) / 2).round()
+            return linspace(start, (start + extent) * (count - 1) / count, size)
+
+        time = torch.arange(frames, device=device, dtype=torch.float32)
+        row, column = places(rows, h, fitted[0], most[0]), places(columns, w, fitted[1], most[1])
+        sizes, dims = (frames, rows, columns), (rope.rope_dim // 4, *[rope.rope_dim // 8 * 3] * 2)
+        tables = [sys.modules[_EMBEDDINGS].get_1d_rotary_pos_embed(dim, x, use_real=True) for dim, x in zip(dims, (time, row, column), strict=True)]
+
+        def joined(which: int) -> Tensor:
+            t, r, c = (table[which] for table in tables)
+            spread = [t[:, None, None], r[None, :, None], c[None, None]]
+            return torch.cat([x.expand(*sizes, -1) for x in spread], dim=-1).flatten(0, 2)
+
+        return joined(0), joined(1)
+
+    return {"forward": forward}
+
+
+def joyimage(model: Any) -> Attributes:
+    """Patch of JoyImage, which makes whole positions by ``linspace`` and reads the largest one into Python."""
+    original_ = model.get_rotary_pos_embed
+
+    def rotary(vis_rope_size: list[int], txt_rope_size: int | None = None) -> tuple[Any, Any]:
+        if are_numbers(*vis_rope_size, txt_rope_size or 0) or len(vis_rope_size) != 3:
+            return original_(vis_rope_size, txt_rope_size)  # type: ignore[no-any-return]
+        dims = model.rope_dim_list or [model.hidden_size // model.num_attention_heads // 3] * 3
+
+        def tables(places: list[Tensor]) -> tuple[Tensor, Tensor]:
+            angles = []
+            for dim, place in zip(dims, places, strict=True):
+                frequencies = 1.0 / (model.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+                angles.append(torch.outer(place.flatten().float(), frequencies))
+            return tuple(  # type: ignore[return-value]
+                torch.cat([function(x).repeat_interleave(2, dim=1) for x in angles], dim=1)
+                for function in (torch.cos, torch.sin)
+            )
+
+        grid = torch.meshgrid(*[torch.arange(size, dtype=torch.float32) for size in vis_rope_size], indexing="ij")
+        image = tables(list(grid))
+        if txt_rope_size is None:
+            return image, None
+        first = torch.stack([place.max() for place in grid]).max() + 1
+        return image, tables([torch.arange(txt_rope_size) + first] * 3)
+
+    return {"get_rotary_pos_embed": rotary}
+
+
+class _NumbersAsTensors(TorchFunctionMode):
+    """Makes tensors of symbols, where ``torch.as_tensor`` and ``torch.tensor`` would make constants."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.as_tensor, torch.tensor) and args and isinstance(args[0], torch.SymInt):
+            options = {"dtype": torch.int64} | (kwargs or {})
+            return torch.full((), args[0], **options)
+        return func(*args, **(kwargs or {}))
+
+
+def numbers_as_tensors(module: Any) -> Attributes:
+    """Patch of models that make a tensor of the number of text tokens (QwenImage, NucleusMoE)."""
+    forward_ = module.forward
+
+    @functools.wraps(forward_)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with _NumbersAsTensors():
+            return forward_(*args, **kwargs)
+
+    return {"forward": forward}
+
+
+def text_rope(rope: Any) -> Attributes:
+    """Patch of QwenImage's positions, which make an ``int`` of the number of text tokens.
+
+    The text's positions follow those of the image. The original gives all that its table has.
+    """
+    forward_ = rope.forward
+
+    def forward(video_fhw: Any, device: Any = None, max_txt_seq_len: Any = None) -> tuple[Tensor, Tensor]:
+        if not isinstance(max_txt_seq_len, torch.SymInt):
+            return forward_(video_fhw, device, max_txt_seq_len)  # type: ignore[no-any-return]
+        image, text = forward_(video_fhw, device, len(rope.pos_freqs))
+        return image, text[:max_txt_seq_len]
+
+    return {"forward": forward}
+
+
+def nucleus_rope(rope: Any) -> Attributes:
+    """Patch of NucleusMoE's positions, which make an ``int`` of the number of text tokens."""
+    forward_ = rope.forward
+
+    def forward(video_fhw: Any, device: Any = None, max_txt_seq_len: Any = None) -> tuple[Tensor, Tensor]:
+        if not isinstance(max_txt_seq_len, torch.SymInt):
+            return forward_(video_fhw, device, max_txt_seq_len)  # type: ignore[no-any-return]
+        image, first = forward_(video_fhw, device, 1)
+        shapes = video_fhw[0] if isinstance(video_fhw, list) else video_fhw
+        _, height, width = shapes[-1] if isinstance(shapes, list) else shapes
+        start = torch.sym_max(height // 2, width // 2) if rope.scale_rope else torch.sym_max(height, width)
+        return image, rope.pos_freqs.to(first.device)[start + torch.arange(max_txt_seq_len, device=first.device)]
+
+    return {"forward": forward}
+
+
+_EMBEDDINGS = "diffusers.models.embeddings"
+
 SIZE_PATCHES: dict[str, Callable[[Any], Attributes]] = {
+    "CogVideoXPatchEmbed": cogvideox_patch_embed,
+    "CosmosLearnablePositionalEmbed": cosmos_pos_embed,
     "DiTTransformer2DModel": dit,
+    "EasyAnimateRotaryPosEmbed": easyanimate_rope,
+    "JoyImageEditTransformer3DModel": joyimage,
+    "MochiRoPE": mochi_rope,
+    "NucleusMoEEmbedRope": nucleus_rope,
+    "NucleusMoEImageTransformer2DModel": numbers_as_tensors,
     "PatchEmbed": patch_embed,
+    "QwenEmbedLayer3DRope": text_rope,
+    "QwenEmbedRope": text_rope,
+    "QwenImageTransformer2DModel": numbers_as_tensors,
 }
 """Patches by class name; a patch returns the attributes that an instance of the class gets."""
