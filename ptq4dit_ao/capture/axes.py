@@ -41,7 +41,10 @@ def _kinds(name: str, x: Tensor, rows: int | None, channels: int | None) -> dict
     if any(part in name for part in _TEXT) and not any(part in name for part in _NOT_TEXT):
         length = "text"
     for axis in range(1 if batched else 0, x.ndim):
-        kind = length if _is_length(name, x, batched, axis) else _of_latents(x, batched, axis, channels)
+        if _is_length(name, x, batched, axis):
+            kind: AxisKind | None = length
+        else:
+            kind = None if length == "text" else _of_latents(x, batched, axis, channels)
         if kind is not None:
             found[axis] = kind
     return found

@@ -347,16 +347,26 @@ def _video(model: Any, x: Tensor, latents: Tensor) -> Tensor:
     return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
+def _example(size: Any) -> int:
+    """The example of a size that may be a symbol of the export."""
+    return size.node.hint if isinstance(size, torch.SymInt) else int(size)
+
+
 def _wan_animate(model: Any) -> Attributes:
     """Patch of Wan-Animate, which encodes faces in chunks to save memory; the number of chunks depends on the batch.
 
-    Faces are encoded independently, so here one chunk that is larger than any batch takes them all.
+    Faces are encoded independently, so here one chunk that is larger than any batch takes them all. The numbers of
+    frames of pose and face follow from that of the video.
     """
     original = model.forward
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
         arguments = inspect.signature(original).bind(*args, **kwargs).arguments
+        frames = arguments["hidden_states"].shape[2]
+        for name, count in (("pose_hidden_states", frames - 1), ("face_pixel_values", 4 * frames - 7)):
+            if (x := arguments.get(name)) is not None and _example(x.shape[2]) == _example(count):
+                torch._check(x.shape[2] == count)
         return original(**arguments | {"motion_encode_batch_size": 1 << 31})
 
     return {"forward": forward}

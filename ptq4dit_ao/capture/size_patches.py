@@ -297,7 +297,15 @@ def joyimage(model: Any) -> Attributes:
         first = torch.stack([place.max() for place in grid]).max() + 1
         return image, tables([torch.arange(txt_rope_size) + first] * 3)
 
-    return {"get_rotary_pos_embed": rotary}
+    forward_ = model.forward
+
+    @functools.wraps(forward_)
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        for size, patch in zip(hidden_states.shape[-2:], model.patch_size[-2:], strict=True):
+            torch._check(size % patch == 0)  # else the output's shape would be a quotient of sizes
+        return forward_(hidden_states, *args, **kwargs)
+
+    return {"get_rotary_pos_embed": rotary, "forward": forward}
 
 
 class _NumbersAsTensors(TorchFunctionMode):
@@ -354,9 +362,95 @@ def nucleus_rope(rope: Any) -> Attributes:
     return {"forward": forward}
 
 
+def chronoedit_rope(rope: Any) -> Attributes:
+    """Patch of ChronoEdit's positions: the second of two frames has a late position, the frames of a video their own.
+
+    The original branches on the number of frames. Here ``where`` selects the positions.
+    """
+    forward_ = rope.forward
+
+    def forward(hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        frames = hidden_states.shape[2]
+        if are_numbers(frames) or rope.patch_size[0] != 1:
+            return forward_(hidden_states)  # type: ignore[no-any-return]
+        rows, columns = (size // patch for size, patch in zip(hidden_states.shape[3:], rope.patch_size[1:], strict=True))
+        third = rope.attention_head_dim // 3
+        place = torch.arange(frames, device=hidden_states.device)
+        late = place * (min(rope.temporal_skip_len, len(rope.freqs_cos)) - 1)
+        place = torch.where(is_at((frames,), (2,), place.device), late, place)
+
+        def spread(table: Tensor) -> Tensor:
+            time, row, column = table.split([rope.attention_head_dim - 2 * third, third, third], dim=1)
+            parts = [time[place][:, None, None], row[:rows][None, :, None], column[:columns][None, None]]
+            return torch.cat([x.expand(frames, rows, columns, -1) for x in parts], dim=-1).flatten(0, 2)[None, :, None]
+
+        return spread(rope.freqs_cos), spread(rope.freqs_sin)
+
+    return {"forward": forward}
+
+
+def bria_fibo2(model: Any) -> Attributes:
+    """Patch of Bria Fibo 2, which makes lists as long as the batch of the prompts' lengths and numbers of gist tokens.
+
+    Without a mask, all prompts are equally long, so one number stands for all. With one, the original stays.
+    """
+    forward_ = model.forward
+
+    def forward(
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_attention_mask: Tensor | None = None,
+        context_latents: list[Tensor] | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        batch, channels, height, width = hidden_states.shape
+        if encoder_attention_mask is not None or context_latents or are_numbers(batch):
+            return forward_(
+                hidden_states, timestep, encoder_hidden_states, encoder_attention_mask, context_latents, return_dict
+            )
+        config, device = model.config, hidden_states.device
+        p = config.patch_size
+        rows, columns = height // p, width // p
+        noisy = model.t_embedder(timestep * config.t_scale)
+        clean = model.t_embedder(torch.zeros_like(timestep))
+        levels = {"adaln_noisy": noisy, "adaln_clean": clean}
+
+        grid = model.create_coordinate_grid((1, rows, columns), (config.max_num_gist_tokens + 1, 0, 0), device)
+        rotary = model.rope_embedder(grid.flatten(0, 2))[None]
+        x = model.x_embedder(model._patchify(hidden_states))
+        for block in model.noise_refiner:
+            x = block(x, None, rotary, adaln_input=noisy, noise_mask=None, **levels)
+
+        (gists,) = original(model, "compute_gist_count")(
+            [int(encoder_hidden_states.shape[2])],
+            min_gist=config.min_num_gist_tokens,
+            max_gist=config.max_num_gist_tokens,
+            gist_step=config.gist_step,
+            min_text_len=config.gist_min_text_len,
+            max_text_len=config.gist_max_text_len,
+        )
+        gist = model.perceiver(encoder_hidden_states[:, 0], gists, None, None)
+        ids = model.create_coordinate_grid((gists, 1, 1), (1, 0, 0), device).flatten(0, 2)
+        x = torch.cat([gist, x], dim=1)
+        rotary = torch.cat([model.rope_embedder(ids)[None], rotary], dim=1)
+        is_noisy = (torch.arange(x.shape[1], device=device) >= gists).long().expand(batch, -1)
+        bundles = {layer: i + 1 for i, layer in enumerate(config.injection_layer_ids)}
+        for layer, block in enumerate(model.layers):
+            text = encoder_hidden_states[:, bundles[layer]] if layer in bundles else None
+            x = block(x, None, rotary, noise_mask=is_noisy, encoder_hidden_states=text, **levels)
+        x = model.final_layer(x[:, gists:], c=noisy)
+        x = x.reshape(batch, rows, columns, channels, p, p).permute(0, 3, 1, 4, 2, 5)
+        return result(model, x.flatten(4, 5).flatten(2, 3), return_dict)
+
+    return {"forward": forward}
+
+
 _EMBEDDINGS = "diffusers.models.embeddings"
 
 SIZE_PATCHES: dict[str, Callable[[Any], Attributes]] = {
+    "BriaFibo2Transformer2DModel": bria_fibo2,
+    "ChronoEditRotaryPosEmbed": chronoedit_rope,
     "CogVideoXPatchEmbed": cogvideox_patch_embed,
     "CosmosLearnablePositionalEmbed": cosmos_pos_embed,
     "DiTTransformer2DModel": dit,
