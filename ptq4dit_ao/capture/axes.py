@@ -17,10 +17,12 @@ _TEXT = ("encoder_hidden_states", "text", "txt", "prompt", "cap", "llama", "t5")
 _NOT_TEXT = ("image", "img")
 MOST_COORDINATES = 4
 """Largest length of a last axis of whole numbers that is taken for coordinates: (time, row, column, ...)."""
+LAST = -1
+"""Number of channels that stands for channels in the last axis."""
 
 
 def axis_kinds(
-    tensors: Mapping[str, Tensor], rows: int | None, channels: int | None = None
+    tensors: Mapping[str, Tensor], rows: int | None, channels: int | None = None, *, channels_last: bool = False
 ) -> dict[str, dict[int, AxisKind]]:
     """The meaning of each axis that has one, by the name of the input and the axis.
 
@@ -28,8 +30,9 @@ def axis_kinds(
         tensors: the inputs by name.
         rows: size of the batch, which is the first axis of every tensor that begins with it; None if there is none.
         channels: number of channels of the latents, which tells (N, C, F, H, W) from (N, F, C, H, W).
+        channels_last: whether latents are (N, F, H, W, C), as Kandinsky's.
     """
-    return {name: _kinds(name, x, rows, channels) for name, x in tensors.items()}
+    return {name: _kinds(name, x, rows, LAST if channels_last else channels) for name, x in tensors.items()}
 
 
 def _kinds(name: str, x: Tensor, rows: int | None, channels: int | None) -> dict[int, AxisKind]:
@@ -75,6 +78,8 @@ def _of_latents(x: Tensor, batched: bool, axis: int, channels: int | None) -> Ax
     place = axis if batched else axis + 1
     if axes == 6:
         return {3: "frames", 4: "height", 5: "width"}.get(place)  # type: ignore[return-value]
+    if channels == LAST and axes == 5:
+        return {1: "frames", 2: "height", 3: "width"}.get(place)  # type: ignore[return-value]
     if place >= axes - 2:
         return "height" if place == axes - 2 else "width"
     frames_first = axes == 5 and channels is not None and x.shape[2 if batched else 1] == channels

@@ -446,6 +446,25 @@ def bria_fibo2(model: Any) -> Attributes:
     return {"forward": forward}
 
 
+def kandinsky6_rope(rope: Any) -> Attributes:
+    """Patch of Kandinsky 6's positions, which make an ``int`` of the length of each axis."""
+
+    def forward(
+        pos: tuple[Tensor, Tensor, Tensor], scale_factor: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    ) -> Tensor:
+        tables = (rope.angles_0, rope.angles_1, rope.angles_2)
+        time, row, column = (
+            table[place] / scale for table, place, scale in zip(tables, pos, scale_factor, strict=True)
+        )
+        sizes = [place.shape[0] for place in pos]
+        parts = [time[:, None, None], row[None, :, None], column[None, None]]
+        angles = torch.cat([x.expand(*sizes, -1) for x in parts], dim=-1)
+        cos, sin = torch.cos(angles), torch.sin(angles)
+        return torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2)).unsqueeze(-4)
+
+    return {"forward": forward}
+
+
 _EMBEDDINGS = "diffusers.models.embeddings"
 
 SIZE_PATCHES: dict[str, Callable[[Any], Attributes]] = {
@@ -456,6 +475,7 @@ SIZE_PATCHES: dict[str, Callable[[Any], Attributes]] = {
     "DiTTransformer2DModel": dit,
     "EasyAnimateRotaryPosEmbed": easyanimate_rope,
     "JoyImageEditTransformer3DModel": joyimage,
+    "Kandinsky6RoPE3D": kandinsky6_rope,
     "MochiRoPE": mochi_rope,
     "NucleusMoEEmbedRope": nucleus_rope,
     "NucleusMoEImageTransformer2DModel": numbers_as_tensors,
