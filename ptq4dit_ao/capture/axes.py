@@ -32,22 +32,32 @@ def axis_kinds(
         channels: number of channels of the latents, which tells (N, C, F, H, W) from (N, F, C, H, W).
         channels_last: whether latents are (N, F, H, W, C), as Kandinsky's.
     """
-    return {name: _kinds(name, x, rows, LAST if channels_last else channels) for name, x in tensors.items()}
+    channels = LAST if channels_last else channels
+    lengths = {x.shape[-1] for name, x in tensors.items() if "mask" in name and not _is_image(name)}
+    return {name: _kinds(name, x, rows, channels, lengths) for name, x in tensors.items()}
 
 
-def _kinds(name: str, x: Tensor, rows: int | None, channels: int | None) -> dict[int, AxisKind]:
+def _is_text(name: str) -> bool:
+    return any(part in name for part in _TEXT) and not _is_image(name)
+
+
+def _is_image(name: str) -> bool:
+    return any(part in name for part in _NOT_TEXT)
+
+
+def _kinds(name: str, x: Tensor, rows: int | None, channels: int | None, texts: set[int]) -> dict[int, AxisKind]:
     if x.ndim == 0:
         return {}
     batched = rows is not None and x.shape[0] == rows
     found: dict[int, AxisKind] = {0: "batch"} if batched else {}
-    length: AxisKind = "tokens"
-    if any(part in name for part in _TEXT) and not any(part in name for part in _NOT_TEXT):
-        length = "text"
+    length: AxisKind = "text" if _is_text(name) else "tokens"
     for axis in range(1 if batched else 0, x.ndim):
         if _is_length(name, x, batched, axis):
             kind: AxisKind | None = length
         else:
-            kind = None if length == "text" else _of_latents(x, batched, axis, channels)
+            kind = _of_latents(x, batched, axis, channels)
+            if length == "text":  # features of several layers, of which one axis is as long as the mask
+                kind = "text" if x.ndim > 3 and x.shape[axis] in texts and axis < x.ndim - 1 else None
         if kind is not None:
             found[axis] = kind
     return found

@@ -317,7 +317,13 @@ def _framepack(model: Any) -> Attributes:
         return_dict: bool = True,
     ) -> Any:
         height, width = hidden_states.shape[-2:]
+        for earlier in (latents_clean, latents_history_2x, latents_history_4x):
+            if earlier is not None:  # their positions are made for the height and width of the new frames
+                torch._check(earlier.shape[-2] == height)
+                torch._check(earlier.shape[-1] == width)
         p = model.config.patch_size
+        for size in (height, width):  # else padded latents and padded positions may have other lengths
+            torch._check(size % p == 0)
         x = model.x_embedder(hidden_states)
         tokens = x.shape[1]
         history = model.clean_x_embedder(latents_clean, latents_history_2x, latents_history_4x)

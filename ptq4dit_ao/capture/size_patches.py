@@ -8,6 +8,7 @@ size is free, the originals stay.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import sys
 from collections.abc import Callable
@@ -465,6 +466,23 @@ def kandinsky6_rope(rope: Any) -> Attributes:
     return {"forward": forward}
 
 
+def kandinsky6(model: Any) -> Attributes:
+    """Patch of Kandinsky 6, in which whole patches and as many positions as patches would show only in products."""
+    forward_ = model.forward
+
+    @functools.wraps(forward_)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        arguments = inspect.signature(forward_).bind(*args, **kwargs).arguments
+        places = arguments.get("visual_rope_pos") or [None] * 3
+        for size, patch, place in zip(arguments["hidden_states"].shape[1:4], model.patch_size, places, strict=True):
+            torch._check(size % patch == 0)
+            if place is not None:
+                torch._check(place.shape[0] == size // patch)
+        return forward_(*args, **kwargs)
+
+    return {"forward": forward}
+
+
 _EMBEDDINGS = "diffusers.models.embeddings"
 
 SIZE_PATCHES: dict[str, Callable[[Any], Attributes]] = {
@@ -476,6 +494,7 @@ SIZE_PATCHES: dict[str, Callable[[Any], Attributes]] = {
     "EasyAnimateRotaryPosEmbed": easyanimate_rope,
     "JoyImageEditTransformer3DModel": joyimage,
     "Kandinsky6RoPE3D": kandinsky6_rope,
+    "Kandinsky6Transformer3DModel": kandinsky6,
     "MochiRoPE": mochi_rope,
     "NucleusMoEEmbedRope": nucleus_rope,
     "NucleusMoEImageTransformer2DModel": numbers_as_tensors,
