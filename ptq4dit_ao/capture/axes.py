@@ -68,7 +68,7 @@ def _is_length(name: str, x: Tensor, batched: bool, axis: int) -> bool:
     if "mask" in name:
         return True
     if not x.is_floating_point() and not x.is_complex():
-        coordinates = x.ndim > (2 if batched else 1) and x.shape[-1] <= MOST_COORDINATES
+        coordinates = "indices" not in name and x.ndim > (2 if batched else 1) and x.shape[-1] <= MOST_COORDINATES
         return not (last and coordinates)
     if x.ndim == 1:
         return True

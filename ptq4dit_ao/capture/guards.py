@@ -127,7 +127,11 @@ class GuardAnalysis:
     def _at_least_one(self) -> Iterator[Guard]:
         """The conditions that no size is 0 or less, for the sizes that are others less a number."""
         for expression in map(self._replaced, self.examples):
-            if expression.free_symbols and not expression.is_Symbol and any(part.is_negative for part in expression.args):
+            if (
+                expression.free_symbols
+                and not expression.is_Symbol
+                and any(part.is_negative for part in expression.args)
+            ):
                 positive = sympy.Ge(expression, 1)
                 yield Guard(positive, "the size", _compiled(PythonPrinter().doprint(positive)))
 

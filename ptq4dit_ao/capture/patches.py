@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ptq4dit_ao.capture.size_patches import SIZE_PATCHES, Attributes, result
+from ptq4dit_ao.capture.size_patches import SIZE_PATCHES, Attributes, result, tie
 
 _MISSING = object()
 
@@ -353,11 +353,6 @@ def _video(model: Any, x: Tensor, latents: Tensor) -> Tensor:
     return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
-def _example(size: Any) -> int:
-    """The example of a size that may be a symbol of the export."""
-    return size.node.hint if isinstance(size, torch.SymInt) else int(size)
-
-
 def _wan_animate(model: Any) -> Attributes:
     """Patch of Wan-Animate, which encodes faces in chunks to save memory; the number of chunks depends on the batch.
 
@@ -371,8 +366,8 @@ def _wan_animate(model: Any) -> Attributes:
         arguments = inspect.signature(original).bind(*args, **kwargs).arguments
         frames = arguments["hidden_states"].shape[2]
         for name, count in (("pose_hidden_states", frames - 1), ("face_pixel_values", 4 * frames - 7)):
-            if (x := arguments.get(name)) is not None and _example(x.shape[2]) == _example(count):
-                torch._check(x.shape[2] == count)
+            if (x := arguments.get(name)) is not None:
+                tie(x.shape[2], count)
         return original(**arguments | {"motion_encode_batch_size": 1 << 31})
 
     return {"forward": forward}

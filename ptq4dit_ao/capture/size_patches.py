@@ -28,6 +28,17 @@ def are_numbers(*sizes: object) -> bool:
     return all(isinstance(size, int) for size in sizes)
 
 
+def tie(one: Any, other: Any) -> None:
+    """Require that two sizes are equal in every call, if they are in the example."""
+    if example(one) == example(other):
+        torch._check(one == other)
+
+
+def example(size: Any) -> int:
+    """The example of a size that may be a symbol of the export."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
 def original(module: nn.Module, name: str) -> Any:
     """A function or class of the file that a module comes from."""
     return getattr(sys.modules[type(module).__module__], name)
@@ -69,9 +80,7 @@ def _is_recomputed(table: Tensor, computed: Callable[[torch.device], Tensor]) ->
     """
     device = torch.device("cpu")
     again = computed(device)
-    return again.shape == table.shape and (
-        table.is_meta or torch.equal(again.to(table.dtype), table.to(device))
-    )
+    return again.shape == table.shape and (table.is_meta or torch.equal(again.to(table.dtype), table.to(device)))
 
 
 def patch_embed(module: Any) -> Attributes:
@@ -134,9 +143,7 @@ def dit(model: Any) -> Attributes:
         rows = height // p
         x = model.pos_embed(hidden_states)
         for block in model.transformer_blocks:
-            x = block(
-                x, timestep=timestep, cross_attention_kwargs=cross_attention_kwargs, class_labels=class_labels
-            )
+            x = block(x, timestep=timestep, cross_attention_kwargs=cross_attention_kwargs, class_labels=class_labels)
         condition = model.transformer_blocks[0].norm1.emb(timestep, class_labels, hidden_dtype=x.dtype)
         shift, scale = model.proj_out_1(F.silu(condition)).chunk(2, dim=1)
         x = model.proj_out_2(model.norm_out(x) * (1 + scale[:, None]) + shift[:, None])
@@ -169,7 +176,9 @@ def cogvideox_patch_embed(embed: Any) -> Attributes:
     patched: Attributes = {"_get_positional_embeddings": positions}
     if not embed.use_positional_embeddings or embed.use_learned_positional_embeddings:
         return patched
-    if embed.patch_size_t is not None or not _is_recomputed(embed.pos_embedding, lambda device: positions(*own, device)):
+    if embed.patch_size_t is not None or not _is_recomputed(
+        embed.pos_embedding, lambda device: positions(*own, device)
+    ):
         return patched
     forward_ = embed.forward
 
@@ -260,7 +269,10 @@ def easyanimate_rope(rope: Any) -> Attributes:
         time = torch.arange(frames, device=device, dtype=torch.float32)
         row, column = places(rows, h, fitted[0], most[0]), places(columns, w, fitted[1], most[1])
         sizes, dims = (frames, rows, columns), (rope.rope_dim // 4, *[rope.rope_dim // 8 * 3] * 2)
-        tables = [sys.modules[_EMBEDDINGS].get_1d_rotary_pos_embed(dim, x, use_real=True) for dim, x in zip(dims, (time, row, column), strict=True)]
+        tables = [
+            sys.modules[_EMBEDDINGS].get_1d_rotary_pos_embed(dim, x, use_real=True)
+            for dim, x in zip(dims, (time, row, column), strict=True)
+        ]
 
         def joined(which: int) -> Tensor:
             t, r, c = (table[which] for table in tables)
@@ -374,7 +386,9 @@ def chronoedit_rope(rope: Any) -> Attributes:
         frames = hidden_states.shape[2]
         if are_numbers(frames) or rope.patch_size[0] != 1:
             return forward_(hidden_states)  # type: ignore[no-any-return]
-        rows, columns = (size // patch for size, patch in zip(hidden_states.shape[3:], rope.patch_size[1:], strict=True))
+        rows, columns = (
+            size // patch for size, patch in zip(hidden_states.shape[3:], rope.patch_size[1:], strict=True)
+        )
         third = rope.attention_head_dim // 3
         place = torch.arange(frames, device=hidden_states.device)
         late = place * (min(rope.temporal_skip_len, len(rope.freqs_cos)) - 1)
@@ -447,6 +461,30 @@ def bria_fibo2(model: Any) -> Attributes:
     return {"forward": forward}
 
 
+def helios(model: Any) -> Attributes:
+    """Patch of Helios, whose frames of the past are as many as their indices, and all of one height and width.
+
+    The export would see that only in the number of all tokens.
+    """
+    forward_ = model.forward
+
+    @functools.wraps(forward_)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        arguments = inspect.signature(forward_).bind(*args, **kwargs).arguments
+        first = arguments.get("latents_history_short")
+        for part in ("short", "mid", "long"):
+            latents, indices = (arguments.get(f"{what}latents_history_{part}") for what in ("", "indices_"))
+            if latents is None or indices is None or first is None:
+                continue
+            tie(latents.shape[2], indices.shape[-1])
+            for axis, patch in ((-2, model.config.patch_size[-2]), (-1, model.config.patch_size[-1])):
+                tie(latents.shape[axis], first.shape[axis])
+                tie(latents.shape[axis] % patch, 0)
+        return forward_(*args, **kwargs)
+
+    return {"forward": forward}
+
+
 def kandinsky6_rope(rope: Any) -> Attributes:
     """Patch of Kandinsky 6's positions, which make an ``int`` of the length of each axis."""
 
@@ -492,6 +530,7 @@ SIZE_PATCHES: dict[str, Callable[[Any], Attributes]] = {
     "CosmosLearnablePositionalEmbed": cosmos_pos_embed,
     "DiTTransformer2DModel": dit,
     "EasyAnimateRotaryPosEmbed": easyanimate_rope,
+    "HeliosTransformer3DModel": helios,
     "JoyImageEditTransformer3DModel": joyimage,
     "Kandinsky6RoPE3D": kandinsky6_rope,
     "Kandinsky6Transformer3DModel": kandinsky6,
