@@ -11,7 +11,7 @@ import functools
 import inspect
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -183,7 +183,7 @@ def cogvideox_patch_embed(embed: Any) -> Attributes:
     forward_ = embed.forward
 
     def forward(text_embeds: Tensor, image_embeds: Tensor) -> Tensor:
-        frames, channels, height, width = image_embeds.shape[1:]
+        frames, _, height, width = image_embeds.shape[1:]
         if are_numbers(frames, height, width):
             return forward_(text_embeds, image_embeds)  # type: ignore[no-any-return]
         image = embed.proj(image_embeds.flatten(0, 1)).unflatten(0, (-1, frames))
@@ -288,26 +288,26 @@ def joyimage(model: Any) -> Attributes:
     """Patch of JoyImage, which makes whole positions by ``linspace`` and reads the largest one into Python."""
     original_ = model.get_rotary_pos_embed
 
-    def rotary(vis_rope_size: list[int], txt_rope_size: int | None = None) -> tuple[Any, Any]:
+    def rotary(vis_rope_size: Sequence[Any], txt_rope_size: Any = None) -> tuple[Any, Any]:
         if are_numbers(*vis_rope_size, txt_rope_size or 0) or len(vis_rope_size) != 3:
             return original_(vis_rope_size, txt_rope_size)  # type: ignore[no-any-return]
         dims = model.rope_dim_list or [model.hidden_size // model.num_attention_heads // 3] * 3
 
-        def tables(places: list[Tensor]) -> tuple[Tensor, Tensor]:
+        def tables(places: Sequence[Tensor]) -> tuple[Tensor, ...]:
             angles = []
             for dim, place in zip(dims, places, strict=True):
                 frequencies = 1.0 / (model.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
                 angles.append(torch.outer(place.flatten().float(), frequencies))
-            return tuple(  # type: ignore[return-value]
+            return tuple(
                 torch.cat([function(x).repeat_interleave(2, dim=1) for x in angles], dim=1)
                 for function in (torch.cos, torch.sin)
             )
 
         grid = torch.meshgrid(*[torch.arange(size, dtype=torch.float32) for size in vis_rope_size], indexing="ij")
-        image = tables(list(grid))
+        image = tables(grid)
         if txt_rope_size is None:
             return image, None
-        first = torch.stack([place.max() for place in grid]).max() + 1
+        first = torch.sym_max(torch.sym_max(vis_rope_size[0], vis_rope_size[1]), vis_rope_size[2])
         return image, tables([torch.arange(txt_rope_size) + first] * 3)
 
     forward_ = model.forward
@@ -326,7 +326,7 @@ class _NumbersAsTensors(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.as_tensor, torch.tensor) and args and isinstance(args[0], torch.SymInt):
-            options = {"dtype": torch.int64} | (kwargs or {})
+            options: dict[str, Any] = {"dtype": torch.int64} | (kwargs or {})
             return torch.full((), args[0], **options)
         return func(*args, **(kwargs or {}))
 
@@ -369,8 +369,9 @@ def nucleus_rope(rope: Any) -> Attributes:
         image, first = forward_(video_fhw, device, 1)
         shapes = video_fhw[0] if isinstance(video_fhw, list) else video_fhw
         _, height, width = shapes[-1] if isinstance(shapes, list) else shapes
+        length: Any = max_txt_seq_len
         start = torch.sym_max(height // 2, width // 2) if rope.scale_rope else torch.sym_max(height, width)
-        return image, rope.pos_freqs.to(first.device)[start + torch.arange(max_txt_seq_len, device=first.device)]
+        return image, rope.pos_freqs.to(first.device)[start + torch.arange(length, device=first.device)]
 
     return {"forward": forward}
 
