@@ -40,7 +40,15 @@ _BOUND = "_compute_slice_index"
 """Function of torch that compares a size with the end of a slice, such as the part of a table that is read."""
 
 
-_NAMES: dict[str, Any] = {"math": math, "torch": torch, "max": max, "min": min, "abs": abs, "__builtins__": {}}
+_NAMES: dict[str, Any] = {
+    "math": math,
+    "torch": torch,
+    "max": max,
+    "min": min,
+    "abs": abs,
+    "round": round,
+    "__builtins__": {},
+}
 """What the source of a guard may use."""
 
 

@@ -327,7 +327,7 @@ class _NumbersAsTensors(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.as_tensor, torch.tensor) and args and isinstance(args[0], torch.SymInt):
             options: dict[str, Any] = {"dtype": torch.int64} | (kwargs or {})
-            return torch.full((), args[0], **options)
+            return torch.full((), args[0], **options)  # type: ignore[call-overload]
         return func(*args, **(kwargs or {}))
 
 

@@ -161,6 +161,24 @@ def test_the_sizes_are_not_free_without_the_patches(name, monkeypatch):
     assert not set().union(*SIZES[name]) <= set(sizes.names) or len(sizes.conditions) > 0
 
 
+@functools.cache
+def layered_qwenimage() -> nn.Module:
+    model = model_of("qwenimage")
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    return type(model)(**config | {"use_layer3d_rope": True}).eval().requires_grad_(False)
+
+
+@pytest.mark.slow
+def test_a_layered_image_has_free_text():
+    model, inputs = layered_qwenimage(), FAMILIES["qwenimage"].inputs(3)
+    graph = export_transformer(model, inputs, dynamic=["batch", "text"], check=False)
+    tensors = flatten_call(model, inputs)[1]
+    for sizes in ({}, {"text": 5}, {"batch": 2, "text": 12}):
+        values = free_sizes(graph).example | sizes
+        cut = [resized(tensors[spec.name], spec, values) for spec in input_specs(graph) or ()]
+        assert torch.equal(tree_leaves(graph(*cut))[0], tree_leaves(call_like(graph, model, cut))[0])
+
+
 @pytest.mark.parametrize("name", ["pixart_sigma", pytest.param("cogvideox", marks=pytest.mark.slow)])
 def test_positions_of_a_16_bit_model_are_rounded_at_its_own_size_only(name):
     """The model reads a rounded table there, and computes one in float32 at other sizes."""
@@ -353,7 +371,8 @@ def test_a_patch_that_fails_takes_back_those_before_it(monkeypatch):
 
 
 def test_every_patch_is_of_a_family_here():
-    patched = {type(module).__name__ for name in (*ALL, *SIZES) for module in model_of(name).modules()} & PATCHES.keys()
+    models = [*map(model_of, (*ALL, *SIZES)), layered_qwenimage()]
+    patched = {type(module).__name__ for model in models for module in model.modules()} & PATCHES.keys()
     assert patched == PATCHES.keys()
 
 
