@@ -350,10 +350,13 @@ def text_rope(rope: Any) -> Attributes:
     """
     forward_ = rope.forward
 
-    def forward(video_fhw: Any, device: Any = None, max_txt_seq_len: Any = None) -> tuple[Tensor, Tensor]:
+    @functools.wraps(forward_)
+    def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        arguments = inspect.signature(forward_).bind(*args, **kwargs).arguments
+        max_txt_seq_len = arguments["max_txt_seq_len"]
         if not isinstance(max_txt_seq_len, torch.SymInt):
-            return forward_(video_fhw, device, max_txt_seq_len)  # type: ignore[no-any-return]
-        image, text = forward_(video_fhw, device, len(rope.pos_freqs))
+            return forward_(*args, **kwargs)  # type: ignore[no-any-return]
+        image, text = forward_(**arguments | {"max_txt_seq_len": len(rope.pos_freqs)})
         return image, text[:max_txt_seq_len]
 
     return {"forward": forward}
