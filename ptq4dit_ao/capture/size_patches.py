@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -362,6 +363,85 @@ def text_rope(rope: Any) -> Attributes:
     return {"forward": forward}
 
 
+def qwenimage21(model: Any) -> Attributes:
+    """Patch of QwenImage 2.1, which reads into Python where the images are in the sequence of text and images.
+
+    The original attends from each run of text, or image, to what precedes it. Here one mask says the same. How many
+    tokens the images have, but not where they are, follows from ``img_shapes``.
+    """
+    forward_ = model.forward
+    plain = all(type(block.attn.processor).__name__ == "QwenImage21AttnProcessor" for block in model.transformer_blocks)
+
+    def rotary(shapes: Any, is_image: Tensor, rank: Tensor, ends: list[Any]) -> Tensor:
+        """Angles of the tokens; ``rank`` is the number of image tokens before each, ``ends`` where images end."""
+        device = rank.device
+        place = (~is_image).long().cumsum(0) - (~is_image).long()
+        rows, columns = [], []
+        for (_, height, width), end in zip(shapes, ends, strict=True):
+            place = place + (rank >= end) * torch.sym_max(height, width)
+            token = torch.arange(height * width, device=device)
+            rows.append(token // width - (height - height // 2))
+            columns.append(token % width - (width - width // 2))
+        inside = rank.clamp_max(ends[-1] - 1)
+        places = [place, *(torch.where(is_image, torch.cat(x)[inside], place) for x in (rows, columns))]
+        tables = [table.to(device) for table in model.pos_embed.freqs]
+        return torch.cat([table[place] for table, place in zip(tables, places, strict=True)], dim=-1)
+
+    @functools.wraps(forward_)
+    def forward(
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        timestep: Tensor,
+        img_shapes: Any,
+        img_mask: Tensor,
+        encoder_hidden_states_mask: Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        kv_cache: Any = None,
+        kv_cache_mode: str | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        shapes = img_shapes[0]
+        lengths = [height * width for _, height, width in shapes]
+        ends = list(itertools.accumulate(lengths))
+        text, slots, group = encoder_hidden_states.shape[1], img_mask.shape[1], original(model, "_IMG_TOKENS_PER_SLOT")
+        torch._check(slots == text + lengths[-1] // group)
+        torch._check(hidden_states.shape[1] == ends[-1])
+        device, total = hidden_states.device, slots + (group - 1) * (ends[-1] // group)
+
+        x, words = model.img_in(hidden_states), model.txt_in(encoder_hidden_states)
+        token = torch.arange(total, device=device)
+        slot = (token[:, None] >= torch.where(img_mask[0], group, 1).cumsum(0)).sum(1)
+        is_image = img_mask[0][slot]
+        rank = is_image.long().cumsum(0) - is_image.long()
+        word = slot.clamp_max(text - 1)
+        x = torch.where(is_image[:, None], x[:, rank.clamp_max(ends[-1] - 1)], words[:, word])
+        image = torch.where(is_image, sum((rank >= end).long() for end in ends), -1)
+        is_target = image == len(ends) - 1
+
+        mask = (token[:, None] >= token) | ((image[:, None] == image) & is_image) | is_target[:, None]
+        mask = mask[None, None]
+        if encoder_hidden_states_mask is not None:
+            torch._check(encoder_hidden_states_mask.shape[1] == text)
+            mask = mask & (is_image | encoder_hidden_states_mask.bool()[:, word])[:, None, None]
+        timestep = timestep.to(x.dtype)
+        if model.config.causal_condition:
+            timestep = torch.cat([timestep, timestep.new_zeros(1)])
+        temb = model.time_text_embed(timestep, x)
+        modulation, noisy = model.modulation(temb), is_target if model.config.causal_condition else None
+        angles = rotary(shapes, is_image, rank, ends)
+        for block in model.transformer_blocks:
+            x = block(
+                hidden_states=x,
+                modulation=modulation,
+                rotary_emb=angles,
+                attention_mask=mask,
+                target_token_mask=noisy,
+            )
+        return result(model, model.proj_out(model.norm_out(x, temb, noisy)), return_dict)
+
+    return {"forward": forward} if plain else {}
+
+
 def nucleus_rope(rope: Any) -> Attributes:
     """Patch of NucleusMoE's positions, which make an ``int`` of the number of text tokens."""
     forward_ = rope.forward
@@ -544,6 +624,7 @@ SIZE_PATCHES: dict[str, Callable[[Any], Attributes]] = {
     "PatchEmbed": patch_embed,
     "QwenEmbedLayer3DRope": text_rope,
     "QwenEmbedRope": text_rope,
+    "QwenImage21Transformer2DModel": qwenimage21,
     "QwenImageTransformer2DModel": numbers_as_tensors,
 }
 """Patches by class name; a patch returns the attributes that an instance of the class gets."""
