@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_leaves
 from ptq4dit_ao import apply_recipe, export_transformer, load_recipe
 from ptq4dit_ao.capture.signature import flatten_call
 from ptq4dit_ao.core import sqnr_db
-from ptq4dit_ao.errors import PTQ4DiTError
 from ptq4dit_ao.graph.constants import constants
 from ptq4dit_ao.graph.names import timestep_placeholder
 from ptq4dit_ao.recipe import Balance, Recipe
@@ -26,9 +25,6 @@ CALIBRATION = range(10, 13)
 
 QUICK = ("pixart_sigma", "sana", "stable_audio", "wan")
 """Keys and values of all blocks from one input; inputs observed before another is named; in-place writes."""
-
-UNCAPTURED = frozenset({"qwenimage21"})
-"""Families that ``torch.export`` cannot capture."""
 
 STEPS = 3
 """Of learning: too few to gain much."""
@@ -101,10 +97,6 @@ every_recipe = [*RECIPES, *(pytest.param(recipe, marks=pytest.mark.slow) for rec
 @pytest.mark.parametrize("recipe", every_recipe)
 @pytest.mark.parametrize("name", every_family)
 def test_a_recipe_quantizes_a_family(name, recipe):
-    if name in UNCAPTURED:
-        with pytest.raises(PTQ4DiTError, match="cannot be exported"):
-            captured(name)
-        return
     graph, batches, expected = captured(name)
     short = quick(load_recipe(recipe), graph)
     plans, fixed = quantizer_from_recipe(short).plan(graph), {node.name for node in constants(graph)}

@@ -17,10 +17,12 @@ _TEXT = ("encoder_hidden_states", "text", "txt", "prompt", "cap", "llama", "t5")
 _NOT_TEXT = ("image", "img")
 MOST_COORDINATES = 4
 """Largest length of a last axis of whole numbers that is taken for coordinates: (time, row, column, ...)."""
+LAST = -1
+"""Number of channels that stands for channels in the last axis."""
 
 
 def axis_kinds(
-    tensors: Mapping[str, Tensor], rows: int | None, channels: int | None = None
+    tensors: Mapping[str, Tensor], rows: int | None, channels: int | None = None, *, channels_last: bool = False
 ) -> dict[str, dict[int, AxisKind]]:
     """The meaning of each axis that has one, by the name of the input and the axis.
 
@@ -28,20 +30,34 @@ def axis_kinds(
         tensors: the inputs by name.
         rows: size of the batch, which is the first axis of every tensor that begins with it; None if there is none.
         channels: number of channels of the latents, which tells (N, C, F, H, W) from (N, F, C, H, W).
+        channels_last: whether latents are (N, F, H, W, C), as Kandinsky's.
     """
-    return {name: _kinds(name, x, rows, channels) for name, x in tensors.items()}
+    channels = LAST if channels_last else channels
+    lengths = {x.shape[-1] for name, x in tensors.items() if "mask" in name and not _is_image(name)}
+    return {name: _kinds(name, x, rows, channels, lengths) for name, x in tensors.items()}
 
 
-def _kinds(name: str, x: Tensor, rows: int | None, channels: int | None) -> dict[int, AxisKind]:
+def _is_text(name: str) -> bool:
+    return any(part in name for part in _TEXT) and not _is_image(name)
+
+
+def _is_image(name: str) -> bool:
+    return any(part in name for part in _NOT_TEXT)
+
+
+def _kinds(name: str, x: Tensor, rows: int | None, channels: int | None, texts: set[int]) -> dict[int, AxisKind]:
     if x.ndim == 0:
         return {}
     batched = rows is not None and x.shape[0] == rows
     found: dict[int, AxisKind] = {0: "batch"} if batched else {}
-    length: AxisKind = "tokens"
-    if any(part in name for part in _TEXT) and not any(part in name for part in _NOT_TEXT):
-        length = "text"
+    length: AxisKind = "text" if _is_text(name) else "tokens"
     for axis in range(1 if batched else 0, x.ndim):
-        kind = length if _is_length(name, x, batched, axis) else _of_latents(x, batched, axis, channels)
+        if _is_length(name, x, batched, axis):
+            kind: AxisKind | None = length
+        else:
+            kind = _of_latents(x, batched, axis, channels)
+            if length == "text":  # features of several layers, of which one axis is as long as the mask
+                kind = "text" if x.ndim > 3 and x.shape[axis] in texts and axis < x.ndim - 1 else None
         if kind is not None:
             found[axis] = kind
     return found
@@ -52,7 +68,7 @@ def _is_length(name: str, x: Tensor, batched: bool, axis: int) -> bool:
     if "mask" in name:
         return True
     if not x.is_floating_point() and not x.is_complex():
-        coordinates = x.ndim > (2 if batched else 1) and x.shape[-1] <= MOST_COORDINATES
+        coordinates = "indices" not in name and x.ndim > (2 if batched else 1) and x.shape[-1] <= MOST_COORDINATES
         return not (last and coordinates)
     if x.ndim == 1:
         return True
@@ -62,11 +78,18 @@ def _is_length(name: str, x: Tensor, batched: bool, axis: int) -> bool:
 
 
 def _of_latents(x: Tensor, batched: bool, axis: int, channels: int | None) -> AxisKind | None:
-    """The meaning of an axis of latents, (N, C, [F,] H, W) or (N, F, C, H, W); without a batch, one axis less."""
+    """The meaning of an axis of latents, (N, C, [F,] H, W) or (N, F, C, H, W); without a batch, one axis less.
+
+    With one axis more, (N, I, C, F, H, W), the second counts images.
+    """
     axes = x.ndim if batched else x.ndim + 1
-    if not x.is_floating_point() or x.ndim < 4 or axes not in (4, 5):
+    if not x.is_floating_point() or x.ndim < 4 or axes not in (4, 5, 6):
         return None
     place = axis if batched else axis + 1
+    if axes == 6:
+        return {3: "frames", 4: "height", 5: "width"}.get(place)  # type: ignore[return-value]
+    if channels == LAST and axes == 5:
+        return {1: "frames", 2: "height", 3: "width"}.get(place)  # type: ignore[return-value]
     if place >= axes - 2:
         return "height" if place == axes - 2 else "width"
     frames_first = axes == 5 and channels is not None and x.shape[2 if batched else 1] == channels

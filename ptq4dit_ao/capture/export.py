@@ -69,7 +69,7 @@ def export_transformer(
     rows = _batch_rows(call, tensors, "batch" in kinds)
     verify = check and not _on_meta(model)
     expected = _run(model, call, inputs) if verify else None
-    meanings = axis_kinds(tensors, rows, _channels(model))
+    meanings = axis_kinds(tensors, rows, _channels(model), channels_last=_has_channels_last(model))
     free = {name: {i: kind for i, kind in axes.items() if kind in kinds} for name, axes in meanings.items()}
     try:
         graph_module = Tracing(model, call, tensors, free).export(verify=verify)
@@ -164,6 +164,11 @@ def _channels(model: nn.Module) -> int | None:
     """Number of channels of a diffusers model's latents; None if it does not say."""
     channels = getattr(getattr(model, "config", None), "in_channels", None)
     return channels if isinstance(channels, int) else None
+
+
+def _has_channels_last(model: nn.Module) -> bool:
+    """Whether the channels of a diffusers model's latents are the last axis; Kandinsky's configuration tells."""
+    return hasattr(getattr(model, "config", None), "in_visual_dim")
 
 
 def _run(model: nn.Module, call: Call, inputs: Sequence[Tensor]) -> Any:

@@ -40,7 +40,15 @@ _BOUND = "_compute_slice_index"
 """Function of torch that compares a size with the end of a slice, such as the part of a table that is read."""
 
 
-_NAMES: dict[str, Any] = {"math": math, "torch": torch, "max": max, "min": min, "abs": abs, "__builtins__": {}}
+_NAMES: dict[str, Any] = {
+    "math": math,
+    "torch": torch,
+    "max": max,
+    "min": min,
+    "abs": abs,
+    "round": round,
+    "__builtins__": {},
+}
 """What the source of a guard may use."""
 
 
@@ -108,7 +116,7 @@ class GuardAnalysis:
         self.env, self.examples, self.alike = env, dict(symbols), alike
         while self._replace_one():
             pass
-        self.guards = guards_of(env)
+        self.guards = [*guards_of(env), *self._at_least_one()]
         self.pinned = self._pinned()
         """Reasons, by symbol, why a size has to stay as it was in the example."""
         self.free = [symbol for symbol in self._roots() if symbol not in self.pinned]
@@ -123,6 +131,17 @@ class GuardAnalysis:
 
     def _replaced(self, name: str) -> sympy.Expr:
         return self.env.replace(self._symbol(name))
+
+    def _at_least_one(self) -> Iterator[Guard]:
+        """The conditions that no size is 0 or less, for the sizes that are others less a number."""
+        for expression in map(self._replaced, self.examples):
+            if (
+                expression.free_symbols
+                and not expression.is_Symbol
+                and any(part.is_negative for part in expression.args)
+            ):
+                positive = sympy.Ge(expression, 1)
+                yield Guard(positive, "the size", _compiled(PythonPrinter().doprint(positive)))
 
     def _replace_one(self) -> bool:
         """Replace one symbol that a guard makes equal to something else; return whether there was one."""
@@ -181,7 +200,7 @@ class GuardAnalysis:
                 reasons[name] = self._reason(name, self._decisive(name))
             elif expression.is_Symbol and str(expression) == name and (guard := self._alone(name, self.guards)):
                 reasons[name] = self._reason(name, guard)
-            elif any(term.could_extract_minus_sign() for term in sympy.Add.make_args(expression)):
+            elif any(term.could_extract_minus_sign() for term in _terms(expression)):
                 reasons[name] = f"it is {example} in the example, and depends on another size"
         return reasons
 
@@ -251,6 +270,11 @@ class GuardAnalysis:
 
         trials = ({name: value(size) for name, size in sizes.items()} for _ in range(TRIALS))
         return guard.symbols <= sizes.keys() and all(guard.holds(self.examples | values) for values in trials)
+
+
+def _terms(expression: sympy.Expr) -> list[sympy.Expr]:
+    """The summands of an expression that are no numbers."""
+    return [term for term in sympy.Add.make_args(expression) if term.free_symbols]
 
 
 def printed(expression: sympy.Basic, names: Mapping[str, str]) -> str:

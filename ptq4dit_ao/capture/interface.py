@@ -23,6 +23,8 @@ _SIZES = "ptq4dit_sizes"
 
 BATCH = "batch"
 """Name of the free size of the batch."""
+IMAGE_MASK = "img_mask"
+"""Name of the input that says where images are in a sequence of text and images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,10 +169,14 @@ def random_inputs(
 
 
 def resized(x: Tensor, spec: InputSpec, values: Mapping[str, int]) -> Tensor:
-    """An input cut to other sizes, or repeated where they are larger."""
+    """An input cut to other sizes, or repeated where they are larger.
+
+    A mask of where an image is in a sequence is cut at its start, because the image that is made comes last.
+    """
     for axis, size in enumerate(shape_at(spec, values)):
         if size != x.shape[axis]:
-            x = x.index_select(axis, torch.arange(size, device=x.device) % x.shape[axis])
+            first = -size if spec.name == IMAGE_MASK else 0
+            x = x.index_select(axis, torch.arange(first, first + size, device=x.device) % x.shape[axis])
     return x
 
 

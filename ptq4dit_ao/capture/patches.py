@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -23,8 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Attributes = dict[str, Any]
-"""Attributes that a patched module instance gets; they take precedence over those of its class."""
+from ptq4dit_ao.capture.size_patches import SIZE_PATCHES, Attributes, result, tie
 
 _MISSING = object()
 
@@ -53,13 +51,6 @@ def exportable(model: nn.Module) -> Iterator[None]:
                 attributes.pop(name, None)
             else:
                 attributes[name] = value
-
-
-def _result(model: nn.Module, sample: Tensor, return_dict: bool) -> Any:
-    """The output of a diffusers transformer for a sample: a tuple, or a ``Transformer2DModelOutput``."""
-    if not return_dict:
-        return (sample,)
-    return sys.modules[type(model).__module__].Transformer2DModelOutput(sample=sample)
 
 
 def _lumina2(model: Any) -> Attributes:
@@ -107,7 +98,7 @@ def _lumina2(model: Any) -> Attributes:
             x = layer(x, mask, rotary, temb)
         x = model.norm_out(x, temb)[:, text_tokens:]
         x = x.reshape(batch, rows, columns, p, p, model.out_channels).permute(0, 5, 1, 3, 2, 4)
-        return _result(model, x.flatten(4, 5).flatten(2, 3), return_dict)
+        return result(model, x.flatten(4, 5).flatten(2, 3), return_dict)
 
     return {"forward": forward}
 
@@ -264,19 +255,6 @@ def _mochi_attention(attention: Any) -> Attributes:
     return {"processor": processor}
 
 
-def _cosmos_pos_embed(module: Any) -> Attributes:
-    """Patch of Cosmos's position embedding, which normalises by a ratio of element counts that include the batch.
-
-    The embedding depends on parameters only and is the same for all samples, so it is computed for one sample.
-    """
-    original = module.forward
-
-    def forward(hidden_states: Tensor) -> Tensor:
-        return original(hidden_states[:1]).expand(hidden_states.shape[0], -1, -1)
-
-    return {"forward": forward}
-
-
 def _hunyuan_video15(model: Any) -> Attributes:
     """Patch of HunyuanVideo 1.5, which branches on a blank image and packs the valid tokens of each sample.
 
@@ -308,7 +286,7 @@ def _hunyuan_video15(model: Any) -> Attributes:
         mask = torch.cat([has_image, encoder_attention_mask_2.bool(), encoder_attention_mask.bool()], dim=1)
         for block in model.transformer_blocks:
             x, context = block(x, context, temb, mask, rotary)
-        return _result(model, _video(model, model.proj_out(model.norm_out(x, temb)), hidden_states), return_dict)
+        return result(model, _video(model, model.proj_out(model.norm_out(x, temb)), hidden_states), return_dict)
 
     return {"forward": forward}
 
@@ -338,7 +316,13 @@ def _framepack(model: Any) -> Attributes:
         return_dict: bool = True,
     ) -> Any:
         height, width = hidden_states.shape[-2:]
+        for earlier in (latents_clean, latents_history_2x, latents_history_4x):
+            if earlier is not None:  # their positions are made for the height and width of the new frames
+                torch._check(earlier.shape[-2] == height)
+                torch._check(earlier.shape[-1] == width)
         p = model.config.patch_size
+        for size in (height, width):  # else padded latents and padded positions may have other lengths
+            torch._check(size % p == 0)
         x = model.x_embedder(hidden_states)
         tokens = x.shape[1]
         history = model.clean_x_embedder(latents_clean, latents_history_2x, latents_history_4x)
@@ -355,7 +339,7 @@ def _framepack(model: Any) -> Attributes:
         for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
             x, context = block(x, context, temb, mask[:, None, None, :], rotary)
         x = model.proj_out(model.norm_out(x[:, -tokens:], temb))
-        return _result(model, _video(model, x, hidden_states), return_dict)
+        return result(model, _video(model, x, hidden_states), return_dict)
 
     return {"forward": forward}
 
@@ -368,38 +352,21 @@ def _video(model: Any, x: Tensor, latents: Tensor) -> Tensor:
     return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
-def _cogvideox_patch_embed(embed: Any) -> Attributes:
-    """Patch of CogVideoX, which for sizes other than its own writes positions into an empty table.
-
-    Such writes cannot be traced. Here the table is a concatenation of zeros for the text and the patches' positions.
-    """
-    module = sys.modules[type(embed).__module__]
-
-    def positions(height: int, width: int, frames: int, device: torch.device | None = None) -> Tensor:
-        table = module.get_3d_sincos_pos_embed(
-            embed.embed_dim,
-            (width // embed.patch_size, height // embed.patch_size),
-            (frames - 1) // embed.temporal_compression_ratio + 1,
-            embed.spatial_interpolation_scale,
-            embed.temporal_interpolation_scale,
-            device=device,
-            output_type="pt",
-        ).flatten(0, 1)
-        return torch.cat([table.new_zeros(embed.max_text_seq_length, embed.embed_dim), table])[None]
-
-    return {"_get_positional_embeddings": positions}
-
-
 def _wan_animate(model: Any) -> Attributes:
     """Patch of Wan-Animate, which encodes faces in chunks to save memory; the number of chunks depends on the batch.
 
-    Faces are encoded independently, so here one chunk that is larger than any batch takes them all.
+    Faces are encoded independently, so here one chunk that is larger than any batch takes them all. The numbers of
+    frames of pose and face follow from that of the video.
     """
     original = model.forward
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
         arguments = inspect.signature(original).bind(*args, **kwargs).arguments
+        frames = arguments["hidden_states"].shape[2]
+        for name, count in (("pose_hidden_states", frames - 1), ("face_pixel_values", 4 * frames - 7)):
+            if (x := arguments.get(name)) is not None:
+                tie(x.shape[2], count)
         return original(**arguments | {"motion_encode_batch_size": 1 << 31})
 
     return {"forward": forward}
@@ -407,8 +374,6 @@ def _wan_animate(model: Any) -> Attributes:
 
 PATCHES: dict[str, Callable[[Any], Attributes]] = {
     "ChromaCombinedTimestepTextProjEmbeddings": _chroma_time_embed,
-    "CogVideoXPatchEmbed": _cogvideox_patch_embed,
-    "CosmosLearnablePositionalEmbed": _cosmos_pos_embed,
     "HiDreamImageTransformer2DModel": _hidream,
     "HunyuanVideo15Transformer3DModel": _hunyuan_video15,
     "HunyuanVideoFramepackTransformer3DModel": _framepack,
@@ -418,5 +383,6 @@ PATCHES: dict[str, Callable[[Any], Attributes]] = {
     "MochiAttention": _mochi_attention,
     "OmniGenSuScaledRotaryEmbedding": _omnigen_rope,
     "WanAnimateTransformer3DModel": _wan_animate,
+    **SIZE_PATCHES,
 }
 """Patches by class name; a patch returns the attributes that an instance of the class gets."""

@@ -103,6 +103,8 @@ class Tracing:
             self.fixed.update((axis, said) for axis in free if self.kinds[axis] != "batch")
             return None
         graph_module = program.module(check_guards=False)
+        # Its check of the inputs includes bounds of the trace, such as no size of 1, which no op of the graph needs.
+        graph_module._forward_pre_hooks.clear()
         values = {node.name: node.meta["val"] for node in placeholders(graph_module)}
         raw = {(name, axis): values[name].shape[axis] for name, axis in free if name in values}
         sizes = {axis: size for axis, size in raw.items() if isinstance(size, torch.SymInt)}

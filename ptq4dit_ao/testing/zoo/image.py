@@ -788,8 +788,7 @@ def _qwenimage21_inputs(batch: int, g: Generator) -> Inputs:
     "qwenimage21",
     "image",
     _qwenimage21_inputs,
-    dynamic_batch=False,
-    note="cannot be exported: reads on the host where the image tokens are",
+    note="text and images in one sequence, with attention by blocks; one mask in the exported graph",
 )
 def _qwenimage21() -> nn.Module:
     return _diffusers().QwenImage21Transformer2DModel(
