@@ -70,7 +70,7 @@ def balance_checkpoint(
     exported = export_transformer(model.transformer, recorded.example(EXAMPLE_ROWS))
     plans = plan_layers(exported, weight_bits=8, activation_bits=8, overrides=overrides_of(recipe))
     exclude = [plan.layer for plan in plans.values() if not plan.balance]
-    number = -(-len(recorded) // recipe.calibration.rows)
+    number = recorded.num_batches(recipe.calibration.rows)
 
     def counted() -> Iterator[tuple[Tensor, ...]]:
         shuffled = recorded.shuffled(SHUFFLE_SEED)
