@@ -38,14 +38,13 @@ from ptq4dit_ao.quantizer import (
 )
 from ptq4dit_ao.recipe import Recipe, Weights
 from ptq4dit_ao.report import Diagnostics, EvaluationEntry, build_report
+from ptq4dit_ao.workflow.exported import export_for, first_refused
 from ptq4dit_ao.workflow.from_recipe import quantizer_from_recipe, with_chosen_bits
 from ptq4dit_ao.workflow.quantized_model import QuantizedModel
 from ptq4dit_ao.workflow.weight_bits import WeightBits, choose_weight_bits
 
 logger = logging.getLogger(__name__)
 
-EXAMPLE_ROWS = 2
-"""Batch size of the example inputs that a model is exported with."""
 SHUFFLE_SEED = 0
 """Seed of the shuffle of recorded samples, after which each batch mixes timesteps."""
 
@@ -185,11 +184,10 @@ def convert(
     if isinstance(model, GraphModule):
         exported = model
     else:
-        example = first if recorded is None else recorded.example(EXAMPLE_ROWS)
-        exported = export_transformer(model, _on(device, example))
+        exported = export_transformer(model, _on(device, first)) if recorded is None else export_for(model, recorded)
+    if recorded is not None and len(recorded.groups) > 1 and (problem := first_refused(exported, recorded)[1]):
+        raise problem  # before the work
     captured = captured_module(exported)
-    if recorded is not None:
-        _check_sizes(exported, recorded, recipe.calibration.rows)
     choice = None
     if recipe.weights.bits == "auto":
         batches = [_on(device, tuple(batch)) for batch in itertools.chain([first], iterator)]
@@ -239,13 +237,6 @@ def convert(
         captured=captured,
         weight_bits=choice,
     )
-
-
-def _check_sizes(exported: GraphModule, samples: CalibrationSamples, rows: int) -> None:
-    """Check before the work that a graph takes samples of every size."""
-    for index, group in enumerate(samples.groups, start=1):
-        batch = next(group.batches(rows))
-        check_batch(exported, batch, f"calibration size {index}" if len(samples.groups) > 1 else "calibration batch 1")
 
 
 def _choose_bits(

@@ -12,7 +12,8 @@ from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.evaluation.bench.peers import FloatModel
 from ptq4dit_ao.evaluation.bench.random_dit import WIDTHS, random_batches, random_dit
 from ptq4dit_ao.recipe import Recipe
-from ptq4dit_ao.workflow.apply import EXAMPLE_ROWS, apply_recipe
+from ptq4dit_ao.workflow.apply import apply_recipe
+from ptq4dit_ao.workflow.exported import EXAMPLE_ROWS
 from ptq4dit_ao.workflow.models import load_model
 from ptq4dit_ao.workflow.quantized_model import QuantizedModel, load_quantized
 from ptq4dit_ao.workflow.samples import recorded_samples
