@@ -22,7 +22,7 @@ _DIGEST = "sha256"
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """A file format. The version that is written is the only one that is read."""
+    """A file format. The version that is written is read, and those in :attr:`reads`."""
 
     name: str
     """Name of the content, such as ``salience statistics``."""
@@ -31,6 +31,8 @@ class Format:
     """Exception for files that cannot be written or read."""
     remedy: str
     """Remedy if a file cannot be read, such as ``run calibration again``."""
+    reads: tuple[int, ...] = ()
+    """Earlier versions that are read."""
 
     @property
     def tag(self) -> str:
@@ -38,15 +40,15 @@ class Format:
         return f"ptq4dit-ao {self.name} {self.version}"
 
     def check(self, path: Path, found: object) -> None:
-        """Compare the identification in a file with :attr:`tag`.
+        """Compare the identification in a file with :attr:`tag`, up to versions that are read.
 
         Raises:
             error: the file is something else, or of another version.
         """
-        if found == self.tag:
-            return
         name, _, version = str(found).rpartition(" ")
         if name == self.tag.rpartition(" ")[0]:
+            if version in map(str, (self.version, *self.reads)):
+                return
             raise self.error(
                 f"{path} has {self.name} of format version {version}, and this version of ptq4dit-ao reads "
                 f"{self.version}; {self.remedy}"

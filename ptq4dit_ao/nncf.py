@@ -29,7 +29,8 @@ from ptq4dit_ao.lowering.openvino import to_openvino
 from ptq4dit_ao.passes import balance, collect_salience
 from ptq4dit_ao.quantizer.overrides import LayerPlan, plan_layers
 from ptq4dit_ao.recipe import Recipe
-from ptq4dit_ao.workflow.apply import EXAMPLE_ROWS, SHUFFLE_SEED
+from ptq4dit_ao.workflow.apply import SHUFFLE_SEED
+from ptq4dit_ao.workflow.exported import export_for
 from ptq4dit_ao.workflow.from_recipe import (
     balance_settings,
     overrides_of,
@@ -160,13 +161,14 @@ def balance_for_nncf(
         PTQ4DiTError: see :func:`~ptq4dit_ao.collect_salience` and :func:`~ptq4dit_ao.balance`.
     """
     settings, policy = balance_settings(recipe), site_policy(recipe)
-    example = samples.example(EXAMPLE_ROWS) if isinstance(samples, CalibrationSamples) else None
+    exported = model if isinstance(model, GraphModule) else None
     if isinstance(samples, CalibrationSamples):
+        exported = export_for(model, samples) if exported is None else exported
         samples = samples.shuffled(SHUFFLE_SEED).batches(recipe.calibration.rows)
     batches = [tuple(batch) for batch in samples]
     if not batches:
         raise CalibrationError("there are no calibration samples; pass at least one tuple of inputs")
-    exported = model if isinstance(model, GraphModule) else export_transformer(model, example or batches[0])
+    exported = export_transformer(model, batches[0]) if exported is None else exported
     plans = plan_layers(
         exported,
         weight_bits=weight_bits_of(recipe),

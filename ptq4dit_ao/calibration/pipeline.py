@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ptq4dit_ao._progress import OnProgress, ignore
-from ptq4dit_ao.calibration.samples import CalibrationSamples, join_calls
+from ptq4dit_ao.calibration.alike import check_kind, check_structure
+from ptq4dit_ao.calibration.joining import RecordedCall, join_calls
+from ptq4dit_ao.calibration.samples import CalibrationSamples
 from ptq4dit_ao.calibration.schedule import FirstCalls, check_timesteps, known_times, rounding_of, steps_asked
 from ptq4dit_ao.calibration.timesteps import RELATIVE_TOLERANCE, NormalTimesteps, StepSelection, choose_timesteps
-from ptq4dit_ao.capture.signature import CallSignature, flatten_call
+from ptq4dit_ao.capture.signature import flatten_call
 from ptq4dit_ao.errors import ArgumentError, CalibrationError, check_type
 from ptq4dit_ao.graph.names import TIMESTEP_NAMES
 
@@ -36,6 +38,7 @@ def collect_from_pipeline(
     batch_size: int = 16,
     component: str = "transformer",
     call: Mapping[str, object] | None = None,
+    sizes: Sequence[Mapping[str, object]] | None = None,
     skip: Callable[[Mapping[str, Any]], bool] | None = None,
     on_progress: OnProgress = ignore,
 ) -> CalibrationSamples:
@@ -45,10 +48,13 @@ def collect_from_pipeline(
     or in two. Memory is bounded by ``2 * len(prompts) * number of timesteps`` rows. Sampling stops after the last
     chosen timestep.
 
+    Calls of the transformer may differ in the sizes of their tensors, because the samples have several ``sizes`` or
+    because texts of two calls have different lengths. Their rows are kept apart by size.
+
     Args:
         pipeline: any object that calls a module of its own while denoising, as diffusers' pipelines do.
         prompts: class numbers or texts, passed to the pipeline as ``class_labels`` or ``prompt``. None makes a single
-            call of the pipeline with the arguments in ``call``.
+            call of the pipeline with the arguments in ``call``, for each of the ``sizes``.
         timesteps: the number of timesteps, evenly spaced over the steps at which the component is called; a list of
             timesteps, as the transformer receives them (in [0, 1] for some flow models); or :class:`NormalTimesteps`,
             which gives each sample steps of its own.
@@ -59,6 +65,10 @@ def collect_from_pipeline(
         batch_size: prompts per pipeline call.
         component: the attribute of the pipeline that is recorded.
         call: more arguments for every call of the pipeline, passed unchanged. They take precedence over those above.
+        sizes: sizes of the samples, as arguments of the pipeline, such as ``[{"height": 512, "width": 512}, {"height":
+            768, "width": 512}]`` or ``[{"num_frames": 17}, {"num_frames": 49}]``. Each prompt has one size: the prompts
+            take them in turn, so that the number of rows is that without ``sizes``. A prompt is sampled at all sizes if
+            it is given as many times. By default, all samples have the pipeline's own size, or that in ``call``.
         skip: a function of the arguments of a call of the component, by name, that returns whether not to record the
             call. The call runs nevertheless. A graph computes one kind of call, and this leaves out those of another
             kind, such as the one of skip-layer guidance: ``lambda arguments: "skip_layers" in arguments``.
@@ -68,14 +78,16 @@ def collect_from_pipeline(
         CalibrationError: the timesteps do not occur, the component does not exist or was not called, its calls do not
             fit together, or it received values that are not finite.
         ArgumentError: an argument is invalid, the pipeline does not take such prompts, the component takes inputs that
-            cannot be captured, or timesteps are to be drawn for prompts that ``call`` holds.
+            cannot be captured, timesteps are to be drawn for prompts that ``call`` holds, or there are more sizes than
+            prompts.
     """
     _check_arguments(steps, batch_size, seed, guidance, call)
-    module, call = _component(pipeline, component), dict(call or {})
-    check_timesteps(pipeline, timesteps, steps, component=component, call=call)
+    module, call, sizes = _component(pipeline, component), dict(call or {}), _checked_sizes(sizes, call or {})
+    sized = {**call, **sizes[0]}  # the schedule of every size, as far as it is known before a run
+    check_timesteps(pipeline, timesteps, steps, component=component, call=sized)
     parameters = inspect.signature(pipeline.__call__).parameters
-    batches = _batches(pipeline, parameters, prompts, batch_size, call)
-    known = known_times(pipeline, component, steps, call)
+    runs = _runs(pipeline, parameters, prompts, batch_size, call, sizes)
+    known = known_times(pipeline, component, steps, sized)
     asked = steps_asked(steps, call) if known is None else len(known)
     selection = StepSelection(timesteps, asked, component, exact="num_inference_steps" in call)
     draws = _draws(timesteps, prompts, selection.steps, seed, call)
@@ -91,14 +103,14 @@ def collect_from_pipeline(
     if seed and "generator" in call:
         _log.warning("call has a generator of its own, so that seed=%d does not set the noise", seed)
     with _Recorder(module, component, selection, FirstCalls(pipeline, component), skip) as recorder:
-        for index, batch in enumerate(batches):
+        for index, run in enumerate(runs):
 
             def report(done: int, before: int = index * length) -> None:
-                on_progress(before + min(done, length), len(batches) * length)
+                on_progress(before + min(done, length), len(runs) * length)
 
-            recorder.start(report, draws and draws[index * batch_size :][:batch_size])
+            recorder.start(run.size, report, draws and [draws[prompt] for prompt in run.prompts])
             try:
-                pipeline(**arguments, **batch)
+                pipeline(**arguments, **run.arguments)
             except _Enough:
                 getattr(pipeline, "maybe_free_model_hooks", lambda: None)()  # as a call that ends would do
             recorder.finish()
@@ -160,16 +172,74 @@ def _log_left_out(pipeline: object, names: Sequence[str]) -> None:
         _log.warning("%s ignores %s, which it does not take", type(pipeline).__name__, ", ".join(left))
 
 
-def _batches(
+def _checked_sizes(sizes: Sequence[Mapping[str, object]] | None, call: Mapping[str, object]) -> list[dict[str, object]]:
+    """The sizes; a single one without arguments where none are given."""
+    if sizes is None:
+        return [{}]
+    check_type("sizes", sizes, Sequence, "a list of dicts of arguments of the pipeline")
+    for size in sizes:
+        check_type("a size", size, Mapping, "a dict of arguments of the pipeline, such as {'height': 512}")
+        if (twice := next((name for name in size if name in call), None)) is not None:
+            raise ArgumentError(f"{twice!r} is in call and in sizes; leave it out of one of them")
+    if not sizes:
+        raise ArgumentError("sizes is empty; give at least one, or None for the pipeline's own size")
+    return list(map(dict, sizes))
+
+
+class _Run(NamedTuple):
+    """A call of the pipeline."""
+
+    arguments: dict[str, object]
+    """Arguments of this call, beside those of every call."""
+    prompts: Sequence[int]
+    """Indices of its prompts."""
+    size: int
+    """Index of its size."""
+
+
+def _runs(
     pipeline: object,
     parameters: Mapping[str, inspect.Parameter],
     prompts: Sequence[int] | Sequence[str] | None,
-    size: int,
+    batch_size: int,
     call: Mapping[str, object],
-) -> list[dict[str, object]]:
-    """Arguments of each call of the pipeline that hold its prompts."""
+    sizes: Sequence[dict[str, object]],
+) -> list[_Run]:
+    """The calls of the pipeline, size by size. The prompts take the sizes in turn."""
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    if unknown := [] if takes_all else [key for size in sizes for key in size if key not in parameters]:
+        raise ArgumentError(
+            f"sizes has {unknown[0]!r}, which {type(pipeline).__name__} does not take; it takes {', '.join(parameters)}"
+        )
     if prompts is None:
-        return [{}]
+        return [_Run(size, (), index) for index, size in enumerate(sizes)]
+    name = _prompt_argument(pipeline, parameters, prompts, call, takes_all=takes_all)
+    for where, given in (("call", call), *(("sizes", size) for size in sizes)):
+        twice = next((other for other in (name, f"{name}_embeds") if given.get(other) is not None), None)
+        if twice is not None:
+            raise ArgumentError(f"{twice!r} is in {where}, and prompts are given, too; leave one of them out")
+    if len(prompts) < len(sizes):
+        raise ArgumentError(
+            f"there are {len(sizes)} sizes and {len(prompts)} prompts, and each prompt has one size; give at least as "
+            "many prompts"
+        )
+    runs = []
+    for index, size in enumerate(sizes):
+        own = range(index, len(prompts), len(sizes))
+        for some in (own[i : i + batch_size] for i in range(0, len(own), batch_size)):
+            runs.append(_Run({**size, name: [prompts[i] for i in some]}, some, index))
+    return runs
+
+
+def _prompt_argument(
+    pipeline: object,
+    parameters: Mapping[str, inspect.Parameter],
+    prompts: Sequence[int] | Sequence[str],
+    call: Mapping[str, object],
+    *,
+    takes_all: bool,
+) -> str:
+    """Name of the pipeline's argument for the prompts."""
     if isinstance(prompts, str):
         raise ArgumentError(f"prompts is the string {prompts!r}; give a list of them")
     if not len(prompts):
@@ -178,7 +248,6 @@ def _batches(
     if len(set(texts)) > 1:
         raise ArgumentError(f"prompts holds texts and classes, {reprlib.repr(list(prompts))}; give one kind")
     kinds = ("prompt", "class_labels") if texts[0] else ("class_labels", "prompt")
-    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     name = next((kind for kind in kinds if kind in parameters), kinds[0] if takes_all else None)
     if name is None:
         raise ArgumentError(
@@ -194,12 +263,9 @@ def _batches(
         raise ArgumentError(
             f"call has {unknown[0]!r}, which {type(pipeline).__name__} does not take; it takes {', '.join(parameters)}"
         )
-    given = next((other for other in (name, f"{name}_embeds") if call.get(other) is not None), None)
-    if given is not None:
-        raise ArgumentError(f"{given!r} is in call, and prompts are given, too; leave one of them out")
     if name == "class_labels":
         _check_classes(pipeline, prompts)
-    return [{name: list(prompts[i : i + size])} for i in range(0, len(prompts), size)]
+    return name
 
 
 def _check_classes(pipeline: object, labels: Sequence[Any]) -> None:
@@ -249,12 +315,6 @@ class _Enough(Exception):  # noqa: N818  (a signal, not an error)
     """A signal that this run has nothing more to record."""
 
 
-class _Call(NamedTuple):
-    timestep: float
-    signature: CallSignature
-    tensors: dict[str, Tensor]
-
-
 class _Recorder:
     """A forward pre-hook that records a module's arguments at the selected timesteps."""
 
@@ -271,7 +331,10 @@ class _Recorder:
         self.original = getattr(module, "_orig_mod", module)
         self.skip = skip or (lambda arguments: False)
         self.skipped = 0
-        self.calls: list[_Call] = []
+        self.calls: list[RecordedCall] = []
+        self.size = 0
+        self.known: dict[tuple[int, str, torch.Size], Tensor] = {}
+        """The first tensor of each size, name and shape, to store those once that are equal in all calls."""
         self.before = 0
         """Number of calls recorded in earlier runs."""
         self.report: Callable[[int], None] = lambda done: None
@@ -286,12 +349,13 @@ class _Recorder:
     def __exit__(self, *exc: object) -> None:
         self._hook.remove()
 
-    def start(self, report: Callable[[int], None], draws: list[list[int]] | None) -> None:
+    def start(self, size: int, report: Callable[[int], None], draws: list[list[int]] | None) -> None:
         """Begin a run.
 
-        ``report`` is called with the number of finished steps. ``draws`` has the positions of each sample.
+        ``size`` is the index of the samples' size. ``report`` is called with the number of finished steps. ``draws``
+        has the positions of each sample.
         """
-        self.report, self.before, self.draws = report, len(self.calls), draws
+        self.size, self.report, self.before, self.draws = size, report, len(self.calls), draws
         self.selection.start()
         self.first_calls.start()
         self.expected = False
@@ -308,7 +372,7 @@ class _Recorder:
         if not self.calls:
             raise self._nothing()
         with torch.inference_mode(False):
-            return join_calls([(call.signature, call.tensors) for call in self.calls])
+            return join_calls(self.calls)
 
     def _nothing(self) -> CalibrationError:
         if self.skipped:
@@ -351,8 +415,9 @@ class _Recorder:
         signature, tensors = flatten_call(self.original, given)
         first = self.calls[0] if self.calls else None
         if first is not None:
-            _check_structure(first.signature, signature)
-            _check_shapes(first.tensors, tensors)
+            check_structure(first.signature, signature)
+            for name, x in tensors.items():
+                check_kind(name, first.tensors[name], x)
         else:
             _check_batch(self.original, tensors, given)
         _check_finite(self.component, tensors, t)
@@ -360,8 +425,19 @@ class _Recorder:
             tensors = _drawn_rows(tensors, self.draws, self.selection.visited[t])
             if not tensors:
                 return
-        known = {} if first is None else first.tensors
-        self.calls.append(_Call(t, signature, {name: _keep(x, known.get(name)) for name, x in tensors.items()}))
+        kept = {name: self._kept(name, x) for name, x in tensors.items()}
+        self.calls.append(RecordedCall(t, self.size, signature, kept))
+
+    def _kept(self, name: str, tensor: Tensor) -> Tensor:
+        """A copy on the CPU. Tensors that are equal in all calls of a size, such as position ids, are stored once."""
+        tensor, place = tensor.detach().cpu(), (self.size, name, tensor.shape)
+        known = self.known.get(place)
+        if known is not None and torch.equal(tensor, known):
+            return known
+        with torch.inference_mode(False):  # learning needs ordinary tensors, even if the pipeline ran in inference mode
+            copy = tensor.clone()
+        self.known.setdefault(place, copy)
+        return copy
 
 
 def _named(module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, Any]:
@@ -424,15 +500,6 @@ def _check_finite(component: str, tensors: Mapping[str, Tensor], t: float) -> No
             )
 
 
-def _keep(tensor: Tensor, known: Tensor | None) -> Tensor:
-    """A copy on the CPU. Tensors that are equal in all calls, such as position ids, are stored once."""
-    tensor = tensor.detach().cpu()
-    if known is not None and torch.equal(tensor, known):
-        return known
-    with torch.inference_mode(False):  # learning needs ordinary tensors, even if the pipeline ran in inference mode
-        return tensor.clone()
-
-
 def _timestep(module: nn.Module, given: Mapping[str, Any]) -> Tensor | float:
     """The timestep of a call. With one per row or token, the largest counts, because given frames have time 0."""
     t = next((given[name] for name in TIMESTEP_NAMES if given.get(name) is not None), None)
@@ -442,34 +509,3 @@ def _timestep(module: nn.Module, given: Mapping[str, Any]) -> Tensor | float:
             "by; give apply_recipe tuples of its inputs instead"
         )
     return t  # type: ignore[no-any-return]
-
-
-def _check_structure(first: CallSignature, other: CallSignature) -> None:
-    """Check that two calls are equal except for their tensors, including types (1 is not True here).
-
-    Raises:
-        CalibrationError: they differ.
-    """
-    for name in {**first.arguments, **other.arguments}:
-        values = [reprlib.repr(c.arguments[name]) if name in c.arguments else "missing" for c in (first, other)]
-        if repr(first.arguments.get(name)) != repr(other.arguments.get(name)) or values.count("missing") == 1:
-            raise CalibrationError(
-                f"argument {name!r} is {values[0]} in one call and {values[1]} in another; only tensors may differ: "
-                "record calls that agree in it, and leave the others out (skip=, which is given their arguments)"
-            )
-
-
-def _check_shapes(first: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
-    """Check that two calls differ at most in the first axis of their tensors.
-
-    Raises:
-        CalibrationError: they differ in another axis, or in dtype.
-    """
-    for name, tensor in first.items():
-        kinds = [(x.dtype, x.ndim, x.shape[1:]) for x in (tensor, other[name])]
-        if kinds[0] != kinds[1]:
-            shapes = [f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in (tensor, other[name])]
-            raise CalibrationError(
-                f"input {name!r} is {shapes[0]} in one call and {shapes[1]} in another; rows need one dtype and shape: "
-                "pad all prompts to one length, generate all samples at one size, or leave the others out (skip=)"
-            )

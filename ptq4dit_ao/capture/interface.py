@@ -140,6 +140,16 @@ def bind_sizes(specs: Sequence[InputSpec], shapes: Sequence[Sequence[int]]) -> d
     return values
 
 
+def batches_by_size(graph_module: GraphModule, batches: Sequence[Sequence[Tensor]]) -> list[list[int]]:
+    """Indices of the batches of each size, up to the number of rows, in the order in which the sizes come."""
+    specs = input_specs(graph_module) or ()
+    found: dict[object, list[int]] = {}
+    for index, batch in enumerate(batches):
+        values = bind_sizes(specs, [x.shape for x in batch]) if specs else {}
+        found.setdefault(tuple(item for item in values.items() if item[0] != BATCH), []).append(index)
+    return list(found.values())
+
+
 def shape_at(spec: InputSpec, values: Mapping[str, int]) -> tuple[int, ...]:
     """The shape of an input at these sizes; the example's where a size has no value."""
     return tuple(

@@ -14,6 +14,7 @@ from ptq4dit_ao.recipe.schema import (
     Override,
     Recipe,
     Rounding,
+    Size,
     Weights,
 )
 from ptq4dit_ao.recipe.shipped import shipped_descriptions, shipped_recipe_path, shipped_recipes
@@ -30,6 +31,7 @@ __all__ = [
     "Override",
     "Recipe",
     "Rounding",
+    "Size",
     "Weights",
     "load_recipe",
     "recipe_json_schema",

@@ -308,6 +308,27 @@ def _count_list_or_draw(value: object) -> str:
     return "drawn" if isinstance(value, Mapping | NormalDraw) else count_or_list(value)
 
 
+class Size(_Section):
+    """A size of calibration images."""
+
+    height: Count | None = Field(default=None, description="Height in pixels. If left out, the pipeline's own.")
+    width: Count | None = Field(default=None, description="Width in pixels. If left out, the pipeline's own.")
+    num_frames: Count | None = Field(
+        default=None, description="Number of frames of a video. If left out, the pipeline's own."
+    )
+
+    @property
+    def arguments(self) -> dict[str, int]:
+        """The given ones, as arguments of a pipeline."""
+        return self.model_dump(exclude_none=True)
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if not self.arguments:
+            raise _rule("a size is empty; give it a height, a width or num_frames")
+        return self
+
+
 class Calibration(_Section):
     """Calibration samples, from which the activation statistics are taken."""
 
@@ -346,7 +367,28 @@ class Calibration(_Section):
     num_frames: Count | None = Field(
         default=None, description="Number of frames of a video. If left out, the pipeline's own."
     )
+    sizes: Annotated[tuple[Size, ...], Field(min_length=1), BeforeValidator(as_tuple)] | None = Field(
+        default=None,
+        description="Sizes of the images, of which each image has one, in turn; those of 'evaluation', too. Every key "
+        "stands either here or beside 'sizes'. If left out, all images have one size.",
+    )
     seed: Seed = Field(default=0, description="Seed of class labels and starting noise, 0 to 2^32 - 1.")
+
+    @model_validator(mode="after")
+    def _says_sizes_once(self) -> Self:
+        sizes = self.sizes or ()
+        for index, size in enumerate(sizes):
+            if size in sizes[:index]:
+                raise _rule("size {size} stands more than once in sizes; keep one of them", size=show(size.arguments))
+            for name in size.arguments:
+                if getattr(self, name) is not None:
+                    raise _rule("{name} stands in sizes and beside them; remove one of them", name=name)
+        return self
+
+    @property
+    def size(self) -> dict[str, int]:
+        """The size of all images, as arguments of a pipeline; what ``sizes`` gives is not among them."""
+        return {name: value for name in Size.model_fields if (value := getattr(self, name)) is not None}
 
     @property
     def rows(self) -> int:
@@ -432,6 +474,20 @@ class Recipe(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _has_an_image_of_each_size(self) -> Self:
+        sizes = len(self.calibration.sizes or ())
+        for name, section in (("calibration", self.calibration), ("evaluation", self.evaluation)):
+            if section.samples < sizes:
+                raise _rule(
+                    "{name}.samples is {samples}, and calibration.sizes holds {sizes} sizes; sample at least one image "
+                    "of each, or leave sizes out",
+                    name=name,
+                    samples=section.samples,
+                    sizes=sizes,
+                )
+        return self
+
     @property
     def widths(self) -> str:
         """Bits of weights and activations, such as ``W4A8``; ``W4-8A8`` where some layers have other bits."""
@@ -478,6 +534,10 @@ class RecipeFile(Recipe):
     @model_validator(mode="after")
     def _distills_what_was_rounded(self) -> Self:
         return self  # the base may have the other key
+
+    @model_validator(mode="after")
+    def _has_an_image_of_each_size(self) -> Self:
+        return self  # the same
 
 
 def _span(bits: set[int]) -> str:

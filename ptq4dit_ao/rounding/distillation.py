@@ -23,6 +23,7 @@ from torch.nn import functional
 from ptq4dit_ao._formats import TensorFormat
 from ptq4dit_ao._paths import cannot_write
 from ptq4dit_ao._progress import OnProgress, ignore
+from ptq4dit_ao.capture.interface import batches_by_size
 from ptq4dit_ao.errors import CalibrationError
 from ptq4dit_ao.graph.names import placeholders
 from ptq4dit_ao.observers import ActivationObserver, Rounded
@@ -48,7 +49,7 @@ The learning rate is increased for it if there are few updates.
 """
 
 COMPARED = 32
-"""Maximum number of batches on which the errors before and after distillation are compared."""
+"""Maximum number of batches on which the errors before and after distillation are compared, up to one of each size."""
 
 SEED = 0
 
@@ -145,7 +146,8 @@ def distill(
     linears = {layer.node: LearnedLinear(prepared, layer) for layer in layers}
     ranges: dict[ActivationObserver, LearnedRange] = {g.observer: LearnedRange(g.observer) for g in groups}
     run = Run(prepared, nodes, outputs, {**linears}, ranges)
-    some = range(0, len(inputs), -(-len(inputs) // COMPARED))
+    pause = -(-len(inputs) // COMPARED)
+    some = [index for found in batches_by_size(prepared, batches) for index in found[::pause]]
     before = _error(run, inputs, targets, some)
     learning = nn.ModuleList([*linears.values(), *ranges.values()])
     rate = max(RATE, 2 * REACH / settings.steps)  # the cosine halves Adam's largest step on average
@@ -195,7 +197,7 @@ def _float_outputs(
 
 
 @torch.no_grad()
-def _error(run: Run, inputs: Sequence[Values], targets: Sequence[Values], batches: range) -> float:
+def _error(run: Run, inputs: Sequence[Values], targets: Sequence[Values], batches: Sequence[int]) -> float:
     return sum(float(run.error(inputs[i], targets[i])) for i in batches) / len(batches)
 
 

@@ -26,7 +26,7 @@ from ptq4dit_ao.calibration import CalibrationSamples, Sampling
 from ptq4dit_ao.capture import export_transformer
 from ptq4dit_ao.capture.export import captured_module
 from ptq4dit_ao.capture.float_model import check_float_module, check_in_memory, device_of
-from ptq4dit_ao.capture.interface import CapturedModule, InputSpec, cannot_run, check_batch, free_sizes
+from ptq4dit_ao.capture.interface import CapturedModule, InputSpec, batches_by_size, cannot_run, check_batch, free_sizes
 from ptq4dit_ao.errors import CalibrationError, check_type
 from ptq4dit_ao.graph.names import placeholders
 from ptq4dit_ao.graph.ties import share_equal_tensors
@@ -38,14 +38,13 @@ from ptq4dit_ao.quantizer import (
 )
 from ptq4dit_ao.recipe import Recipe, Weights
 from ptq4dit_ao.report import Diagnostics, EvaluationEntry, build_report
+from ptq4dit_ao.workflow.exported import export_for, first_refused
 from ptq4dit_ao.workflow.from_recipe import quantizer_from_recipe, with_chosen_bits
 from ptq4dit_ao.workflow.quantized_model import QuantizedModel
 from ptq4dit_ao.workflow.weight_bits import WeightBits, choose_weight_bits
 
 logger = logging.getLogger(__name__)
 
-EXAMPLE_ROWS = 2
-"""Batch size of the example inputs that a model is exported with."""
 SHUFFLE_SEED = 0
 """Seed of the shuffle of recorded samples, after which each batch mixes timesteps."""
 
@@ -68,7 +67,8 @@ def apply_recipe(
         model: an eval-mode module, or the graph that ``export_transformer`` made of it. It is not changed.
         recipe: the recipe. Its ``calibration`` section is not executed here: the caller provides ``samples``.
         samples: what :func:`~ptq4dit_ao.collect_from_pipeline` recorded, or tuples of inputs in the order of
-            ``forward``. The first tuple has a batch size of at least 2.
+            ``forward``. The first tuple has a batch size of at least 2. Samples may have several sizes if the model can
+            be captured with these sizes free.
         base: the torchao quantizer to wrap; the default is this package's own.
         timestep_input: name of the input that holds the timestep, where it cannot be found by its name.
         name: name of the model in the report.
@@ -170,7 +170,7 @@ def convert(
     recorded = samples if isinstance(samples, CalibrationSamples) else None
     number = length_hint(samples)
     if isinstance(samples, CalibrationSamples):
-        number = -(-len(samples) // recipe.calibration.rows)
+        number = samples.num_batches(recipe.calibration.rows)
         samples = samples.shuffled(SHUFFLE_SEED).batches(recipe.calibration.rows)
     iterator = iter(samples)
     first = next(iterator, None)
@@ -184,8 +184,9 @@ def convert(
     if isinstance(model, GraphModule):
         exported = model
     else:
-        example = first if recorded is None else recorded.example(EXAMPLE_ROWS)
-        exported = export_transformer(model, _on(device, example))
+        exported = export_transformer(model, _on(device, first)) if recorded is None else export_for(model, recorded)
+    if recorded is not None and len(recorded.groups) > 1 and (problem := first_refused(exported, recorded)[1]):
+        raise problem  # before the work
     captured = captured_module(exported)
     choice = None
     if recipe.weights.bits == "auto":
@@ -211,7 +212,7 @@ def convert(
         on_progress("calibrate", done, number)
     clock.lap("calibrate")
     if recipe.rounding.sequential:
-        some = enough(kept, recipe.rounding.tokens, tokens_seen(prepared))
+        some = enough(prepared, kept, recipe.rounding.tokens, tokens_seen(prepared))
         if len(some) < len(kept):
             logger.info("rounding looks at %d of %d batches (rounding.tokens)", len(some), len(kept))
         batches = [_on(device, batch) for batch in some]
@@ -277,9 +278,14 @@ def warn_of_dtype(model: nn.Module) -> None:
             )
 
 
-def enough(batches: list[tuple[Tensor, ...]], tokens: int, seen: int) -> list[tuple[Tensor, ...]]:
-    """The first batches, as many as hold about ``tokens`` of all ``seen`` tokens."""
-    return batches[: max(1, round(len(batches) * tokens / max(1, seen)))]
+def enough(
+    prepared: GraphModule, batches: list[tuple[Tensor, ...]], tokens: int, seen: int
+) -> list[tuple[Tensor, ...]]:
+    """The first batches of each size, as many as hold about ``tokens`` of all ``seen`` tokens, and at least one."""
+    some: list[int] = []
+    for found in batches_by_size(prepared, batches):
+        some += found[: max(1, round(len(found) * tokens / max(1, seen)))]
+    return [batches[index] for index in sorted(some)]
 
 
 def _on(device: torch.device, inputs: Any) -> Any:

@@ -18,15 +18,15 @@ from ptq4dit_ao._files import is_unfinished, replacing_folder
 from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao._paths import as_path, because, check_room, check_writable
 from ptq4dit_ao._progress import OnStage, ignore
-from ptq4dit_ao.capture import export_transformer
 from ptq4dit_ao.capture.export import call_like
 from ptq4dit_ao.errors import ArgumentError, ArtifactError
 from ptq4dit_ao.passes import ModuleBalance, balance_module, collect_salience
 from ptq4dit_ao.passes.verify import floating_outputs, relative_error
 from ptq4dit_ao.quantizer.overrides import plan_layers
 from ptq4dit_ao.recipe import Recipe
-from ptq4dit_ao.workflow.apply import EXAMPLE_ROWS, SHUFFLE_SEED
+from ptq4dit_ao.workflow.apply import SHUFFLE_SEED
 from ptq4dit_ao.workflow.checks import check_overrides
+from ptq4dit_ao.workflow.exported import EXAMPLE_ROWS, export_for
 from ptq4dit_ao.workflow.from_recipe import balance_settings, overrides_of, site_policy
 from ptq4dit_ao.workflow.models import LoadedModel
 from ptq4dit_ao.workflow.samples import check_recording, recorded_samples
@@ -67,10 +67,10 @@ def balance_checkpoint(
         check_recording(model, recipe, ("calibration",))
     check_overrides(model.transformer, recipe)
     recorded = recorded_samples(model, recipe, samples, on_progress=on_progress)
-    exported = export_transformer(model.transformer, recorded.example(EXAMPLE_ROWS))
+    exported = export_for(model.transformer, recorded)
     plans = plan_layers(exported, weight_bits=8, activation_bits=8, overrides=overrides_of(recipe))
     exclude = [plan.layer for plan in plans.values() if not plan.balance]
-    number = -(-len(recorded) // recipe.calibration.rows)
+    number = recorded.num_batches(recipe.calibration.rows)
 
     def counted() -> Iterator[tuple[Tensor, ...]]:
         shuffled = recorded.shuffled(SHUFFLE_SEED)

@@ -45,7 +45,7 @@ def diagnose(
     balanced = balanced_as(exported, balance_result(quantized))
     position = timestep_position(exported)
     timesteps = len(samples.timesteps.unique())
-    few = samples.spread(ROWS_PER_TIMESTEP * timesteps).by_timestep()
+    few = samples.spread(ROWS_PER_TIMESTEP * timesteps).by_timestep()  # of each size
     errors = layer_errors(balanced, quantized, list(few), timestep_index=position)
     inputs = len(quantized_inputs(quantized))
     affordable = min(MOST, len(samples) // inputs)

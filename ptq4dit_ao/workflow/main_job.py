@@ -16,18 +16,18 @@ from ptq4dit_ao._progress import OnStage, ignore, of_stage
 from ptq4dit_ao.artifact import check_target
 from ptq4dit_ao.calibration import CalibrationSamples, as_denoiser
 from ptq4dit_ao.calibration.sampling import Denoiser
-from ptq4dit_ao.capture import export_transformer
 from ptq4dit_ao.capture.float_model import check_float_module, check_in_memory
 from ptq4dit_ao.errors import ArtifactError
 from ptq4dit_ao.metrics import paired_error
 from ptq4dit_ao.ptqd import NoiseCorrection, PTQDScheduler
 from ptq4dit_ao.recipe import Recipe
 from ptq4dit_ao.report import EvaluationEntry, Report, write_html
-from ptq4dit_ao.workflow.apply import EXAMPLE_ROWS, Converted, Stopwatch, convert, warn_of_dtype
+from ptq4dit_ao.workflow.apply import Converted, Stopwatch, convert, warn_of_dtype
 from ptq4dit_ao.workflow.checks import check_overrides, least_bytes
 from ptq4dit_ao.workflow.correction import FILE as CORRECTION
 from ptq4dit_ao.workflow.correction import check_correction, fit_correction
 from ptq4dit_ao.workflow.diagnostics import diagnose, timestep_position
+from ptq4dit_ao.workflow.exported import export_for
 from ptq4dit_ao.workflow.image_sampling import decoder, draw_images, vae_of
 from ptq4dit_ao.workflow.models import LoadedModel
 from ptq4dit_ao.workflow.quantized_model import QuantizedModel, write_model
@@ -73,7 +73,7 @@ def quantize(
     if samples is None:  # before the long part, which a wrong setting must not waste
         evaluated = recorded_samples(model, recipe, evaluate=True, on_progress=on_progress)
     clock.lap("collect samples")
-    exported = export_transformer(model.transformer, recorded.example(EXAMPLE_ROWS))
+    exported = export_for(model.transformer, recorded)
     clock.lap("export")
     converted = convert(exported, recipe, recorded, name=model.name, on_progress=on_progress, resume=resume)
     clock.lap("quantize")

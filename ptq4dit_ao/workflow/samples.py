@@ -61,7 +61,8 @@ def recorded_samples(
             guidance=recipe.calibration.guidance,
             seed=settings.seed,
             batch_size=recipe.calibration.batch_size,
-            call=_size(recipe),
+            call=recipe.calibration.size,
+            sizes=_sizes(recipe),
             on_progress=of_stage(on_progress, stage),
         )
     except PTQ4DiTError:
@@ -93,7 +94,7 @@ def check_recording(
 def _check_section(pipeline: Any, recipe: Recipe, section: str) -> None:
     settings, steps = getattr(recipe, section), recipe.calibration.steps
     timesteps = wanted_timesteps(settings.timesteps)
-    check_timesteps(pipeline, timesteps, steps, call=_size(recipe), what=section)
+    check_timesteps(pipeline, timesteps, steps, call=_one_size(recipe), what=section)
     if isinstance(timesteps, NormalTimesteps):
         timesteps.deal(settings.samples, steps, settings.seed)
 
@@ -112,9 +113,15 @@ def _pipeline(model: LoadedModel, recipe: Recipe) -> Any:
     return model.pipeline
 
 
-def _size(recipe: Recipe) -> dict[str, int]:
-    """Arguments of the pipeline's call that set the size of its images."""
-    return {name: value for name in ("height", "width", "num_frames") if (value := getattr(recipe.calibration, name))}
+def _sizes(recipe: Recipe) -> list[dict[str, int]] | None:
+    """Arguments of the pipeline's calls that set different sizes of its images; None if all have one size."""
+    sizes = recipe.calibration.sizes
+    return None if sizes is None else [size.arguments for size in sizes]
+
+
+def _one_size(recipe: Recipe) -> dict[str, int]:
+    """Arguments of a call of the pipeline that set the size of its images: one of them, where there are several."""
+    return recipe.calibration.size | (_sizes(recipe) or [{}])[0]
 
 
 def wanted_timesteps(timesteps: int | Sequence[float] | NormalDraw) -> int | Sequence[float] | NormalTimesteps:

@@ -21,7 +21,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao._progress import OnProgress, ignore
-from ptq4dit_ao.capture.interface import check_batch
+from ptq4dit_ao.capture.interface import batches_by_size, check_batch
 from ptq4dit_ao.core import allocate
 from ptq4dit_ao.errors import ArgumentError, CalibrationError, check_type
 from ptq4dit_ao.graph.names import get_attribute, joint_name, layer_name, linears, weight_path
@@ -111,7 +111,8 @@ def choose_weight_bits(
 
     Args:
         exported: a graph from :func:`~ptq4dit_ao.export_transformer`. It is not changed.
-        batches: calibration inputs. The last sixteenth, at least one batch, is held out from rounding for measuring.
+        batches: calibration inputs. The last sixteenth of each size, at least one batch, is held out from rounding for
+            measuring.
         average_bits: upper limit of the mean over all quantized weights.
         candidates: widths to choose from.
         quantizer: how to balance and round. Its ``weight_bits`` are ignored, and its overrides are kept. The default
@@ -129,8 +130,7 @@ def choose_weight_bits(
     samples = [check_batch(exported, batch, f"calibration batch {number}") for number, batch in enumerate(batches, 1)]
     if not samples:
         raise CalibrationError("there are no calibration samples; pass at least one tuple of inputs")
-    held = max(1, len(samples) // HELD_OUT)
-    rounded, measured = samples[:-held] or samples, samples[-held:]
+    rounded, measured = _parts(exported, samples)
     low, high = (_planned_bits(exported, quantizer, bits) for bits in (widths[0], widths[-1]))
     free = {layer for layer, bits in low.items() if high[layer] != bits}
     if not free:
@@ -145,6 +145,18 @@ def choose_weight_bits(
         for layers, energy in found.items():
             noise[layers].append(energy)
     return _choose(exported, noise, widths, average_bits, {layer: low[layer] for layer in low.keys() - free})
+
+
+def _parts(
+    exported: GraphModule, samples: Sequence[tuple[Tensor, ...]]
+) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
+    """The batches to round with, and those to measure on. A single batch of a size is among both."""
+    rounded, measured = set(), set()
+    for found in batches_by_size(exported, samples):
+        held = max(1, len(found) // HELD_OUT)
+        rounded.update(found[:-held] or found)
+        measured.update(found[-held:])
+    return [samples[i] for i in sorted(rounded)], [samples[i] for i in sorted(measured)]
 
 
 def _checked(candidates: Sequence[int], average_bits: float) -> tuple[int, ...]:

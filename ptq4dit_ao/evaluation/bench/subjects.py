@@ -12,7 +12,8 @@ from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.evaluation.bench.peers import FloatModel
 from ptq4dit_ao.evaluation.bench.random_dit import WIDTHS, random_batches, random_dit
 from ptq4dit_ao.recipe import Recipe
-from ptq4dit_ao.workflow.apply import EXAMPLE_ROWS, apply_recipe
+from ptq4dit_ao.workflow.apply import apply_recipe
+from ptq4dit_ao.workflow.exported import EXAMPLE_ROWS
 from ptq4dit_ao.workflow.models import load_model
 from ptq4dit_ao.workflow.quantized_model import QuantizedModel, load_quantized
 from ptq4dit_ao.workflow.samples import recorded_samples
@@ -61,10 +62,11 @@ def saved_subject(
     if spec is None:
         raise ArgumentError(f"{directory} does not know its float model; say which (model=...)")
     loaded = load_model(spec)
-    few = {"steps": BATCHES, "timesteps": BATCHES, "samples": batch, "seed": seed}
     recipe = quantized.recipe
+    one_size = recipe.calibration.sizes and recipe.calibration.sizes[:1]  # a latency is of one size
+    few = {"steps": BATCHES, "timesteps": BATCHES, "samples": batch, "seed": seed, "sizes": one_size}
     recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=few)})
-    recorded = recorded_samples(loaded, recipe, samples, on_progress=on_progress)
+    recorded = recorded_samples(loaded, recipe, samples, on_progress=on_progress).groups[0]
     exported = export_transformer(loaded.transformer, recorded.example(EXAMPLE_ROWS))
     batches = [rows for rows in recorded.shuffled(seed).batches(batch) if len(rows[0]) == batch]
     if not batches:

@@ -116,6 +116,34 @@ WRONG = {
     "steps": ("calibration: {steps: 0}", "calibration.steps: 0 is not allowed; it must be a whole number >= 1"),
     "seed": ("calibration: {seed: -1}", f"calibration.seed: -1 is not allowed; it must be {SEED}"),
     "wide seed": ("evaluation: {seed: 4294967296}", f"evaluation.seed: 4294967296 is not allowed; it must be {SEED}"),
+    "no sizes": (
+        "calibration: {sizes: []}",
+        "calibration.sizes: [] is not allowed; it must be a non-empty list of mappings",
+    ),
+    "number for a size": (
+        "calibration: {sizes: [512]}",
+        "calibration.sizes[0]: 512 is not allowed; it must be a mapping (keys: height, width, num_frames)",
+    ),
+    "key of a size": (
+        "calibration: {sizes: [{heigth: 512}]}",
+        "calibration.sizes[0].heigth: unknown key; did you mean 'height'?",
+    ),
+    "height of a size": (
+        "calibration: {sizes: [{height: 512}, {height: 0}]}",
+        "calibration.sizes[1].height: 0 is not allowed; it must be a whole number >= 1",
+    ),
+    "empty size": (
+        "calibration: {sizes: [{}]}",
+        "calibration.sizes[0]: a size is empty; give it a height, a width or num_frames",
+    ),
+    "a size twice": (
+        "calibration: {sizes: [{height: 512}, {width: 9}, {height: 512}]}",
+        'calibration: size {"height": 512} stands more than once in sizes; keep one of them',
+    ),
+    "height in sizes and beside them": (
+        "calibration: {height: 64, sizes: [{width: 9}, {height: 512}]}",
+        "calibration: height stands in sizes and beside them; remove one of them",
+    ),
     "no timesteps": (
         "calibration: {timesteps: 0}",
         f"calibration.timesteps: 0 is not allowed; it must be {COUNT_LIST_OR_DRAW}",
@@ -247,3 +275,14 @@ def test_from_dict_refuses(data: dict[str, object], message: str) -> None:
     with pytest.raises(RecipeError) as caught:
         Recipe.from_dict(data)
     assert str(caught.value) == message
+
+
+def test_each_size_needs_an_image(refusal: Refusal) -> None:
+    sizes = "sizes: [{height: 8}, {height: 16}, {height: 24}]"
+    after = "and calibration.sizes holds 3 sizes; sample at least one image of each, or leave sizes out"
+    assert refusal(f"version: 1\ncalibration: {{samples: 2, {sizes}}}\n") == [
+        f"x.yaml: calibration.samples is 2, {after}"
+    ]
+    assert refusal(f"version: 1\ncalibration: {{{sizes}}}\nevaluation: {{samples: 1}}\n") == [
+        f"x.yaml: evaluation.samples is 1, {after}"
+    ]

@@ -38,7 +38,7 @@ def test_every_key_reaches_the_recipe(write: Write) -> None:
           - {pattern: "a.*", skip: true}
           - {pattern: b, weight_bits: 8, activation_bits: 7, balance: false}
         calibration: {timesteps: [0, 12.5], samples: 2, steps: 3, guidance: 0, sampler: ddpm, seed: 4, batch_size: 5,
-                      prompts: [a cat], height: 256, width: 512, num_frames: 9}
+                      prompts: [a cat], height: 256, sizes: [{width: 512, num_frames: 9}, {width: 256}]}
         evaluation: {timesteps: 5, samples: 6, seed: 7, leave_one_out: false}
         """,
     )
@@ -69,8 +69,12 @@ def test_every_key_reaches_the_recipe(write: Write) -> None:
         "sampler": "ddpm",
         "prompts": ("a cat",),
         "height": 256,
-        "width": 512,
-        "num_frames": 9,
+        "width": None,
+        "num_frames": None,
+        "sizes": (
+            {"height": None, "width": 512, "num_frames": 9},
+            {"height": None, "width": 256, "num_frames": None},
+        ),
         "seed": 4,
     }
     assert recipe.distillation.model_dump() == {"steps": 11, "minutes": 1.5}
@@ -195,3 +199,12 @@ def test_byte_order_mark_is_read(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_bytes(b"\xef\xbb\xbfversion: 1\n")
     assert load_recipe(path) == Recipe()
+
+
+def test_sizes_replace_those_of_the_base_and_meet_its_samples(write: Write) -> None:
+    write("base.yaml", "version: 1\ncalibration: {samples: 40, sizes: [{height: 8}, {height: 16}]}\n")
+    many = ", ".join(f"{{width: {n}}}" for n in range(1, 21))
+    text = f"version: 1\nextends: base.yaml\ncalibration: {{sizes: [{many}]}}\n"  # more than the default samples
+    recipe = load_recipe(write("more.yaml", text))
+    assert [size.arguments for size in recipe.calibration.sizes or ()] == [{"width": n} for n in range(1, 21)]
+    assert "sizes" not in Recipe().to_dict()["calibration"]

@@ -199,6 +199,7 @@ def test_public_names() -> None:
         "Override",
         "Recipe",
         "Rounding",
+        "Size",
         "Weights",
         "load_recipe",
         "recipe_json_schema",

@@ -252,8 +252,18 @@ def test_prompts_repeat_and_the_recipe_says_the_rest(drawn):
     assert first == (model.pipeline, ["a", "b", "a", "b", "a"]) and second == (model.pipeline, ["a", "b", "a"])
     assert options.pop("on_progress")(2, 7) is None and others.pop("on_progress")(3, 7) is None
     assert progress == [("calibration samples", 2, 7), ("evaluation samples", 3, 7)]
-    assert options == {"timesteps": 3, "steps": 7, "guidance": 2.5, "seed": 4, "batch_size": 16, "call": {"height": 16}}
+    assert options == {
+        "timesteps": 3, "steps": 7, "guidance": 2.5, "seed": 4, "batch_size": 16, "call": {"height": 16}, "sizes": None,
+    }  # fmt: skip
     assert others == {**options, "timesteps": 6, "seed": 8}
+
+
+def test_the_sizes_of_a_recipe_are_those_of_both_kinds_of_samples(drawn):
+    sizes = [{"width": 8}, {"width": 24, "num_frames": 5}]
+    recipe = Recipe.from_dict({"version": 1, "calibration": {**CALIBRATION, "sizes": sizes}, "evaluation": EVALUATION})
+    recorded_samples(with_pipeline(), recipe)
+    recorded_samples(with_pipeline(), recipe, evaluate=True)
+    assert [(options["call"], options["sizes"]) for _, options in drawn] == [({"height": 16}, sizes)] * 2
 
 
 DRAW = {"draw": "normal", "mean": 0.3, "std": 0.2, "count": 6}
