@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ptq4dit_ao._formats import TensorFormat
-from ptq4dit_ao.capture.signature import CallSignature
+from ptq4dit_ao.capture.signature import CallSignature, name_numbers
 from ptq4dit_ao.errors import ArgumentError, CalibrationError, check_type
 from ptq4dit_ao.graph.names import TIMESTEP_NAMES
 
@@ -22,7 +22,7 @@ class CalibrationSamples:
     """Inputs of a denoiser, one tensor (N, ...) per input, in the order of its ``forward``.
 
     Args:
-        inputs: tensors that differ from row to row.
+        inputs: tensors that differ from row to row. Those that stand for numbers of the call become shared.
         shared: tensors that every batch uses unchanged, such as position ids.
         signature: how ``forward`` takes both. Without it, the inputs are passed by position.
 
@@ -45,6 +45,9 @@ class CalibrationSamples:
                 f"the calibration input {twice[0]!r} is shared, and has rows, too, or is no tensor; give each input "
                 "once, as a tensor"
             )
+        numbers = set() if signature is None else set(signature.numbers)
+        shared = {**(shared or {}), **{name: x for name, x in inputs.items() if name in numbers}}
+        inputs = {name: x for name, x in inputs.items() if name not in numbers}
         sizes = {name: len(tensor) if tensor.ndim else 0 for name, tensor in inputs.items()}
         if not sizes or len(set(sizes.values())) != 1 or 0 in sizes.values():
             raise CalibrationError(f"calibration inputs need one common, non-zero number of rows, got {sizes}")
@@ -114,7 +117,8 @@ class CalibrationSamples:
         if self.signature is None:
             return batch
         rows = min(size, len(self))
-        taken = [name for name, tensor in self.shared.items() if tensor.shape[:1] == (rows,)]
+        numbers = self.signature.numbers
+        taken = [name for name, x in self.shared.items() if x.shape[:1] == (rows,) and name not in numbers]
         if taken:
             raise CalibrationError(
                 f"the shared input {taken[0]!r} has {rows} rows, too; give an example of another size"
@@ -160,6 +164,9 @@ class CalibrationSamples:
             inputs = {name: tensors.pop(name) for name in metadata["inputs"].split(",")}
             text = metadata.get("signature")
             signature = None if text is None else CallSignature.from_json(json.loads(text))
+            if signature is not None:
+                signature, numbers = name_numbers(signature)  # files of earlier versions hold numbers as such
+                tensors |= numbers
         except (KeyError, ValueError, RecursionError) as error:
             raise CalibrationError(
                 f"the calibration samples in {path} are damaged ({error}); record them again"
@@ -182,7 +189,7 @@ def join_calls(calls: Sequence[tuple[CallSignature, Mapping[str, Tensor]]]) -> C
 
     The first axis of the first tensor is the batch. Tensors that have it in every call become rows. The timestep, and
     tensors that differ from call to call, become rows, too, if they have one value for the whole batch. The others are
-    shared.
+    shared, and so are those that stand for numbers, whatever their length.
 
     Raises:
         CalibrationError: a tensor differs from call to call, but does not have a row for each sample.
@@ -191,11 +198,17 @@ def join_calls(calls: Sequence[tuple[CallSignature, Mapping[str, Tensor]]]) -> C
     batches = [len(next(iter(tensors.values()))) for _, tensors in calls]
     inputs: dict[str, Tensor] = {}
     shared: dict[str, Tensor] = {}
+    numbers = signature.numbers
     for name in first:
         column = [tensors[name] for _, tensors in calls]
         equal = all(tensor is column[0] or torch.equal(tensor, column[0]) for tensor in column)
         single = all(tensor.ndim == 0 or len(tensor) == 1 for tensor in column)
-        if all(tensor.shape[:1] == (batch,) for tensor, batch in zip(column, batches, strict=True)):
+        if name in numbers and equal:
+            shared[name] = column[0]
+        elif name in numbers:
+            lengths = sorted({len(tensor) for tensor in column})
+            raise CalibrationError(f"the size {name!r} is {lengths} in different calls; record calls that agree in it")
+        elif all(tensor.shape[:1] == (batch,) for tensor, batch in zip(column, batches, strict=True)):
             inputs[name] = torch.cat(column)
         elif single and (not equal or name in TIMESTEP_NAMES):  # () or (1, ...) -> (batch, ...)
             inputs[name] = torch.cat([x.expand(n, *x.shape[1:]) for x, n in zip(column, batches, strict=True)])

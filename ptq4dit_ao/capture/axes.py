@@ -1,12 +1,13 @@
 """Meaning of the axes of a denoiser's inputs: batch, height, width, frames, text length or number of tokens.
 
 The meaning follows from a tensor's name, dtype and number of axes, as diffusers' transformers use them. Axes of
-channels have no meaning here, so that they stay fixed.
+channels have no meaning here, so that they stay fixed. Numbers that are sizes have a meaning by the argument's name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
@@ -19,8 +20,32 @@ MOST_COORDINATES = 4
 """Largest length of a last axis of whole numbers that is taken for coordinates: (time, row, column, ...)."""
 
 
+NUMBERS: dict[str, tuple[AxisKind, ...]] = {
+    "audio_num_frames": ("frames",),
+    "frames": ("frames",),
+    "height": ("height",),
+    "num_frames": ("frames",),
+    "width": ("width",),
+    "img_shapes": ("frames", "height", "width"),
+}
+"""Arguments whose numbers are sizes: the meaning of the number, or of each number in the innermost sequences."""
+
+
+def number_kind(path: str) -> AxisKind | None:
+    """The meaning of a number that is a size; None for other numbers, such as scales.
+
+    Args:
+        path: the argument's name, then the places in its nested sequences, such as ``img_shapes_0_0_1``.
+    """
+    argument, *places = re.split(r"_(?=\d+(?:_|$))", path.rstrip("_"))
+    kinds = NUMBERS.get(argument, ())
+    if not places:
+        return kinds[0] if len(kinds) == 1 else None
+    return kinds[int(places[-1])] if 1 < len(kinds) > int(places[-1]) else None
+
+
 def axis_kinds(
-    tensors: Mapping[str, Tensor], rows: int | None, channels: int | None = None
+    tensors: Mapping[str, Tensor], rows: int | None, channels: int | None = None, numbers: Collection[str] = ()
 ) -> dict[str, dict[int, AxisKind]]:
     """The meaning of each axis that has one, by the name of the input and the axis.
 
@@ -28,8 +53,12 @@ def axis_kinds(
         tensors: the inputs by name.
         rows: size of the batch, which is the first axis of every tensor that begins with it; None if there is none.
         channels: number of channels of the latents, which tells (N, C, F, H, W) from (N, F, C, H, W).
+        numbers: names of the tensors that stand for numbers. Their only axis is never the batch.
     """
-    return {name: _kinds(name, x, rows, channels) for name, x in tensors.items()}
+    return {
+        name: {0: number_kind(name) or "tokens"} if name in numbers else _kinds(name, x, rows, channels)
+        for name, x in tensors.items()
+    }
 
 
 def _kinds(name: str, x: Tensor, rows: int | None, channels: int | None) -> dict[int, AxisKind]:

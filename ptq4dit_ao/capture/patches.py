@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ptq4dit_ao.capture.number_patches import NUMBER_PATCHES
+
 Attributes = dict[str, Any]
 """Attributes that a patched module instance gets; they take precedence over those of its class."""
 
@@ -418,5 +420,6 @@ PATCHES: dict[str, Callable[[Any], Attributes]] = {
     "MochiAttention": _mochi_attention,
     "OmniGenSuScaledRotaryEmbedding": _omnigen_rope,
     "WanAnimateTransformer3DModel": _wan_animate,
+    **NUMBER_PATCHES,
 }
 """Patches by class name; a patch returns the attributes that an instance of the class gets."""
