@@ -104,9 +104,9 @@ def flatten_call(
     """Separate the tensors from keyword arguments, in the order of ``model.forward``.
 
     A tensor in a list, tuple or dict is named after its position, such as ``x_0``, or ``x_0_`` if that name is taken.
-    After the tensors come those that stand for numbers: bool zeros, as many as the number says. Numbers below 2 are
-    no sizes, because an export fixes an axis of length 1. A list of equal shapes, one per sample, becomes a list of
-    one, because models read only the first and the batch may differ.
+    After the tensors come those that stand for numbers: bool zeros, as many as the number says, on the device of the
+    first tensor. Numbers below 2 are no sizes, because an export fixes an axis of length 1. A list of equal shapes, one
+    per sample, becomes a list of one, because models read only the first and the batch may differ.
 
     Args:
         model: the module that is called.
@@ -159,7 +159,8 @@ def flatten_call(
         for name in parameters
         if name in arguments
     }
-    return CallSignature(found), {**tensors, **numbers}
+    device = next((x.device for x in tensors.values()), torch.device("cpu"))
+    return CallSignature(found), tensors | {name: x.to(device) for name, x in numbers.items()}
 
 
 def _part(then: Any, place: Any) -> Any:

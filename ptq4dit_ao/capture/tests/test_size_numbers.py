@@ -213,6 +213,11 @@ def test_a_call_with_numbers_comes_back():
     assert again == signature and again.to_json()["height"] == {"size": "height"}
 
 
+def test_what_stands_for_a_number_is_where_the_tensors_are():
+    _, tensors = flatten_call(Shapes(), {"height": 4, "x": torch.zeros(2, device="meta")})
+    assert [x.device.type for x in tensors.values()] == ["meta", "meta"]
+
+
 def test_a_tensor_of_the_same_name_stays_apart():
     class Both(nn.Module):
         def forward(self, x: Any, img_shapes: Any) -> Tensor:
