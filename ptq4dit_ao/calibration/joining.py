@@ -36,13 +36,14 @@ def join_calls(calls: Sequence[RecordedCall]) -> CalibrationSamples:
 
     The first axis of the first tensor is the batch. Tensors that have it in every call become rows. The timestep, and
     tensors that differ between calls of one size, become rows, too, if they have one value for the whole batch. The
-    others are shared by all rows of a size. Calls have one size if the pipeline was asked for one size and their
-    tensors have the same shapes, up to the batch.
+    others are shared by all rows of a size, and so are those that stand for numbers. Calls have one size if the
+    pipeline was asked for one size and their tensors have the same shapes, up to the batch.
 
     Raises:
         CalibrationError: a tensor differs between calls of one size, but does not have a row for each sample.
     """
-    roles = {name: _role(name, calls) for name in calls[0].tensors}
+    numbers = calls[0].signature.numbers
+    roles: dict[str, Role] = {name: "shared" if name in numbers else _role(name, calls) for name in calls[0].tensors}
     sizes: dict[object, list[RecordedCall]] = {}
     for call in calls:
         shapes = [x.shape[int(roles[name] != "shared") :] for name, x in call.tensors.items()]

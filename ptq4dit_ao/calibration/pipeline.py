@@ -6,7 +6,7 @@ import inspect
 import logging
 import math
 import reprlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -422,7 +422,7 @@ class _Recorder:
             _check_batch(self.original, tensors, given)
         _check_finite(self.component, tensors, t)
         if self.draws is not None:
-            tensors = _drawn_rows(tensors, self.draws, self.selection.visited[t])
+            tensors = _drawn_rows(tensors, signature.numbers, self.draws, self.selection.visited[t])
             if not tensors:
                 return
         kept = {name: self._kept(name, x) for name, x in tensors.items()}
@@ -475,14 +475,17 @@ def _check_batch(module: nn.Module, tensors: Mapping[str, Tensor], given: Mappin
         )
 
 
-def _drawn_rows(tensors: dict[str, Tensor], draws: list[list[int]], position: int) -> dict[str, Tensor]:
+def _drawn_rows(
+    tensors: dict[str, Tensor], numbers: Collection[str], draws: list[list[int]], position: int
+) -> dict[str, Tensor]:
     """Rows of a call whose samples drew its position, repeated as often as they drew it; empty if none did.
 
     Row r belongs to sample r modulo the number of samples, so both halves of a guidance batch are included.
     """
     batch = len(next(iter(tensors.values())))
     rows = [row for row in range(batch) for _ in range(draws[row % len(draws)].count(position))]
-    return {name: x[rows] if x.shape[:1] == (batch,) else x for name, x in tensors.items()} if rows else {}
+    batched = {name for name, x in tensors.items() if x.shape[:1] == (batch,) and name not in numbers}
+    return {name: x[rows] if name in batched else x for name, x in tensors.items()} if rows else {}
 
 
 def _check_finite(component: str, tensors: Mapping[str, Tensor], t: float) -> None:

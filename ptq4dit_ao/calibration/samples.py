@@ -13,7 +13,7 @@ from torch import Tensor
 from ptq4dit_ao._formats import TensorFormat
 from ptq4dit_ao.calibration.alike import check_structure
 from ptq4dit_ao.calibration.group import SampleGroup, apportioned, merged
-from ptq4dit_ao.capture.signature import CallSignature
+from ptq4dit_ao.capture.signature import CallSignature, name_numbers
 from ptq4dit_ao.errors import ArgumentError, CalibrationError, check_type
 
 FORMAT = TensorFormat(
@@ -28,7 +28,7 @@ class CalibrationSamples:
     batch has one size.
 
     Args:
-        inputs: tensors that differ from row to row.
+        inputs: tensors that differ from row to row. Those that stand for numbers of the call become shared.
         shared: tensors that every batch uses unchanged, such as position ids.
         signature: how ``forward`` takes both. Without it, the inputs are passed by position.
 
@@ -43,7 +43,10 @@ class CalibrationSamples:
         signature: CallSignature | None = None,
     ) -> None:
         check_type("inputs", inputs, Mapping, "a dict of tensors by input name")
-        self._set((SampleGroup(dict(inputs), dict(shared or {})),), signature, None)
+        numbers = set() if signature is None else set(signature.numbers)
+        shared = {**(shared or {}), **{name: x for name, x in inputs.items() if name in numbers}}
+        inputs = {name: x for name, x in inputs.items() if name not in numbers}
+        self._set((SampleGroup(inputs, shared),), signature, None)
 
     @classmethod
     def joined(cls, parts: Sequence[CalibrationSamples]) -> CalibrationSamples:
@@ -198,7 +201,8 @@ class CalibrationSamples:
         taken = ""
         for group in enough:
             rows = min(size, len(group))
-            names = [name for name, tensor in group.shared.items() if tensor.shape[:1] == (rows,)]
+            numbers = self.signature.numbers
+            names = [name for name, x in group.shared.items() if x.shape[:1] == (rows,) and name not in numbers]
             if not names:
                 return self.signature.bind(self._batch(group.rows(slice(size))))
             taken = taken or f"the shared input {names[0]!r} has {rows} rows, too"
@@ -252,6 +256,10 @@ class CalibrationSamples:
             inputs = [{name: table.pop(name) for name in metadata["inputs"].split(",")} for table in tables]
             text = metadata.get("signature")
             signature = None if text is None else CallSignature.from_json(json.loads(text))
+            if signature is not None:
+                signature, numbers = name_numbers(signature)  # files of earlier versions hold numbers as such
+                for table in tables:
+                    table |= numbers
         except (KeyError, IndexError, ValueError, RecursionError) as error:
             raise CalibrationError(
                 f"the calibration samples in {path} are damaged ({error}); record them again"

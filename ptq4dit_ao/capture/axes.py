@@ -1,12 +1,13 @@
 """Meaning of the axes of a denoiser's inputs: batch, height, width, frames, text length or number of tokens.
 
 The meaning follows from a tensor's name, dtype and number of axes, as diffusers' transformers use them. Axes of
-channels have no meaning here, so that they stay fixed.
+channels have no meaning here, so that they stay fixed. Numbers that are sizes have a meaning by the argument's name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
@@ -21,8 +22,37 @@ LAST = -1
 """Number of channels that stands for channels in the last axis."""
 
 
+NUMBERS: dict[str, tuple[AxisKind, ...]] = {
+    "audio_num_frames": ("frames",),
+    "frames": ("frames",),
+    "height": ("height",),
+    "num_frames": ("frames",),
+    "width": ("width",),
+    "img_shapes": ("frames", "height", "width"),
+}
+"""Arguments whose numbers are sizes: the meaning of the number, or of each number in the innermost sequences."""
+
+
+def number_kind(path: str) -> AxisKind | None:
+    """The meaning of a number that is a size; None for other numbers, such as scales.
+
+    Args:
+        path: the argument's name, then the places in its nested sequences, such as ``img_shapes_0_0_1``.
+    """
+    argument, *places = re.split(r"_(?=\d+(?:_|$))", path.rstrip("_"))
+    kinds = NUMBERS.get(argument, ())
+    if not places:
+        return kinds[0] if len(kinds) == 1 else None
+    return kinds[int(places[-1])] if 1 < len(kinds) > int(places[-1]) else None
+
+
 def axis_kinds(
-    tensors: Mapping[str, Tensor], rows: int | None, channels: int | None = None, *, channels_last: bool = False
+    tensors: Mapping[str, Tensor],
+    rows: int | None,
+    channels: int | None = None,
+    *,
+    channels_last: bool = False,
+    numbers: Collection[str] = (),
 ) -> dict[str, dict[int, AxisKind]]:
     """The meaning of each axis that has one, by the name of the input and the axis.
 
@@ -31,10 +61,14 @@ def axis_kinds(
         rows: size of the batch, which is the first axis of every tensor that begins with it; None if there is none.
         channels: number of channels of the latents, which tells (N, C, F, H, W) from (N, F, C, H, W).
         channels_last: whether latents are (N, F, H, W, C), as Kandinsky's.
+        numbers: names of the tensors that stand for numbers. Their only axis is never the batch.
     """
     channels = LAST if channels_last else channels
     lengths = {x.shape[-1] for name, x in tensors.items() if "mask" in name and not _is_image(name)}
-    return {name: _kinds(name, x, rows, channels, lengths) for name, x in tensors.items()}
+    return {
+        name: {0: number_kind(name) or "tokens"} if name in numbers else _kinds(name, x, rows, channels, lengths)
+        for name, x in tensors.items()
+    }
 
 
 def _is_text(name: str) -> bool:

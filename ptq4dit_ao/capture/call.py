@@ -34,6 +34,11 @@ class Call:
         found = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         return found[0] if len(found) == 1 else tuple(found)
 
+    @property
+    def numbers(self) -> frozenset[str]:
+        """Names of the tensors that stand for numbers."""
+        return frozenset() if self.signature is None else frozenset(self.signature.numbers)
+
     def has_batch(self, first: str) -> bool:
         """Whether an input is an argument of its own, so that its first axis is the batch, and no sample in a list."""
         return self.signature is None or isinstance(self.signature.arguments.get(first), TensorName)

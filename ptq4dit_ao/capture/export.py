@@ -45,7 +45,9 @@ def export_transformer(
     Args:
         model: an eval-mode module.
         example_inputs: tensors in the order of ``forward``, or its keyword arguments. All tensors among the arguments,
-            also those in lists, become the graph's inputs in the order of ``forward``. Other values are fixed.
+            also those in lists, become the graph's inputs in the order of ``forward``. After them come inputs for
+            numbers that are sizes (``num_frames``, ``height``, ``width``, ``img_shapes``): each is a bool tensor of
+            that length, of which only the length is read. Other values are fixed.
         dynamic: meanings of the axes that may differ from call to call: ``batch``, ``height``, ``width``, ``frames``,
             ``text`` and ``tokens`` (any other length). None frees each axis with such a meaning that the model leaves
             free. The batch is the first axis of the first tensor, and of every tensor whose first axis has that size.
@@ -69,7 +71,9 @@ def export_transformer(
     rows = _batch_rows(call, tensors, "batch" in kinds)
     verify = check and not _on_meta(model)
     expected = _run(model, call, inputs) if verify else None
-    meanings = axis_kinds(tensors, rows, _channels(model), channels_last=_has_channels_last(model))
+    meanings = axis_kinds(
+        tensors, rows, _channels(model), channels_last=_has_channels_last(model), numbers=call.numbers
+    )
     free = {name: {i: kind for i, kind in axes.items() if kind in kinds} for name, axes in meanings.items()}
     try:
         graph_module = Tracing(model, call, tensors, free).export(verify=verify)
@@ -120,7 +124,7 @@ def call_like(graph_module: GraphModule, model: nn.Module, inputs: Sequence[Tens
 def _axis_kinds(dynamic: Collection[AxisKind] | None) -> set[AxisKind]:
     if dynamic is None:
         return set(AXIS_KINDS)
-    names = [dynamic] if isinstance(dynamic, str) else list(dynamic)
+    names: list[Any] = [dynamic] if isinstance(dynamic, str) else list(dynamic)
     unknown = [name for name in names if name not in AXIS_KINDS]
     if unknown:
         raise ArgumentError(

@@ -31,13 +31,10 @@ DENSE = 128
 TRIALS = 400
 """Number of random combinations of sizes on which a condition must hold to be left out."""
 
-_LAYOUT = (
-    *("check_contiguous_sizes_strides", "is_contiguous", "are_strides_like_channels_last_or_false", "ge"),
-    *("_collapse_view_helper", "_reshape_view_helper_core_alg", "_broadcast_in_dim_meta", "meta_copy_"),
-)
-"""Functions of torch that look at the memory layout of a tensor."""
-_BOUND = "_compute_slice_index"
-"""Function of torch that compares a size with the end of a slice, such as the part of a table that is read."""
+_DECISIONS = ("_compute_slice_index", "_tensor_min_max")
+"""Functions of torch whose inequalities matter: the end of a slice, such as the part of a table that is read, and
+Python's ``max`` and ``min`` of sizes, which torch replaces during an export.
+"""
 
 
 _NAMES: dict[str, Any] = {
@@ -79,11 +76,10 @@ def guards_of(env: ShapeEnv) -> list[Guard]:
 
 
 def _of_layout(expression: sympy.Basic, place: str) -> bool:
-    function = place.rsplit(" ", 1)[-1]
-    if function in _LAYOUT:
-        return True
+    """Whether a guard is about the memory layout: an inequality of torch, as its equations tell what divides what."""
+    function = place.rstrip(">").rsplit(" ", 1)[-1]  # the place is the text of a FrameSummary, <... in function>
     inequality = isinstance(expression, (sympy.Ne, sympy.Lt, sympy.Le, sympy.Gt, sympy.Ge))
-    return inequality and function != _BOUND and "diffusers/" not in place and _in_torch(place)
+    return inequality and function not in _DECISIONS and "diffusers/" not in place and _in_torch(place)
 
 
 def _in_torch(place: str) -> bool:

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ptq4dit_ao.capture.number_patches import NUMBER_PATCHES
 from ptq4dit_ao.capture.size_patches import SIZE_PATCHES, Attributes, result, tie
 
 _MISSING = object()
@@ -383,6 +384,7 @@ PATCHES: dict[str, Callable[[Any], Attributes]] = {
     "MochiAttention": _mochi_attention,
     "OmniGenSuScaledRotaryEmbedding": _omnigen_rope,
     "WanAnimateTransformer3DModel": _wan_animate,
+    **NUMBER_PATCHES,
     **SIZE_PATCHES,
 }
 """Patches by class name; a patch returns the attributes that an instance of the class gets."""

@@ -1,7 +1,9 @@
 """Signature of a denoiser's call: keyword arguments, and the tensors among them as a flat, named list.
 
 Transformers of diffusers take tensors, lists of tensors, None and plain values. A graph takes tensors by position, and
-its plain values are fixed to those that it was captured with.
+its plain values are fixed to those that it was captured with. Numbers that are sizes, such as ``height`` or those in
+``img_shapes``, are no such values: each is carried by a tensor of that length, whose axis is free like any other. So
+everything that handles a graph sees tensors only.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ptq4dit_ao.capture.axes import NUMBERS, number_kind
 from ptq4dit_ao.errors import ArgumentError
 
 CONSTANTS = (bool, int, float, str, type(None))
@@ -33,22 +36,47 @@ class TensorName:
 
 
 @dataclass(frozen=True)
+class NumberName:
+    """Placeholder for a number that is a size in a :class:`CallSignature`, named as the tensor that has this length."""
+
+    name: str
+
+    def __repr__(self) -> str:
+        """The text that error messages show."""
+        return "a size"
+
+
+@dataclass(frozen=True)
 class CallSignature:
-    """The arguments of a call with each tensor replaced by its name."""
+    """The arguments of a call with each tensor, and each number that is a size, replaced by its name."""
 
     arguments: Mapping[str, Any]
 
     @property
     def names(self) -> list[str]:
-        """Names of the tensors, in the order in which a captured graph takes them."""
+        """Names of the tensors, in the order in which a captured graph takes them; those of numbers are the last."""
+        return [*self._named(TensorName), *self.numbers]
+
+    @property
+    def numbers(self) -> list[str]:
+        """Names of the tensors that stand for numbers."""
+        return self._named(NumberName)
+
+    def _named(self, kind: type[TensorName] | type[NumberName]) -> list[str]:
         found: list[str] = []
-        _map(self.arguments, lambda leaf: found.append(leaf.name) if isinstance(leaf, TensorName) else None)
+        _map(self.arguments, lambda leaf: found.append(leaf.name) if isinstance(leaf, kind) else None)
         return found
 
     def bind(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
-        """The arguments with tensors in place of their names."""
+        """The arguments with tensors, or their lengths, in place of their names."""
         table = dict(zip(self.names, tensors, strict=True))
-        return _map(self.arguments, lambda leaf: table[leaf.name] if isinstance(leaf, TensorName) else leaf)
+
+        def value(leaf: Any) -> Any:
+            if isinstance(leaf, NumberName):
+                return table[leaf.name].shape[0]  # a symbol during an export
+            return table[leaf.name] if isinstance(leaf, TensorName) else leaf
+
+        return _map(self.arguments, value)
 
     def to_json(self) -> dict[str, Any]:
         """The arguments as JSON values.
@@ -70,10 +98,20 @@ class CallSignature:
         return cls({name: _from_json(value) for name, value in data.items()})
 
 
-def flatten_call(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[CallSignature, dict[str, Tensor]]:
+def flatten_call(
+    model: nn.Module, arguments: Mapping[str, Any], like: CallSignature | None = None
+) -> tuple[CallSignature, dict[str, Tensor]]:
     """Separate the tensors from keyword arguments, in the order of ``model.forward``.
 
     A tensor in a list, tuple or dict is named after its position, such as ``x_0``, or ``x_0_`` if that name is taken.
+    After the tensors come those that stand for numbers: bool zeros, as many as the number says, on the device of the
+    first tensor. Numbers below 2 are no sizes, because an export fixes an axis of length 1. A list of equal shapes, one
+    per sample, becomes a list of one, because models read only the first and the batch may differ.
+
+    Args:
+        model: the module that is called.
+        arguments: the keyword arguments of the call.
+        like: another call, which has numbers at the same places. Without it, arguments are known by their names.
 
     Raises:
         ArgumentError: ``forward`` has no such argument, or a value is neither a tensor, a plain value nor a container.
@@ -88,17 +126,26 @@ def flatten_call(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[CallSi
             f"{type(model).__name__} takes no argument {unknown[0]!r}; it takes {', '.join(map(repr, parameters))}"
         )
     tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Tensor] = {}
 
-    def take(value: Any, path: str) -> Any:
+    def free_name(path: str) -> str:
+        while path in tensors or path in numbers:
+            path += "_"
+        return path
+
+    def take(value: Any, path: str, then: Any) -> Any:
         if isinstance(value, Tensor):
-            while path in tensors:
-                path += "_"
+            path = free_name(path)
             tensors[path] = value
             return TensorName(path)
         if isinstance(value, Mapping):
-            return {key: take(part, f"{path}_{key}") for key, part in value.items()}
+            return {key: take(part, f"{path}_{key}", _part(then, key)) for key, part in value.items()}
         if isinstance(value, (list, tuple)):
-            return _like(value, [take(part, f"{path}_{i}") for i, part in enumerate(value)])
+            return _like(value, [take(part, f"{path}_{i}", _part(then, i)) for i, part in enumerate(value)])
+        if _is_size(value, path) if like is None else _is_size_like(value, then):
+            path = free_name(path)
+            numbers[path] = _carrier(value)
+            return NumberName(path)
         if isinstance(value, CONSTANTS):
             return value
         raise ArgumentError(
@@ -106,19 +153,71 @@ def flatten_call(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[CallSi
             "None and lists of them can be captured"
         )
 
-    return CallSignature({name: take(arguments[name], name) for name in parameters if name in arguments}), tensors
+    captured = {} if like is None else like.arguments
+    found = {
+        name: take(_shape_of_all(name, arguments[name]), name, captured.get(name))
+        for name in parameters
+        if name in arguments
+    }
+    device = next((x.device for x in tensors.values()), torch.device("cpu"))
+    return CallSignature(found), tensors | {name: x.to(device) for name, x in numbers.items()}
+
+
+def _part(then: Any, place: Any) -> Any:
+    """The part of another call's value at a key or position; None if it has none."""
+    if isinstance(then, (list, tuple)):
+        return then[place] if isinstance(place, int) and place < len(then) else None
+    return then.get(place) if isinstance(then, Mapping) else None
+
+
+def _carrier(size: int) -> Tensor:
+    """The tensor that stands for a number."""
+    return torch.zeros(size, dtype=torch.bool)
+
+
+def _is_size(value: Any, path: str) -> bool:
+    return type(value) is int and value > 1 and number_kind(path) is not None
+
+
+def _is_size_like(value: Any, then: Any) -> bool:
+    return type(value) is int and value >= 0 and isinstance(then, NumberName)
+
+
+def _shape_of_all(name: str, value: Any) -> Any:
+    """The shapes of all samples as a list of one, if each sample has the same."""
+    return _once(value) if name in NUMBERS and isinstance(value, list) and value else value
+
+
+def name_numbers(signature: CallSignature) -> tuple[CallSignature, dict[str, Tensor]]:
+    """A signature whose numbers that are sizes are named, and the tensors that stand for those that were not yet."""
+    numbers: dict[str, Tensor] = {}
+
+    def take(value: Any, path: str) -> Any:
+        if isinstance(value, (list, tuple)):
+            return _like(value, [take(part, f"{path}_{i}") for i, part in enumerate(value)])
+        if not _is_size(value, path):
+            return value
+        while path in numbers or path in signature.names:
+            path += "_"
+        numbers[path] = _carrier(value)
+        return NumberName(path)
+
+    found = {name: take(_shape_of_all(name, value), name) for name, value in signature.arguments.items()}
+    return CallSignature(found), numbers
 
 
 def tensors_like(captured: CallSignature, model: nn.Module, arguments: Mapping[str, Any]) -> list[Tensor]:
     """The tensors of another call of ``model``, in the order in which the captured graph takes them.
 
     A number becomes a tensor if the captured call had a tensor there, such as the timestep of many diffusers models.
+    Where the captured call had a size, this one may have another.
 
     Raises:
         ArgumentError: the call differs from the captured one in more than tensors. None, an empty container and a
             default count as equal to a missing argument, and one list as equal to a list of equal lists per sample.
     """
-    signature, tensors = flatten_call(model, {name: _tensor(captured, name, x) for name, x in arguments.items()})
+    given = {name: _tensor(captured, name, x) for name, x in arguments.items()}
+    signature, tensors = flatten_call(model, given, captured)
     defaults = {name: p.default for name, p in inspect.signature(model.forward).parameters.items()}
     for name in {**captured.arguments, **signature.arguments}:
         then, now = (call.arguments.get(name, defaults.get(name)) for call in (captured, signature))
@@ -148,14 +247,16 @@ def _meaning(value: Any) -> Any:
 
 def _once(value: Any) -> Any:
     """The first of equal lists as a list of one; Qwen-Image takes each sample's shape, but reads only the first."""
-    same = isinstance(value, list) and isinstance(value[0], list) and all(part == value[0] for part in value)
+    same = isinstance(value, list) and isinstance(value[0], (list, tuple)) and all(part == value[0] for part in value)
     return value[:1] if same else value
 
 
 def _to_json(value: Any) -> Any:
-    """A JSON value in which containers and tensors are objects with one key, their kind; it tells tuples from lists."""
+    """A JSON value in which containers and names are objects with one key, their kind; it tells tuples from lists."""
     if isinstance(value, TensorName):
         return {"tensor": value.name}
+    if isinstance(value, NumberName):
+        return {"size": value.name}
     if isinstance(value, Mapping):
         odd = [key for key in value if not isinstance(key, str)]
         if odd:
@@ -173,6 +274,8 @@ def _from_json(value: Any) -> Any:
         ((kind, content),) = value.items()
         if kind == "tensor" and isinstance(content, str):
             return TensorName(content)
+        if kind == "size" and isinstance(content, str):
+            return NumberName(content)
         if kind == "dict" and isinstance(content, dict):
             return {key: _from_json(part) for key, part in content.items()}
         if kind in ("list", "tuple") and isinstance(content, list):

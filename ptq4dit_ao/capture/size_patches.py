@@ -344,25 +344,6 @@ def numbers_as_tensors(module: Any) -> Attributes:
     return {"forward": forward}
 
 
-def text_rope(rope: Any) -> Attributes:
-    """Patch of QwenImage's positions, which make an ``int`` of the number of text tokens.
-
-    The text's positions follow those of the image. The original gives all that its table has.
-    """
-    forward_ = rope.forward
-
-    @functools.wraps(forward_)
-    def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        arguments = inspect.signature(forward_).bind(*args, **kwargs).arguments
-        max_txt_seq_len = arguments["max_txt_seq_len"]
-        if not isinstance(max_txt_seq_len, torch.SymInt):
-            return forward_(*args, **kwargs)  # type: ignore[no-any-return]
-        image, text = forward_(**arguments | {"max_txt_seq_len": len(rope.pos_freqs)})
-        return image, text[:max_txt_seq_len]
-
-    return {"forward": forward}
-
-
 def qwenimage21(model: Any) -> Attributes:
     """Patch of QwenImage 2.1, which reads into Python where the images are in the sequence of text and images.
 
@@ -440,23 +421,6 @@ def qwenimage21(model: Any) -> Attributes:
         return result(model, model.proj_out(model.norm_out(x, temb, noisy)), return_dict)
 
     return {"forward": forward} if plain else {}
-
-
-def nucleus_rope(rope: Any) -> Attributes:
-    """Patch of NucleusMoE's positions, which make an ``int`` of the number of text tokens."""
-    forward_ = rope.forward
-
-    def forward(video_fhw: Any, device: Any = None, max_txt_seq_len: Any = None) -> tuple[Tensor, Tensor]:
-        if not isinstance(max_txt_seq_len, torch.SymInt):
-            return forward_(video_fhw, device, max_txt_seq_len)  # type: ignore[no-any-return]
-        image, first = forward_(video_fhw, device, 1)
-        shapes = video_fhw[0] if isinstance(video_fhw, list) else video_fhw
-        _, height, width = shapes[-1] if isinstance(shapes, list) else shapes
-        length: Any = max_txt_seq_len
-        start = torch.sym_max(height // 2, width // 2) if rope.scale_rope else torch.sym_max(height, width)
-        return image, rope.pos_freqs.to(first.device)[start + torch.arange(length, device=first.device)]
-
-    return {"forward": forward}
 
 
 def chronoedit_rope(rope: Any) -> Attributes:
@@ -619,11 +583,8 @@ SIZE_PATCHES: dict[str, Callable[[Any], Attributes]] = {
     "Kandinsky6RoPE3D": kandinsky6_rope,
     "Kandinsky6Transformer3DModel": kandinsky6,
     "MochiRoPE": mochi_rope,
-    "NucleusMoEEmbedRope": nucleus_rope,
     "NucleusMoEImageTransformer2DModel": numbers_as_tensors,
     "PatchEmbed": patch_embed,
-    "QwenEmbedLayer3DRope": text_rope,
-    "QwenEmbedRope": text_rope,
     "QwenImage21Transformer2DModel": qwenimage21,
     "QwenImageTransformer2DModel": numbers_as_tensors,
 }

@@ -140,7 +140,7 @@ class FreeSizes:
             ArtifactError: ``data`` has another form.
         """
         match data:
-            case {"sizes": [*sizes], "conditions": [*conditions], "fixed": {**fixed}, **rest} if not rest:
+            case {"sizes": [*sizes], "conditions": [*conditions], "fixed": dict(fixed), **rest} if not rest:
                 free = tuple(map(_size_from, sizes))
                 names = {size.name for size in free}
                 for condition in conditions:

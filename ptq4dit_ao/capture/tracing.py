@@ -97,10 +97,13 @@ class Tracing:
         try:
             program = self._program(free)
         except Exception as error:  # torch.export raises many types
-            if not [axis for axis in free if self.kinds[axis] != "batch"]:
+            varied = [axis for axis in free if self.kinds[axis] != "batch"]
+            if not varied:
                 raise
+            # Code that computes with a number may not take a symbol in its place. The other sizes can be free then.
+            first = [axis for axis in varied if axis[0] in self.call.numbers] or varied
             said = f"torch.export cannot capture it with free sizes: {first_line(error)}"
-            self.fixed.update((axis, said) for axis in free if self.kinds[axis] != "batch")
+            self.fixed.update(dict.fromkeys(first, said))
             return None
         graph_module = program.module(check_guards=False)
         # Its check of the inputs includes bounds of the trace, such as no size of 1, which no op of the graph needs.
@@ -152,17 +155,17 @@ class Tracing:
             )
 
     def _names(self, symbols: Mapping[str, Axis]) -> dict[str, str]:
-        """A name for each free symbol: the meaning of its first axis, or that axis if the name is taken."""
+        """A name for each free symbol: the meaning of its first axis, or that number or axis if the name is taken."""
         found: dict[str, str] = {}
         for symbol, (name, axis) in symbols.items():
-            kind = self.kinds[name, axis]
-            found[symbol] = kind if kind not in found.values() else f"{name}_axis_{axis}"
+            wanted = [self.kinds[name, axis], *([name] if name in self.call.numbers else []), f"{name}_axis_{axis}"]
+            found[symbol] = next(one for one in wanted if one not in found.values())
         return found
 
     def _entangled(self, names: Mapping[str, str], conditions: Collection[str]) -> dict[str, str]:
         """The least common size that depends on others in many ways, by symbol, with the reason to fix it."""
         ways = {symbol: sum(name in names_in(text) for text in conditions) for symbol, name in names.items()}
-        common = {name: place for place, name in enumerate(AXIS_KINDS)}
+        common: dict[str, int] = {name: place for place, name in enumerate(AXIS_KINDS)}
         many = [symbol for symbol in names if ways[symbol] > MOST_CONDITIONS]
         worst = max(many, key=lambda symbol: common.get(names[symbol], len(common)), default=None)
         return {} if worst is None else {worst: f"it depends on other sizes in {ways[worst]} ways"}

@@ -145,7 +145,7 @@ def test_sizes_are_those_of_the_pipeline():
 
 def test_another_batch_than_the_fixed_one():
     fixed = InputSpec(name="x", shape=(2, 3), dtype=torch.float32, sizes=(2, 3))
-    message = r"x has shape \(3, 3\), the graph was captured for \(2, 3\); .* if that is the batch, export with a batch of two"
+    message = r"x has shape \(3, 3\), the graph was captured for \(2, 3\); .* if that is the batch, export with a"
     with pytest.raises(ArgumentError, match=message):
         fit_inputs([fixed], [torch.zeros(3, 3)])
 
