@@ -174,7 +174,7 @@ def survey(family: Family, backend: str, others: Sequence[str] = ()) -> dict[str
     row["class"] = type(model).__name__
     start = time.perf_counter()
     try:
-        graph = export_transformer(model, example, dynamic_batch=family.dynamic_batch)
+        graph = export_transformer(model, example)
     except PTQ4DiTError as error:
         return {**row, "error": str(error).splitlines()[0]}
     sites = find_sites(graph)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ptq4dit_ao.choices import AxisKind
 from ptq4dit_ao.graph.names import TIMESTEP_NAMES
 
-_TEXT = ("encoder_hidden_states", "text", "txt", "prompt", "cap", "llama", "t5")
+_TEXT = ("encoder", "text", "txt", "prompt", "cap", "llama", "t5")
 _NOT_TEXT = ("image", "img")
 MOST_COORDINATES = 4
 """Largest length of a last axis of whole numbers that is taken for coordinates: (time, row, column, ...)."""

@@ -130,6 +130,8 @@ class Tracing:
             self.fixed.update(pinned | constant)
             return None
         self.fixed.update(constant)
+        places = list(sizes)
+        found.free.sort(key=lambda symbol: places.index(_first_axis(symbol, sizes)))
         names = self._names({symbol: _first_axis(symbol, sizes) for symbol in found.free})
         free_sizes, conditions, unsayable = found.sizes(names)
         unsayable |= self._entangled(names, conditions)

@@ -15,6 +15,7 @@ from ptq4dit_ao._paths import check_file, check_writable
 from ptq4dit_ao._progress import of_stage
 from ptq4dit_ao.artifact import check_target
 from ptq4dit_ao.calibration import Sampling
+from ptq4dit_ao.capture.sizes import FreeSizes
 from ptq4dit_ao.cli.bench import bench as bench  # a command like those below
 from ptq4dit_ao.cli.evaluate import evaluate as evaluate
 from ptq4dit_ao.cli.progress import progress
@@ -123,10 +124,21 @@ def inspect(args: argparse.Namespace, console: Console) -> None:
     """``ptq4dit-ao inspect``."""
     model = load_quantized(args.directory)
     _print_report(model.report, console, layers=True, wide=args.wide)
+    _print_sizes(model.sizes, console)
     if args.backend != "none":
         start = time.perf_counter()
         proof = model.lower(args.backend, float_dtype=_float_dtype(args)).proof
         console.print(f"\n{proof}\n{proof.parity}; ready in {time.perf_counter() - start:.1f} s")
+
+
+def _print_sizes(sizes: FreeSizes, console: Console) -> None:
+    """Print which sizes of the inputs may differ from call to call, and why others may not."""
+    free = [*map(str, sizes.sizes), *(f"where {condition}" for condition in sizes.conditions)]
+    console.print("\n[bold]sizes that may differ from call to call[/]" + ("" if free else ": none"))
+    for line in free:
+        console.print(f"  {line}", highlight=False, markup=False)
+    for axis, reason in sizes.fixed.items():
+        console.print(f"  {axis} is fixed: {reason}", highlight=False, markup=False)
 
 
 def export(args: argparse.Namespace, console: Console) -> None:

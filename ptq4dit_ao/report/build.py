@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ptq4dit_ao._version import installed_version
+from ptq4dit_ao.capture import free_sizes
+from ptq4dit_ao.capture.sizes import FreeSizes
 from ptq4dit_ao.graph import Site
 from ptq4dit_ao.graph.names import joint_name
 from ptq4dit_ao.lowering import QuantizedLinear, float_linears, quantized_linears
@@ -21,6 +23,7 @@ from ptq4dit_ao.passes import BalanceResult, SiteOutcome, balance_result
 from ptq4dit_ao.report.types import (
     AttentionEntry,
     EvaluationEntry,
+    InputSizesEntry,
     LayerEntry,
     LeaveOneOutEntry,
     LeftOutEntry,
@@ -77,6 +80,7 @@ def build_report(
     return {
         "title": title,
         "model": model,
+        "inputs": _inputs(free_sizes(converted)),
         "recipe": dict(recipe),
         "versions": {name: v for name in _PACKAGES if (v := installed_version(name)) is not None},
         "settings": None
@@ -96,6 +100,14 @@ def build_report(
         "size": None,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "notes": _notes(result),
+    }
+
+
+def _inputs(sizes: FreeSizes) -> InputSizesEntry:
+    return {
+        "free": [str(size) for size in sizes.sizes],
+        "conditions": list(sizes.conditions),
+        "fixed": dict(sizes.fixed),
     }
 
 

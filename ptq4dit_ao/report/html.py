@@ -22,6 +22,7 @@ from ptq4dit_ao.report.reasons import by_reason
 from ptq4dit_ao.report.types import (
     AttentionEntry,
     EvaluationEntry,
+    InputSizesEntry,
     LayerEntry,
     LeaveOneOutEntry,
     Report,
@@ -70,6 +71,7 @@ def write_html(
         _layers(report["layers"]),
         _weight_bits(report["weight_bits"]),
         _costs(report["leave_one_out"]),
+        _input_sizes(report["inputs"]),
         _provenance(report),
     )
     page = _PAGE.substitute(
@@ -401,6 +403,17 @@ def _costs(left_out: LeaveOneOutEntry | None) -> str:
     alt = f"Bar chart of the gain of {len(shown)} inputs, highest {shown[0]['gain_db']:+.2f} dB of {shown[0]['name']}"
     caption = "" if len(shown) == len(inputs) else f"The {len(shown)} that cost most, of {len(inputs)}."
     return _section(title, intro, _figure(plots.leave_one_out_chart(shown), alt, caption))
+
+
+def _input_sizes(inputs: InputSizesEntry | None) -> str:
+    if inputs is None:
+        return ""
+    fixed = [f"{axis} is fixed: {reason}" for axis, reason in inputs["fixed"].items()]
+    return _section(
+        "Sizes of the inputs",
+        "Sizes that may differ from call to call, the conditions on them, and the sizes that may not.",
+        _bullets([*inputs["free"], *(f"where {condition}" for condition in inputs["conditions"]), *fixed]),
+    )
 
 
 def _provenance(report: Report) -> str:

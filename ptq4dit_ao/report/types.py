@@ -116,6 +116,16 @@ class SizeEntry(TypedDict):
     quantized_layers_ratio: float
 
 
+class InputSizesEntry(TypedDict):
+    """Sizes of the model's inputs: which may differ from call to call, and which may not."""
+
+    free: list[str]
+    """Each free size with its values in words."""
+    conditions: list[str]
+    fixed: dict[str, str]
+    """Reasons by axis."""
+
+
 class ChosenBitsEntry(TypedDict):
     """The bits that the weights of one quantized input were given."""
 
@@ -139,6 +149,8 @@ class Report(TypedDict):
 
     title: str
     model: ModelEntry
+    inputs: InputSizesEntry | None
+    """None in models that were saved before sizes other than the batch could be free."""
     recipe: dict[str, Any]
     versions: dict[str, str]
     settings: SettingsEntry | None

@@ -175,6 +175,8 @@ def _read(directory: str | Path) -> QuantizedModel:
             "a model that was"
         )
     report = metadata["report"]
+    if isinstance(report, dict):
+        report.setdefault("inputs", None)  # models of earlier versions
     if not isinstance(report, dict) or set(report) != set(Report.__annotations__):
         found = sorted(report) if isinstance(report, dict) else report
         raise ArtifactError(f"the report of {directory} holds {found!r}; quantize again")

@@ -119,6 +119,11 @@ def full_report() -> dict:
             ],
         },
         "evaluation": {"sqnr_db": 24.31, "per_timestep": [[900, 30.0], [100, 18.5]], "samples": 8, "seed": 3},
+        "inputs": {
+            "free": ["height: from 2, a multiple of 2"],
+            "conditions": ["height < width"],
+            "fixed": {"text of prompt": HOSTILE},
+        },
         "size": {"float32_bytes": 8_600_000, "artifact_bytes": 1_340_000, "ratio": 6.42},
         "seconds": {"export": 2.14, "calibrate": 13.4, "convert": 1.0},
         "notes": [f"b of {HOSTILE} was clipped"],
@@ -127,7 +132,7 @@ def full_report() -> dict:
 
 def empty_report() -> dict:
     nothing: dict = {"settings": None, "evaluation": None, "size": None, "sites": [], "layers": [], "notes": []}
-    nothing |= {"leave_one_out": None, "weight_bits": None}
+    nothing |= {"leave_one_out": None, "weight_bits": None, "inputs": None}
     return full_report() | nothing
 
 
@@ -161,6 +166,11 @@ def charts(monkeypatch) -> dict[str, list]:
     for name in ("salience_chart", "activation_chart", "ssc_chart", "layer_chart", "timestep_sqnr_chart", "heat_map"):
         monkeypatch.setattr(plots, name, record(name))
     return asked
+
+
+def test_page_says_which_sizes_are_free(page):
+    for text in ("height: from 2, a multiple of 2", "where height < width", f"text of prompt is fixed: {HOSTILE}"):
+        assert text in page.text
 
 
 def test_page_is_well_formed_and_has_every_section(page):

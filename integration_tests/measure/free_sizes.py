@@ -1,0 +1,138 @@
+"""Survey of the sizes that each transformer family leaves free, and of its graph at sizes that it was not exported at.
+
+    python integration_tests/measure/free_sizes.py --output docs/sizes.md
+
+It writes the table and sizes.json beside it, one family at a time; families in sizes.json are not measured again,
+unless they are named. Each family is tiny, with random parameters. Its graph is compared with its module at the sizes
+of the example, at smaller ones and at larger ones, all free sizes changed together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from families import flat, inputs_of
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ptq4dit_ao import PTQ4DiTError, export_transformer, free_sizes
+from ptq4dit_ao._files import replace_text
+from ptq4dit_ao.capture.export import call_like
+from ptq4dit_ao.capture.interface import input_specs, resized
+from ptq4dit_ao.capture.sizes import FreeSizes
+from ptq4dit_ao.testing.zoo import FAMILIES, Family, iter_families
+
+HEAD = """\
+# Sizes that are free
+
+Made by `python integration_tests/measure/free_sizes.py`, not by hand: tiny configurations with random parameters
+({versions}).
+
+{free} of {rows} families are captured with free sizes besides the batch. Largest error of a graph against its module
+at sizes that it was not exported at, relative to the largest value of the output: {error:.1e}; {equal} graphs are equal
+to the last bit.
+
+* **free**: sizes that may differ from call to call, with their bounds and divisors. A graph's own are printed by
+  `ptq4dit-ao inspect`, and `free_sizes(graph)` has them.
+* **error**: at smaller and at larger sizes, all free sizes changed together; float32.
+
+| family | free | error, smaller / larger |
+|---|---|---|
+"""
+
+
+def larger(sizes: FreeSizes) -> dict[str, int]:
+    """Permitted sizes above the example's, where each can be larger."""
+    values = sizes.example
+    for size in sizes.sizes:
+        for more in (3, 2, 1):
+            changed = values | {size.name: size.example + more * size.multiple}
+            if sizes.problem(changed) is None:
+                values = changed
+                break
+    return values
+
+
+@torch.no_grad()
+def survey(family: Family) -> dict[str, Any]:
+    """The free sizes of one family, and the errors of its graph; ``error`` instead where it cannot be captured."""
+    row: dict[str, Any] = {"name": family.name, "group": family.group}
+    model = family.model()
+    try:
+        graph = export_transformer(model, family.inputs(3))
+    except PTQ4DiTError as error:
+        return {**row, "error": str(error).splitlines()[0]}
+    sizes, specs = free_sizes(graph), input_specs(graph)
+    assert specs is not None
+    row |= {"free": list(map(str, sizes.sizes)), "conditions": list(sizes.conditions), "fixed": dict(sizes.fixed)}
+    row["names"] = list(sizes.names)
+
+    def error(values: Mapping[str, int]) -> float:
+        example = inputs_of(model, family, 3, 5)
+        inputs = [resized(x, spec, values) for x, spec in zip(example, specs, strict=True)]
+        expected, got = flat(call_like(graph, model, inputs)), flat(graph(*inputs))
+        return float((got - expected).abs().max() / expected.abs().max())
+
+    row["errors"] = [error(sizes.other()[0]), error(larger(sizes))]
+    return row
+
+
+def table(rows: list[dict[str, Any]], about: Mapping[str, object]) -> str:
+    """The page, as Markdown."""
+    good = [row for row in rows if "error" not in row]
+    free = [row for row in good if set(row["names"]) - {"batch"}]
+    errors = [max(row["errors"]) for row in good]
+    lines = [
+        HEAD.format(
+            versions=", ".join(f"{key} {value}" for key, value in about.items()),
+            free=len(free),
+            rows=len(rows),
+            error=max(errors),
+            equal=errors.count(0.0),
+        ).rstrip()
+    ]
+    for row in good:
+        said = "; ".join([*row["free"], *(f"where `{condition}`" for condition in row["conditions"])]) or "none"
+        lines.append(f"| {row['name']} | {said} | {' / '.join(f'{error:.0e}' for error in row['errors'])} |")
+    lines += ["", "## Fixed, and why", ""]
+    for row in good:
+        lines += [f"* {row['name']}: {axis}: {reason}" for axis, reason in row["fixed"].items()]
+    failed = [f"* {row['name']}: {row['error']}" for row in rows if "error" in row]
+    return "\n".join([*lines, *(["", "## Not captured", "", *failed] if failed else []), ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("sizes.md"))
+    parser.add_argument("families", nargs="*", help="default: all")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    chosen = [FAMILIES[name] for name in args.families] or list(iter_families())
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    stored = args.output.with_suffix(".json")
+    about = {name: version(name) for name in ("torch", "diffusers")}
+    known = {row["name"]: row for row in json.loads(stored.read_text())["families"]} if stored.exists() else {}
+    with Progress(*columns, TextColumn("eta"), TimeRemainingColumn(), console=console) as progress:
+        task = progress.add_task("", total=len(chosen))
+        for family in chosen:
+            progress.update(task, description=family.name)
+            if family.name in args.families or family.name not in known:
+                known[family.name] = survey(family)
+                rows = [known[other.name] for other in iter_families() if other.name in known]
+                replace_text(args.output, table(rows, about))
+                replace_text(stored, json.dumps({"families": rows, **about}, indent=1) + "\n")
+            progress.advance(task)
+    console.print(f"{len(known)} families in {args.output}")
+
+
+if __name__ == "__main__":
+    main()
