@@ -14,6 +14,7 @@ from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.capture.axes import axis_kinds
 from ptq4dit_ao.capture.call import Call, named_call
 from ptq4dit_ao.capture.float_model import check_float_module
+from ptq4dit_ao.capture.in_place import write_out_in_place
 from ptq4dit_ao.capture.interface import CapturedModule, free_sizes
 from ptq4dit_ao.capture.regions import write_out_regions
 from ptq4dit_ao.capture.signature import CallSignature, TensorName
@@ -81,6 +82,7 @@ def export_transformer(
         raise ExportError(_explain(model, error)) from error
     _check_free(graph_module, dynamic or ())
     write_out_regions(graph_module)
+    write_out_in_place(graph_module)
     fold_constant_weights(graph_module)
     if expected is not None:
         _compare(model, expected, graph_module(*inputs))

@@ -95,8 +95,8 @@ def patch_embed(module: Any) -> Attributes:
 
     def positions(rows: int, columns: int, device: torch.device) -> Tensor:
         base, scale = module.base_size, module.interpolation_scale
-        row = torch.arange(rows, device=device, dtype=torch.float32) / (rows / base) / scale
-        column = torch.arange(columns, device=device, dtype=torch.float32) / (columns / base) / scale
+        row = torch.arange(rows, device=device, dtype=torch.float32) / (number(rows, device) / base) / scale
+        column = torch.arange(columns, device=device, dtype=torch.float32) / (number(columns, device) / base) / scale
         places = torch.stack([place.flatten() for place in torch.meshgrid(column, row, indexing="xy")])
         table = original(module, "get_2d_sincos_pos_embed_from_grid")(module.pos_embed.shape[-1], places)
         return table.float().unsqueeze(0)  # type: ignore[no-any-return]
