@@ -26,7 +26,7 @@ from ptq4dit_ao.calibration import CalibrationSamples, Sampling
 from ptq4dit_ao.capture import export_transformer
 from ptq4dit_ao.capture.export import captured_module
 from ptq4dit_ao.capture.float_model import check_float_module, check_in_memory, device_of
-from ptq4dit_ao.capture.interface import CapturedModule, InputSpec, batches_by_size, cannot_run, check_batch, free_sizes
+from ptq4dit_ao.capture.interface import CapturedModule, InputSpec, batches_by_size, cannot_run, check_batch
 from ptq4dit_ao.errors import CalibrationError, check_type
 from ptq4dit_ao.graph.names import placeholders
 from ptq4dit_ao.graph.ties import share_equal_tensors
@@ -140,7 +140,6 @@ class Converted:
             graph=self.graph,
             recipe=self.recipe,
             inputs=tuple(InputSpec.of(node) for node in placeholders(self.graph)),
-            sizes=free_sizes(self.graph),
             report=report,
             sampling=sampling,
             captured=self.captured,

@@ -31,8 +31,6 @@ class QuantizedModel:
     recipe: Recipe
     inputs: tuple[InputSpec, ...]
     """Dtype and shape of each input of the graph."""
-    sizes: FreeSizes
-    """Sizes of the inputs that may differ from call to call."""
     report: Report
     """Report of the quantization, see :mod:`ptq4dit_ao.report.types`. Its ``size`` is known for a saved model."""
     sampling: Sampling | None = None
@@ -42,6 +40,11 @@ class QuantizedModel:
 
     See :func:`~ptq4dit_ao.as_diffusers_transformer`.
     """
+
+    @property
+    def sizes(self) -> FreeSizes:
+        """Sizes of the inputs that may differ from call to call."""
+        return free_sizes(self.graph)
 
     def lower(
         self,
@@ -186,7 +189,6 @@ def _read(directory: str | Path) -> QuantizedModel:
         graph=stored.graph_module,
         recipe=Recipe.from_dict(metadata["recipe"]),
         inputs=inputs,
-        sizes=free_sizes(stored.graph_module),
         report=cast(Report, report),
         sampling=None if metadata["sampling"] is None else Sampling.from_dict(metadata["sampling"]),
         captured=_captured(metadata["captured"], len(inputs)),

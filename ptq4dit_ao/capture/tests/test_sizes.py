@@ -46,8 +46,26 @@ def test_an_expression_names_sizes_and_not_functions():
 
 @pytest.mark.parametrize(
     "expression",
-    ["height.real", "__import__('os')", "height ** 9", "[height]", "height if 1 else 2", "'a' * 9", "max()", "open(1)"]
-    + ["lambda: 1", "1.5", "depth", "height +", "height < width < 3", "(" * 300, -1, True, None, 2.0],
+    [
+        "height.real",
+        "__import__('os')",
+        "height ** 9",
+        "[height]",
+        "height if 1 else 2",
+        "'a' * 9",
+        "max()",
+        "open(1)",
+        "lambda: 1",
+        "1.5",
+        "depth",
+        "height +",
+        "height < width < 3",
+        "(" * 300,
+        -1,
+        True,
+        None,
+        2.0,
+    ],
 )
 def test_what_is_no_expression_of_sizes_is_refused(expression):
     with pytest.raises(ArtifactError, match=r"the size .* quantize again"):
@@ -97,9 +115,16 @@ def test_sizes_come_back_from_json():
 
 @pytest.mark.parametrize(
     "change",
-    [{"sizes": 3}, {"sizes": [{"name": "height"}]}, {"conditions": ["depth < 2"]}, {"conditions": [1.5]}]
-    + [{"fixed": {"a": 1}}, {"more": 0}, {"sizes": [HEIGHT.__dict__ | {"multiple": 0}]}]
-    + [{"sizes": [HEIGHT.__dict__ | {"name": "a b"}]}],
+    [
+        {"sizes": 3},
+        {"sizes": [{"name": "height"}]},
+        {"conditions": ["depth < 2"]},
+        {"conditions": [1.5]},
+        {"fixed": {"a": 1}},
+        {"more": 0},
+        {"sizes": [HEIGHT.__dict__ | {"multiple": 0}]},
+        {"sizes": [HEIGHT.__dict__ | {"name": "a b"}]},
+    ],
 )
 def test_sizes_that_cannot_be_read(change):
     with pytest.raises(ArtifactError, match="quantize again"):

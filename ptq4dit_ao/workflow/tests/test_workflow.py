@@ -20,8 +20,11 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from ptq4dit_ao.artifact import write_artifact
+from ptq4dit_ao.artifact.manifest import read_manifest
+from ptq4dit_ao.artifact.strict import dump_json
 from ptq4dit_ao.calibration import Sampling, SamplingPipeline
 from ptq4dit_ao.capture import export_transformer
+from ptq4dit_ao.capture.interface import random_inputs
 from ptq4dit_ao.core import sqnr_db
 from ptq4dit_ao.errors import ArgumentError, ArtifactError, CalibrationError, OverrideError
 from ptq4dit_ao.evaluation.bench.random_dit import randomize_
@@ -264,6 +267,22 @@ def test_everything_else_comes_back_too(apply, tmp_path):
     assert expected.pop("size") is None  # known once it is saved
     assert loaded.report == expected
     assert size.total_bytes == sum(path.stat().st_size for path in (tmp_path / "model").iterdir())
+
+
+def test_a_model_that_was_saved_before_sizes_were_free_is_read(apply, tmp_path):
+    model = apply(Recipe())
+    model.save(tmp_path / "model")
+    path = tmp_path / "model" / "manifest.json"
+    manifest = read_manifest(path)
+    del manifest.metadata["sizes"], manifest.metadata["report"]["inputs"]
+    for entry in manifest.input_signature:
+        entry["batched"] = entry.pop("sizes")[0] == "batch"
+    path.write_bytes(dump_json(manifest.to_json(), indent=1))
+    loaded = load_quantized(tmp_path / "model")
+    assert loaded.sizes.names == ("batch",) and loaded.report["inputs"] is None
+    assert [spec.shape for spec in loaded.inputs] == [spec.shape for spec in model.inputs]
+    inputs = random_inputs(loaded.inputs)
+    assert torch.equal(loaded.graph(*inputs), model.graph(*inputs))
 
 
 def test_loading_needs_neither_diffusers_nor_the_float_model(apply, tmp_path):
