@@ -35,6 +35,7 @@ from ptq4dit_ao import (
     distill,
     export_transformer,
     find_sites,
+    free_sizes,
     load_quantized,
     load_recipe,
     load_reference_classifier,
@@ -292,7 +293,7 @@ BAD: dict[str, list[Bad]] = {
         (
             lambda w: apply_recipe(w.graph, Recipe(), [w.batch(torch.zeros(4, 1, 4, 8))]),
             CalibrationError,
-            r"hidden_states of calibration batch 1 has shape \(4, 1, 4, 8\), and the graph was captured for \(N, 1, 8,",
+            r"hidden_states of calibration batch 1 has shape \(4, 1, 4, 8\), and the graph was captured for \(N, 1, hei",
         ),
         (
             lambda w: apply_recipe(w.graph, Recipe(), [w.batch(torch.zeros(4, 1, 8, 8).double())]),
@@ -451,12 +452,16 @@ BAD: dict[str, list[Bad]] = {
             "type is not a torch module; pass the float transformer",
         ),
         (lambda w: export_transformer(w.model().train(), w.batches[0]), ExportError, "training mode; call .eval()"),
-        (lambda w: export_transformer(w.float_model, ()), ExportError, r"have batch sizes \[\]; a dynamic batch needs"),
+        (lambda w: export_transformer(w.float_model, ()), ExportError, "inputs hold no tensor; give at least one"),
         (lambda w: export_transformer(w.float_model, {}), ExportError, "inputs hold no tensor; give at least one"),
         (lambda w: export_transformer(w.float_model, "ab"), ExportError, "inputs are a str; give a tuple of tensors"),
         (lambda w: export_transformer(w.float_model, w.batches[0][0]), ExportError, "are a Tensor; give a tuple of"),
         (lambda w: export_transformer(w.float_model, ([1], [2])), ExportError, "give a tuple of tensors in the order"),
-        (lambda w: export_transformer(w.float_model, tuple(x[:1] for x in w.batches[0])), ExportError, "of at least 2"),
+        (
+            lambda w: export_transformer(w.float_model, tuple(x[:1] for x in w.batches[0])),
+            ExportError,
+            "at least 2 rows",
+        ),
         (
             lambda w: export_transformer(w.float_model, w.filled(float("nan"))),
             ExportError,
@@ -485,6 +490,10 @@ BAD: dict[str, list[Bad]] = {
         (lambda w: find_sites(w.float_model), ArgumentError, GRAPH),
         (lambda w: find_sites(w.graph, ["no"]), ArgumentError, "only has 'no', which is no linear node of the graph"),
         (lambda w: find_sites(w.graph, policy="x"), ArgumentError, r"policy is 'x' \(str\); give a SitePolicy"),
+    ],
+    "free_sizes": [
+        (lambda w: free_sizes(None), ArgumentError, f"graph_module {NOTHING} a graph of export_transformer"),
+        (lambda w: free_sizes(w.float_model), ArgumentError, GRAPH),
     ],
     "load_quantized": [
         (lambda w: load_quantized("no"), ArtifactError, "there is no folder no; check the path"),

@@ -46,7 +46,7 @@ _NAMES: dict[str, Any] = {
     "round": round,
     "__builtins__": {},
 }
-"""What the source of a guard may use."""
+"""Names that the source of a guard may use."""
 
 
 @dataclass(frozen=True)

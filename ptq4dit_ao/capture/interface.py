@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from ptq4dit_ao.capture.signature import CallSignature
 from ptq4dit_ao.capture.sizes import Expression, FreeSize, FreeSizes, check_expression, evaluate, names_in
-from ptq4dit_ao.errors import ArgumentError, ArtifactError, CalibrationError, PTQ4DiTError
+from ptq4dit_ao.errors import ArgumentError, ArtifactError, CalibrationError, PTQ4DiTError, check_type
 from ptq4dit_ao.graph.names import placeholders
 from ptq4dit_ao.graph.shapes import INPUT, example_shape, symbolic_axes, tensor_of
 
@@ -118,6 +118,7 @@ def free_sizes(graph_module: GraphModule) -> FreeSizes:
 
     For a graph that :func:`~ptq4dit_ao.export_transformer` did not make, only their names and examples are known.
     """
+    check_type("graph_module", graph_module, GraphModule, "a graph of export_transformer, or one that was made of it")
     nodes = placeholders(graph_module)
     known = nodes[0].meta.get(_SIZES) if nodes else None
     if known is not None:

@@ -97,9 +97,12 @@ def patch_embed(module: Any) -> Attributes:
         base, scale = module.base_size, module.interpolation_scale
         row = torch.arange(rows, device=device, dtype=torch.float32) / (number(rows, device) / base) / scale
         column = torch.arange(columns, device=device, dtype=torch.float32) / (number(columns, device) / base) / scale
-        places = torch.stack([place.flatten() for place in torch.meshgrid(column, row, indexing="xy")])
-        table = original(module, "get_2d_sincos_pos_embed_from_grid")(module.pos_embed.shape[-1], places)
-        return table.float().unsqueeze(0)  # type: ignore[no-any-return]
+        quarter = module.pos_embed.shape[-1] // 4
+        frequencies = 1.0 / 10000 ** (torch.arange(quarter, device=device, dtype=torch.float64) / quarter)
+        # Products of two axes and not torch.outer, which runtimes take for a matrix product.
+        angles = [place.reshape(-1, 1) * frequencies for place in torch.meshgrid(column, row, indexing="xy")]
+        table = torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1)
+        return table.float().unsqueeze(0)
 
     if not _is_recomputed(module.pos_embed, lambda device: positions(*own, device)):
         return {}

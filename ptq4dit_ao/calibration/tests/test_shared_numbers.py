@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 from ptq4dit_ao.calibration import CalibrationSamples, NormalTimesteps, collect_from_pipeline
-from ptq4dit_ao.calibration.samples import FORMAT, join_calls
+from ptq4dit_ao.calibration.joining import RecordedCall, join_calls
+from ptq4dit_ao.calibration.samples import FORMAT
 from ptq4dit_ao.capture import export_transformer
 from ptq4dit_ao.capture.interface import free_sizes
 from ptq4dit_ao.capture.signature import flatten_call
-from ptq4dit_ao.errors import CalibrationError
 
 
 class Sized(nn.Module):
@@ -27,7 +26,7 @@ def called(height: int, width: int) -> dict[str, Any]:
 
 
 def recorded(*calls: dict[str, Any]) -> CalibrationSamples:
-    return join_calls([flatten_call(Sized(), call) for call in calls])
+    return join_calls([RecordedCall(0.0, 0, *flatten_call(Sized(), call)) for call in calls])
 
 
 def test_numbers_are_shared_whatever_their_length():
@@ -44,9 +43,9 @@ def test_numbers_given_as_inputs_become_shared():
     assert list(samples.inputs) == ["tokens"] and list(samples.shared) == ["height", "width"]
 
 
-def test_calls_of_two_sizes_are_not_joined():
-    with pytest.raises(CalibrationError, match=r"the size 'height' is \[4, 6\] in different calls; record calls that"):
-        recorded(called(4, 6), called(6, 4))
+def test_calls_of_two_sizes_become_groups():
+    samples = recorded(called(4, 6), called(6, 4))
+    assert [len(group.shared["height"]) for group in samples.groups] == [4, 6]
 
 
 def test_samples_come_back_from_disk(tmp_path):

@@ -20,13 +20,13 @@ from ptq4dit_ao.graph.shapes import (
     embed_ids,
     example_shape,
     example_size,
-    fixed_size,
     hint,
     normalize_axis,
     part_sizes,
     prime_of,
     reshape_ids,
     shape_of,
+    size_per_sample,
     symbolic_axes,
     take_axis,
     tensor_of,
@@ -186,7 +186,7 @@ def test_symbolic_sizes_are_stood_for_by_a_prime(nodes):
     size = next(node for node in nodes.values() if node.target is torch.ops.aten.sym_size.int)
     assert hint(size) == batch
     assert hint(7) == 7
-    assert fixed_size(nodes["x"]) == 4
+    assert size_per_sample(nodes["x"]) == 4
 
 
 def test_a_size_made_of_a_symbolic_one_is_made_of_its_prime(nodes):

@@ -101,9 +101,9 @@ def test_a_result_outlives_the_next_call(head, head_inputs):
     assert torch.equal(first, kept)
 
 
-def test_only_the_batch_may_change(head, head_inputs):
+def test_only_free_sizes_may_change(head, head_inputs):
     x, t, unused = head_inputs
-    with pytest.raises(ArgumentError, match=r"input 0 is torch.float32 \(4, 5, 3, 8\); .* \(4, 3, 5, 8\)"):
+    with pytest.raises(ArgumentError, match=r"input 0 is torch.float32 \(4, 5, 3, 8\); .* \(4, 3, 's\d+', 8\)"):
         lower(head, "openvino")(x.transpose(1, 2), t, unused)
 
 
@@ -243,7 +243,7 @@ def test_quantized_attention_is_multiplied_with_integers(quantized, bits, caplog
     lowered = lower(converted, "openvino")
     assert lowered.proof.integer_gemms == LINEARS
     assert sum(lowered.proof.attention_kernels.values()) == lowered.proof.attention == 4
-    assert "attention: 4/4 matmuls with integers (Subgraph " in str(lowered.proof)
+    assert "attention: 4/4 matmuls with integers (" in str(lowered.proof)
     assert "attention" not in caplog.text
     expected, actual = (torch.cat([run(*batch_of(rows)) for rows in (4, 7)]) for run in (converted, lowered))
     assert sqnr_db(expected, actual) > 40  # a value on the edge between two steps may fall to the other side

@@ -260,9 +260,10 @@ def test_forgetting_the_bias_of_one_plus_scale_would_be_caught():
 @pytest.mark.parametrize("name", ["facebook", "diffusers"])
 def test_in_float32_the_fold_costs_no_precision(name):
     """Aggregated over draws: twice the error of the float32 model is allowed."""
-    wide_model, sites = _exported(name)
+    wide_model, _ = _exported(name)
     narrow = copy.deepcopy(model_of(name)).float()
     unfolded = export_transformer(narrow, sample(2, dtype=torch.float32))
+    sites = find_sites(unfolded)
     folded_error, own_error = [], []
     for seed in range(8):
         latents, *rest = sample(4, seed=seed)

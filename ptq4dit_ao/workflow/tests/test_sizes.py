@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 from ptq4dit_ao import apply_recipe
 from ptq4dit_ao.calibration import CalibrationSamples
-from ptq4dit_ao.capture import export_transformer
+from ptq4dit_ao.capture import export_transformer, free_sizes
 from ptq4dit_ao.capture.interface import batches_by_size
 from ptq4dit_ao.capture.signature import flatten_call
 from ptq4dit_ao.errors import CalibrationError
@@ -158,19 +159,30 @@ def test_a_graph_of_one_size_refuses_the_other_before_the_work(both):
     assert not seen
 
 
-def test_another_example_is_tried_where_the_first_fixes_a_size():
-    """PixArt takes the size that it was made for, 8, by a branch of its own."""
+class Square(nn.Module):
+    """It takes square images another way than others, so that no graph takes both."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states * 2 if hidden_states.shape[2] == hidden_states.shape[3] else hidden_states * 3
+
+
+def test_sizes_that_no_graph_takes_together_are_refused():
+    square, wide = (CalibrationSamples({"hidden_states": torch.randn(4, 3, *size)}) for size in ((8, 8), (8, 12)))
+    with pytest.raises(CalibrationError, match=r"of calibration size 2 of 2 has shape \(2, 3, 8, 12\)"):
+        export_for(Square().eval(), CalibrationSamples.joined([square, wide]))
+    for alone in (square, wide):
+        assert "height" in free_sizes(export_for(Square().eval(), alone)).names
+
+
+def test_pixart_takes_its_own_size_and_others():
     model = FAMILIES["pixart_sigma"].model()
-    wide, other = (samples(size, 4, family="pixart_sigma") for size in ((12, 16), (16, 16)))
-    for parts in ([wide, other], [other, wide]):
-        joined = CalibrationSamples.joined(parts)
-        graph = export_for(model, joined)
-        for batch in joined.batches(2):
-            expected = model(**joined.signature.bind(batch)).sample
-            torch.testing.assert_close(graph(*batch), expected, rtol=1e-4, atol=1e-4)
-    never = CalibrationSamples.joined([samples((8, 12), 4, family="pixart_sigma"), other])
-    with pytest.raises(CalibrationError, match=r"of calibration size 2 of 2 has shape \(2, 4, 16, 16\)"):
-        export_for(model, never)
+    joined = CalibrationSamples.joined(
+        [samples(size, 4, family="pixart_sigma") for size in ((8, 8), (12, 16), (16, 16))]
+    )
+    graph = export_for(model, joined)
+    for batch in joined.batches(2):
+        expected = model(**joined.signature.bind(batch)).sample
+        torch.testing.assert_close(graph(*batch), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_prepared_graph_is_rounded_on_batches_of_both_sizes(exported, both):
