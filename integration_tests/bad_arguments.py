@@ -293,7 +293,7 @@ BAD: dict[str, list[Bad]] = {
         (
             lambda w: apply_recipe(w.graph, Recipe(), [w.batch(torch.zeros(4, 1, 4, 8))]),
             CalibrationError,
-            r"hidden_states of calibration batch 1 has shape \(4, 1, 4, 8\), and the graph was captured for \(N, 1, hei",
+            r"hidden_states of calibration batch 1 has shape \(4, 1, 4, 8\), and the graph was captured for \(N, 1, he",
         ),
         (
             lambda w: apply_recipe(w.graph, Recipe(), [w.batch(torch.zeros(4, 1, 8, 8).double())]),
