@@ -41,7 +41,8 @@ to the last bit.
 
 * **free**: sizes that may differ from call to call, with their bounds and divisors. A graph's own are printed by
   `ptq4dit-ao inspect`, and `free_sizes(graph)` has them.
-* **error**: at smaller and at larger sizes, all free sizes changed together; float32.
+* **error**: at smaller and at larger sizes, all free sizes changed together; float32. A dash: the module itself fails
+  on the example's values repeated to that size.
 
 | family | free | error, smaller / larger |
 |---|---|---|
@@ -74,21 +75,30 @@ def survey(family: Family) -> dict[str, Any]:
     row |= {"free": list(map(str, sizes.sizes)), "conditions": list(sizes.conditions), "fixed": dict(sizes.fixed)}
     row["names"] = list(sizes.names)
 
-    def error(values: Mapping[str, int]) -> float:
+    def error(values: Mapping[str, int]) -> float | None:
         example = inputs_of(model, family, 3, 5)
         inputs = [resized(x, spec, values) for x, spec in zip(example, specs, strict=True)]
-        expected, got = flat(call_like(graph, model, inputs)), flat(graph(*inputs))
+        try:
+            expected = flat(call_like(graph, model, inputs))
+        except Exception:  # repeated values, such as a mask of places, that the module does not take together
+            return None
+        got = flat(graph(*inputs))
         return float((got - expected).abs().max() / expected.abs().max())
 
     row["errors"] = [error(sizes.other()[0]), error(larger(sizes))]
     return row
 
 
+def shown(error: float | None) -> str:
+    """An error, or a dash where the module itself fails."""
+    return "-" if error is None else f"{error:.0e}"
+
+
 def table(rows: list[dict[str, Any]], about: Mapping[str, object]) -> str:
     """The page, as Markdown."""
     good = [row for row in rows if "error" not in row]
     free = [row for row in good if set(row["names"]) - {"batch"}]
-    errors = [max(row["errors"]) for row in good]
+    errors = [max(error for error in row["errors"] if error is not None) for row in good]
     lines = [
         HEAD.format(
             versions=", ".join(f"{key} {value}" for key, value in about.items()),
@@ -100,7 +110,7 @@ def table(rows: list[dict[str, Any]], about: Mapping[str, object]) -> str:
     ]
     for row in good:
         said = "; ".join([*row["free"], *(f"where `{condition}`" for condition in row["conditions"])]) or "none"
-        lines.append(f"| {row['name']} | {said} | {' / '.join(f'{error:.0e}' for error in row['errors'])} |")
+        lines.append(f"| {row['name']} | {said} | {' / '.join(map(shown, row['errors']))} |")
     lines += ["", "## Fixed, and why", ""]
     for row in good:
         lines += [f"* {row['name']}: {axis}: {reason}" for axis, reason in row["fixed"].items()]
