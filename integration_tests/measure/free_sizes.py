@@ -29,6 +29,9 @@ from ptq4dit_ao.capture.interface import input_specs, resized
 from ptq4dit_ao.capture.sizes import FreeSizes
 from ptq4dit_ao.testing.zoo import FAMILIES, Family, iter_families
 
+PADDED = ("encoder_attention_mask", "encoder_attention_mask_2", "encoder_mask", "text_embedding_mask")
+"""Masks of the words of a text."""
+
 HEAD = """\
 # Sizes that are free
 
@@ -78,6 +81,7 @@ def survey(family: Family) -> dict[str, Any]:
     def error(values: Mapping[str, int]) -> float | None:
         example = inputs_of(model, family, 3, 5)
         inputs = [resized(x, spec, values) for x, spec in zip(example, specs, strict=True)]
+        inputs = [with_padding_last(x) if spec.name in PADDED else x for x, spec in zip(inputs, specs, strict=True)]
         try:
             expected = flat(call_like(graph, model, inputs))
         except Exception:  # repeated values, such as a mask of places, that the module does not take together
@@ -87,6 +91,11 @@ def survey(family: Family) -> dict[str, Any]:
 
     row["errors"] = [error(sizes.other()[0]), error(larger(sizes))]
     return row
+
+
+def with_padding_last(mask: torch.Tensor) -> torch.Tensor:
+    """A mask of words with its padding at the end, where tokenizers put it; repeating a mask has put some inside."""
+    return mask.sort(dim=-1, descending=True).values
 
 
 def shown(error: float | None) -> str:
