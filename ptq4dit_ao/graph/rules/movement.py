@@ -36,7 +36,6 @@ from ptq4dit_ao.graph.variables import Ids
     aten.clone.default,
     aten.alias.default,
     aten.detach.default,
-    aten.detach_.default,
     aten.lift_fresh_copy.default,
 )
 def copy(p: Propagation, node: Node) -> None:

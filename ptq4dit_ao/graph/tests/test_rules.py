@@ -137,7 +137,6 @@ CASES: dict[object, list[tuple[Body, int]]] = {
     aten.clone.default: [(through(lambda h: h.clone()), C)],
     aten.alias.default: [(through(aten.alias), C)],
     aten.detach.default: [(through(aten.detach), C)],
-    aten.detach_.default: [(through(lambda h: aten.detach_(h.clone())), C)],
     aten.view.default: [
         (through(lambda h: h.view(-1, T, HEADS, D).view(-1, T, C)), C),
         (through(lambda h: h.view(-1, T * C).view(-1, T, C)), C),
@@ -615,7 +614,7 @@ REFUSALS: dict[str, tuple[Body, str]] = {
         f"sum {COMMUTE}",
     ),
     "integers": (through(lambda h: h.to(torch.int64).to(torch.float64)), "torch.int64"),
-    "in place": (through(lambda h: h.clone().exp_()), f"exp_ {COMMUTE}"),
+    "in place": (through(lambda h: h.view_as(h).exp_()), f"exp_ {COMMUTE}"),
     "written through a view": (through(lambda h: _written(h.clone())), f"fill_ {COMMUTE}"),
     "an op with several results": (lambda m, x: m.out(m.wide2(x).topk(C, -1).values), rf"topk\S* {COMMUTE}"),
     "ones like a scaled tensor": (through(lambda h: h + torch.ones_like(h)), "ones_like"),
