@@ -77,6 +77,12 @@ def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ArgumentError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
 
 
+def first_line(error: Exception) -> str:
+    """The type of an exception and the first line of its text."""
+    lines = str(error).strip().splitlines()  # empty for a bare assert
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
 def renamed(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make a decorator that refuses keyword arguments of an earlier version, given as old name = new name.
 

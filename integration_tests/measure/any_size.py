@@ -15,7 +15,7 @@ import argparse
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,8 @@ def chosen_sizes(sizes: FreeSizes) -> list[dict[str, int]]:
     return [sizes.example, sizes.other()[0], larger]
 
 
-def measure(name: str, backends: list[str]) -> list[list[str]]:
-    """The rows of one family."""
+def measure(name: str, backends: Sequence[str], console: Console) -> Iterator[list[str]]:
+    """The rows of one family, each as soon as it is measured."""
     family = FAMILIES[name]
     model = family.model()
     graph = export_transformer(model, family.inputs(2))
@@ -75,15 +75,15 @@ def measure(name: str, backends: list[str]) -> list[list[str]]:
     recipe = Recipe(layers="paper", balance=Balance(method=method))
     samples = [tuple(inputs(values, seed)) for seed in range(2) for values in (example, smaller)]
     quantized = apply_recipe(graph, recipe, samples)
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         quantized.save(folder)
         for backend in backends:
+            console.print(f"{name} on {backend}")
             start = time.perf_counter()
             try:
                 lowered = load_quantized(folder).lower(backend)
             except PTQ4DiTError as error:
-                rows.append([name, backend, str(error).splitlines()[0][:160], "", "", "", "", ""])
+                yield [name, backend, str(error).splitlines()[0][:160], "", "", "", "", ""]
                 continue
             built = time.perf_counter() - start
             transformer = as_diffusers_transformer(lowered)
@@ -95,19 +95,16 @@ def measure(name: str, backends: list[str]) -> list[list[str]]:
                     found = transformer(**signature.bind(tensors), return_dict=False)[0]
                     times.append(time.perf_counter() - start)
                 parity = sqnr_db(first(quantized.graph(*tensors)), found)
-                rows.append(
-                    [
-                        name,
-                        backend,
-                        f"{built:.1f}",
-                        ", ".join(f"{key} {value}" for key, value in values.items()),
-                        f"{min(parity, 200.0):.0f}",
-                        kernels(lowered, backend, tensors),
-                        f"{times[0]:.2f}",
-                        f"{1000 * min(times[1:]):.1f}",
-                    ]
-                )
-    return rows
+                yield [
+                    name,
+                    backend,
+                    f"{built:.1f}",
+                    ", ".join(f"{key} {value}" for key, value in values.items()),
+                    f"{min(parity, 200.0):.0f}",
+                    kernels(lowered, backend, tensors),
+                    f"{times[0]:.2f}",
+                    f"{1000 * min(times[1:]):.1f}",
+                ]
 
 
 def first(outputs: Any) -> Tensor:
@@ -145,9 +142,8 @@ def main() -> None:
     rows: list[str] = []
     args.output.parent.mkdir(parents=True, exist_ok=True)
     for name in args.families:
-        for backend in args.backends:
-            console.print(f"{name} on {backend}")
-            rows += [f"| {' | '.join(row)} |" for row in measure(name, [backend])]
+        for row in measure(name, args.backends, console):
+            rows.append(f"| {' | '.join(row)} |")
             replace_text(args.output, "\n".join([*head, *rows, ""]))
 
 

@@ -24,7 +24,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -293,31 +293,59 @@ def main() -> None:
     parser.add_argument("--others", nargs="*", default=list(OTHERS), help="default: %(default)s")
     parser.add_argument("families", nargs="*", help="default: all")
     args = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    chosen = [FAMILIES[name] for name in args.families] or list(iter_families())
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    stored = args.output.with_suffix(".json")
     about: dict[str, object] = {name: version(name) for name in ("torch", "torchao", "diffusers")}
     about |= {"machine": platform.machine(), "backend": args.backend}
+    write_pages(
+        args.output,
+        args.families,
+        lambda family: survey(family, args.backend, args.others),
+        table,
+        about,
+        lambda row: done(row, args.others),
+    )
+
+
+def write_pages(
+    output: Path,
+    named: Sequence[str],
+    survey: Callable[[Family], dict[str, Any]],
+    table: Callable[[list[dict[str, Any]], dict[str, object]], str],
+    about: dict[str, object],
+    done: Callable[[dict[str, Any]], bool] = lambda row: True,
+) -> None:
+    """Survey families one at a time, and write the page and the JSON file beside it after each.
+
+    Args:
+        output: the page; what its JSON file holds is not measured again.
+        named: names of families that are measured in any case; all families that are not done, if empty.
+        survey: measures one family.
+        table: makes the page of all rows.
+        about: versions and settings, for the page and the file.
+        done: whether a row of the file is complete.
+    """
+    warnings.filterwarnings("ignore")
+    chosen = [FAMILIES[name] for name in named] or list(iter_families())
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    output.parent.mkdir(parents=True, exist_ok=True)
+    stored = output.with_suffix(".json")
     known = {row["name"]: row for row in json.loads(stored.read_text())["families"]} if stored.exists() else {}
     with Progress(*columns, TextColumn("eta"), TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task("", total=len(chosen))
         for family in chosen:
             progress.update(task, description=family.name)
-            if family.name in args.families or not done(known.get(family.name), args.others):
-                known[family.name] = survey(family, args.backend, args.others)
+            if family.name in named or family.name not in known or not done(known[family.name]):
+                known[family.name] = survey(family)
                 rows = [known[other.name] for other in iter_families() if other.name in known]
-                replace_text(args.output, table(rows, about))
+                replace_text(output, table(rows, about))
                 replace_text(stored, json.dumps({"families": rows, **about}, indent=1) + "\n")
             progress.advance(task)
-    console.print(f"{len(known)} families in {args.output}")
+    console.print(f"{len(known)} families in {output}")
 
 
-def done(row: dict[str, Any] | None, others: Sequence[str]) -> bool:
+def done(row: dict[str, Any], others: Sequence[str]) -> bool:
     """Was this family measured on these backends, or found not to be captured?"""
-    return row is not None and ("error" in row or set(others) <= set(row.get("backends", ())))
+    return "error" in row or set(others) <= set(row.get("backends", ()))
 
 
 if __name__ == "__main__":

@@ -10,24 +10,19 @@ of the example, at smaller ones and at larger ones, all free sizes changed toget
 from __future__ import annotations
 
 import argparse
-import json
-import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from families import flat, inputs_of
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from families import flat, inputs_of, write_pages
 
 from ptq4dit_ao import PTQ4DiTError, export_transformer, free_sizes
-from ptq4dit_ao._files import replace_text
 from ptq4dit_ao.capture.export import call_like
 from ptq4dit_ao.capture.interface import input_specs, resized
 from ptq4dit_ao.capture.sizes import FreeSizes
-from ptq4dit_ao.testing.zoo import FAMILIES, Family, iter_families
+from ptq4dit_ao.testing.zoo import Family
 
 PADDED = ("encoder_attention_mask", "encoder_attention_mask_2", "encoder_mask", "text_embedding_mask")
 """Masks of the words of a text."""
@@ -103,7 +98,7 @@ def shown(error: float | None) -> str:
     return "-" if error is None else f"{error:.0e}"
 
 
-def table(rows: list[dict[str, Any]], about: Mapping[str, object]) -> str:
+def table(rows: list[dict[str, Any]], about: dict[str, object]) -> str:
     """The page, as Markdown."""
     good = [row for row in rows if "error" not in row]
     free = [row for row in good if set(row["names"]) - {"batch"}]
@@ -132,25 +127,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("sizes.md"))
     parser.add_argument("families", nargs="*", help="default: all")
     args = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    chosen = [FAMILIES[name] for name in args.families] or list(iter_families())
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    stored = args.output.with_suffix(".json")
-    about = {name: version(name) for name in ("torch", "diffusers")}
-    known = {row["name"]: row for row in json.loads(stored.read_text())["families"]} if stored.exists() else {}
-    with Progress(*columns, TextColumn("eta"), TimeRemainingColumn(), console=console) as progress:
-        task = progress.add_task("", total=len(chosen))
-        for family in chosen:
-            progress.update(task, description=family.name)
-            if family.name in args.families or family.name not in known:
-                known[family.name] = survey(family)
-                rows = [known[other.name] for other in iter_families() if other.name in known]
-                replace_text(args.output, table(rows, about))
-                replace_text(stored, json.dumps({"families": rows, **about}, indent=1) + "\n")
-            progress.advance(task)
-    console.print(f"{len(known)} families in {args.output}")
+    about: dict[str, object] = {name: version(name) for name in ("torch", "diffusers")}
+    write_pages(args.output, args.families, survey, table, about)
 
 
 if __name__ == "__main__":

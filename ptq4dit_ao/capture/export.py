@@ -18,9 +18,9 @@ from ptq4dit_ao.capture.in_place import write_out_in_place
 from ptq4dit_ao.capture.interface import CapturedModule, free_sizes
 from ptq4dit_ao.capture.regions import write_out_regions
 from ptq4dit_ao.capture.signature import CallSignature, TensorName
-from ptq4dit_ao.capture.tracing import Tracing, difference, first_line
+from ptq4dit_ao.capture.tracing import Tracing, difference
 from ptq4dit_ao.choices import AXIS_KINDS, AxisKind
-from ptq4dit_ao.errors import ArgumentError, ExportError
+from ptq4dit_ao.errors import ArgumentError, ExportError, first_line
 from ptq4dit_ao.graph.constants import fold_constant_weights
 
 _SIGNATURE, _MODULE = "ptq4dit_signature", "ptq4dit_module"

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from ptq4dit_ao.capture.signature import CallSignature
 from ptq4dit_ao.capture.sizes import Expression, FreeSize, FreeSizes, check_expression, evaluate, names_in
-from ptq4dit_ao.errors import ArgumentError, ArtifactError, CalibrationError, PTQ4DiTError, check_type
+from ptq4dit_ao.errors import ArgumentError, ArtifactError, CalibrationError, PTQ4DiTError, check_type, first_line
 from ptq4dit_ao.graph.names import placeholders
 from ptq4dit_ao.graph.shapes import INPUT, example_shape, symbolic_axes, tensor_of
 
@@ -280,10 +280,8 @@ def cannot_run(what: str, error: Exception) -> CalibrationError:
     """The exception for a graph that fails on a batch of the right shapes; an out-of-memory error is raised itself."""
     if isinstance(error, torch.OutOfMemoryError):
         raise error
-    lines = str(error).strip().splitlines()
     return CalibrationError(
-        f"the model cannot run on {what}: {type(error).__name__}: {lines[0] if lines else ''}; check the types and "
-        "values of its inputs"
+        f"the model cannot run on {what}: {first_line(error)}; check the types and values of its inputs"
     )
 
 

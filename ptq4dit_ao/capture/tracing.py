@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,9 +18,8 @@ from ptq4dit_ao.capture.interface import BATCH, InputSpec, resized, set_interfac
 from ptq4dit_ao.capture.patches import exportable
 from ptq4dit_ao.capture.sizes import Expression, FreeSizes, names_in
 from ptq4dit_ao.choices import AXIS_KINDS, AxisKind
+from ptq4dit_ao.errors import first_line
 from ptq4dit_ao.graph.names import placeholders
-
-logger = logging.getLogger(__name__)
 
 Axis = tuple[str, int]
 """Name of an input, and an axis of it."""
@@ -241,9 +239,3 @@ def difference(expected: Any, got: Any) -> str | None:
         if not error <= tolerance:
             return f"output {i} differs by {error:.2g} of its size"
     return None
-
-
-def first_line(error: Exception) -> str:
-    """The type of an exception and the first line of its text."""
-    lines = str(error).strip().splitlines()  # empty for a bare assert
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"

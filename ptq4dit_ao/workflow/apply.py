@@ -182,10 +182,10 @@ def convert(
     clock, device = Stopwatch(), device_of(model)
     if isinstance(model, GraphModule):
         exported = model
+        if recorded is not None and len(recorded.groups) > 1 and (problem := first_refused(exported, recorded)[1]):
+            raise problem  # before the work
     else:
         exported = export_transformer(model, _on(device, first)) if recorded is None else export_for(model, recorded)
-    if recorded is not None and len(recorded.groups) > 1 and (problem := first_refused(exported, recorded)[1]):
-        raise problem  # before the work
     captured = captured_module(exported)
     choice = None
     if recipe.weights.bits == "auto":

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ptq4dit_ao._progress import OnStage, ignore, of_stage
 from ptq4dit_ao._version import installed_version
+from ptq4dit_ao.errors import first_line
 from ptq4dit_ao.evaluation.bench.peers import (
     PEERS,
     Contender,
@@ -198,8 +199,7 @@ def _start(
         paired = paired_error(lambda *_: expected, lambda *_: output, [model.batches[0]], timestep_index=None)
     except Exception as error:  # any error of any package, because one failure must not end the others
         logger.info("%s failed", name, exc_info=True)
-        lines = str(error).strip().splitlines()
-        return Row(name=name, problem=f"{type(error).__name__}: {lines[0] if lines else ''}"), None
+        return Row(name=name, problem=first_line(error)), None
     growth = None if before is None or after is None else after - before
     row = Row(
         name=name,
