@@ -25,7 +25,7 @@ class Blocks(nn.Module):
         for embed, mix in zip(self.embed, self.mix, strict=True):
             h = nn.functional.silu(embed(t[:, None].expand(-1, 32) / 1000))
             if self.writes:
-                h = h.clone().add_(1)
+                h = h.clone()[:].add_(1)  # into a view, which another reader could see
             x = x + mix(x + h[:, None])
         return x
 
