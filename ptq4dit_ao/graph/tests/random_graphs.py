@@ -2,26 +2,28 @@
 
 A program is a list of steps, each an op and a few numbers that choose its operands and sizes; a step that fits no
 tensor at hand does nothing, so every list is a program and hypothesis can shrink it. Axis 0 is the batch wherever a
-tensor has one.
+tensor has one. The operands are chosen in a first call, so that later calls take the same at any size: the number of
+tokens and the length of the text are free unless a layer depends on them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-C, T = 8, 3
+C, T, TEXT = 8, 3, 5
 MAX_SIZE = 600
 """Elements per sample; larger results are dropped."""
 
 Step = tuple[str, tuple[int, ...]]
 Made = TypeVar("Made", nn.Module, Tensor)
+Choice = TypeVar("Choice")
 
 
 @dataclass
@@ -43,24 +45,36 @@ class SkipError(Exception):
 class Run:
     """One pass over a program: the tensors made so far, and the numbers of the current step."""
 
-    def __init__(self, net: RandomNet, x: Tensor, c: Tensor) -> None:
+    def __init__(self, net: RandomNet, x: Tensor, c: Tensor, text: Tensor) -> None:
         self.net, self.x = net, x
-        self.pool = [Item(x), Item(c)]
+        self.pool = [Item(text), Item(x), Item(c)]
         self.linears: list[nn.Linear] = []
         self.count = 0
         self.numbers: Iterator[int] = iter(())
+        self.earlier: Iterator[Any] | None = iter(net.choices) if net.choices else None
+
+    def chosen(self, choose: Callable[[], Choice]) -> Choice:
+        """What ``choose`` gave at this place of the program in the first call."""
+        if self.earlier is not None:
+            return next(self.earlier)
+        self.net.choices.append(choose())
+        return self.net.choices[-1]
 
     def pick(self, n: int) -> int:
         return next(self.numbers, 0) % n
 
     def take(self, fits: Callable[[Item], bool] = lambda item: True) -> Item:
         """A tensor with a batch, of late ones sooner."""
-        found = [item for item in reversed(self.pool) if item.batched and fits(item)]
-        if not found:
+        number = next(self.numbers, 0)
+
+        def choose() -> int | None:
+            found = [i for i, item in reversed(list(enumerate(self.pool))) if item.batched and fits(item)]
+            return found[number % len(found)] if found else None
+
+        if (place := self.chosen(choose)) is None:
             raise SkipError
-        item = found[self.pick(len(found))]
-        item.used = True
-        return item
+        self.pool[place].used = True
+        return self.pool[place]
 
     def one_of(self, *makers: Callable[[], Tensor]) -> Tensor:
         return makers[self.pick(len(makers))]()
@@ -94,19 +108,23 @@ class Run:
 
 
 class RandomNet(nn.Module):
-    """Runs a program on tokens (N, T, C) and a condition (N, C); loose ends go through a linear each."""
+    """Runs a program on tokens (N, T, C), a condition (N, C) and text (N, TEXT, C).
+
+    Loose ends go through a linear each.
+    """
 
     def __init__(self, program: list[Step]) -> None:
         super().__init__()
         self.program = program
         self.blocks = nn.ModuleList(nn.Module() for _ in range(8))
+        self.choices: list[Any] = []
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(0)
             self(*inputs(2))
         self.eval()
 
-    def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-        run = Run(self, x, c)
+    def forward(self, x: Tensor, c: Tensor, text: Tensor) -> tuple[Tensor, ...]:
+        run = Run(self, x, c, text)
         for name, numbers in self.program:
             run.numbers = iter(numbers)
             try:
@@ -115,16 +133,16 @@ class RandomNet(nn.Module):
                 continue
             for result in [results] if isinstance(results, Tensor) else results:
                 item = Item(result)
-                if torch.Size(item.sizes).numel() <= MAX_SIZE:
+                if run.chosen(lambda item=item: torch.Size(item.sizes).numel() <= MAX_SIZE):
                     run.pool.append(item)
         loose = [item.tensor for item in run.pool if item.batched and not item.used and item.tensor.dim() > 1]
         return tuple(run.linear(h, 2) for h in loose) or (run.linear(x, 2),)
 
 
-def inputs(batch: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def inputs(batch: int = 2, seed: int = 0, *, tokens: int = T, text: int = TEXT) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
-    x, c = (torch.randn(batch, *shape, generator=generator, dtype=torch.float64) for shape in ((T, C), (C,)))
-    return x, c
+    shapes = ((tokens, C), (C,), (text, C))
+    return tuple(torch.randn(batch, *shape, generator=generator, dtype=torch.float64) for shape in shapes)
 
 
 def programs(max_size: int = 12) -> st.SearchStrategy[list[Step]]:

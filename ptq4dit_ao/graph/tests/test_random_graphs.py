@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import random
 from collections import Counter
+from collections.abc import Collection
 
 import pytest
 import torch
@@ -12,8 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves
 
 from ptq4dit_ao.capture import export_transformer
+from ptq4dit_ao.capture.interface import free_sizes
+from ptq4dit_ao.capture.sizes import FreeSizes
+from ptq4dit_ao.choices import AxisKind
 from ptq4dit_ao.errors import BalanceError, ExportError
 from ptq4dit_ao.graph import Site, SitePolicy, find_sites
 from ptq4dit_ao.graph.tests.random_graphs import RandomNet, Step, inputs, programs
@@ -34,6 +40,13 @@ POLICIES = {
 
 Scales = dict[str, Tensor]
 """First consumer -> b, (num_variables,)."""
+
+Dynamic = Collection[AxisKind] | None
+DYNAMIC: tuple[Dynamic, ...] = ((), (), ("batch",), None)
+"""Sizes that the export leaves free, as often as each is tried; None for batch, tokens and text."""
+
+DRAWN, TRIED = 20, 3
+"""Sizes drawn at random, and those of them that a graph is tried at."""
 
 
 def random_scales(sites: list[Site]) -> Scales:
@@ -69,52 +82,66 @@ def error(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
     )
 
 
-def check(graph: GraphModule, sites: list[Site], form: str, sample: tuple[Tensor, ...]) -> None:
+def check(graph: GraphModule, sites: list[Site], form: str, samples: list[tuple[Tensor, ...]]) -> None:
     """Fold, compare, undo, compare the parameters."""
-    expected = graph(*sample)
+    expected = [graph(*sample) for sample in samples]
     model, scales = copy.deepcopy(graph), random_scales(sites)
     fold(model, sites, scales, form)
-    assert error(model(*sample), expected) <= TOLERANCE
+    assert max(error(model(*sample), one) for sample, one in zip(samples, expected, strict=True)) <= TOLERANCE
     if form == "constant":  # the other one subtracts, and undoes to the digits that are left
         fold(model, sites, {name: 1 / b for name, b in scales.items()}, form)
-        assert error(model(*sample), expected) <= TOLERANCE
+        assert max(error(model(*sample), one) for sample, one in zip(samples, expected, strict=True)) <= TOLERANCE
         tensors = dict(model.named_parameters())
         for name, value in graph.named_parameters():
             assert tensors[name].shape == value.shape
             torch.testing.assert_close(tensors[name], value, rtol=1e-13, atol=0)
 
 
-def run(program: list[Step], dynamic: bool, counts: Counter[str]) -> None:
-    """Check one program under all policies and forms; count what happened."""
+def other_sizes(sizes: FreeSizes, seed: int) -> list[dict[str, int]]:
+    """Some sizes that the graph takes, drawn from small ones; those of the example if none is free."""
+    draw = random.Random(seed)
+    drawn = [{name: draw.randint(1, 9) for name in sizes.names} for _ in range(DRAWN)]
+    return [values for values in drawn if sizes.problem(values) is None][:TRIED] or [sizes.example]
+
+
+def run(program: list[Step], dynamic: Dynamic, counts: Counter[str]) -> None:
+    """Check one program under all policies and forms, at sizes that it was not exported at; count what happened."""
     counts["programs"] += 1
+    net = RandomNet(program)
     try:
-        graph = export_transformer(RandomNet(program), inputs(2), check=False, dynamic=("batch",) if dynamic else ())
+        graph = export_transformer(net, inputs(2), check=False, dynamic=dynamic)
     except ExportError:
         counts["not exported"] += 1
         return
-    counts["dynamic"] += dynamic
+    sizes = free_sizes(graph)
+    counts[f"free sizes: {len(sizes.names)}"] += 1
+    counts["sizes with conditions"] += bool(sizes.conditions)
+    samples = [inputs(**values, seed=1) for values in other_sizes(sizes, counts["programs"])]
+    for sample in samples if sizes.names else []:
+        assert error(tree_leaves(graph(*sample)), net(*sample)) <= TOLERANCE
+        counts["other sizes"] += 1
     seen: set[str] = set()
     for name, policy in POLICIES.items():
         sites = find_sites(graph, policy=policy)
         if (text := repr(sites)) not in seen:  # policies often agree
             seen.add(text)
             for form in ("constant", "bias") if any(site.scalars for site in sites) else ("constant",):
-                check(graph, sites, form, inputs(3 if dynamic else 2, seed=1))
+                check(graph, sites, form, samples)
         kinds = {site.kind for site in sites}
         counts[f"{name}: any site folds"] += bool(kinds - {"refused"})
         counts.update(f"{name}: {kind}" for kind in kinds)
 
 
 def search(max_examples: int) -> Counter[str]:
-    """Many random programs, a quarter of them for any batch; shares are asserted so that it cannot prove nothing.
+    """Many random programs; shares are asserted so that it cannot prove nothing.
 
-    An export for any batch takes three times as long: most of this test.
+    An export with free sizes takes three times as long: most of this test.
     """
     counts: Counter[str] = Counter()
 
     @settings(max_examples=max_examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-    @given(programs(), st.sampled_from([False, False, False, True]))
-    def every_fold_is_exact(program: list[Step], dynamic: bool) -> None:
+    @given(programs(), st.sampled_from(DYNAMIC))
+    def every_fold_is_exact(program: list[Step], dynamic: Dynamic) -> None:
         run(program, dynamic, counts)
 
     every_fold_is_exact()
