@@ -99,10 +99,15 @@ def patch_embed(module: Any) -> Attributes:
         column = torch.arange(columns, device=device, dtype=torch.float32) / (number(columns, device) / base) / scale
         quarter = module.pos_embed.shape[-1] // 4
         frequencies = 1.0 / 10000 ** (torch.arange(quarter, device=device, dtype=torch.float64) / quarter)
-        # Products of two axes and not torch.outer, which runtimes take for a matrix product.
-        angles = [place.reshape(-1, 1) * frequencies for place in torch.meshgrid(column, row, indexing="xy")]
-        table = torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1)
-        return table.float().unsqueeze(0)
+
+        def waves(places: Tensor) -> Tensor:
+            # A product of two axes and not torch.outer, which runtimes take for a matrix product.
+            angles = places.reshape(-1, 1) * frequencies
+            return torch.cat([angles.sin(), angles.cos()], dim=1).float()
+
+        by_column, by_row = waves(column).unsqueeze(0), waves(row).unsqueeze(1)
+        table = torch.cat([by_column.expand(rows, -1, -1), by_row.expand(-1, columns, -1)], dim=2)
+        return table.flatten(0, 1).unsqueeze(0)
 
     if not _is_recomputed(module.pos_embed, lambda device: positions(*own, device)):
         return {}

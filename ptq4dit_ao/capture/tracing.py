@@ -69,7 +69,7 @@ class Tracing:
 
         Args:
             verify: whether to compare the graph with the module at other sizes than the example's. Axes at which they
-                differ are fixed.
+                differ are fixed, or from 2 if they differ at 1 alone.
 
         Raises:
             ExportError: the module cannot be exported.
@@ -83,7 +83,8 @@ class Tracing:
                 break
             for axis in self._axes_of(traced, wrong):
                 self.fixed[axis] = wrong[self._name_of(traced, axis)]
-        set_interface(traced.graph_module, traced.inputs, traced.sizes)
+        sizes = self._checked_at_one(traced) if verify else traced.sizes
+        set_interface(traced.graph_module, traced.inputs, sizes)
         return traced.graph_module
 
     def _free(self) -> list[Axis]:
@@ -195,6 +196,19 @@ class Tracing:
             if traced.sizes.problem(alone) is None and (said := self._problem(traced, alone)):
                 found[name] = f"at {name} {alone[name]}, {said}"
         return found or {name: f"at other sizes, {problem}" for name in moved if name != BATCH}
+
+    def _checked_at_one(self, traced: Traced) -> FreeSizes:
+        """The free sizes, from 2 where the graph does not stand for the module at 1, alone or with others.
+
+        torch.export takes each size for 2 or more, and records no guard where a module compares it with 1.
+        """
+        sizes = {size.name: size for size in traced.sizes.sizes}
+        for names in [*([name] for name in sizes), [name for name in sizes if name != BATCH]]:
+            ones = {name: 1 for name in names if sizes[name].least == 1}
+            values = traced.sizes.example | ones
+            if ones and traced.sizes.problem(values) is None and self._problem(traced, values) is not None:
+                sizes.update({name: replace(sizes[name], least=2) for name in ones})
+        return replace(traced.sizes, sizes=tuple(sizes.values()))
 
     def _problem(self, traced: Traced, values: Mapping[str, int]) -> str | None:
         """The reason why the graph does not stand for the module at these sizes; None if it does."""

@@ -17,11 +17,9 @@ from ptq4dit_ao.lowering.backend import Backend, Request, Runnable, register
 from ptq4dit_ao.lowering.machine import saturates
 from ptq4dit_ao.lowering.onednn_verbose import count_onednn_gemms
 from ptq4dit_ao.lowering.program import as_program, check_inputs, inputs_of
-from ptq4dit_ao.lowering.x86_inductor import INT8, lacks, prepare
+from ptq4dit_ao.lowering.x86_inductor import INT8, SETTINGS, lacks, prepare
 
 SUFFIX = ".pt2"
-SETTINGS = {"freezing": True}
-"""Settings of Inductor, for this compilation only."""
 
 
 def build(request: Request) -> Runnable:

@@ -64,7 +64,7 @@ def lower(
             processors that have it. None is the model's own dtype.
         allow_float_fallback: accept linears that the backend runs in float.
         verify: compare the built model with the graph on the example and on inputs of other sizes. It takes a few runs
-            of the graph in float. A backend that compiles for one size compiles again for the second.
+            of the graph in float.
         consume: free each weight of ``converted`` when it has been packed. The graph cannot run afterwards.
 
     Raises:

@@ -1,19 +1,30 @@
-"""``x86_inductor``: ``torch.compile`` with frozen weights, which fuses quantization into neighbouring operations.
+"""``x86_inductor``: Inductor with frozen weights, which fuses quantization into neighbouring operations.
 
 Without freezing, Inductor keeps weights symbolic, matches no int8 pattern and silently computes in float. Freezing is
-therefore switched on here, for this compilation only.
+therefore switched on here, for this compilation only. The graph goes to Inductor as ``torch.export`` gave it, with its
+free sizes: ``torch.compile`` would compile again for a second size, and once more for a size of 1.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
+from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor import config as inductor_config
+from torch._inductor.compile_fx import compile_fx
+from torch.export import ExportedProgram
+from torch.fx import Graph, Node
+from torch.fx.graph import CodeGen
+from torch.utils._pytree import tree_leaves, tree_unflatten
 
+from ptq4dit_ao.graph.names import placeholders
 from ptq4dit_ao.lowering.backend import Backend, Capabilities, Request, Runnable, register
 from ptq4dit_ao.lowering.machine import no_compiler, no_onednn, no_x86, saturates
 from ptq4dit_ao.lowering.match import make_unsigned, quantized_products, quantizers_of
 from ptq4dit_ao.lowering.mixed import compute_in
+from ptq4dit_ao.lowering.program import as_program, check_inputs, inputs_of
 from ptq4dit_ao.lowering.unshare import unshare_weights
 
 aten = torch.ops.aten
@@ -23,6 +34,37 @@ KERNELS = ("onednn::qlinear_pointwise",)
 
 INT8 = Capabilities(activation_dtypes=(torch.uint8, torch.int8), float_dtypes=(torch.bfloat16,))
 """Linears that Inductor's int8 patterns match."""
+
+
+def read_sizes_once(graph: Graph) -> None:
+    """Read each free size from one tensor, an input if one has it, in place.
+
+    Export reads sizes from whichever tensor is at hand. Inductor counts such a read of a linear's output as a reader,
+    and would then not fuse the activation that follows.
+    """
+    inputs = graph.find_nodes(op="placeholder")
+    sizes = {
+        str(size): (node, axis)
+        for node in reversed(inputs)
+        if isinstance(value := node.meta.get("val"), Tensor)
+        for axis, size in enumerate(value.shape)
+    }
+    known: dict[str, Node] = {}
+    for node in list(graph.nodes):
+        if node.target is not aten.sym_size.int:
+            continue
+        size = str(node.meta["val"])
+        if size not in known and size in sizes and node.args != sizes[size]:
+            with graph.inserting_after(inputs[-1]):
+                known[size] = graph.call_function(aten.sym_size.int, sizes[size])
+            known[size].meta["val"] = node.meta["val"]
+        if (first := known.setdefault(size, node)) is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+
+
+SETTINGS = {"freezing": True, "joint_custom_pre_pass": read_sizes_once}
+"""Settings of Inductor, for one compilation."""
 
 
 def lacks() -> str | None:
@@ -44,17 +86,32 @@ def prepare(request: Request) -> None:
 
 
 def build(request: Request) -> Runnable:
-    """Compile the graph. The first call with a new batch size compiles again, and from then on any batch size runs."""
+    """Compile the graph, once for all sizes that are free in it."""
     prepare(request)
-    compiled = torch.compile(request.graph)
+    program = as_program(request.graph, request.example_inputs)
+    expected, structure = inputs_of(program), program.call_spec.out_spec
+    compiled = _compiled(program)
 
+    @torch.no_grad()
     def run(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        # The patch surrounds the call instead of torch.compile(options=...), because Dynamo reads this setting before
-        # the backend does.
-        with torch.no_grad(), inductor_config.patch(freezing=True):
-            return compiled(*inputs)
+        check_inputs(inputs, expected)
+        return tree_unflatten(compiled(*(x.contiguous() for x in inputs)), structure)
 
     return run
+
+
+@torch.no_grad()
+def _compiled(program: ExportedProgram) -> Callable[..., Sequence[Tensor]]:
+    """The compiled program, which takes its inputs by position and returns its outputs in a sequence."""
+    module = program.module(check_guards=False)
+    module._forward_pre_hooks.clear()
+    output = module.graph.output_node()
+    output.args = (tree_leaves(output.args),)
+    module.graph.set_codegen(CodeGen())
+    module.recompile()
+    inputs = [node.meta["val"] for node in placeholders(module)]
+    with tracing(TracingContext(detect_fake_mode(inputs))), inductor_config.patch(SETTINGS):
+        return compile_fx(module, inputs)
 
 
 register(

@@ -240,6 +240,24 @@ def test_a_size_at_which_the_graph_would_be_wrong_is_not_free():
     assert "at tokens 3, output 0 differs by" in free_sizes(graph).fixed["tokens of x"]
 
 
+def test_a_size_of_one_at_which_the_model_does_otherwise_is_not_free():
+    class Branches(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, 1:] if x.shape[1] > 1 else x
+
+    class BranchesTogether(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, 1:] if x.shape[2] * x.shape[3] > 1 else x
+
+    def least(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
+        graph = export_transformer(model.eval(), (torch.randn(shape),))
+        return {size.name: size.least for size in free_sizes(graph).sizes}
+
+    assert least(Branches(), (2, 6, 3)) == {"batch": 1, "tokens": 2}
+    assert least(BranchesTogether(), (2, 3, 6, 6)) == {"batch": 1, "height": 2, "width": 2}
+    assert least(nn.Identity(), (2, 6, 3)) == {"batch": 1, "tokens": 1}
+
+
 def test_inputs_are_bound_to_sizes_and_resized():
     spec = InputSpec(name="x", shape=(2, 4), dtype=torch.float32, sizes=("batch", "tokens + 1"))
     named = InputSpec(name="y", shape=(3,), dtype=torch.float32, sizes=("tokens",))

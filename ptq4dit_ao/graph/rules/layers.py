@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from torch.fx import Node
@@ -10,7 +11,7 @@ from torch.fx import Node
 from ptq4dit_ao.graph.names import is_linear
 from ptq4dit_ao.graph.propagation import Columns, NewWeight, Propagation
 from ptq4dit_ao.graph.rules.registry import aten, rule
-from ptq4dit_ao.graph.shapes import hint, shape_of
+from ptq4dit_ao.graph.shapes import shape_of
 from ptq4dit_ao.graph.variables import Ids
 
 
@@ -46,7 +47,11 @@ def norm(p: Propagation, node: Node) -> None:
     x = node.args[0]
     assert isinstance(x, Node)
     p.pin(x, node, "a norm undoes the scale of its input")
-    _affine(p, node, [hint(size) for size in node.args[1]])  # type: ignore[union-attr]
+    shape: Any = node.args[1]
+    if not all(isinstance(size, int) for size in shape):
+        p.refuse(node, "a norm over a size that differs from call to call has no weight, so no place for a scale")
+        return
+    _affine(p, node, shape)
 
 
 @rule(aten.group_norm.default)

@@ -638,6 +638,17 @@ def test_refusal(body, why):
     assert_fold_preserves(body, sites, model)
 
 
+def test_a_norm_over_any_number_of_tokens_has_no_place_for_a_scale():
+    def body(m: Net, x: Tensor) -> Tensor:
+        return m.out(F.layer_norm(x, tuple(x.shape[1:])))
+
+    model = exported(body, dynamic=None)
+    sites = find_sites(model, policy=ANY)
+    assert "a size that differs from call to call" in site_of(sites, "out").refusal
+    assert_fold_preserves(body, sites, model)
+    assert site_of(find_sites(exported(body), policy=ANY), "out").refusal is None
+
+
 # One tensor, many readers
 
 
