@@ -34,7 +34,9 @@ def lowered(model: nn.Module, inputs: Sequence[tuple[Tensor, ...]], backend: str
     return apply_recipe(graph, Recipe(), inputs).lower(backend, example_inputs=inputs[0])
 
 
-def in_turns(one: LoweredModel, other: LoweredModel, inputs: Sequence[Tensor], rounds: int) -> list[tuple[float, float]]:
+def in_turns(
+    one: LoweredModel, other: LoweredModel, inputs: Sequence[Tensor], rounds: int
+) -> list[tuple[float, float]]:
     """Milliseconds of both, round by round. Which one goes first alternates."""
     found = []
     for i in range(-3, rounds):
@@ -61,7 +63,9 @@ def main() -> None:
         f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, torchao {version('torchao')}, "
         f"{args.blocks} blocks, batch {args.batch}, {args.rounds} interleaved rounds\n"
     )
-    print("| backend | free ms | fixed ms | ratio | integer products, free and fixed |\n|---|---|---|---|---|", flush=True)
+    print(
+        "| backend | free ms | fixed ms | ratio | integer products, free and fixed |\n|---|---|---|---|---|", flush=True
+    )
     for backend in args.backends:
         free, fixed = (lowered(model, inputs, backend, free=free) for free in (True, False))
         times = in_turns(free, fixed, inputs[0], args.rounds)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from ptq4dit_ao.capture.call import Call, with_forward
@@ -107,8 +107,8 @@ class Tracing:
         graph_module = program.module(check_guards=False)
         # Its check of the inputs includes bounds of the trace, such as no size of 1, which no op of the graph needs.
         graph_module._forward_pre_hooks.clear()
-        values = {node.name: node.meta["val"] for node in placeholders(graph_module)}
-        raw = {(name, axis): values[name].shape[axis] for name, axis in free if name in values}
+        values = {name: node.meta["val"] for name, node in self._named(graph_module)}
+        raw = {(name, axis): values[name].shape[axis] for name, axis in free}
         sizes = {axis: size for axis, size in raw.items() if isinstance(size, torch.SymInt)}
         env = next((size.node.shape_env for size in sizes.values()), None)
         symbols: dict[str, Axis] = {}
@@ -172,16 +172,21 @@ class Tracing:
         return {} if worst is None else {worst: f"it depends on other sizes in {ways[worst]} ways"}
 
     def _traced(self, graph_module: GraphModule, names: Mapping[str, str], sizes: FreeSizes) -> Traced:
-        def spec(node: Any) -> InputSpec:
+        def spec(name: str, node: Node) -> InputSpec:
             expressions: list[Expression] = []
             for size in node.meta["val"].shape:
                 varies = isinstance(size, torch.SymInt) and size.node.expr.free_symbols
                 expressions.append(printed(size.node.expr, names) if varies else int(size))
-            example = self.tensors[node.name]
-            return InputSpec(name=node.name, shape=tuple(example.shape), dtype=example.dtype, sizes=tuple(expressions))
+            example = self.tensors[name]
+            return InputSpec(name=name, shape=tuple(example.shape), dtype=example.dtype, sizes=tuple(expressions))
 
         said = {f"{self.kinds[axis]} of {axis[0]}": reason for axis, reason in self.fixed.items()}
-        return Traced(graph_module, tuple(map(spec, placeholders(graph_module))), replace(sizes, fixed=said))
+        specs = tuple(spec(name, node) for name, node in self._named(graph_module))
+        return Traced(graph_module, specs, replace(sizes, fixed=said))
+
+    def _named(self, graph_module: GraphModule) -> Iterator[tuple[str, Node]]:
+        """The inputs of a graph with the tensors' names. A node has another name for ``input``, a function of Python."""
+        return zip(self.tensors, placeholders(graph_module), strict=True)
 
     def _wrong(self, traced: Traced) -> dict[str, str]:
         """Sizes that are not free, with reasons: the graph differs from the module there, or the module fails."""

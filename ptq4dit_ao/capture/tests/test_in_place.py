@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -43,3 +44,42 @@ def test_a_write_that_another_reader_sees_stays():
         assert writes_in_place(graph), what
         x = torch.randn(4, 3)
         assert torch.equal(graph(x), Writes(what)(x)), what
+
+
+class Rotary(nn.Module):
+    """Rotary embedding as Wan computes it, filling every second channel of an empty tensor."""
+
+    def __init__(self, how: str = "all") -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        if self.how == "half":
+            out.zero_()
+        first = x[..., 0::2].double() if self.how == "cast" else x[..., 0::2]
+        out[..., 0::2] = first * 2
+        if self.how == "between":
+            x = x + out.nan_to_num().clamp(0, 0)
+        if self.how != "half":
+            out[..., 1::2] = x[..., 0::2] - x[..., 1::2]
+        return out + x
+
+
+@pytest.mark.parametrize("how", ["all", "cast"])
+def test_a_tensor_that_is_filled_by_channels_is_stacked(how):
+    graph = export_transformer(Rotary(how).eval(), (torch.randn(2, 3, 8),))
+    targets = [node.target for node in graph.graph.nodes]
+    assert aten.stack.default in targets and aten.copy_.default not in targets and not writes_in_place(graph)
+    assert aten.empty_like.default not in targets
+    x = torch.randn(4, 5, 8)
+    assert torch.equal(graph(x), Rotary(how)(x))
+
+
+@pytest.mark.parametrize("how", ["half", "between"])
+def test_a_tensor_that_is_filled_in_another_way_stays(how):
+    graph = export_transformer(Rotary(how).eval(), (torch.randn(2, 3, 8),), check=False)
+    assert aten.stack.default not in [node.target for node in graph.graph.nodes]
+    assert writes_in_place(graph)
+    x = torch.randn(4, 5, 8)
+    assert how == "between" or torch.equal(graph(x), Rotary(how)(x))

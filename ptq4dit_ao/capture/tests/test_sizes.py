@@ -258,6 +258,18 @@ def test_a_size_of_one_at_which_the_model_does_otherwise_is_not_free():
     assert least(nn.Identity(), (2, 6, 3)) == {"batch": 1, "tokens": 1}
 
 
+def test_an_input_may_have_the_name_of_a_function_of_python():
+    class Named(nn.Module):
+        def forward(self, input: Tensor, type: Tensor) -> Tensor:
+            return input + type
+
+    example = (torch.zeros(2, 6, 3), torch.zeros(2, 6, 3))
+    for inputs in (example, dict(zip(("input", "type"), example, strict=True))):
+        graph = export_transformer(Named().eval(), inputs)
+        assert free_sizes(graph).names == ("batch", "tokens")
+        assert [spec.name for spec in input_specs(graph)] == ["input", "type"]
+
+
 def test_inputs_are_bound_to_sizes_and_resized():
     spec = InputSpec(name="x", shape=(2, 4), dtype=torch.float32, sizes=("batch", "tokens + 1"))
     named = InputSpec(name="y", shape=(3,), dtype=torch.float32, sizes=("tokens",))
