@@ -54,7 +54,7 @@ from ptq4dit_ao.graph.names import linears, timestep_placeholder
 from ptq4dit_ao.passes import fold_balance, insert_balance
 from ptq4dit_ao.recipe import Balance, Recipe
 from ptq4dit_ao.testing.float64 import in_float64, wide
-from ptq4dit_ao.testing.zoo import FAMILIES, Family, iter_families
+from ptq4dit_ao.testing.zoo import Family, iter_families
 
 CALIBRATION = range(10, 14)
 """Seeds of the calibration batches."""
@@ -308,10 +308,11 @@ def main() -> None:
 def write_pages(
     output: Path,
     named: Sequence[str],
-    survey: Callable[[Family], dict[str, Any]],
+    survey: Callable[[Any], dict[str, Any]],
     table: Callable[[list[dict[str, Any]], dict[str, object]], str],
     about: dict[str, object],
     done: Callable[[dict[str, Any]], bool] = lambda row: True,
+    among: Sequence[Any] | None = None,
 ) -> None:
     """Survey families one at a time, and write the page and the JSON file beside it after each.
 
@@ -322,9 +323,12 @@ def write_pages(
         table: makes the page of all rows.
         about: versions and settings, for the page and the file.
         done: whether a row of the file is complete.
+        among: what is surveyed, each with a name; the families of the zoo by default.
     """
     warnings.filterwarnings("ignore")
-    chosen = [FAMILIES[name] for name in named] or list(iter_families())
+    among = list(iter_families()) if among is None else among
+    by_name = {family.name: family for family in among}
+    chosen = [by_name[name] for name in named] or among
     console = Console(stderr=True)
     columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -336,7 +340,7 @@ def write_pages(
             progress.update(task, description=family.name)
             if family.name in named or family.name not in known or not done(known[family.name]):
                 known[family.name] = survey(family)
-                rows = [known[other.name] for other in iter_families() if other.name in known]
+                rows = [known[name] for name in by_name if name in known]
                 replace_text(output, table(rows, about))
                 replace_text(stored, json.dumps({"families": rows, **about}, indent=1) + "\n")
             progress.advance(task)

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from families import flat, inputs_of, write_pages
+from families import flat, write_pages
+from torch import nn
 
 from ptq4dit_ao import PTQ4DiTError, export_transformer, free_sizes
 from ptq4dit_ao.capture.export import call_like
 from ptq4dit_ao.capture.interface import input_specs, resized
+from ptq4dit_ao.capture.signature import flatten_call
 from ptq4dit_ao.capture.sizes import FreeSizes
 from ptq4dit_ao.testing.zoo import Family
 
@@ -60,22 +62,24 @@ def larger(sizes: FreeSizes) -> dict[str, int]:
 
 
 @torch.no_grad()
-def survey(family: Family) -> dict[str, Any]:
-    """The free sizes of one family, and the errors of its graph; ``error`` instead where it cannot be captured."""
-    row: dict[str, Any] = {"name": family.name, "group": family.group}
-    model = family.model()
+def measure(model: nn.Module, example: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The free sizes of one model, and the errors of its graph; ``error`` instead where it cannot be captured.
+
+    Args:
+        model: the model.
+        example: arguments to capture it with.
+        other: arguments of the same sizes, whose values the graph is compared on.
+    """
     try:
-        graph = export_transformer(model, family.inputs(3))
+        graph = export_transformer(model, example)
     except PTQ4DiTError as error:
-        return {**row, "error": str(error).splitlines()[0]}
+        return {"error": str(error).splitlines()[0]}
     sizes, specs = free_sizes(graph), input_specs(graph)
     assert specs is not None
-    row |= {"free": list(map(str, sizes.sizes)), "conditions": list(sizes.conditions), "fixed": dict(sizes.fixed)}
-    row["names"] = list(sizes.names)
 
     def error(values: Mapping[str, int]) -> float | None:
-        example = inputs_of(model, family, 3, 5)
-        inputs = [resized(x, spec, values) for x, spec in zip(example, specs, strict=True)]
+        tensors = flatten_call(model, other)[1]
+        inputs = [resized(tensors[spec.name], spec, values) for spec in specs]
         inputs = [with_padding_last(x) if spec.name in PADDED else x for x, spec in zip(inputs, specs, strict=True)]
         try:
             expected = flat(call_like(graph, model, inputs))
@@ -84,8 +88,19 @@ def survey(family: Family) -> dict[str, Any]:
         got = flat(graph(*inputs))
         return float((got - expected).abs().max() / expected.abs().max())
 
-    row["errors"] = [error(sizes.other()[0]), error(larger(sizes))]
-    return row
+    return {
+        "free": list(map(str, sizes.sizes)),
+        "conditions": list(sizes.conditions),
+        "fixed": dict(sizes.fixed),
+        "names": list(sizes.names),
+        "errors": [error(sizes.other()[0]), error(larger(sizes))],
+    }
+
+
+def survey(family: Family) -> dict[str, Any]:
+    """The row of one family."""
+    found = measure(family.model(), family.inputs(3), family.inputs(3, seed=5))
+    return {"name": family.name, "group": family.group, **found}
 
 
 def with_padding_last(mask: torch.Tensor) -> torch.Tensor:

@@ -185,7 +185,7 @@ class Tracing:
         return Traced(graph_module, specs, replace(sizes, fixed=said))
 
     def _named(self, graph_module: GraphModule) -> Iterator[tuple[str, Node]]:
-        """The inputs of a graph with the tensors' names. A node has another name for ``input``, a function of Python."""
+        """The inputs of a graph with the tensors' names. The node of ``input``, a function of Python, has another."""
         return zip(self.tensors, placeholders(graph_module), strict=True)
 
     def _wrong(self, traced: Traced) -> dict[str, str]:
