@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("classes", nargs="*", help="default: all")
     args = parser.parse_args()
     about: dict[str, object] = {name: version(name) for name in ("torch", "diffusers")}
-    write_pages(args.output, args.classes, survey, table, about, list(test_classes(args.checkout)))
+    write_pages(args.output, args.classes, survey, table, about, among=list(test_classes(args.checkout)))
 
 
 if __name__ == "__main__":

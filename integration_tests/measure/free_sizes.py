@@ -86,7 +86,7 @@ def measure(model: nn.Module, example: dict[str, Any], other: dict[str, Any]) ->
         except Exception:  # repeated values, such as a mask of places, that the module does not take together
             return None
         got = flat(graph(*inputs))
-        return float((got - expected).abs().max() / expected.abs().max())
+        return float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
     return {
         "free": list(map(str, sizes.sizes)),

@@ -86,8 +86,10 @@ def _kinds(name: str, x: Tensor, rows: int | None, channels: int | None, texts: 
     found: dict[int, AxisKind] = {0: "batch"} if batched else {}
     length: AxisKind = "text" if _is_text(name) else "tokens"
     for axis in range(1 if batched else 0, x.ndim):
-        if _is_length(name, x, batched, axis):
-            kind: AxisKind | None = length
+        if _is_sequence_of_channels(name, x, batched, channels):
+            kind: AxisKind | None = length if axis == 2 else None
+        elif _is_length(name, x, batched, axis):
+            kind = length
         else:
             kind = _of_latents(x, batched, axis, channels)
             if length == "text":  # features of several layers, of which one axis is as long as the mask
@@ -111,10 +113,16 @@ def _is_length(name: str, x: Tensor, batched: bool, axis: int) -> bool:
     return x.ndim < 4
 
 
+def _is_sequence_of_channels(name: str, x: Tensor, batched: bool, channels: int | None) -> bool:
+    """Whether latents are (N, C, T), as those of audio."""
+    return name == "hidden_states" and batched and x.ndim == 3 and x.shape[1] == channels != x.shape[2]
+
+
 def _of_latents(x: Tensor, batched: bool, axis: int, channels: int | None) -> AxisKind | None:
     """The meaning of an axis of latents, (N, C, [F,] H, W) or (N, F, C, H, W); without a batch, one axis less.
 
-    With one axis more, (N, I, C, F, H, W), the second counts images.
+    If there are as many frames as channels, both axes may be the frames: the model fixes that of the channels. With one
+    axis more, (N, I, C, F, H, W), the second counts images.
     """
     axes = x.ndim if batched else x.ndim + 1
     if not x.is_floating_point() or x.ndim < 4 or axes not in (4, 5, 6):
@@ -126,6 +134,7 @@ def _of_latents(x: Tensor, batched: bool, axis: int, channels: int | None) -> Ax
         return {1: "frames", 2: "height", 3: "width"}.get(place)  # type: ignore[return-value]
     if place >= axes - 2:
         return "height" if place == axes - 2 else "width"
-    frames_first = axes == 5 and channels is not None and x.shape[2 if batched else 1] == channels
-    frames_first = frames_first and x.shape[1 if batched else 0] != channels
-    return "frames" if axes == 5 and place == (1 if frames_first else 2) else None
+    if axes != 5:
+        return None
+    other = x.shape[axis + 1 if place == 1 else axis - 1]
+    return "frames" if other == channels or (place == 2 and x.shape[axis] != channels) else None

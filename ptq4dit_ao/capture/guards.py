@@ -71,8 +71,15 @@ def guards_of(env: ShapeEnv) -> list[Guard]:
         expression = env.replace(guard.expr)
         text, place = PythonPrinter().doprint(expression), str(guard.sloc.framework_loc or "")
         if expression.free_symbols and text not in found and not _of_layout(expression, place):
-            found[text] = Guard(expression, str(guard.sloc).strip("()"), _compiled(text))
+            found[text] = Guard(expression, _place(guard), _compiled(text))
     return list(found.values())
+
+
+def _place(guard: Any) -> str:
+    """The line of code that added a guard, such as ``ptq4dit_ao/capture/call.py:9 in forward``."""
+    place = str(guard.sloc).strip("()")
+    folders = place.split("/")
+    return "/".join(folders[folders.index("ptq4dit_ao") :]) if "ptq4dit_ao" in folders else place
 
 
 def _of_layout(expression: sympy.Basic, place: str) -> bool:
@@ -206,7 +213,7 @@ class GuardAnalysis:
         equations = [guard for guard in found if isinstance(guard.expr, sympy.Eq) and len(guard.expr.free_symbols) == 1]
         own = [guard for guard in equations or found if not _in_torch(str(guard.sloc))]
         decisive = next(iter(own or equations or found), None)
-        return decisive and Guard(decisive.expr, str(decisive.sloc).strip("()"), lambda values: True)
+        return decisive and Guard(decisive.expr, _place(decisive), lambda values: True)
 
     def _reason(self, name: str, guard: Guard | None) -> str:
         if guard is None:

@@ -325,7 +325,7 @@ def _fit(spec: InputSpec, x: Tensor, values: Mapping[str, int], binned: bool) ->
 
 
 def _way_out(spec: InputSpec, x: Tensor, wanted: tuple[int, ...], *, binned: bool) -> str:
-    """The advice for a wrong shape; it cannot give sizes in pixels, because only the pipeline knows them."""
+    """The advice for a wrong shape. It cannot give sizes in pixels, because only the pipeline knows their factor."""
     if x.shape[1:] == wanted[1:] and x.ndim == len(spec.shape):
         if spec.batched:
             return "give all inputs the same number of rows"
@@ -334,7 +334,10 @@ def _way_out(spec: InputSpec, x: Tensor, wanted: tuple[int, ...], *, binned: boo
 
 
 def _other_sizes(*, binned: bool) -> str:
-    sizes = "give the pipeline the height and width (in pixels), frames and text length of the samples"
+    sizes = (
+        "give the pipeline a height and width (in pixels: those of the latents times its vae_scale_factor), frames and "
+        "a text length that fit"
+    )
     if binned:
         sizes += ", and use_resolution_binning=False, without which it takes other sizes than it is given"
     return f"{sizes}; or quantize with samples of this size"

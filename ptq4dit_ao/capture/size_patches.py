@@ -577,6 +577,80 @@ def kandinsky6(model: Any) -> Attributes:
     return {"forward": forward}
 
 
+def z_image(model: Any) -> Attributes:
+    """Patch of Z-Image, whose samples come in lists, for images of one size and captions of one length.
+
+    The original takes ``len`` of tensors. Both sequences are padded with a learned token to a multiple of 32. The
+    caption's positions (1 + i, 0, 0) go on through its padding; those of the image's padding are (0, 0, 0).
+    """
+    forward_ = model.forward
+    multiple = original(model, "SEQ_MULTI_OF")
+
+    def padded(x: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The sequences (N, T, C) with padding, the places in them, and whether each has a token of the sequence."""
+        place = torch.arange((x.shape[1] + multiple - 1) // multiple * multiple, device=x.device)
+        real = place < x.shape[1]
+        return torch.where(real[:, None], x[:, place.clamp_max(x.shape[1] - 1)], token), place, real
+
+    def rotary(batch: int, *ids: Tensor) -> Tensor:
+        return model.rope_embedder(torch.stack(ids, dim=-1)).expand(batch, -1, -1)  # type: ignore[no-any-return]
+
+    @functools.wraps(forward_)
+    def forward(
+        x: Any,
+        t: Tensor,
+        cap_feats: Any,
+        return_dict: bool = True,
+        *args: Any,
+        patch_size: int = 2,
+        f_patch_size: int = 1,
+        **kwargs: Any,
+    ) -> Any:
+        others = [*args, *kwargs.values()]
+        listed = all(isinstance(sample, Tensor) for sample in (*x, *cap_feats))
+        shapes = [[tuple(map(example, sample.shape)) for sample in samples] for samples in (x, cap_feats) if listed]
+        alike = listed and all(len(set(own)) == 1 for own in shapes)
+        free = alike and not are_numbers(*x[0].shape, *cap_feats[0].shape)
+        if not free or any(value is not None for value in others):
+            sizes = {"patch_size": patch_size, "f_patch_size": f_patch_size}
+            return forward_(x, t, cap_feats, return_dict, *args, **sizes, **kwargs)
+        images, texts = torch.stack(list(x)), torch.stack(list(cap_feats))
+        batch, channels, frames, height, width = images.shape
+        pf, p = f_patch_size, patch_size
+        for size, patch in ((frames, pf), (height, p), (width, p)):
+            torch._check(size % patch == 0)
+        depth, rows, columns = frames // pf, height // p, width // p
+        key = f"{p}-{pf}"
+        condition = model.t_embedder(t * model.t_scale).type_as(images)
+
+        text, place, _ = padded(model.cap_embedder(texts), model.cap_pad_token)
+        for size, length in zip(
+            (place.shape[0] + depth + 1, rows, columns), model.rope_embedder.axes_lens, strict=True
+        ):
+            torch._check(size <= length)
+        zero = torch.zeros_like(place)
+        text_rotary = rotary(batch, place + 1, zero, zero)
+        first = place.shape[0] + 1
+
+        patches = images.view(batch, channels, depth, pf, rows, p, columns, p).permute(0, 2, 4, 6, 3, 5, 7, 1)
+        image, place, real = padded(model.all_x_embedder[key](patches.flatten(4).flatten(1, 3)), model.x_pad_token)
+        ids = (first + place // (rows * columns), place // columns % rows, place % columns)
+        image_rotary = rotary(batch, *(torch.where(real, one, 0) for one in ids))
+
+        for layer in model.noise_refiner:
+            image = layer(image, None, image_rotary, condition)
+        for layer in model.context_refiner:
+            text = layer(text, None, text_rotary)
+        both, both_rotary = torch.cat([image, text], dim=1), torch.cat([image_rotary, text_rotary], dim=1)
+        for layer in model.layers:
+            both = layer(both, None, both_rotary, condition)
+        both = model.all_final_layer[key](both, c=condition)[:, : depth * rows * columns]
+        both = both.reshape(batch, depth, rows, columns, pf, p, p, model.out_channels).permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return result(model, list(both.flatten(6).flatten(4, 5).flatten(2, 3).unbind()), return_dict)
+
+    return {"forward": forward}
+
+
 _EMBEDDINGS = "diffusers.models.embeddings"
 
 SIZE_PATCHES: dict[str, Callable[[Any], Attributes]] = {
@@ -595,5 +669,6 @@ SIZE_PATCHES: dict[str, Callable[[Any], Attributes]] = {
     "PatchEmbed": patch_embed,
     "QwenImage21Transformer2DModel": qwenimage21,
     "QwenImageTransformer2DModel": numbers_as_tensors,
+    "ZImageTransformer2DModel": z_image,
 }
 """Patches by class name; a patch returns the attributes that an instance of the class gets."""

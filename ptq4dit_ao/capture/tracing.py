@@ -180,7 +180,10 @@ class Tracing:
             example = self.tensors[name]
             return InputSpec(name=name, shape=tuple(example.shape), dtype=example.dtype, sizes=tuple(expressions))
 
-        said = {f"{self.kinds[axis]} of {axis[0]}": reason for axis, reason in self.fixed.items()}
+        free = {(name, self.kinds[name, axis]) for name, axis in self._free()}
+        fixed = {(name, self.kinds[name, axis]): reason for (name, axis), reason in self.fixed.items()}
+        # An axis of channels may have been taken for another of the same tensor, which is free.
+        said = {f"{kind} of {name}": reason for (name, kind), reason in fixed.items() if (name, kind) not in free}
         specs = tuple(spec(name, node) for name, node in self._named(graph_module))
         return Traced(graph_module, specs, replace(sizes, fixed=said))
 

@@ -117,7 +117,7 @@ def _compiled(program: ExportedProgram) -> Callable[..., Sequence[Tensor]]:
 register(
     Backend(
         name="x86_inductor",
-        summary="torch.compile to fused int8 kernels for x86 (oneDNN); needs a C++ compiler",
+        summary="Inductor: fused int8 kernels for x86 (oneDNN); needs a C++ compiler",
         integer=True,
         carries=INT8,
         rank=1,

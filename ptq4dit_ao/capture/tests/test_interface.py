@@ -134,12 +134,11 @@ def test_a_mask_is_cast_between_numbers_only(given, recorded):
 
 
 def test_sizes_are_those_of_the_pipeline():
-    message = (
-        r"x has shape \(2, 5, 4\), the graph was captured for \(2, 3, 4\); give the pipeline the height and width "
-    )
-    with pytest.raises(ArgumentError, match=rf"{message}\(in pixels\), frames and text length of the samples; or quan"):
+    message = r"x has shape \(2, 5, 4\), the graph was captured for \(2, 3, 4\); give the pipeline a height and width "
+    factor = r"\(in pixels: those of the latents times its vae_scale_factor\), frames and a text length that fit"
+    with pytest.raises(ArgumentError, match=f"{message}{factor}; or quantize with samples of this size"):
         fit_inputs([X], [torch.zeros(2, 5, 4)])
-    with pytest.raises(ArgumentError, match=rf"{message}.* of the samples, and use_resolution_binning=False, without"):
+    with pytest.raises(ArgumentError, match=f"{message}{factor}, and use_resolution_binning=False, without"):
         fit_inputs([X], [torch.zeros(2, 5, 4)], binned=True)
 
 

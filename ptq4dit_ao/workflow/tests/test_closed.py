@@ -559,7 +559,8 @@ def test_a_timestep_that_is_no_such_number(timestep):
 
 def test_sizes_are_said_in_pixels():
     wide = torch.zeros(2, 4, 18, 16)
-    advice = r"give the pipeline the height and width \(in pixels\), frames and text length of the samples"
+    factor = r"\(in pixels: those of the latents times its vae_scale_factor\)"
+    advice = f"give the pipeline a height and width {factor}, frames and a text length that fit"
     with pytest.raises(ArgumentError, match=f"height is 18, more than 17; {advice}; or quantize"):
         transformer("sd3")(**inputs("sd3") | {"hidden_states": wide})
     odd = torch.zeros(2, 5, 16, 16)
