@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -54,6 +56,32 @@ def kinds_of(x: Tensor, name: str = "hidden_states", **options: object) -> dict[
 def test_images_of_a_list_are_no_frames():
     found = kinds_of(torch.zeros(3, 2, 4, 1, 8, 8))
     assert found == {0: "batch", 3: "frames", 4: "height", 5: "width"}
+
+
+def test_sequences_of_channels_are_free_in_their_length():
+    assert kinds_of(torch.zeros(3, 4, 9)) == {0: "batch", 2: "tokens"}
+    assert kinds_of(torch.zeros(3, 9, 4)) == {0: "batch", 1: "tokens"}
+    assert kinds_of(torch.zeros(3, 4, 9), "encoder_hidden_states") == {0: "batch", 1: "text"}
+
+
+def test_as_many_frames_as_channels_are_free():
+    assert kinds_of(torch.zeros(3, 4, 5, 8, 6)) == {0: "batch", 2: "frames", 3: "height", 4: "width"}
+    assert kinds_of(torch.zeros(3, 5, 4, 8, 6)) == {0: "batch", 1: "frames", 3: "height", 4: "width"}
+    assert kinds_of(torch.zeros(3, 4, 4, 8, 6)) == {0: "batch", 1: "frames", 2: "frames", 3: "height", 4: "width"}
+
+    class ByChannel(nn.Module):
+        """Frames first; its channels are fixed."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = types.SimpleNamespace(in_channels=4)
+            self.gain = nn.Parameter(torch.ones(4, 1, 1))
+
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            return hidden_states * self.gain
+
+    sizes = free_sizes(export_transformer(ByChannel().eval(), (torch.zeros(3, 4, 4, 8, 6),)))
+    assert sizes.names == ("batch", "frames", "height", "width") and not sizes.fixed
 
 
 def test_channels_may_be_last():

@@ -58,6 +58,7 @@ SIZES: dict[str, list[dict[str, int]]] = {
     "qwenimage": [{"text": 5}, {"batch": 2, "text": 12}],
     "qwenimage21": [{"text": 5}, {"batch": 2, "text": 1}],
     "wan_animate": [{"frames": 1, "height": 4, "width": 10}, {"batch": 2, "frames": 5, "text": 520}],
+    "z_image": [{"height": 4, "width": 12, "text": 5}, {"height": 14, "width": 2, "text": 32}],
 }
 """Families that patches make free, with two calls each that have other sizes than the example's."""
 ROUNDED = {"mochi": 1e-6, "qwenimage21": 1e-6, "wan_animate": 1e-6}

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter, Node
+from torch._inductor import metrics
+from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from ptq4dit_ao.capture import export_transformer
+from ptq4dit_ao.capture.interface import free_sizes
 from ptq4dit_ao.core.metrics import sqnr_db
 from ptq4dit_ao.errors import LoweringError
 from ptq4dit_ao.graph.names import LINEAR
@@ -29,6 +31,7 @@ from ptq4dit_ao.lowering import (
     machine,
     missing_backends,
     quantized_linears,
+    x86_inductor,
 )
 from ptq4dit_ao.lowering.mixed import PRODUCTS, compute_in
 from ptq4dit_ao.lowering.tests.batches import batch_of
@@ -307,6 +310,52 @@ def test_integers_and_a_bfloat16_rest(quantized):
     lowered = lower(converted, "x86_inductor", float_dtype=torch.bfloat16)
     assert lowered.proof.integer_gemms == LINEARS
     assert 25 < sqnr_db(converted(*batch_of(4)), lowered(*batch_of(4))) < 60
+
+
+# -- any size ----------------------------------------------------------------------------------------------------------
+
+
+class Mlp(nn.Module):
+    """Two linears with GELU between them, on tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(nn.functional.gelu(self.up(x), approximate="tanh"))
+
+
+@pytest.fixture
+def any_size(convert) -> GraphModule:
+    torch.manual_seed(0)
+    samples = [(torch.randn(2, 6, 32),) for _ in range(2)]
+    graph = export_transformer(Mlp().eval(), samples[0])
+    assert free_sizes(graph).names == ("batch", "tokens")
+    return convert(graph, PTQ4DiTQuantizer(balance="none"), samples)
+
+
+def test_a_backend_computes_any_size(backend, any_size):
+    lowered = lower(any_size, backend)
+    metrics.reset()
+    for shape in ((2, 6, 32), (1, 6, 32), (1, 1, 32), (5, 17, 32)):
+        x = torch.randn(shape)
+        assert sqnr_db(any_size(x), lowered(x)) > 40
+    assert metrics.generated_kernel_count == 0  # no size needs another compilation
+
+
+@pytest.mark.x86
+def test_an_activation_is_fused_at_free_sizes(any_size, monkeypatch):
+    """Export reads the number of tokens from the first linear's output, which would be one more reader of it."""
+    arguments: list[object] = []
+
+    def look(graph: Graph) -> None:
+        for node in graph.nodes:
+            arguments.extend((*node.args, *node.kwargs.values()) if "qlinear" in str(node.target) else ())
+
+    monkeypatch.setitem(x86_inductor.SETTINGS, "post_grad_custom_post_pass", look)
+    assert lower(any_size, "x86_inductor").proof.integer_gemms == 2
+    assert "gelu" in arguments
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
