@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, GraphModule
 
-from ptq4dit_ao.capture.interface import input_specs
+from ptq4dit_ao.capture.interface import InputSpec, bind_sizes, free_sizes, input_specs, resized
+from ptq4dit_ao.capture.sizes import FreeSizes
 from ptq4dit_ao.errors import ArgumentError
 
 aten = torch.ops.aten
@@ -18,10 +19,10 @@ aten = torch.ops.aten
 
 @torch.no_grad()
 def as_program(graph: GraphModule, inputs: Sequence[Tensor]) -> ExportedProgram:
-    """Export the graph again, with the same free sizes. Those that are 1 in ``inputs`` are fixed at that.
+    """Export the graph again, with the same free sizes. ``inputs`` are made larger where a free size is 1.
 
     In a graph that does not say what its inputs look like, the batch alone is free: the first axis of the first input,
-    and of every input with the same length.
+    and of every input with the same length, if that is 2 or more.
     """
     specs = input_specs(graph)
     if specs is None:
@@ -29,6 +30,7 @@ def as_program(graph: GraphModule, inputs: Sequence[Tensor]) -> ExportedProgram:
         axes = [[0] if x.ndim and x.shape[:1] == rows else [] for x in inputs]
     else:
         axes = [[axis for axis, size in enumerate(spec.sizes) if isinstance(size, str)] for spec in specs]
+        inputs = _of_two(inputs, specs, free_sizes(graph))
     free = tuple({a: Dim.AUTO for a in own if x.shape[a] > 1} for own, x in zip(axes, inputs, strict=True))
     layouts = tuple(x.contiguous() for x in inputs)
     program = torch.export.export(graph, layouts, dynamic_shapes=free, strict=False)
@@ -38,6 +40,16 @@ def as_program(graph: GraphModule, inputs: Sequence[Tensor]) -> ExportedProgram:
     _drop_idle_squeezes(program.graph)
     _promote_einsums(program.graph)
     return program
+
+
+def _of_two(inputs: Sequence[Tensor], specs: Sequence[InputSpec], sizes: FreeSizes) -> Sequence[Tensor]:
+    """Inputs whose free sizes are 2 or more, because export fixes an axis of size 1."""
+    given = bind_sizes(specs, [x.shape for x in inputs])
+    ones = {size.name: size.nearest(2) for size in sizes.sizes if given.get(size.name) == 1}
+    if not ones:
+        return inputs
+    values = given | ones if sizes.problem(given | ones) is None else sizes.example
+    return [resized(x, spec, values) for x, spec in zip(inputs, specs, strict=True)]
 
 
 def _drop_idle_squeezes(graph: Graph) -> None:
@@ -112,6 +124,5 @@ def check_inputs(inputs: Sequence[Tensor], expected: Sequence[Input]) -> None:
             shape = tuple(size if isinstance(size, int) else sizes.get(size, size) for size in like.shape)
             raise ArgumentError(
                 f"input {i} is {x.dtype} {tuple(x.shape)}; this program was compiled for {like.dtype} {shape}. Only "
-                "sizes that the model was captured with may differ from call to call, if they are 2 or more in the "
-                "inputs that it is compiled with"
+                "sizes that the model was captured with may differ from call to call"
             )

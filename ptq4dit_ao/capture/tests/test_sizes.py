@@ -202,7 +202,7 @@ def test_batches_of_other_sizes_are_refused_by_name(patches, change, message):
 def test_a_call_beyond_the_table_is_refused(patches):
     _, graph = patches
     specs, tensors = input_specs(graph), list(call(height=20).values())
-    with pytest.raises(ArgumentError, match="height is 20, more than 17; give the pipeline the height and width"):
+    with pytest.raises(ArgumentError, match="height is 20, more than 17; give the pipeline a height and width"):
         fit_inputs(specs, tensors, free_sizes(graph))
     assert len(fit_inputs(specs, list(call(height=16).values()), free_sizes(graph))) == 4
 

@@ -344,6 +344,12 @@ def test_a_backend_computes_any_size(backend, any_size):
     assert metrics.generated_kernel_count == 0  # no size needs another compilation
 
 
+def test_an_example_of_one_row_fixes_nothing(backend, any_size):
+    lowered = lower(any_size, backend, example_inputs=(torch.randn(1, 1, 32),))
+    x = torch.randn(5, 17, 32)
+    assert sqnr_db(any_size(x), lowered(x)) > 40
+
+
 @pytest.mark.x86
 def test_an_activation_is_fused_at_free_sizes(any_size, monkeypatch):
     """Export reads the number of tokens from the first linear's output, which would be one more reader of it."""
