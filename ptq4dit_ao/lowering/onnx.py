@@ -22,7 +22,7 @@ from ptq4dit_ao._optional import require
 from ptq4dit_ao.lowering.backend import Backend, Capabilities, Request, Runnable, register
 from ptq4dit_ao.lowering.machine import no_x86, saturates
 from ptq4dit_ao.lowering.match import QuantizedLinear, quantized_products, quantizers_of, widen
-from ptq4dit_ao.lowering.program import as_program
+from ptq4dit_ao.lowering.program import as_program, write_out_divisions
 
 aten = torch.ops.aten
 
@@ -105,6 +105,7 @@ def write(request: Request, path: Path) -> Session:
         _spell_out(linear)
     request.graph.recompile()
     program = as_program(request.graph, request.example_inputs)
+    write_out_divisions(program.graph)
     exported = torch.onnx.export(program, dynamo=True, verbose=False, optimize=False)
     assert exported is not None
     _tidy(exported.model)

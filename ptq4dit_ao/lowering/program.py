@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from ptq4dit_ao.capture.interface import InputSpec, bind_sizes, free_sizes, input_specs, resized
 from ptq4dit_ao.capture.sizes import FreeSizes
 from ptq4dit_ao.errors import ArgumentError
 
 aten = torch.ops.aten
+
+LIFT = 2**20
+"""Quotient that is added to make a dividend positive; 32 bits hold its product with the divisor."""
 
 
 @torch.no_grad()
@@ -73,6 +78,34 @@ def _promote_einsums(graph: Graph) -> None:
         for narrow, wide in zip(factors, cast, strict=True):
             wide.meta["val"] = narrow.meta["val"].to(dtype)
         node.args = (equation, cast)
+
+
+def write_out_divisions(graph: Graph) -> None:
+    """Write out ``a % b``, and ``a // b`` where ``a`` may be negative, of sizes, in place.
+
+    Quotients of ONNX and OpenVINO round to zero, not down, and OpenVINO's importer knows no remainder of sizes.
+    """
+    for node in list(graph.nodes):
+        if node.target not in (operator.mod, operator.floordiv):
+            continue
+        value, divisor = node.args
+        if node.target is operator.floordiv and not _may_be_negative(value):
+            continue
+        with graph.inserting_before(node):
+            lift = graph.call_function(operator.mul, (divisor, LIFT))
+            lifted = graph.call_function(operator.add, (value, lift))
+            result = graph.call_function(operator.floordiv, (lifted, divisor))
+            result = graph.call_function(operator.sub, (result, LIFT))
+            if node.target is operator.mod:
+                multiple = graph.call_function(operator.mul, (result, divisor))
+                result = graph.call_function(operator.sub, (value, multiple))
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
+
+
+def _may_be_negative(value: Any) -> bool:
+    size = value.meta.get("val") if isinstance(value, Node) else value
+    return not (size.node.expr.is_nonnegative if isinstance(size, torch.SymInt) else size >= 0)
 
 
 @dataclass(frozen=True)

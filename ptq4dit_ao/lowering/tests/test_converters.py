@@ -81,3 +81,30 @@ def test_an_einsum_of_two_dtypes(backend):
         lambda h: torch.einsum("ntc,d->ntd", h, frequencies.to(h.device) / 8).float() + h, backend
     )
     assert sqnr_db(expected, found) > 60
+
+
+def rotated(h: Tensor) -> Tensor:
+    """A rotary embedding as Wan computes it, into every second channel of an empty tensor."""
+    out = torch.empty_like(h)
+    out[..., 0::2] = h[..., 0::2] - 2 * h[..., 1::2]
+    out[..., 1::2] = h[..., 0::2] + 2 * h[..., 1::2]
+    return out
+
+
+def test_an_empty_tensor_that_is_filled_by_channels(backend):
+    expected, found = computed(rotated, backend)
+    assert sqnr_db(expected, found) > 60
+
+
+PADDED: dict[str, Callable[[int], int]] = {"-n % 4": lambda n: -n % 4, "-(-n // 4)": lambda n: -(-n // 4) * 4 - n}
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_a_free_size_that_is_padded_to_a_multiple(backend, name):
+    def padded(h: Tensor) -> Tensor:
+        more = PADDED[name](h.shape[1])
+        return nn.functional.pad(h, (0, 0, 0, more), mode="replicate").unflatten(1, (-1, 4)).mean(2)
+
+    expected, found = computed(padded, backend)
+    assert expected.shape == found.shape == (2, 2, 8)
+    assert sqnr_db(expected, found) > 60

@@ -104,7 +104,7 @@ def test_inputs_in_16_bits_give_outputs_in_16_bits():
         (
             "sd3",
             {"hidden_states": torch.zeros(2, 4, 18, 16)},
-            r"the graph cannot be called so: height is 18, more than 17; give the pipeline the height and width",
+            r"the graph cannot be called so: height is 18, more than 17; give the pipeline a height and width",
         ),
         ("sd3", {"encoder_hidden_states": torch.zeros(2, 9, 20)}, r"encoder_hidden_states has shape \(2, 9, 20\)"),
         ("sd3", {"joint_attention_kwargs": {"scale": 0.5}}, r"'joint_attention_kwargs' of SD3.* is \{'scale': 0\.5\}"),
