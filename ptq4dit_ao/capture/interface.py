@@ -179,6 +179,16 @@ def random_inputs(
     return tuple(map(random, specs))
 
 
+def distinct(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The tensors, with a copy of each that is an earlier one, because export takes both for one input."""
+    seen: set[int] = set()
+    found = []
+    for x in tensors:
+        found.append(x.clone() if id(x) in seen else x)
+        seen.add(id(x))
+    return tuple(found)
+
+
 def resized(x: Tensor, spec: InputSpec, values: Mapping[str, int]) -> Tensor:
     """An input cut to other sizes, or repeated where they are larger.
 

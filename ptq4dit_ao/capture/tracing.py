@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from ptq4dit_ao.capture.call import Call, with_forward
 from ptq4dit_ao.capture.guards import GuardAnalysis, printed
-from ptq4dit_ao.capture.interface import BATCH, InputSpec, resized, set_interface
+from ptq4dit_ao.capture.interface import BATCH, InputSpec, distinct, resized, set_interface
 from ptq4dit_ao.capture.patches import exportable
 from ptq4dit_ao.capture.sizes import Expression, FreeSizes, names_in
 from ptq4dit_ao.choices import AXIS_KINDS, AxisKind
@@ -141,7 +141,7 @@ class Tracing:
 
     def _program(self, free: Collection[Axis]) -> ExportedProgram:
         names = list(self.tensors)
-        inputs = tuple(self.tensors.values())
+        inputs = distinct(list(self.tensors.values()))
         batched = [i for i, name in enumerate(names) if self.kinds.get((name, 0)) == "batch" and (name, 0) in free]
 
         def forward(*tensors: Tensor) -> Tensor | tuple[Tensor, ...]:

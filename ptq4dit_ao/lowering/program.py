@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
-from ptq4dit_ao.capture.interface import InputSpec, bind_sizes, free_sizes, input_specs, resized
+from ptq4dit_ao.capture.interface import InputSpec, bind_sizes, distinct, free_sizes, input_specs, resized
 from ptq4dit_ao.capture.sizes import FreeSizes
 from ptq4dit_ao.errors import ArgumentError
 
@@ -37,7 +37,7 @@ def as_program(graph: GraphModule, inputs: Sequence[Tensor]) -> ExportedProgram:
         axes = [[axis for axis, size in enumerate(spec.sizes) if isinstance(size, str)] for spec in specs]
         inputs = _of_two(inputs, specs, free_sizes(graph))
     free = tuple({a: Dim.AUTO for a in own if x.shape[a] > 1} for own, x in zip(axes, inputs, strict=True))
-    layouts = tuple(x.contiguous() for x in inputs)
+    layouts = distinct([x.contiguous() for x in inputs])
     program = torch.export.export(graph, layouts, dynamic_shapes=free, strict=False)
     # Export adds a check to every cast's input. It is one more reader, and int8 patterns allow a single one.
     for check in program.graph.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default):

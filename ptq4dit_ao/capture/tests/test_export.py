@@ -408,3 +408,15 @@ def test_positional_arguments_of_any_kind():
     exported = export_transformer(model, inputs)
     assert [node.target for node in placeholders(exported)] == ["x", "input_1", "input_2"]
     torch.testing.assert_close(exported(*inputs), model(*inputs))
+
+
+@pytest.mark.parametrize("dynamic", [None, ()])
+def test_one_tensor_for_two_inputs_is_two_inputs(dynamic):
+    class Masked(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor, other_mask: Tensor) -> Tensor:
+            return x * mask + other_mask
+
+    mask = torch.ones(2, 5, 1)
+    graph = export_transformer(Masked().eval(), (torch.zeros(2, 5, 3), mask, mask), dynamic=dynamic)
+    x, one, other = torch.randn(2, 5, 3), torch.randn(2, 5, 1), torch.randn(2, 5, 1)
+    assert torch.equal(graph(x, one, other), x * one + other)

@@ -350,6 +350,21 @@ def test_an_example_of_one_row_fixes_nothing(backend, any_size):
     assert sqnr_db(any_size(x), lowered(x)) > 40
 
 
+def test_one_tensor_for_two_inputs_is_two_inputs(backend, convert):
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(32, 32)
+
+        def forward(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+            return self.layer(x) * y + z
+
+    x, y, z = (torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    graph = convert(export_transformer(Sum().eval(), (x, y, z)), PTQ4DiTQuantizer(balance="none"), [(x, y, z)])
+    lowered = lower(graph, backend, example_inputs=(x, y, y))
+    assert sqnr_db(graph(x, y, z), lowered(x, y, z)) > 40
+
+
 @pytest.mark.x86
 def test_an_activation_is_fused_at_free_sizes(any_size, monkeypatch):
     """Export reads the number of tokens from the first linear's output, which would be one more reader of it."""
