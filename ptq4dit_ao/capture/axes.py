@@ -109,7 +109,7 @@ def _is_length(name: str, x: Tensor, batched: bool, axis: int) -> bool:
     if x.ndim == 1:
         return True
     if last:
-        return batched and x.ndim == 2 and name in TIMESTEP_NAMES
+        return batched and x.ndim == 2 and name.removeprefix("r_") in TIMESTEP_NAMES
     return x.ndim < 4
 
 

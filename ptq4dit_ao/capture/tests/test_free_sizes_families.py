@@ -64,6 +64,12 @@ def test_sequences_of_channels_are_free_in_their_length():
     assert kinds_of(torch.zeros(3, 4, 9), "encoder_hidden_states") == {0: "batch", 1: "text"}
 
 
+@pytest.mark.parametrize("name", ["timestep", "r_timestep"])
+def test_times_of_frames_are_as_many_as_there_are(name):
+    assert kinds_of(torch.rand(3, 5), name) == {0: "batch", 1: "tokens"}
+    assert kinds_of(torch.rand(3, 5), "pooled_projections") == {0: "batch"}
+
+
 def test_as_many_frames_as_channels_are_free():
     assert kinds_of(torch.zeros(3, 4, 5, 8, 6)) == {0: "batch", 2: "frames", 3: "height", 4: "width"}
     assert kinds_of(torch.zeros(3, 5, 4, 8, 6)) == {0: "batch", 1: "frames", 3: "height", 4: "width"}
