@@ -73,7 +73,15 @@ def given(found: Any) -> tuple[torch.nn.Module, dict[str, Any]]:
         batched = isinstance(x, Tensor) and x.ndim and x.shape[0] == rows
         return torch.cat([x] * BATCH)[:BATCH].clone() if batched else x
 
-    return model, tree_map(with_batch, arguments)
+    def samples(x: Any) -> bool:
+        """Whether the samples of a batch come in a list."""
+        tensors = isinstance(x, list) and len(x) == rows and all(isinstance(one, Tensor) for one in x)
+        return tensors and all(one.shape[0] != rows for one in x)
+
+    return model, {
+        name: [one.clone() for one in (x * BATCH)[:BATCH]] if samples(x) else tree_map(with_batch, x)
+        for name, x in arguments.items()
+    }
 
 
 def survey(test: TestClass) -> dict[str, Any]:
