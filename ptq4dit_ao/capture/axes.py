@@ -85,11 +85,11 @@ def _kinds(name: str, x: Tensor, rows: int | None, channels: int | None, texts: 
     batched = rows is not None and x.shape[0] == rows
     found: dict[int, AxisKind] = {0: "batch"} if batched else {}
     length: AxisKind = "text" if _is_text(name) else "tokens"
+    if _is_sequence_of_channels(name, x, batched, channels):
+        return {**found, 2: length}
     for axis in range(1 if batched else 0, x.ndim):
-        if _is_sequence_of_channels(name, x, batched, channels):
-            kind: AxisKind | None = length if axis == 2 else None
-        elif _is_length(name, x, batched, axis):
-            kind = length
+        if _is_length(name, x, batched, axis):
+            kind: AxisKind | None = length
         else:
             kind = _of_latents(x, batched, axis, channels)
             if length == "text":  # features of several layers, of which one axis is as long as the mask

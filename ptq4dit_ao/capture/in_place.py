@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch._ops import OpOverload
+from torch._prims_common import is_contiguous_or_false
 from torch.fx import GraphModule, Node
 
 aten = torch.ops.aten
@@ -59,7 +60,10 @@ def _interleaved(empty: Node) -> list[Node]:
 
     Empty if it is filled in another way, or read between the writes.
     """
-    size = empty.meta["val"].shape[-1]
+    value = empty.meta["val"]
+    if not value.ndim or not is_contiguous_or_false(value):  # a stack is contiguous
+        return []
+    size = value.shape[-1]
     views = [user for user in empty.users if user.target is aten.slice.Tensor]
     step = len(views)
     if step < 2 or not isinstance(size, int) or size % step:
@@ -74,7 +78,17 @@ def _interleaved(empty: Node) -> list[Node]:
     readers = [user for user in empty.users if user not in views]
     last = max(written.values())
     filled = sorted(written) == list(range(step)) and all(last < reader for reader in readers)
-    return [written[i] for i in range(step)] if filled else []
+    return [written[i] for i in range(step)] if filled and _are_alone(list(written.values())) else []
+
+
+def _are_alone(writes: Sequence[Node]) -> bool:
+    """Whether nothing else is written between the first and the last of these writes, such as into their sources."""
+    node, last = min(writes), max(writes)
+    while node is not last:
+        if node not in writes and isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
+            return False
+        node = node.next
+    return True
 
 
 def _fills(write: Node, view: Node) -> bool:

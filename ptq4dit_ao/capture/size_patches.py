@@ -580,8 +580,9 @@ def kandinsky6(model: Any) -> Attributes:
 def z_image(model: Any) -> Attributes:
     """Patch of Z-Image, whose samples come in lists, for images of one size and captions of one length.
 
-    The original takes ``len`` of tensors. Both sequences are padded with a learned token to a multiple of 32. The
-    caption's positions (1 + i, 0, 0) go on through its padding; those of the image's padding are (0, 0, 0).
+    With captions of several lengths the original runs, and fixes all sizes: it takes ``len`` of tensors. Both sequences
+    are padded with a learned token to a multiple of 32. The caption's positions (1 + i, 0, 0) go on through its
+    padding; those of the image's padding are (0, 0, 0).
     """
     forward_ = model.forward
     multiple = original(model, "SEQ_MULTI_OF")
@@ -601,19 +602,20 @@ def z_image(model: Any) -> Attributes:
         t: Tensor,
         cap_feats: Any,
         return_dict: bool = True,
-        *args: Any,
+        controlnet_block_samples: Any = None,
+        siglip_feats: Any = None,
+        image_noise_mask: Any = None,
         patch_size: int = 2,
         f_patch_size: int = 1,
-        **kwargs: Any,
+        joint_attention_kwargs: Any = None,
     ) -> Any:
-        others = [*args, *kwargs.values()]
+        others = [controlnet_block_samples, siglip_feats, image_noise_mask, joint_attention_kwargs]
         listed = all(isinstance(sample, Tensor) for sample in (*x, *cap_feats))
         shapes = [[tuple(map(example, sample.shape)) for sample in samples] for samples in (x, cap_feats) if listed]
         alike = listed and all(len(set(own)) == 1 for own in shapes)
         free = alike and not are_numbers(*x[0].shape, *cap_feats[0].shape)
         if not free or any(value is not None for value in others):
-            sizes = {"patch_size": patch_size, "f_patch_size": f_patch_size}
-            return forward_(x, t, cap_feats, return_dict, *args, **sizes, **kwargs)
+            return forward_(x, t, cap_feats, return_dict, *others[:3], patch_size, f_patch_size, others[3])
         images, texts = torch.stack(list(x)), torch.stack(list(cap_feats))
         batch, channels, frames, height, width = images.shape
         pf, p = f_patch_size, patch_size

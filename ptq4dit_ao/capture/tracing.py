@@ -27,6 +27,9 @@ Axis = tuple[str, int]
 MOST_CONDITIONS = 4
 """Largest number of conditions on a free size."""
 
+MODEL_FAILS = "the model fails"
+"""Beginning of a reason: the module itself does not run at some sizes."""
+
 AGREEMENT = 0.5
 """Exponent on the dtype's eps that gives the tolerated relative error of the graph's output against the model's."""
 
@@ -180,10 +183,13 @@ class Tracing:
             example = self.tensors[name]
             return InputSpec(name=name, shape=tuple(example.shape), dtype=example.dtype, sizes=tuple(expressions))
 
-        free = {(name, self.kinds[name, axis]) for name, axis in self._free()}
-        fixed = {(name, self.kinds[name, axis]): reason for (name, axis), reason in self.fixed.items()}
-        # An axis of channels may have been taken for another of the same tensor, which is free.
-        said = {f"{kind} of {name}": reason for (name, kind), reason in fixed.items() if (name, kind) not in free}
+        # Where there are as many channels as frames, both axes were tried, and one is free.
+        frames = {name for name, axis in self._free() if self.kinds[name, axis] == "frames"}
+        said = {
+            f"{self.kinds[axis]} of {axis[0]}": reason
+            for axis, reason in self.fixed.items()
+            if self.kinds[axis] != "frames" or axis[0] not in frames
+        }
         specs = tuple(spec(name, node) for name, node in self._named(graph_module))
         return Traced(graph_module, specs, replace(sizes, fixed=said))
 
@@ -208,14 +214,25 @@ class Tracing:
     def _checked_at_one(self, traced: Traced) -> FreeSizes:
         """The free sizes, from 2 where the graph does not stand for the module at 1, alone or with others.
 
-        torch.export takes each size for 2 or more, and records no guard where a module compares it with 1.
+        torch.export takes each size for 2 or more, and records no guard where a module compares it with 1. A module
+        that fails at one size of 1 may need others of the same meaning at 1, too.
         """
         sizes = {size.name: size for size in traced.sizes.sizes}
-        for names in [*([name] for name in sizes), [name for name in sizes if name != BATCH]]:
-            ones = {name: 1 for name in names if sizes[name].least == 1}
-            values = traced.sizes.example | ones
-            if ones and traced.sizes.problem(values) is None and self._problem(traced, values) is not None:
-                sizes.update({name: replace(sizes[name], least=2) for name in ones})
+        kinds = {self._name_of(traced, axis): self.kinds[axis] for axis in self._free()}
+
+        def problem(names: Collection[str]) -> str | None:
+            values = traced.sizes.example | {name: 1 for name in names if sizes[name].least == 1}
+            return None if traced.sizes.problem(values) else self._problem(traced, values)
+
+        for name in [name for name in sizes if sizes[name].least == 1]:
+            alike = [other for other in sizes if kinds.get(other) == kinds.get(name)]
+            found = problem([name])
+            if found is not None and (not found.startswith(MODEL_FAILS) or len(alike) == 1 or problem(alike)):
+                sizes[name] = replace(sizes[name], least=2)
+        rest = [name for name in sizes if name != BATCH and sizes[name].least == 1]
+        found = problem(rest) if len(rest) > 1 else None
+        if found is not None and not found.startswith(MODEL_FAILS):
+            sizes.update({name: replace(sizes[name], least=2) for name in rest})
         return replace(traced.sizes, sizes=tuple(sizes.values()))
 
     def _problem(self, traced: Traced, values: Mapping[str, int]) -> str | None:
@@ -224,7 +241,7 @@ class Tracing:
         try:
             expected = self.call(inputs)
         except Exception as error:  # a model may raise any type
-            return f"the model fails ({first_line(error)})"
+            return f"{MODEL_FAILS} ({first_line(error)})"
         try:
             got = traced.graph_module(*inputs)
         except Exception as error:

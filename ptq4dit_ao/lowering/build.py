@@ -58,8 +58,8 @@ def lower(
         converted: the converted graph. It is not changed, unless ``consume`` is set.
         backend: a name of :func:`available_backends`, or ``auto`` for the best backend that this machine can run.
             ``auto`` logs a warning with the reason why a better one was passed over.
-        example_inputs: inputs for compiling and for the proofs, best as the model receives them, with two rows or more.
-            The default is random inputs.
+        example_inputs: inputs for compiling and for the proofs, best as the model receives them. The default is random
+            inputs.
         float_dtype: dtype in which attention and the other float matrix products compute. bfloat16 is faster on
             processors that have it. None is the model's own dtype.
         allow_float_fallback: accept linears that the backend runs in float.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4dit_ao._modes import without_autocast
-from ptq4dit_ao.capture.interface import CapturedModule, InputSpec
+from ptq4dit_ao.capture.interface import CapturedModule, InputSpec, bind_sizes
 from ptq4dit_ao.capture.sizes import FreeSizes
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.lowering.backend import Runnable
@@ -35,7 +35,15 @@ class LoweredModel(nn.Module):
     @torch.no_grad()
     @without_autocast()
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Run the model on the graph's inputs, without gradients and autocast."""
+        """Run the model on the graph's inputs, without gradients and autocast.
+
+        Raises:
+            ArgumentError: a free size is beyond its bounds, at which the built model would compute something else.
+        """
+        if len(inputs) == len(self.inputs):
+            problem = self.sizes.problem(bind_sizes(self.inputs, [x.shape for x in inputs]))
+            if problem is not None:
+                raise ArgumentError(f"the model cannot be called so: {problem}; give it other sizes, or export again")
         return self.run(*inputs)
 
     def __copy__(self) -> LoweredModel:

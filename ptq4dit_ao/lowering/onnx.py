@@ -105,7 +105,7 @@ def write(request: Request, path: Path) -> Session:
         _spell_out(linear)
     request.graph.recompile()
     program = as_program(request.graph, request.example_inputs)
-    write_out_divisions(program.graph)
+    write_out_divisions(program.graph, remainders=False)
     exported = torch.onnx.export(program, dynamo=True, verbose=False, optimize=False)
     assert exported is not None
     _tidy(exported.model)

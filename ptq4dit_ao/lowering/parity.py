@@ -1,7 +1,7 @@
 """Parity check: a built model computes what the quantize/dequantize graph computes.
 
 The kernel proof counts products. It does not detect a converter that drops an addition, or a kernel that reads memory
-in another order. The parity check runs both on equal inputs, at two batch sizes.
+in another order. The parity check runs both on equal inputs, at two sizes.
 """
 
 from __future__ import annotations

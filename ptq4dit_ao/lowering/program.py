@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
-from ptq4dit_ao.capture.interface import InputSpec, bind_sizes, distinct, free_sizes, input_specs, resized
+from ptq4dit_ao.capture.interface import InputSpec, bind_sizes, distinct, free_sizes, input_specs, resized, shape_at
 from ptq4dit_ao.capture.sizes import FreeSizes
 from ptq4dit_ao.errors import ArgumentError
 
 aten = torch.ops.aten
 
 LIFT = 2**20
-"""Quotient that is added to make a dividend positive; 32 bits hold its product with the divisor."""
+"""Quotient that is added to make a dividend positive; 32 bits hold its product with divisors below 2048."""
 
 
 @torch.no_grad()
@@ -54,6 +54,8 @@ def _of_two(inputs: Sequence[Tensor], specs: Sequence[InputSpec], sizes: FreeSiz
     if not ones:
         return inputs
     values = given | ones if sizes.problem(given | ones) is None else sizes.example
+    if any(1 in shape_at(spec, values) for spec in specs if any(isinstance(size, str) for size in spec.sizes)):
+        values = sizes.example  # a size that follows from others is still 1
     return [resized(x, spec, values) for x, spec in zip(inputs, specs, strict=True)]
 
 
@@ -80,22 +82,27 @@ def _promote_einsums(graph: Graph) -> None:
         node.args = (equation, cast)
 
 
-def write_out_divisions(graph: Graph) -> None:
-    """Write out ``a % b``, and ``a // b`` where ``a`` may be negative, of sizes, in place.
+def write_out_divisions(graph: Graph, *, remainders: bool) -> None:
+    """Write out ``a // b`` of sizes where ``a`` may be negative, in place.
 
-    Quotients of ONNX and OpenVINO round to zero, not down, and OpenVINO's importer knows no remainder of sizes.
+    Quotients of ONNX and OpenVINO round to zero, not down.
+
+    Args:
+        graph: graph of an exported program.
+        remainders: whether to write out ``a % b``, too, which OpenVINO's importer does not know.
     """
-    for node in list(graph.nodes):
-        if node.target not in (operator.mod, operator.floordiv):
+    targets = (operator.floordiv, operator.mod) if remainders else (operator.floordiv,)
+    divisions = [node for node in graph.nodes if node.target in targets]
+    lifted = {node for node in divisions if isinstance(node.args[1], int) and _may_be_negative(node.args[0])}
+    for node in divisions:
+        if node.target is operator.floordiv and node not in lifted:
             continue
         value, divisor = node.args
-        if node.target is operator.floordiv and not _may_be_negative(value):
-            continue
         with graph.inserting_before(node):
-            lift = graph.call_function(operator.mul, (divisor, LIFT))
-            lifted = graph.call_function(operator.add, (value, lift))
-            result = graph.call_function(operator.floordiv, (lifted, divisor))
-            result = graph.call_function(operator.sub, (result, LIFT))
+            dividend = graph.call_function(operator.add, (value, divisor * LIFT)) if node in lifted else value
+            result = graph.call_function(operator.floordiv, (dividend, divisor))
+            if node in lifted:
+                result = graph.call_function(operator.sub, (result, LIFT))
             if node.target is operator.mod:
                 multiple = graph.call_function(operator.mul, (result, divisor))
                 result = graph.call_function(operator.sub, (value, multiple))

@@ -54,15 +54,19 @@ class Rotary(nn.Module):
         self.how = how
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.how == "transposed":
+            x = x.transpose(1, 2).contiguous().transpose(1, 2)
         out = torch.empty_like(x)
         if self.how == "half":
             out.zero_()
-        first = x[..., 0::2].double() if self.how == "cast" else x[..., 0::2]
-        out[..., 0::2] = first * 2
+        first = (x[..., 0::2].double() if self.how == "cast" else x[..., 0::2]) * 2
+        out[..., 0::2] = first
+        if self.how == "source":
+            first.neg_()
         if self.how == "between":
             x = x + out.nan_to_num().clamp(0, 0)
         if self.how != "half":
-            out[..., 1::2] = x[..., 0::2] - x[..., 1::2]
+            out[..., 1::2] = first if self.how == "source" else x[..., 0::2] - x[..., 1::2]
         return out + x
 
 
@@ -76,7 +80,7 @@ def test_a_tensor_that_is_filled_by_channels_is_stacked(how):
     assert torch.equal(graph(x), Rotary(how)(x))
 
 
-@pytest.mark.parametrize("how", ["half", "between"])
+@pytest.mark.parametrize("how", ["half", "between", "source", "transposed"])
 def test_a_tensor_that_is_filled_in_another_way_stays(how):
     graph = export_transformer(Rotary(how).eval(), (torch.randn(2, 3, 8),), check=False)
     assert aten.stack.default not in [node.target for node in graph.graph.nodes]

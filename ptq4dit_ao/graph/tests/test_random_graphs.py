@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 TOLERANCE = 1e-11
 FOLDABLE, EXPORTED = 0.3, 0.9
 """Least shares of graphs with a site that folds, and of programs that make a graph."""
+SIZED = 0.03
+"""Least share of graphs with three free sizes; a quarter is tried."""
 
 POLICIES = {
     "default": SitePolicy(),
@@ -124,10 +126,11 @@ def run(program: list[Step], dynamic: Dynamic, counts: Counter[str]) -> None:
     sizes = free_sizes(graph)
     counts[f"free sizes: {len(sizes.names)}"] += 1
     counts["sizes with conditions"] += bool(sizes.conditions)
-    samples = [inputs_at(graph, values) for values in other_sizes(sizes, counts["programs"])]
-    for sample in samples if sizes.names else []:
+    tried = other_sizes(sizes, counts["programs"])
+    samples = [inputs_at(graph, values) for values in tried]
+    for values, sample in zip(tried, samples, strict=True):
         assert error(tree_leaves(graph(*sample)), net(*sample)) <= TOLERANCE
-        counts["other sizes"] += 1
+        counts["other sizes"] += values != sizes.example
     seen: set[str] = set()
     for name, policy in POLICIES.items():
         sites = find_sites(graph, policy=policy)
@@ -156,6 +159,7 @@ def search(max_examples: int) -> Counter[str]:
     logger.info("%s", counts)
     assert counts["programs"] >= max_examples
     assert counts["not exported"] <= (1 - EXPORTED) * max_examples
+    assert counts["free sizes: 3"] >= SIZED * max_examples and counts["other sizes"] >= max_examples, counts
     for name in POLICIES:
         assert counts[f"{name}: any site folds"] >= FOLDABLE * max_examples, counts
     return counts

@@ -11,19 +11,14 @@ from torch.fx import GraphModule
 from ptq4dit_ao._optional import require
 from ptq4dit_ao.lowering.backend import Request
 from ptq4dit_ao.lowering.match import quantized_products, quantizers_of, widen
-from ptq4dit_ao.lowering.openvino.rewrite import (
-    dequantize_constants,
-    multiply_by_head,
-    quantize_early,
-    store_int4,
-)
+from ptq4dit_ao.lowering.openvino.rewrite import dequantize_constants, multiply_by_head, quantize_early, store_int4
 from ptq4dit_ao.lowering.program import as_program, inputs_of, write_out_divisions
 
 
 def to_openvino(graph: GraphModule, example_inputs: tuple[Tensor, ...]) -> tuple[Any, ExportedProgram]:
     """The converted model and the program it was converted from. The model's dynamic axes are those of the program."""
     program = as_program(graph, example_inputs)
-    write_out_divisions(program.graph)
+    write_out_divisions(program.graph, remainders=True)
     model = require("openvino", extra="openvino").convert_model(program)  # all axes are dynamic here
     sizes = enumerate(like.shape for like in inputs_of(program))
     model.reshape({i: [size if isinstance(size, int) else -1 for size in shape] for i, shape in sizes})

@@ -96,7 +96,11 @@ def test_an_empty_tensor_that_is_filled_by_channels(backend):
     assert sqnr_db(expected, found) > 60
 
 
-PADDED: dict[str, Callable[[int], int]] = {"-n % 4": lambda n: -n % 4, "-(-n // 4)": lambda n: -(-n // 4) * 4 - n}
+PADDED: dict[str, Callable[[int], int]] = {
+    "-n % 4": lambda n: -n % 4,
+    "-(-n // 4)": lambda n: -(-n // 4) * 4 - n,
+    "nested": lambda n: (4 - n % 4) % 4 + (-n // 4 + n) // 2 * 0,
+}
 
 
 @pytest.mark.parametrize("name", PADDED)
@@ -105,6 +109,11 @@ def test_a_free_size_that_is_padded_to_a_multiple(backend, name):
         more = PADDED[name](h.shape[1])
         return nn.functional.pad(h, (0, 0, 0, more), mode="replicate").unflatten(1, (-1, 4)).mean(2)
 
-    expected, found = computed(padded, backend)
-    assert expected.shape == found.shape == (2, 2, 8)
-    assert sqnr_db(expected, found) > 60
+    x, t = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0.5, 0.25])
+    model = apply_recipe(Behind(padded).eval(), PLAIN, [(x, t)])
+    assert model.sizes.names == ("batch", "tokens")
+    lowered = model.lower(backend)
+    for tokens in (6, 8, 9, 3):
+        more = x.repeat(1, 2, 1)[:, :tokens]
+        assert lowered(more, t).shape == (2, -(-tokens // 4), 8)
+        assert sqnr_db(model.graph(more, t), lowered(more, t)) > 40

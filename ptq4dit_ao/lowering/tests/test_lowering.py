@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from ptq4dit_ao.capture import export_transformer
 from ptq4dit_ao.capture.interface import free_sizes
 from ptq4dit_ao.core.metrics import sqnr_db
-from ptq4dit_ao.errors import LoweringError
+from ptq4dit_ao.errors import ArgumentError, LoweringError
 from ptq4dit_ao.graph.names import LINEAR
 from ptq4dit_ao.lowering import (
     KernelProof,
@@ -342,6 +342,23 @@ def test_a_backend_computes_any_size(backend, any_size):
         x = torch.randn(shape)
         assert sqnr_db(any_size(x), lowered(x)) > 40
     assert metrics.generated_kernel_count == 0  # no size needs another compilation
+
+
+def test_a_size_beyond_its_bounds_is_refused(backend, convert):
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.table = nn.Linear(32, 32), nn.Parameter(torch.randn(9, 32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x + self.table[: x.shape[1]])
+
+    x = torch.randn(2, 6, 32)
+    graph = convert(export_transformer(Positions().eval(), (x,)), PTQ4DiTQuantizer(balance="none"), [(x,)])
+    lowered = lower(graph, backend)
+    assert lowered(torch.randn(1, 9, 32)).shape == (1, 9, 32)
+    with pytest.raises(ArgumentError, match="tokens is 10, more than 9; give it other sizes, or export again"):
+        lowered(torch.randn(1, 10, 32))
 
 
 def test_an_example_of_one_row_fixes_nothing(backend, any_size):
