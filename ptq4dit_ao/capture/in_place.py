@@ -101,11 +101,13 @@ def _fills(write: Node, view: Node) -> bool:
 
 def _slice_of_channels(view: Node) -> tuple[int, int]:
     """Start and step of a slice of the last axis to its end; a step of 0 for any other slice."""
-    source, axis, start, end, step, *_ = (*view.args, *(0, 0, None, 1)[len(view.args) - 1 :])
-    value: Any = source.meta["val"]  # type: ignore[union-attr]
+    given: list[Any] = list(view.args)
+    defaults: list[Any] = [None, 0, 0, None, 1]
+    source, axis, start, end, step = given + defaults[len(given) :]
+    value = source.meta["val"]
     numbers = all(isinstance(n, int) for n in (axis, start, end, step))
-    whole = numbers and axis % value.ndim == value.ndim - 1 and end >= value.shape[-1]  # type: ignore[operator]
-    return (start, step) if whole else (0, 0)  # type: ignore[return-value]
+    whole = numbers and axis % value.ndim == value.ndim - 1 and end >= value.shape[-1]
+    return (start, step) if whole else (0, 0)
 
 
 def _interleave(empty: Node, writes: Sequence[Node]) -> None:

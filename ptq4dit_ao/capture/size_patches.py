@@ -41,12 +41,12 @@ def example(size: Any) -> int:
 
 
 def original(module: nn.Module, name: str) -> Any:
-    """A function or class of the file that a module comes from."""
+    """A function, class or constant of the file that a module comes from."""
     return getattr(sys.modules[type(module).__module__], name)
 
 
-def result(model: nn.Module, sample: Tensor, return_dict: bool) -> Any:
-    """The output of a diffusers transformer for a sample: a tuple, or a ``Transformer2DModelOutput``."""
+def result(model: nn.Module, sample: Tensor | list[Tensor], return_dict: bool) -> Any:
+    """The output of a diffusers transformer: a tuple of the sample, or samples, or a ``Transformer2DModelOutput``."""
     if not return_dict:
         return (sample,)
     return original(model, "Transformer2DModelOutput")(sample=sample)

@@ -111,7 +111,7 @@ def write_out_divisions(graph: Graph, *, remainders: bool) -> None:
 
 
 def _may_be_negative(value: Any) -> bool:
-    size = value.meta.get("val") if isinstance(value, Node) else value
+    size: Any = value.meta.get("val") if isinstance(value, Node) else value
     return not (size.node.expr.is_nonnegative if isinstance(size, torch.SymInt) else size >= 0)
 
 

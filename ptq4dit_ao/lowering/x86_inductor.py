@@ -8,6 +8,7 @@ free sizes: ``torch.compile`` would compile again for a second size, and once mo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,7 +112,8 @@ def _compiled(program: ExportedProgram) -> Callable[..., Sequence[Tensor]]:
     module.recompile()
     inputs = [node.meta["val"] for node in placeholders(module)]
     with tracing(TracingContext(detect_fake_mode(inputs))), inductor_config.patch(SETTINGS):
-        return compile_fx(module, inputs)
+        compiled: Any = compile_fx(module, inputs)
+    return compiled  # type: ignore[no-any-return]
 
 
 register(
