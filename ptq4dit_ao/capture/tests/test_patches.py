@@ -23,8 +23,8 @@ from ptq4dit_ao.errors import ExportError
 from ptq4dit_ao.testing.zoo import FAMILIES
 from ptq4dit_ao.testing.zoo.draw import noise
 
-QUICK = ["cosmos", "lumina2", "lumina_next", "mochi", "omnigen"]
-SLOW = ["chroma", "hidream", "hunyuan_video15", "hunyuan_video_framepack", "wan_animate"]
+QUICK = ["lumina2", "lumina_next", "omnigen"]
+SLOW = ["chroma", "cosmos", "mochi", "hidream", "hunyuan_video15", "hunyuan_video_framepack", "wan_animate"]
 ALL = [*QUICK, *SLOW]
 MASKS = {
     "lumina2": ("encoder_attention_mask", "encoder_hidden_states"),
