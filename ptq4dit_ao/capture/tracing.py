@@ -107,9 +107,7 @@ class Tracing:
             said = f"torch.export cannot capture it with free sizes: {first_line(error)}"
             self.fixed.update(dict.fromkeys(first, said))
             return None
-        graph_module = program.module(check_guards=False)
-        # Its check of the inputs includes bounds of the trace, such as no size of 1, which no op of the graph needs.
-        graph_module._forward_pre_hooks.clear()
+        graph_module = module_of(program)
         values = {name: node.meta["val"] for name, node in self._named(graph_module)}
         raw = {(name, axis): values[name].shape[axis] for name, axis in free}
         sizes = {axis: size for axis, size in raw.items() if isinstance(size, torch.SymInt)}
@@ -255,6 +253,16 @@ class Tracing:
         name, place = axis
         spec = next(spec for spec in traced.inputs if spec.name == name)
         return str(spec.sizes[place])
+
+
+def module_of(program: ExportedProgram) -> GraphModule:
+    """The module of a program, without the check of its inputs.
+
+    The check includes bounds of the trace, such as no size of 1, which no op of the graph needs.
+    """
+    graph_module = program.module(check_guards=False)
+    graph_module._forward_pre_hooks.clear()
+    return graph_module
 
 
 def _first_axis(symbol: str, sizes: Mapping[Axis, torch.SymInt]) -> Axis:

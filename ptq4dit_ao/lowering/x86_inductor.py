@@ -20,6 +20,7 @@ from torch.fx import Graph, Node
 from torch.fx.graph import CodeGen
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
+from ptq4dit_ao.capture.tracing import module_of
 from ptq4dit_ao.graph.names import placeholders
 from ptq4dit_ao.lowering.backend import Backend, Capabilities, Request, Runnable, register
 from ptq4dit_ao.lowering.machine import no_compiler, no_onednn, no_x86, saturates
@@ -104,8 +105,7 @@ def build(request: Request) -> Runnable:
 @torch.no_grad()
 def _compiled(program: ExportedProgram) -> Callable[..., Sequence[Tensor]]:
     """The compiled program, which takes its inputs by position and returns its outputs in a sequence."""
-    module = program.module(check_guards=False)
-    module._forward_pre_hooks.clear()
+    module = module_of(program)
     output = module.graph.output_node()
     output.args = (tree_leaves(output.args),)
     module.graph.set_codegen(CodeGen())
