@@ -44,7 +44,11 @@ FloatDtype = Literal["bfloat16", "float16"]
 FLOAT_DTYPES: tuple[FloatDtype, ...] = get_args(FloatDtype)
 """Dtypes that the float part of a lowered model may compute in, besides the model's own."""
 
-SiteKind = Literal["offline", "vector multiply", "partial", "refused"]
+Sites = Literal["folded", "all"]
+SITES: tuple[Sites, ...] = get_args(Sites)
+"""Linears that are balanced: those that a fold reaches, or every one."""
+
+SiteKind = Literal["offline", "vector multiply", "partial", "premultiply", "refused"]
 SITE_KINDS: tuple[SiteKind, ...] = get_args(SiteKind)
 """Kinds of balance sites, by where their balancing vectors are folded."""
 

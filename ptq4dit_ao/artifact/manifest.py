@@ -16,10 +16,14 @@ from ptq4dit_ao.errors import ArtifactError
 
 FORMAT = "ptq4dit-ao"
 """Name of the format in the manifest."""
-FORMAT_VERSION = 3
-"""Format version that is written, and the only one that is read. In version 2, recipes had ``balance.aggregation``."""
+FORMAT_VERSION = 4
+"""Format version that is written."""
+READ_VERSIONS = (3, 4)
+"""Format versions that are read. In version 2, recipes had ``balance.aggregation``; version 3 had no vectors."""
 MANIFEST, GRAPH, WEIGHTS = "manifest.json", "graph.json", "weights.safetensors"
 """Names of the files of a saved model."""
+VECTORS = "balance.safetensors"
+"""Name of the file of its balancing vectors, which only its module form needs."""
 BESIDE = ("report.json", "report.html", "ptqd.safetensors")
 """Names of files that may be stored beside a model. They are not part of it."""
 
@@ -79,7 +83,8 @@ def read_manifest(path: Path) -> Manifest:
     for key, kind in (("input_signature", list), ("metadata", dict), ("tensors", dict), ("versions", dict)):
         if not isinstance(doc[key], kind):
             raise ArtifactError(f"{path}: {key} is a {type(doc[key]).__name__}; copy or save the model again")
-    check_keys(doc["files"], {GRAPH, WEIGHTS}, f"{path}: files")
+    vectors = {VECTORS} if isinstance(doc["files"], dict) and VECTORS in doc["files"] else set()
+    check_keys(doc["files"], {GRAPH, WEIGHTS, *vectors}, f"{path}: files")
     return Manifest(
         input_signature=doc["input_signature"],
         metadata=doc["metadata"],
@@ -123,8 +128,8 @@ def _check_format(path: Path, doc: dict[str, Any]) -> None:
     if doc.get("format") != FORMAT:
         raise ArtifactError(f"{path} is of format {doc.get('format')!r}, not {FORMAT!r}; point to a model saved by it")
     version = doc.get("format_version")
-    if version != FORMAT_VERSION or type(version) is not int:
+    if version not in READ_VERSIONS or type(version) is not int:
         raise ArtifactError(
-            f"{path} has format_version {version!r}, this version reads {FORMAT_VERSION}; install the {FORMAT} that "
+            f"{path} has format_version {version!r}, this version reads {' and '.join(map(str, READ_VERSIONS))}; install the {FORMAT} that "
             "saved it, or quantize the model again with this one"
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -22,6 +23,7 @@ from ptq4dit_ao.artifact.manifest import (
     FORMAT,
     GRAPH,
     MANIFEST,
+    VECTORS,
     WEIGHTS,
     ArtifactSize,
     Manifest,
@@ -45,6 +47,8 @@ class StoredModel:
     metadata: dict[str, Any]
     input_signature: list[dict[str, Any]]
     sizes: ArtifactSize
+    vectors: dict[str, Tensor] | None
+    """Balancing vectors by name; None for a model that was stored without."""
 
 
 def write_artifact(
@@ -53,6 +57,7 @@ def write_artifact(
     metadata: Mapping[str, Any] | Callable[[int], Mapping[str, Any]],
     input_signature: Sequence[Mapping[str, Any]],
     beside: Callable[[Path], None] | None = None,
+    vectors: Mapping[str, Tensor] | None = None,
 ) -> ArtifactSize:
     """Save a quantized model as the folder ``directory``. A model saved there before is replaced at the very end.
 
@@ -63,6 +68,7 @@ def write_artifact(
             bytes that graph and weights take on disk.
         input_signature: JSON-safe entries, one for each input.
         beside: writes the files :data:`BESIDE` into the new folder before it takes its place.
+        vectors: balancing vectors by name.
 
     Raises:
         ArtifactError: the folder holds something else, the model or metadata has no stored form, or the disk is full.
@@ -79,7 +85,7 @@ def write_artifact(
     try:
         _check_replaceable(target)
         with replacing_folder(target) as folder:
-            sizes = _write_files(folder, graph, table, payload, about)
+            sizes = _write_files(folder, graph, table, payload, about, vectors)
             if beside is not None:
                 beside(folder)
             return sizes
@@ -118,12 +124,15 @@ def _write_files(
     table: Mapping[str, StoredTensor],
     payload: Mapping[str, Tensor],
     about: Mapping[str, Any],
+    vectors: Mapping[str, Tensor] | None,
 ) -> ArtifactSize:
     (folder / GRAPH).write_bytes(graph)
-    save_tensors(payload, folder / WEIGHTS)
-    # safetensors makes its file private. It gets the mode that the user's umask gave to the other file.
-    shutil.copymode(folder / GRAPH, folder / WEIGHTS)
-    files = {name: file_digest(folder / name) for name in (GRAPH, WEIGHTS)}
+    stored = {WEIGHTS: payload} if vectors is None else {WEIGHTS: payload, VECTORS: vectors}
+    for name, tensors in stored.items():
+        save_tensors(tensors, folder / name)
+        # safetensors makes its file private. It gets the mode that the user's umask gave to the other file.
+        shutil.copymode(folder / GRAPH, folder / name)
+    files = {name: file_digest(folder / name) for name in (GRAPH, *stored)}
     manifest = Manifest(tensors=table, files=files, **about)
     (folder / MANIFEST).write_bytes(dump_json(manifest.to_json(), indent=1))
     return _sizes(folder)
@@ -144,6 +153,7 @@ def _read_files(folder: Path, device: torch.device) -> StoredModel:
         metadata=manifest.metadata,
         input_signature=manifest.input_signature,
         sizes=_sizes(folder),
+        vectors=load_file(folder / VECTORS) if VECTORS in manifest.files else None,
     )
 
 
@@ -157,7 +167,7 @@ def _check_replaceable(target: Path) -> None:
     if not target.exists():
         return
     names = {path.name for path in target.iterdir() if not is_unfinished(path)} if target.is_dir() else {target.name}
-    foreign = sorted(names - {MANIFEST, GRAPH, WEIGHTS, *BESIDE})
+    foreign = sorted(names - {MANIFEST, GRAPH, WEIGHTS, VECTORS, *BESIDE})
     if foreign or (names and not is_manifest(target / MANIFEST)):
         found = f"it holds {foreign[0]!r}" if foreign else f"its {MANIFEST} is not ours"
         raise ArtifactError(

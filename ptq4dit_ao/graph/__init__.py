@@ -1,5 +1,6 @@
 """Analysis of exported graphs: names, shapes, and the scale propagation that finds the folds of balancing vectors."""
 
+from ptq4dit_ao.graph.premultiply import premultiplied_sites
 from ptq4dit_ao.graph.sites import (
     Consumer,
     CutEdit,
@@ -23,5 +24,6 @@ __all__ = [
     "SitePolicy",
     "find_sites",
     "first_refusals",
+    "premultiplied_sites",
     "refuse_sites",
 ]

@@ -32,6 +32,8 @@ class SitePolicy:
         vector_multiply: whether a fold may add one multiply per call on a modulation vector (N, C), where one layer
             makes it for all blocks (adaLN-single). All other folds cost nothing at run time.
         min_variables: smallest number of free scales of a site; sites with fewer are refused.
+        premultiply: whether linears that no fold reaches are balanced by a multiply of their input, (N, ..., C) numbers
+            per call. In a quantized module, it is part of quantizing the input.
 
     Raises:
         ArgumentError: an attribute has another type, or ``min_variables`` is below 1.
@@ -40,9 +42,11 @@ class SitePolicy:
     couple_blocks: bool = False
     vector_multiply: bool = True
     min_variables: int = 4
+    premultiply: bool = False
 
     def __post_init__(self) -> None:
         check_type("couple_blocks", self.couple_blocks, bool, "True or False")
+        check_type("premultiply", self.premultiply, bool, "True or False")
         check_type("vector_multiply", self.vector_multiply, bool, "True or False")
         check_type("min_variables", self.min_variables, int, "a whole number")
         if self.min_variables < 1:
@@ -124,6 +128,8 @@ class Site:
     """Variable indices of the activations that are divided, by node name, broadcastable to the node's output."""
     shift: ShiftEdit | None = None
     """Edit that can shift the input; set only by :func:`ptq4dit_ao.passes.offset.find_shifts`."""
+    premultiply: bool = False
+    """Whether the input is multiplied by 1/b when the model runs, because no fold reaches it."""
     couples_blocks: bool = False
     """Whether the consumers belong to several blocks, or one of them depends on another one's output."""
     refusal: str | None = None
@@ -133,6 +139,8 @@ class Site:
         """Kind of the fold for reports, by its cost and by whether it covers all channels."""
         if self.refusal is not None:
             return "refused"
+        if self.premultiply:
+            return "premultiply"
         if self.cuts:
             return "vector multiply"
         return "offline" if all(consumer.variables.all() for consumer in self.consumers) else "partial"

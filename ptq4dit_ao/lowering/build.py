@@ -162,7 +162,7 @@ class _Job:
         consume: bool = False,
     ) -> None:
         self.backend, self.float_dtype, self.allow_float_fallback = backend, float_dtype, allow_float_fallback
-        batches = _batches(converted, example_inputs)
+        batches = example_batches(converted, example_inputs)
         graph = converted if consume else _copy(converted)
         self.request, self.refused, self.promised = _request(
             graph, backend, batches[0], float_dtype, allow_float_fallback
@@ -205,7 +205,7 @@ def _copy(graph: GraphModule) -> GraphModule:
     return GraphModule(graph, copy.deepcopy(graph.graph))
 
 
-def _batches(graph: GraphModule, example_inputs: Sequence[Tensor] | None) -> list[tuple[Tensor, ...]]:
+def example_batches(graph: GraphModule, example_inputs: Sequence[Tensor] | None) -> list[tuple[Tensor, ...]]:
     """Inputs to build and compare with and, if sizes are free, others of other sizes."""
     specs = input_specs(graph)
     if example_inputs is None:

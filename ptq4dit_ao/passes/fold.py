@@ -33,6 +33,8 @@ CUT = "ptq4dit_cut"
 def fold_balance(model: GraphModule, site: Site, b: Tensor, form: FoldForm = "constant") -> None:
     """Remove a site's balancing nodes and make its producers compute ``x / b``.
 
+    A site that is multiplied at run time keeps its nodes.
+
     Args:
         model: a graph to which :func:`.insert_balance` was applied; changed in place.
         site: a site without refusal.
@@ -46,6 +48,8 @@ def fold_balance(model: GraphModule, site: Site, b: Tensor, form: FoldForm = "co
     check_choice("fold form", form, FOLD_FORMS)
     if site.refusal is not None:
         raise BalanceError(f"{site.name} cannot be folded: {site.refusal}")
+    if site.premultiply:
+        return
     nodes = {node.name: node for node in model.graph.nodes}
     shifts = []
     if form == "bias":  # before any edit, so that a refusal leaves the model unchanged

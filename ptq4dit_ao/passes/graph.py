@@ -13,8 +13,8 @@ from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.capture.float_model import check_float_graph
 from ptq4dit_ao.capture.interface import cannot_run, check_batch
 from ptq4dit_ao.errors import ArgumentError, BalanceError, CalibrationError, check_type
-from ptq4dit_ao.graph import Site, SitePolicy, find_sites, first_refusals, refuse_sites
-from ptq4dit_ao.graph.names import adapters, layer_name, linears, timestep_placeholder
+from ptq4dit_ao.graph import Site, SitePolicy, find_sites, first_refusals, premultiplied_sites, refuse_sites
+from ptq4dit_ao.graph.names import adapters, layer_name, linears, timestep_placeholder, weight_path
 from ptq4dit_ao.graph.shapes import batch_axis
 from ptq4dit_ao.observers import ChannelStatistics, SalienceStatistics, TimestepClock
 from ptq4dit_ao.observers.hooks import record_range
@@ -103,6 +103,7 @@ def balance(
         statistics=statistics,
         settings=settings,
         layers={node.name: layer_name(node) for node in linears(exported)},
+        weights={node.name: weight_path(node) for node in linears(exported)},
     )
     attach_result(model, result)
     return model
@@ -132,6 +133,8 @@ def balance_sites_of(exported: GraphModule, exclude: Sequence[str], policy: Site
     excluded = {name for name, layer in nodes.items() if any(fnmatchcase(layer, pattern) for pattern in exclude)}
     seeds = nodes.keys() - excluded - {node.name for node in adapters(exported)}
     sites = refuse_sites(find_sites(exported, seeds, policy), excluded, "it is excluded")
+    if policy is not None and policy.premultiply:
+        sites = premultiplied_sites(sites, seeds)
     if all(site.refusal is not None for site in sites):
         none = "all its linear layers are excluded" if nodes else "it has no linear layer"
         raise BalanceError(f"nothing in this graph can be balanced ({first_refusals(sites) or none})")

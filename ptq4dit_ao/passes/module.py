@@ -72,8 +72,8 @@ def balance_module(
         statistics: from :func:`~ptq4dit_ao.collect_salience` on ``exported``.
         settings: settings of balancing; the paper's by default. ``fold_form`` is ignored.
         exclude: the same as for :func:`~ptq4dit_ao.collect_salience`.
-        policy: the same as for :func:`~ptq4dit_ao.collect_salience`. It should have ``vector_multiply=False``, because
-            parameters cannot hold that multiply.
+        policy: the same as for :func:`~ptq4dit_ao.collect_salience`. Its ``vector_multiply`` and ``premultiply`` are
+            ignored, because parameters cannot hold those multiplies.
 
     Raises:
         ArgumentError: the graph is not this module's.
@@ -87,7 +87,7 @@ def balance_module(
     check_type("statistics", statistics, SalienceStatistics, "what collect_salience returned")
     check_type("settings", settings, (BalanceSettings, type(None)), "BalanceSettings")
     settings = replace(settings or BalanceSettings(), fold_form="bias")
-    policy = replace(policy or SitePolicy(), vector_multiply=False)
+    policy = replace(policy or SitePolicy(), vector_multiply=False, premultiply=False)
     model = uncompiled(model)
     check_float_module(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -28,6 +28,8 @@ class BalanceResult:
     settings: BalanceSettings | None
     layers: dict[str, str]
     """Layer name of every linear, by its node name; the converted graph itself no longer has layer names."""
+    weights: dict[str, str]
+    """Path of every linear's weight, by its node name."""
     clipping: dict[str, float] = field(default_factory=dict)
     """Width of the quantization range of a linear's input, by node name, as a fraction of maximum minus minimum."""
 

@@ -53,6 +53,8 @@ class BalancePlan:
     verify: bool
     layers: dict[str, str]
     """Layer name of every linear, by its node name."""
+    weights: dict[str, str]
+    """Path of every linear's weight, by its node name."""
     observers: dict[str, list[SalienceObserver]] = field(default_factory=dict)
     """Observers by site input key; several for one key if layers ask for different bits."""
     operands: dict[str, list[AttentionObserver]] = field(default_factory=dict)
@@ -141,6 +143,7 @@ class BalancePlan:
             statistics=statistics,
             settings=self.settings,
             layers=self.layers,
+            weights=self.weights,
         )
         attach_result(model, result)
         self._balanced = True

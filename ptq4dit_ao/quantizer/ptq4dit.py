@@ -17,10 +17,10 @@ from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.capture.float_model import check_float_graph
 from ptq4dit_ao.choices import BALANCE_METHODS, BalanceMethod, FoldForm, RoundingMethod
 from ptq4dit_ao.errors import ArgumentError, BalanceError, check_choice, check_type, renamed
-from ptq4dit_ao.graph import Site, SitePolicy, find_sites, first_refusals, refuse_sites
+from ptq4dit_ao.graph import Site, SitePolicy, find_sites, first_refusals, premultiplied_sites, refuse_sites
 from ptq4dit_ao.graph.attention import Attention, decompose_attention, find_attention
 from ptq4dit_ao.graph.constants import constants
-from ptq4dit_ao.graph.names import TIMESTEP_NAMES, layer_name, linears, placeholders, timestep_placeholder
+from ptq4dit_ao.graph.names import TIMESTEP_NAMES, layer_name, linears, placeholders, timestep_placeholder, weight_path
 from ptq4dit_ao.graph.shapes import batch_axis, shape_of
 from ptq4dit_ao.observers import (
     AttentionObserver,
@@ -206,6 +206,7 @@ class PTQ4DiTQuantizer(Quantizer):
             clock=clock,
             verify=self._verify,
             layers={name: layer.layer for name, layer in self._layers.items()},
+            weights={node.name: weight_path(node) for node in linears(model)},
         )
         swap = _Swap(model, plan, clock, edge_or_node_to_obs_or_fq)
         for node in quantized:
@@ -221,6 +222,8 @@ class PTQ4DiTQuantizer(Quantizer):
         excluded = {name for name, plan in self._layers.items() if not plan.balance}
         only = {node.name for node in quantized} - excluded
         sites = refuse_sites(find_sites(model, only, self._policy), excluded, "an override switches its balancing off")
+        if self._policy is not None and self._policy.premultiply:
+            sites = premultiplied_sites(sites, only)
         if self._settings.method == "repq":
             sites = find_shifts(model, sites)
         found = [s for s in sites if s.refusal is None]

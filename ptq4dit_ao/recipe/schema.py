@@ -21,7 +21,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from ptq4dit_ao.choices import BalanceMethod, FoldForm, LayerPreset, Ranges, RoundingMethod, Sampler, Start
+from ptq4dit_ao.choices import BalanceMethod, FoldForm, LayerPreset, Ranges, RoundingMethod, Sampler, Sites, Start
 from ptq4dit_ao.errors import RecipeError
 from ptq4dit_ao.recipe.problems import describe, show, version_problem
 from ptq4dit_ao.recipe.values import (
@@ -140,6 +140,12 @@ class Balance(_Section):
         default="constant",
         description="Form of the fold into the adaLN modulation 1 + scale. 'constant' replaces the 1 by the vector of "
         "reciprocal factors. 'bias' keeps the 1 and changes the bias of the layer that computes the scale.",
+    )
+    sites: Sites = Field(
+        default="folded",
+        description="Layers that are balanced. 'folded': those whose factors fold into parameters before them. 'all': "
+        "the others, too, by a multiplication of their input. A quantized module does it as part of quantizing the "
+        "input; a graph has one more operation for each of these inputs.",
     )
     couple_blocks: bool = Field(
         default=False,

@@ -31,6 +31,8 @@ from ptq4dit_ao.errors import CalibrationError, check_type
 from ptq4dit_ao.graph.names import placeholders
 from ptq4dit_ao.graph.ties import share_equal_tensors
 from ptq4dit_ao.lowering import BACKENDS, backends_for
+from ptq4dit_ao.modules.linears import module_linears
+from ptq4dit_ao.passes import balance_result
 from ptq4dit_ao.quantizer import (
     distill,
     round_sequentially,
@@ -143,6 +145,7 @@ class Converted:
             report=report,
             sampling=sampling,
             captured=self.captured,
+            linears=module_linears(self.graph, balance_result(self.graph)),
         )
 
 

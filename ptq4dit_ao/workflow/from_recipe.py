@@ -92,6 +92,7 @@ def site_policy(recipe: Recipe) -> SitePolicy:
         couple_blocks=recipe.balance.couple_blocks,
         vector_multiply=recipe.balance.vector_multiply,
         min_variables=recipe.balance.min_variables,
+        premultiply=recipe.balance.sites == "all",
     )
 
 

@@ -18,6 +18,7 @@ from ptq4dit_ao.capture.interface import CapturedModule, InputSpec, free_sizes, 
 from ptq4dit_ao.capture.sizes import FreeSizes
 from ptq4dit_ao.errors import ArgumentError, ArtifactError, check_type
 from ptq4dit_ao.lowering import LoweredModel, lower
+from ptq4dit_ao.modules.linears import ModuleLinear, from_stored, to_list, to_tensors
 from ptq4dit_ao.recipe import Recipe
 from ptq4dit_ao.report import Report, size_entry, summary
 
@@ -40,6 +41,8 @@ class QuantizedModel:
 
     See :func:`~ptq4dit_ao.as_diffusers_transformer`.
     """
+    linears: tuple[ModuleLinear, ...] | None = None
+    """The quantized linears as parts of the module, for :func:`~ptq4dit_ao.to_module`; None if they were not stored."""
 
     @property
     def sizes(self) -> FreeSizes:
@@ -116,11 +119,13 @@ def write_model(
             "sampling": None if model.sampling is None else model.sampling.to_dict(),
             "captured": None if model.captured is None else model.captured.to_dict(),
             "sizes": model.sizes.to_dict(),
+            "linears": None if model.linears is None else to_list(model.linears),
         }
 
     write_beside = None if beside is None else lambda folder: beside(folder, report)
     signature = [spec.to_dict() for spec in model.inputs]
-    sizes = write_artifact(directory, model.graph, metadata, signature, write_beside)
+    vectors = None if model.linears is None else to_tensors(model.linears)
+    sizes = write_artifact(directory, model.graph, metadata, signature, write_beside, vectors)
     return replace(model, report=report), sizes
 
 
@@ -172,7 +177,7 @@ def load_quantized(
 def _read(directory: str | Path) -> QuantizedModel:
     stored = read_artifact(directory)
     metadata = stored.metadata
-    if set(metadata) - {"sizes"} != {"recipe", "report", "sampling", "captured"}:
+    if set(metadata) - {"sizes", "linears"} != {"recipe", "report", "sampling", "captured"}:
         raise ArtifactError(
             f"{directory} was not saved with save_quantized: its metadata holds {sorted(metadata)}; give the folder of "
             "a model that was"
@@ -192,6 +197,7 @@ def _read(directory: str | Path) -> QuantizedModel:
         report=cast(Report, report),
         sampling=None if metadata["sampling"] is None else Sampling.from_dict(metadata["sampling"]),
         captured=_captured(metadata["captured"], len(inputs)),
+        linears=None if stored.vectors is None else from_stored(metadata.get("linears"), stored.vectors),
     )
 
 

@@ -1,0 +1,201 @@
+"""Module form of a quantized model: the float module with integer weights in its linears."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+from torch.profiler import ProfilerActivity, profile
+
+from ptq4dit_ao.capture.export import uncompiled
+from ptq4dit_ao.capture.float_model import check_float_module
+from ptq4dit_ao.errors import ArgumentError, LoweringError, check_type
+from ptq4dit_ao.graph.names import WRAPPED
+from ptq4dit_ao.lowering.match import QuantizedLinear, quantized_linears
+from ptq4dit_ao.lowering.proof import KernelProof, check_proof
+from ptq4dit_ao.modules.kernels import KERNELS
+from ptq4dit_ao.modules.linears import ModuleLinear, has_quantized_attention, ones_like_rows
+from ptq4dit_ao.modules.weight import StaticInt8Weight
+
+logger = logging.getLogger(__name__)
+
+
+def quantized_module(
+    model: nn.Module, graph: GraphModule, linears: Sequence[ModuleLinear], *, allow_float_fallback: bool = False
+) -> nn.Module:
+    """A copy of a float module whose linears have the integers, scales and ranges of a graph.
+
+    The copy shares all other parameters with the module.
+
+    Args:
+        model: the float module that the graph was captured from, or another copy of it. Its other layers keep their
+            dtype, which may differ from the graph's.
+        graph: the converted graph.
+        linears: its linears as parts of the module.
+        allow_float_fallback: leave a linear that the module cannot hold in float, and log why.
+
+    Raises:
+        ArgumentError: the module is another one, or the graph quantizes what a module cannot hold.
+    """
+    model = uncompiled(check_module(model))
+    if has_quantized_attention(graph):
+        raise ArgumentError(
+            "this model's attention is quantized, which a module cannot hold, as its processors compute it in float; "
+            "quantize without attention.quantize for a module, or lower the graph"
+        )
+    groups: dict[str, list[tuple[QuantizedLinear, ModuleLinear]]] = {}
+    for linear, about in zip(quantized_linears(graph), linears, strict=True):
+        assert linear.name == about.node, (linear.name, about.node)
+        groups.setdefault(about.weight, []).append((linear, about))
+    shared = [*model.parameters(), *model.buffers()]
+    module = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    left = {}
+    for path, calls in groups.items():
+        reason = calls[0][1].refusal or _misfit(module, path, calls[0][0])
+        if reason is None:
+            _quantize(_linear_of(module, path), calls)
+        else:
+            left[path.removesuffix(".weight")] = reason
+    if left and not allow_float_fallback:
+        why = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:3])
+        raise ArgumentError(
+            f"{type(model).__name__} cannot hold {len(left)} of {len(groups)} quantized linears ({why}); give the "
+            "float module that was quantized, or pass allow_float_fallback=True to leave these linears in float"
+        )
+    for name, reason in left.items():
+        logger.warning("%s stays float: %s", name, reason)
+    return module.eval().requires_grad_(False)
+
+
+def check_module(model: object) -> nn.Module:
+    """Check that ``model`` is a float module.
+
+    Raises:
+        ArgumentError: it is something else, such as a graph.
+        ExportError: it is quantized already.
+    """
+    check_type("model", model, nn.Module, "the float module that was quantized")
+    if isinstance(model, GraphModule):
+        raise ArgumentError("model is a graph; give the float module that it was captured from")
+    assert isinstance(model, nn.Module)
+    check_float_module(model)
+    return model
+
+
+def integer_linears(module: nn.Module) -> dict[str, nn.Module]:
+    """The linears of a module that have integer weights, by name."""
+    return {
+        name: child
+        for name, child in module.named_modules()
+        if isinstance(child._parameters.get("weight"), StaticInt8Weight)
+    }
+
+
+def prove_kernels(
+    module: nn.Module, call: Callable[[], object], *, allow_float_fallback: bool = False, compiled: bool = False
+) -> KernelProof:
+    """Count the integer matrix products of one call of a quantized module.
+
+    Args:
+        module: the module.
+        call: calls it, or something that contains it.
+        allow_float_fallback: accept that fewer products than calls of quantized linears were integer.
+        compiled: whether the module was compiled, so that no hook may be set on its linears. Each of them is then
+            expected to run once.
+
+    Raises:
+        LoweringError: a quantized linear computed in float.
+    """
+    linears = integer_linears(module)
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    hooks = [] if compiled else [linear.register_forward_hook(count) for linear in linears.values()]
+    try:
+        with torch.no_grad():
+            call()
+            ran = calls
+            with profile(activities=[ProfilerActivity.CPU]) as profiler:
+                call()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    events = {event.key: event.count for event in profiler.key_averages()}
+    kernels = {name: events[name] for name in KERNELS if name in events}
+    proof = KernelProof(backend="module", promised=len(linears) if compiled else ran, kernels=kernels)
+    check_proof(proof, allow_float_fallback=allow_float_fallback)
+    if not proof.promised:
+        raise LoweringError("no quantized linear was called; call the quantized module")
+    return proof
+
+
+def _linear_of(module: nn.Module, path: str) -> nn.Linear:
+    linear = module.get_submodule(path.removesuffix(".weight"))
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
+def _misfit(module: nn.Module, path: str, quantized: QuantizedLinear) -> str | None:
+    """Why a module cannot hold a linear's weight; None if it can."""
+    name = path.removesuffix(".weight")
+    if not path.endswith(".weight"):
+        return "its weight is computed from several parameters"
+    try:
+        linear = module.get_submodule(name)
+    except AttributeError:
+        hint = ", as an adapter was loaded when it was quantized" if WRAPPED in name else ""
+        return f"the module has no {name}{hint}"
+    if not isinstance(linear, nn.Linear):
+        return f"{name} is a {type(linear).__name__}, which is no nn.Linear"
+    shape = tuple(quantized.weight.shape)
+    if tuple(linear.weight.shape) != shape:
+        return f"its weight is {shape} and the module's {tuple(linear.weight.shape)}"
+    return None
+
+
+def _quantize(linear: nn.Linear, calls: Sequence[tuple[QuantizedLinear, ModuleLinear]]) -> None:
+    """Give a linear the integers of its calls in a graph, which share a weight."""
+    quantized, about = calls[0]
+    integers = quantized.weight
+    rows = ones_like_rows(integers) if about.rows is None else about.rows
+    device, dtype = linear.weight.device, linear.weight.dtype
+    low, high = quantized.x_range
+    scale, zero_point = _joint_range([call for call, _ in calls])
+    ranks = {call.ndim for _, call in calls}
+    weight = StaticInt8Weight.of(
+        integers.to(device),
+        quantized.weight_scale.to("cpu", torch.float64) * rows,
+        scale,
+        zero_point - low,
+        bits=(quantized.weight_range[1] - quantized.weight_range[0]).bit_length(),
+        x_bits=(high - low).bit_length(),
+        x_ndim=ranks.pop() if len(ranks) == 1 else None,
+        dtype=dtype,
+        pre_scale=None if about.columns is None else 1 / about.columns,
+    )
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    bias = quantized.bias
+    if bias is not None:
+        bias = (bias.to("cpu", torch.float64) * rows).to(device, dtype)
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+
+
+def _joint_range(calls: Sequence[QuantizedLinear]) -> tuple[float, int]:
+    """Scale and zero point that cover the ranges of all calls of a linear."""
+    first = calls[0]
+    if all((call.x_scale, call.x_zero_point) == (first.x_scale, first.x_zero_point) for call in calls):
+        return first.x_scale, first.x_zero_point
+    low, high = first.x_range
+    least = min((low - call.x_zero_point) * call.x_scale for call in calls)
+    most = max((high - call.x_zero_point) * call.x_scale for call in calls)
+    scale = (most - least) / (high - low)
+    logger.info("%s is called %d times and has one range for all: %.3g to %.3g", first.name, len(calls), least, most)
+    return scale, round(low - least / scale)
+

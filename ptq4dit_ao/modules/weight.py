@@ -1,0 +1,235 @@
+"""``StaticInt8Weight``: the integer weight of an ``nn.Linear``, with the static quantization of the linear's input.
+
+``functional.linear(x, weight, bias)`` computes, with integers in the product,
+
+    ``y = s_x s (clamp(round(x p / s_x) + z) - z) W^T + bias``
+
+where W are the integers, s the scale of each row, p = 1/b the balancing vector (``pre_scale``), and s_x and z scale and
+zero point of the balanced input. The tensor is a parameter like any other: modules that hold it can be moved, copied,
+compiled and extended by adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torchao.quantization import Int8Tensor, MappingType, PerTensor
+from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
+from torchao.utils import TorchAOBaseTensor
+
+from ptq4dit_ao.errors import ArgumentError
+from ptq4dit_ao.modules.kernels import linear_int8, takes_unsigned
+
+aten = torch.ops.aten
+
+SIGNED = 128
+"""Difference between the uint8 and the int8 form of an activation."""
+
+UNCHANGEABLE = (
+    "the integer weight of a quantized linear cannot be {}, because its scales and the range of its input were "
+    "calibrated for these integers; {}"
+)
+ADAPTERS = "leave an adapter unfused (its scale can be set at any time), or fuse it into the float model and quantize"
+WAYS_OUT = {
+    "aten.cat": "leave q, k and v apart, or call fuse_qkv_projections on the float model before it is quantized",
+    "aten.add_": ADAPTERS,
+    "aten.add": ADAPTERS,
+}
+"""What to do instead of an operation on a weight."""
+
+
+class StaticInt8Weight(TorchAOBaseTensor):
+    """Integer weight (C_out, C_in) with the static quantization of its input.
+
+    Args:
+        qdata: integers, (C_out, C_in) int8.
+        scale: scale of each row, (C_out,) float32.
+        x_scale: scale of the input, () float32.
+        x_zero_point: zero point of the input as uint8, () float32.
+        row_sums: sum of each row's integers, (C_out,) float32.
+        bits: bits of the integers.
+        x_bits: bits of the input.
+        x_ndim: number of axes of the input; None if it is called with several.
+        dtype: dtype that the weight has for the module around it.
+        pre_scale: vector that the input is multiplied by, (C_in,) float32; None for ones.
+    """
+
+    tensor_data_names = ["qdata", "scale", "x_scale", "x_zero_point", "row_sums"]  # noqa: RUF012  (read by torchao)
+    optional_tensor_data_names = ["pre_scale"]  # noqa: RUF012
+    tensor_attribute_names = ["bits", "x_bits", "x_ndim", "dtype"]  # noqa: RUF012
+
+    qdata: Tensor
+    scale: Tensor
+    x_scale: Tensor
+    x_zero_point: Tensor
+    row_sums: Tensor
+    pre_scale: Tensor | None
+
+    @staticmethod
+    def __new__(
+        cls: type[StaticInt8Weight],
+        qdata: Tensor,
+        scale: Tensor,
+        x_scale: Tensor,
+        x_zero_point: Tensor,
+        row_sums: Tensor,
+        bits: int,
+        x_bits: int,
+        x_ndim: int | None,
+        dtype: torch.dtype,
+        pre_scale: Tensor | None = None,
+    ) -> StaticInt8Weight:
+        """Make the tensor without its data."""
+        made: StaticInt8Weight = torch.Tensor._make_wrapper_subclass(
+            cls, qdata.shape, dtype=dtype, device=qdata.device, requires_grad=False
+        )
+        return made
+
+    def __init__(
+        self,
+        qdata: Tensor,
+        scale: Tensor,
+        x_scale: Tensor,
+        x_zero_point: Tensor,
+        row_sums: Tensor,
+        bits: int,
+        x_bits: int,
+        x_ndim: int | None,
+        dtype: torch.dtype,
+        pre_scale: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.qdata, self.scale, self.row_sums = qdata, scale, row_sums
+        self.x_scale, self.x_zero_point, self.pre_scale = x_scale, x_zero_point, pre_scale
+        self.bits, self.x_bits, self.x_ndim = bits, x_bits, x_ndim
+
+    @classmethod
+    def of(
+        cls,
+        qdata: Tensor,
+        scale: Tensor,
+        x_scale: float,
+        x_zero_point: int,
+        *,
+        bits: int,
+        x_bits: int,
+        x_ndim: int | None,
+        dtype: torch.dtype,
+        pre_scale: Tensor | None = None,
+    ) -> StaticInt8Weight:
+        """Make a weight from numbers, on the device of its integers."""
+        return cls(
+            qdata,
+            scale.to(qdata.device, torch.float32),
+            torch.tensor(x_scale, dtype=torch.float32, device=qdata.device),
+            torch.tensor(x_zero_point, dtype=torch.float32, device=qdata.device),
+            qdata.sum(1, dtype=torch.int32).to(torch.float32),
+            bits,
+            x_bits,
+            x_ndim,
+            dtype,
+            None if pre_scale is None else pre_scale.to(qdata.device, torch.float32),
+        )
+
+    def float_weight(self) -> Tensor:
+        """The weight for inputs that are not balanced, (C_out, C_in), in its dtype."""
+        weight = self.qdata.to(torch.float32) * self.scale.unsqueeze(1)
+        return (weight if self.pre_scale is None else weight * self.pre_scale).to(self.dtype)
+
+    def dequantize(self, output_dtype: torch.dtype | None = None) -> NoReturn:  # type: ignore[override]
+        """Raise ArgumentError: adapters ask for this when they are merged, and would lose the calibrated range."""
+        raise ArgumentError(UNCHANGEABLE.format("dequantized for an adapter", ADAPTERS))
+
+    def not_stock(self) -> str | None:
+        """The reason why torchao's ``Int8Tensor`` cannot hold this weight; None if it can."""
+        if self.x_bits != 8:
+            return f"its input has {self.x_bits} bits, and Int8Tensor's have 8"
+        return "it is called with inputs of several ranks" if self.x_ndim is None else None
+
+    def as_int8_tensor(self) -> Int8Tensor:
+        """The weight as torchao's own tensor, which computes the same."""
+        assert self.x_ndim is not None and self.not_stock() is None
+        one = (1,) * self.x_ndim
+        return Int8Tensor(
+            self.qdata,
+            self.scale.unsqueeze(1),
+            [1, self.qdata.shape[1]],
+            self.dtype,
+            act_quant_scale=self.x_scale.reshape(one),
+            act_quant_zero_point=(self.x_zero_point - SIGNED).to(torch.int8).reshape(one),
+            act_pre_scale=self.pre_scale,
+            act_quant_kwargs=QuantizeTensorToInt8Kwargs(
+                granularity=PerTensor(), mapping_type=MappingType.ASYMMETRIC
+            ),
+        )
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Balance and quantize an input, (..., C_in) floats to uint8 or int8, as the device's kernel takes it."""
+        steps = x if self.pre_scale is None else x * self.pre_scale
+        q = torch.round(steps * (1 / self.x_scale)) + self.x_zero_point
+        q = q.clamp(0, 2**self.x_bits - 1)
+        return q.to(torch.uint8) if takes_unsigned(x.device) else (q - SIGNED).to(torch.int8)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run an operation that a parameter needs; refuse those that would compute with the weight as a matrix."""
+        if func not in cls._ATEN_OP_TABLE[cls]:
+            name = str(func).rpartition(".")[0]
+            way_out = WAYS_OUT.get(name, "use it in functional.linear, or take float_weight()")
+            raise ArgumentError(UNCHANGEABLE.format(f"used in {name}", way_out))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        balanced = "" if self.pre_scale is None else ", balanced"
+        return f"{type(self).__name__}({tuple(self.shape)}, W{self.bits}A{self.x_bits}{balanced}, {self.device})"
+
+
+@StaticInt8Weight.implements(aten.linear.default)
+@StaticInt8Weight.implements_torch_function(torch.nn.functional.linear)
+def _linear(
+    func: Callable[..., Any], types: Sequence[type], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Tensor:
+    x, weight, bias = (*args, *kwargs.values(), None)[:3]
+    if not isinstance(weight, StaticInt8Weight):
+        raise ArgumentError(UNCHANGEABLE.format("the input of another linear", ADAPTERS))
+    scale = weight.scale * weight.x_scale
+    zero_point = weight.x_zero_point if takes_unsigned(x.device) else weight.x_zero_point - SIGNED
+    shift = scale * zero_point * weight.row_sums
+    bias = -shift if bias is None else bias - shift
+    y: Tensor = linear_int8(weight.quantize(x), weight.qdata, scale, bias, x.dtype)
+    return y
+
+
+@StaticInt8Weight.implements(aten._to_copy.default)
+def _to_copy(
+    func: Callable[..., Any], types: Sequence[type], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> StaticInt8Weight:
+    """Move all parts to a device. A dtype is that of the module around the weight: scales and ranges keep float32."""
+    self: StaticInt8Weight = args[0]
+    given = {name: value for name, value in kwargs.items() if name in ("device", "non_blocking", "pin_memory")}
+    names, attributes = self.__tensor_flatten__()
+    parts = {name: func(getattr(self, name), **given) for name in names}
+    attributes |= {"dtype": kwargs.get("dtype") or self.dtype}
+    copied: StaticInt8Weight = StaticInt8Weight.__tensor_unflatten__(parts, attributes, self.shape, self.stride())
+    return copied
+
+
+@StaticInt8Weight.implements(aten.is_pinned.default)
+def _is_pinned(
+    func: Callable[..., Any], types: Sequence[type], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> bool:
+    return bool(args[0].qdata.is_pinned())
+
+
+@StaticInt8Weight.implements(aten._pin_memory.default)
+def _pin_memory(
+    func: Callable[..., Any], types: Sequence[type], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> StaticInt8Weight:
+    pinned: StaticInt8Weight = args[0]._apply_fn_to_data(lambda part: part.pin_memory())
+    return pinned

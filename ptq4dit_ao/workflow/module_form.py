@@ -1,0 +1,89 @@
+"""``to_module``: a quantized model as the float module that it was captured from, with integer weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ptq4dit_ao._modes import own_modes
+from ptq4dit_ao.capture.call import Call
+from ptq4dit_ao.errors import ArgumentError, check_type
+from ptq4dit_ao.lowering.build import example_batches
+from ptq4dit_ao.lowering.parity import Parity
+from ptq4dit_ao.modules.form import prove_kernels, quantized_module
+from ptq4dit_ao.workflow.quantized_model import QuantizedModel
+
+logger = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@own_modes()
+def to_module(
+    quantized: QuantizedModel,
+    model: M,
+    *,
+    example_inputs: Sequence[Tensor] | None = None,
+    allow_float_fallback: bool = False,
+    verify: bool = True,
+) -> M:
+    """Make a module of the class of the float model, whose linears compute with integers.
+
+    The integers, scales and ranges are those of the graph. Balancing does not change activations between layers: each
+    linear divides its input by b when it quantizes it. The module therefore does what the float module does: it takes
+    any size, adapters, caches and hooks, and can be compiled, moved and saved (``save_pretrained``).
+
+    Args:
+        quantized: what :func:`~ptq4dit_ao.apply_recipe` or :func:`~ptq4dit_ao.load_quantized` returned.
+        model: the float module that was quantized, or another copy of it. It is not changed, and the result shares its
+            other parameters. Its dtype is that of the layers that stay float.
+        example_inputs: inputs of the graph to compare on; random ones by default.
+        allow_float_fallback: leave linears in float that the module cannot hold, and accept linears that no integer
+            kernel computes.
+        verify: run the module and the graph on the example and on inputs of another size, compare them, and count the
+            integer kernels.
+
+    Raises:
+        ArgumentError: the model is another one, or was quantized in a way that a module cannot hold.
+        LoweringError: the module computes something else, or a quantized linear in float.
+    """
+    check_type("quantized", quantized, QuantizedModel, "what apply_recipe or load_quantized returned")
+    if quantized.linears is None:
+        raise ArgumentError(
+            "this quantized model was saved by a version without balancing vectors, which its module form needs; "
+            "quantize it again"
+        )
+    module = quantized_module(model, quantized.graph, quantized.linears, allow_float_fallback=allow_float_fallback)
+    if verify:
+        _verify(quantized, module, example_inputs, allow_float_fallback)
+    if _is_diffusers(module):
+        from ptq4dit_ao.modules.diffusers_quantizer import attach
+
+        attach(module, quantized)
+    return module  # type: ignore[return-value]  # a copy of model
+
+
+def _verify(
+    quantized: QuantizedModel, module: nn.Module, example_inputs: Sequence[Tensor] | None, allow_float_fallback: bool
+) -> None:
+    call = Call(module, None if quantized.captured is None else quantized.captured.call)
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+
+    def run(*inputs: Tensor) -> object:
+        return call([x.to(dtype) if x.is_floating_point() else x for x in inputs])
+
+    batches = example_batches(quantized.graph, example_inputs)
+    with torch.no_grad():
+        difference = Parity(quantized.graph, batches, dtype, consumed=False).check(run, "module", None)
+    proof = prove_kernels(module, lambda: run(*batches[0]), allow_float_fallback=allow_float_fallback)
+    proof = replace(proof, difference=difference)
+    logger.info("%s; %s", proof, proof.parity)
+
+
+def _is_diffusers(module: nn.Module) -> bool:
+    return any(kind.__module__ == "diffusers.models.modeling_utils" for kind in type(module).__mro__)
