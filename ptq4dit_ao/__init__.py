@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from ptq4dit_ao._version import __version__ as __version__
+from ptq4dit_ao.modules.registration import register
 
 if TYPE_CHECKING:
     from ptq4dit_ao.calibration import CalibrationSamples, collect_from_pipeline
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from ptq4dit_ao.errors import PTQ4DiTError
     from ptq4dit_ao.graph import SitePolicy, find_sites
     from ptq4dit_ao.lowering import available_backends, lower
+    from ptq4dit_ao.modules.form import as_fast_module, prove_kernels
     from ptq4dit_ao.observers import SalienceStatistics
     from ptq4dit_ao.passes import BalanceSettings, balance, balance_module, balance_result, collect_salience
     from ptq4dit_ao.quantizer import Override, PTQ4DiTQuantizer, distill, round_sequentially, salience_statistics
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
         choose_weight_bits,
         load_quantized,
         save_quantized,
+        to_module,
     )
 
 
@@ -37,6 +40,7 @@ _HOMES = {
     "capture": ("export_transformer", "free_sizes"),
     "graph": ("SitePolicy", "find_sites"),
     "lowering": ("available_backends", "lower"),
+    "modules.form": ("as_fast_module", "prove_kernels"),
     "observers": ("SalienceStatistics",),
     "passes": ("BalanceSettings", "balance", "balance_module", "balance_result", "collect_salience"),
     "quantizer": ("Override", "PTQ4DiTQuantizer", "distill", "round_sequentially", "salience_statistics"),
@@ -49,6 +53,7 @@ _HOMES = {
         "choose_weight_bits",
         "load_quantized",
         "save_quantized",
+        "to_module",
     ),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -65,6 +70,7 @@ __all__ = [
     "SitePolicy",
     "apply_recipe",
     "as_diffusers_transformer",
+    "as_fast_module",
     "available_backends",
     "balance",
     "balance_module",
@@ -81,11 +87,15 @@ __all__ = [
     "load_reference_classifier",
     "load_reference_dit",
     "lower",
+    "prove_kernels",
     "recipe_json_schema",
     "round_sequentially",
     "salience_statistics",
     "save_quantized",
+    "to_module",
 ]
+
+register()
 
 
 def __getattr__(name: str) -> object:

@@ -6,10 +6,13 @@ import copy
 import logging
 from collections.abc import Callable, Sequence
 
+from typing import TypeVar
+
 import torch
 from torch import nn
 from torch.fx import GraphModule
 from torch.profiler import ProfilerActivity, profile
+from torchao.quantization import Int8Tensor
 
 from ptq4dit_ao.capture.export import uncompiled
 from ptq4dit_ao.capture.float_model import check_float_module
@@ -22,6 +25,11 @@ from ptq4dit_ao.modules.linears import ModuleLinear, has_quantized_attention, on
 from ptq4dit_ao.modules.weight import StaticInt8Weight
 
 logger = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=nn.Module)
+
+ADDED_BIAS = "ptq4dit_added_bias"
+"""Attribute of a linear that the float module has without a bias, and to which rounding has added one."""
 
 
 def quantized_module(
@@ -93,6 +101,30 @@ def integer_linears(module: nn.Module) -> dict[str, nn.Module]:
         for name, child in module.named_modules()
         if isinstance(child._parameters.get("weight"), StaticInt8Weight)
     }
+
+
+def as_fast_module(module: M) -> M:
+    """Give a module that diffusers has loaded with torchao's ``Int8Tensor`` this package's kernels, in place.
+
+    Its weights must have static input ranges, as those that :func:`~ptq4dit_ao.to_module` makes. It computes the same,
+    up to the order of sums, and is saved in the format it came in.
+
+    Raises:
+        ArgumentError: no weight is such a tensor.
+    """
+    check_type("module", module, nn.Module, "a module of diffusers that was quantized by this package")
+    found = 0
+    for child in module.modules():
+        weight = child._parameters.get("weight")
+        if isinstance(child, nn.Linear) and isinstance(weight, Int8Tensor) and weight.act_quant_scale is not None:
+            child.weight = nn.Parameter(StaticInt8Weight.of_int8_tensor(weight), requires_grad=False)
+            found += 1
+    if not found:
+        raise ArgumentError(
+            f"no linear of {type(module).__name__} has an Int8Tensor with a static range; give a module that to_module "
+            "made and diffusers has loaded"
+        )
+    return module
 
 
 def prove_kernels(
@@ -183,6 +215,8 @@ def _quantize(linear: nn.Linear, calls: Sequence[tuple[QuantizedLinear, ModuleLi
     linear.weight = nn.Parameter(weight, requires_grad=False)
     bias = quantized.bias
     if bias is not None:
+        if linear.bias is None:
+            setattr(linear, ADDED_BIAS, True)
         bias = (bias.to("cpu", torch.float64) * rows).to(device, dtype)
         linear.bias = nn.Parameter(bias, requires_grad=False)
 

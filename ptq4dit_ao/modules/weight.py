@@ -135,6 +135,22 @@ class StaticInt8Weight(TorchAOBaseTensor):
             None if pre_scale is None else pre_scale.to(qdata.device, torch.float32),
         )
 
+    @classmethod
+    def of_int8_tensor(cls, tensor: Int8Tensor) -> StaticInt8Weight:
+        """Make a weight of torchao's tensor, if that has a static range and no zero points of its own."""
+        scale, zero_point = tensor.act_quant_scale, tensor.act_quant_zero_point
+        return cls.of(
+            tensor.qdata,
+            tensor.scale.flatten().expand(len(tensor.qdata)),
+            float(scale),
+            SIGNED + (0 if zero_point is None else int(zero_point)),
+            bits=8,
+            x_bits=8,
+            x_ndim=scale.ndim,
+            dtype=tensor.dtype,
+            pre_scale=tensor.act_pre_scale,
+        )
+
     def float_weight(self) -> Tensor:
         """The weight for inputs that are not balanced, (C_out, C_in), in its dtype."""
         weight = self.qdata.to(torch.float32) * self.scale.unsqueeze(1)

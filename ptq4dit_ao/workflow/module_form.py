@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from ptq4dit_ao.errors import ArgumentError, check_type
 from ptq4dit_ao.lowering.build import example_batches
 from ptq4dit_ao.lowering.parity import Parity
 from ptq4dit_ao.modules.form import prove_kernels, quantized_module
+from ptq4dit_ao.report import summary
 from ptq4dit_ao.workflow.quantized_model import QuantizedModel
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ def to_module(
     *,
     example_inputs: Sequence[Tensor] | None = None,
     allow_float_fallback: bool = False,
+    method: Literal["torchao", "ptq4dit"] | None = None,
     verify: bool = True,
 ) -> M:
     """Make a module of the class of the float model, whose linears compute with integers.
@@ -45,6 +47,9 @@ def to_module(
         example_inputs: inputs of the graph to compare on; random ones by default.
         allow_float_fallback: leave linears in float that the module cannot hold, and accept linears that no integer
             kernel computes.
+        method: format in which a module of diffusers is saved. ``torchao`` is read by diffusers without this package;
+            ``ptq4dit`` packs weights of 4 bits. None takes ``ptq4dit`` if a weight has 4 bits or torchao's format
+            cannot hold the module.
         verify: run the module and the graph on the example and on inputs of another size, compare them, and count the
             integer kernels.
 
@@ -62,9 +67,12 @@ def to_module(
     if verify:
         _verify(quantized, module, example_inputs, allow_float_fallback)
     if _is_diffusers(module):
-        from ptq4dit_ao.modules.diffusers_quantizer import attach
+        from ptq4dit_ao.modules.diffusers_quantizer import Record, attach
 
-        attach(module, quantized)
+        report = cast(dict[str, Any], summary(quantized.report))
+        attach(module, Record(recipe=quantized.recipe.to_dict(), report=report), method)
+    elif method is not None:
+        raise ArgumentError(f"method is {method!r}, but {type(model).__name__} is no model of diffusers, and not saved so")
     return module  # type: ignore[return-value]  # a copy of model
 
 

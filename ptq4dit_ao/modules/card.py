@@ -1,0 +1,91 @@
+"""Model card of a quantized module: how it was quantized, how exact it is, and how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ptq4dit_ao.modules.form import integer_linears
+from ptq4dit_ao.modules.weight import StaticInt8Weight
+from ptq4dit_ao.recipe.yaml_text import write_yaml
+
+STOCK = """\
+```python
+import torch
+from diffusers import {kind}
+
+model = {kind}.from_pretrained(FOLDER, torch_dtype=torch.{dtype})
+```
+
+diffusers and torchao read it; no other package is needed. Give `torch_dtype`, because diffusers would take bfloat16.
+With `ptq4dit_ao.as_fast_module(model)` it computes the same with faster kernels on x86.
+"""
+
+OWN = """\
+```python
+import ptq4dit_ao  # registers the format with diffusers
+from diffusers import {kind}
+
+model = {kind}.from_pretrained(FOLDER)
+```
+
+Install `ptq4dit-ao` for it. Two weights of 4 bits share a byte, and are unpacked to 8 bits when they are loaded.
+"""
+
+
+def model_card(module: nn.Module, recipe: Mapping[str, Any], report: Mapping[str, Any], stored_bytes: int) -> str:
+    """The card as Markdown with a YAML header.
+
+    Args:
+        module: the module of diffusers.
+        recipe: its recipe.
+        report: its report.
+        stored_bytes: size of its weights on disk.
+    """
+    diffusers_module: Any = module
+    config, method = diffusers_module.config, diffusers_module.hf_quantizer.quantization_config.quant_method.value
+    weights: list[StaticInt8Weight] = [x.weight for x in integer_linears(module).values()]  # type: ignore[misc]
+    bits, x_bits = (_range({getattr(weight, name) for weight in weights}) for name in ("bits", "x_bits"))
+    header: dict[str, Any] = {"library_name": "diffusers", "tags": ["ptq4dit", "quantized", f"w{bits}a{x_bits}"]}
+    base = config.get("_name_or_path") or ""
+    if base.count("/") == 1 and not base.startswith((".", "/")):
+        header |= {"base_model": base, "base_model_relation": "quantized"}
+    text = (STOCK if method == "torchao" else OWN).format(kind=type(module).__name__, dtype=_dtype(module))
+    return "\n".join(
+        [
+            f"---\n{write_yaml(header)}---",
+            f"# {type(module).__name__}, W{bits}A{x_bits}\n",
+            f"Post-training quantization by PTQ4DiT: {recipe.get('description') or 'integer weights and activations'}.",
+            "Integers, scales and ranges are static; each linear balances and quantizes its own input.\n",
+            _table(module, report, weights, stored_bytes),
+            f"\n## Load it\n\n{text}",
+            f"## Recipe\n\n```yaml\n{write_yaml(recipe)}```\n",
+        ]
+    )
+
+
+def _table(module: nn.Module, report: Mapping[str, Any], weights: list[StaticInt8Weight], stored: int) -> str:
+    elements = sum(parameter.numel() for parameter in module.parameters())
+    linears = sum(isinstance(child, nn.Linear) for child in module.modules())
+    rows = {
+        "Quantized linears": f"{len(weights)} of {linears}",
+        "Parameters": f"{elements:,}",
+        "Weights on disk": f"{stored / 2**20:.1f} MiB, {stored / (4 * elements):.3f} of float32",
+    }
+    evaluation = report.get("evaluation")
+    if evaluation:
+        where = "calibration samples" if evaluation["on_calibration_samples"] else "samples that calibration has not seen"
+        rows["Signal to noise of the output"] = f"{evaluation['sqnr_db']:.1f} dB against the float model, on {where}"
+    for name, version in report.get("versions", {}).items():
+        rows[name] = str(version)
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _range(values: set[int]) -> str:
+    return "-".join(map(str, sorted({min(values), max(values)}))) if values else "?"
+
+
+def _dtype(module: nn.Module) -> str:
+    return str(next(p.dtype for p in module.parameters() if p.is_floating_point())).removeprefix("torch.")
