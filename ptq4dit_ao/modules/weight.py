@@ -68,44 +68,29 @@ class StaticInt8Weight(TorchAOBaseTensor):
     x_zero_point: Tensor
     row_sums: Tensor
     pre_scale: Tensor | None
+    bits: int
+    x_bits: int
+    x_ndim: int | None
 
     @staticmethod
-    def __new__(
-        cls: type[StaticInt8Weight],
-        qdata: Tensor,
-        scale: Tensor,
-        x_scale: Tensor,
-        x_zero_point: Tensor,
-        row_sums: Tensor,
-        bits: int,
-        x_bits: int,
-        x_ndim: int | None,
-        dtype: torch.dtype,
-        pre_scale: Tensor | None = None,
-    ) -> StaticInt8Weight:
+    def __new__(cls: type[StaticInt8Weight], qdata: Tensor, *data: Any, **options: Any) -> StaticInt8Weight:
         """Make the tensor without its data."""
+        dtype = qdata.dtype if isinstance(qdata, StaticInt8Weight) else _bind(*data, **options)["dtype"]
         made: StaticInt8Weight = torch.Tensor._make_wrapper_subclass(
             cls, qdata.shape, dtype=dtype, device=qdata.device, requires_grad=False
         )
         return made
 
-    def __init__(
-        self,
-        qdata: Tensor,
-        scale: Tensor,
-        x_scale: Tensor,
-        x_zero_point: Tensor,
-        row_sums: Tensor,
-        bits: int,
-        x_bits: int,
-        x_ndim: int | None,
-        dtype: torch.dtype,
-        pre_scale: Tensor | None = None,
-    ) -> None:
+    def __init__(self, qdata: Tensor, *data: Any, **options: Any) -> None:
         super().__init__()
-        self.qdata, self.scale, self.row_sums = qdata, scale, row_sums
-        self.x_scale, self.x_zero_point, self.pre_scale = x_scale, x_zero_point, pre_scale
-        self.bits, self.x_bits, self.x_ndim = bits, x_bits, x_ndim
+        if isinstance(qdata, StaticInt8Weight):  # accelerate makes a parameter of a parameter's class
+            self.qdata, names = qdata.qdata, (*self.tensor_data_names[1:], "pre_scale", "bits", "x_bits", "x_ndim")
+            parts = {name: getattr(qdata, name) for name in names}
+        else:
+            self.qdata, parts = qdata, _bind(*data, **options)
+            del parts["dtype"]  # the tensor itself has it
+        for name, value in parts.items():
+            setattr(self, name, value)
 
     @classmethod
     def of(
@@ -206,12 +191,32 @@ class StaticInt8Weight(TorchAOBaseTensor):
         return f"{type(self).__name__}({tuple(self.shape)}, W{self.bits}A{self.x_bits}{balanced}, {self.device})"
 
 
+def _bind(
+    scale: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    row_sums: Tensor,
+    bits: int,
+    x_bits: int,
+    x_ndim: int | None,
+    dtype: torch.dtype,
+    pre_scale: Tensor | None = None,
+) -> dict[str, Any]:
+    """The arguments of a weight after its integers, by name."""
+    return dict(locals())
+
+
 @StaticInt8Weight.implements(aten.linear.default)
 @StaticInt8Weight.implements_torch_function(torch.nn.functional.linear)
 def _linear(
     func: Callable[..., Any], types: Sequence[type], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Tensor:
     x, weight, bias = (*args, *kwargs.values(), None)[:3]
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise ArgumentError(
+            "a quantized linear has no gradients; run the module under torch.no_grad(), as pipelines do, and train "
+            "adapters on the float model"
+        )
     if not isinstance(weight, StaticInt8Weight):
         raise ArgumentError(UNCHANGEABLE.format("the input of another linear", ADAPTERS))
     scale = weight.scale * weight.x_scale
