@@ -44,9 +44,9 @@ FloatDtype = Literal["bfloat16", "float16"]
 FLOAT_DTYPES: tuple[FloatDtype, ...] = get_args(FloatDtype)
 """Dtypes that the float part of a lowered model may compute in, besides the model's own."""
 
-Sites = Literal["folded", "all"]
+Sites = Literal["free", "folded", "all"]
 SITES: tuple[Sites, ...] = get_args(Sites)
-"""Linears that are balanced: those that a fold reaches, or every one."""
+"""Linears that are balanced: those that cost nothing in the form that is made, those that a fold reaches, or all."""
 
 SiteKind = Literal["offline", "vector multiply", "partial", "premultiply", "refused"]
 SITE_KINDS: tuple[SiteKind, ...] = get_args(SiteKind)

@@ -1,6 +1,6 @@
 """Calibration samples: inputs that a denoiser receives while its pipeline runs."""
 
-from ptq4dit_ao.calibration.pipeline import collect_from_pipeline
+from ptq4dit_ao.calibration.pipeline import collect_components, collect_from_pipeline
 from ptq4dit_ao.calibration.samples import CalibrationSamples
 from ptq4dit_ao.calibration.sampling import Sampling, SamplingPipeline, as_denoiser, sample
 from ptq4dit_ao.calibration.schedule import check_timesteps
@@ -14,6 +14,7 @@ __all__ = [
     "as_denoiser",
     "check_timesteps",
     "choose_timesteps",
+    "collect_components",
     "collect_from_pipeline",
     "sample",
 ]

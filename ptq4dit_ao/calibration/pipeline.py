@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import math
@@ -81,17 +82,65 @@ def collect_from_pipeline(
             cannot be captured, timesteps are to be drawn for prompts that ``call`` holds, or there are more sizes than
             prompts.
     """
+    found = collect_components(
+        pipeline,
+        prompts,
+        {component: timesteps},
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        batch_size=batch_size,
+        call=call,
+        sizes=sizes,
+        skip=skip,
+        on_progress=on_progress,
+    )
+    return found[component]
+
+
+@torch.no_grad()
+def collect_components(
+    pipeline: Any,
+    prompts: Sequence[int] | Sequence[str] | None,
+    components: Mapping[str, int | Sequence[float] | NormalTimesteps],
+    *,
+    steps: int = 50,
+    guidance: float | None = 4.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    call: Mapping[str, object] | None = None,
+    sizes: Sequence[Mapping[str, object]] | None = None,
+    skip: Callable[[Mapping[str, Any]], bool] | None = None,
+    on_progress: OnProgress = ignore,
+) -> dict[str, CalibrationSamples]:
+    """Record several components in the same samples, such as both transformers of Wan 2.2.
+
+    ``components`` has the ``timesteps`` of each, out of the steps at which it is called, by its name. The other
+    arguments are those of :func:`collect_from_pipeline`.
+
+    Raises:
+        ArgumentError: there is no component; or see :func:`collect_from_pipeline`.
+        CalibrationError: see :func:`collect_from_pipeline`.
+    """
     _check_arguments(steps, batch_size, seed, guidance, call)
-    module, call, sizes = _component(pipeline, component), dict(call or {}), _checked_sizes(sizes, call or {})
+    check_type("components", components, Mapping, "a dict of timesteps by component, such as {'transformer': 10}")
+    if not components:
+        raise ArgumentError("components is empty; give at least one, with its timesteps")
+    modules, call = {name: _component(pipeline, name) for name in components}, dict(call or {})
+    sizes = _checked_sizes(sizes, call)
     sized = {**call, **sizes[0]}  # the schedule of every size, as far as it is known before a run
-    check_timesteps(pipeline, timesteps, steps, component=component, call=sized)
+    for name, timesteps in components.items():
+        check_timesteps(pipeline, timesteps, steps, component=name, call=sized)
     parameters = inspect.signature(pipeline.__call__).parameters
     runs = _runs(pipeline, parameters, prompts, batch_size, call, sizes)
-    known = known_times(pipeline, component, steps, sized)
-    asked = steps_asked(steps, call) if known is None else len(known)
-    selection = StepSelection(timesteps, asked, component, exact="num_inference_steps" in call)
-    draws = _draws(timesteps, prompts, selection.steps, seed, call)
-    length = _steps_per_run(selection, known)
+    recorders, length = [], 0
+    for (name, timesteps), module in zip(components.items(), modules.values(), strict=True):
+        known = known_times(pipeline, name, steps, sized)
+        asked = steps_asked(steps, call) if known is None else len(known)
+        selection = StepSelection(timesteps, asked, name, exact="num_inference_steps" in call)
+        draws = _draws(timesteps, prompts, selection.steps, seed, call)
+        recorders.append(_Recorder(module, name, selection, FirstCalls(pipeline, name), skip, draws, recorders))
+        length += _steps_per_run(selection, known)
     options: dict[str, object] = {
         "num_inference_steps": steps,
         "generator": torch.Generator().manual_seed(seed),
@@ -102,20 +151,25 @@ def collect_from_pipeline(
     _log_left_out(pipeline, [name for name in options if name not in arguments])
     if seed and "generator" in call:
         _log.warning("call has a generator of its own, so that seed=%d does not set the noise", seed)
-    with _Recorder(module, component, selection, FirstCalls(pipeline, component), skip) as recorder:
+    with contextlib.ExitStack() as hooks:
+        for recorder in recorders:
+            hooks.enter_context(recorder)
         for index, run in enumerate(runs):
 
-            def report(done: int, before: int = index * length) -> None:
+            def report(before: int = index * length) -> None:
+                done = sum(len(recorder.selection.visited) for recorder in recorders)
                 on_progress(before + min(done, length), len(runs) * length)
 
-            recorder.start(run.size, report, draws and [draws[prompt] for prompt in run.prompts])
+            for recorder in recorders:
+                recorder.start(run, report)
             try:
                 pipeline(**arguments, **run.arguments)
             except _Enough:
                 getattr(pipeline, "maybe_free_model_hooks", lambda: None)()  # as a call that ends would do
-            recorder.finish()
-            report(length)
-    return recorder.samples()
+            for recorder in recorders:
+                recorder.finish()
+            on_progress((index + 1) * length, len(runs) * length)
+    return {recorder.component: recorder.samples() for recorder in recorders}
 
 
 def _check_arguments(
@@ -325,8 +379,13 @@ class _Recorder:
         selection: StepSelection,
         first_calls: FirstCalls,
         skip: Callable[[Mapping[str, Any]], bool] | None,
+        draws: list[list[int]] | None,
+        peers: Sequence[_Recorder],
     ) -> None:
         self.module, self.component, self.selection, self.first_calls = module, component, selection, first_calls
+        self.all_draws, self.peers = draws, peers
+        self.over = False
+        """Whether nothing more is to be recorded in this run."""
         # The forward of torch.compile's module takes any arguments, so the original's signature is needed.
         self.original = getattr(module, "_orig_mod", module)
         self.skip = skip or (lambda arguments: False)
@@ -337,7 +396,7 @@ class _Recorder:
         """The first tensor of each size, name and shape, to store those once that are equal in all calls."""
         self.before = 0
         """Number of calls recorded in earlier runs."""
-        self.report: Callable[[int], None] = lambda done: None
+        self.report: Callable[[], None] = lambda: None
         self.draws: list[list[int]] | None = None
         self.expected = False
         """Whether the steps of this run are known."""
@@ -349,13 +408,10 @@ class _Recorder:
     def __exit__(self, *exc: object) -> None:
         self._hook.remove()
 
-    def start(self, size: int, report: Callable[[int], None], draws: list[list[int]] | None) -> None:
-        """Begin a run.
-
-        ``size`` is the index of the samples' size. ``report`` is called with the number of finished steps. ``draws``
-        has the positions of each sample.
-        """
-        self.size, self.report, self.before, self.draws = size, report, len(self.calls), draws
+    def start(self, run: _Run, report: Callable[[], None]) -> None:
+        """Begin a run. ``report`` is called when a step is finished."""
+        self.size, self.report, self.before, self.over = run.size, report, len(self.calls), False
+        self.draws = self.all_draws and [self.all_draws[prompt] for prompt in run.prompts]
         self.selection.start()
         self.first_calls.start()
         self.expected = False
@@ -396,10 +452,12 @@ class _Recorder:
         if not self.expected and len(self.selection.visited) < 2 and t not in self.selection.visited:
             self._look_ahead(time)
         if self.selection.is_over(t):
-            raise _Enough
-        finished = len(self.selection.visited)
-        if finished and t not in self.selection.visited:
-            self.report(finished)
+            self.over = True
+            if all(peer.over for peer in self.peers):
+                raise _Enough
+            return
+        if self.selection.visited and t not in self.selection.visited:
+            self.report()
         if self.selection.visit(t):
             self._keep_call(given, t)
 

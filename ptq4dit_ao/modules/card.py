@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torchao.utils import TorchAOBaseTensor
 
 from ptq4dit_ao.modules.form import integer_linears
 from ptq4dit_ao.modules.weight import StaticInt8Weight
@@ -89,3 +92,37 @@ def _range(values: set[int]) -> str:
 
 def _dtype(module: nn.Module) -> str:
     return str(next(p.dtype for p in module.parameters() if p.is_floating_point())).removeprefix("torch.")
+
+
+def pipeline_card(pipeline: Any, folder: Path) -> str:
+    """The card of a pipeline with quantized components, as it is saved in ``folder``."""
+    rows = []
+    for name, module in pipeline.components.items():
+        if isinstance(module, nn.Module):
+            stored = sum(file.stat().st_size for file in (folder / name).glob("*.safetensors"))
+            ratio = stored / (4 * sum(parameter.numel() for parameter in module.parameters()))
+            linears = sum(isinstance(child, nn.Linear) for child in module.modules())
+            quantized = sum(
+                isinstance(child, nn.Linear) and isinstance(child.weight, TorchAOBaseTensor)
+                for child in module.modules()
+            )
+            rows.append(f"| {name} | {quantized} of {linears} | {stored / 2**20:.1f} MiB | {ratio:.3f} |")
+    own = any((folder / name / "config.json").is_file() and _is_own(folder / name) for name in pipeline.components)
+    first = "import ptq4dit_ao  # registers the format with diffusers\n" if own else ""
+    dtype = _dtype(next(module for module in pipeline.components.values() if isinstance(module, nn.Module)))
+    return "\n".join(
+        [
+            f"---\n{write_yaml({'library_name': 'diffusers', 'tags': ['ptq4dit', 'quantized']})}---",
+            f"# {type(pipeline).__name__} with quantized components\n",
+            "| component | quantized linears | weights on disk | of float32 |\n|---|---|---|---|",
+            *rows,
+            "\nA quantized transformer has a card of its own in its folder, with its recipe and its error.",
+            f"\n## Load it\n\n```python\n{first}import torch\nfrom diffusers import DiffusionPipeline\n\n"
+            f"pipe = DiffusionPipeline.from_pretrained(FOLDER, torch_dtype=torch.{dtype})\n```\n",
+        ]
+    )
+
+
+def _is_own(folder: Path) -> bool:
+    config = json.loads((folder / "config.json").read_text()).get("quantization_config") or {}
+    return bool(config.get("quant_method") == "ptq4dit")

@@ -142,10 +142,11 @@ class Balance(_Section):
         "reciprocal factors. 'bias' keeps the 1 and changes the bias of the layer that computes the scale.",
     )
     sites: Sites = Field(
-        default="folded",
+        default="free",
         description="Layers that are balanced. 'folded': those whose factors fold into parameters before them. 'all': "
         "the others, too, by a multiplication of their input. A quantized module does it as part of quantizing the "
-        "input; a graph has one more operation for each of these inputs.",
+        "input; a graph has one more operation for each of these inputs. 'free': what costs nothing, which is 'all' "
+        "for a pipeline of quantized modules (quantize_pipeline), and 'folded' for a graph.",
     )
     couple_blocks: bool = Field(
         default=False,

@@ -78,7 +78,7 @@ def quantize(
     converted = convert(exported, recipe, recorded, name=model.name, on_progress=on_progress, resume=resume)
     clock.lap("quantize")
     recipe = converted.recipe
-    evaluation = _evaluate(exported, converted, evaluated, on_calibration=samples is not None)
+    evaluation = evaluation_of(exported, converted, evaluated, on_calibration=samples is not None)
     diagnostics = diagnose(
         exported,
         converted.graph,
@@ -130,7 +130,7 @@ def _checked(model: LoadedModel, recipe: Recipe, output: Path, resume: Path | No
     return model
 
 
-def _evaluate(
+def evaluation_of(
     exported: GraphModule, converted: Converted, samples: CalibrationSamples, *, on_calibration: bool
 ) -> EvaluationEntry:
     """Error of the output of the simulated integer graph."""

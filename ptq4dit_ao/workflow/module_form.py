@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from ptq4dit_ao.errors import ArgumentError, check_type
 from ptq4dit_ao.lowering.build import example_batches
 from ptq4dit_ao.lowering.parity import Parity
 from ptq4dit_ao.modules.form import prove_kernels, quantized_module
+from ptq4dit_ao.modules.saving import Format
 from ptq4dit_ao.report import summary
 from ptq4dit_ao.workflow.quantized_model import QuantizedModel
 
@@ -31,7 +32,7 @@ def to_module(
     *,
     example_inputs: Sequence[Tensor] | None = None,
     allow_float_fallback: bool = False,
-    method: Literal["torchao", "ptq4dit"] | None = None,
+    method: Format | None = None,
     verify: bool = True,
 ) -> M:
     """Make a module of the class of the float model, whose linears compute with integers.

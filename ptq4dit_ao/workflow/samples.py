@@ -62,7 +62,7 @@ def recorded_samples(
             seed=settings.seed,
             batch_size=recipe.calibration.batch_size,
             call=recipe.calibration.size,
-            sizes=_sizes(recipe),
+            sizes=sizes_of(recipe),
             on_progress=of_stage(on_progress, stage),
         )
     except PTQ4DiTError:
@@ -113,7 +113,7 @@ def _pipeline(model: LoadedModel, recipe: Recipe) -> Any:
     return model.pipeline
 
 
-def _sizes(recipe: Recipe) -> list[dict[str, int]] | None:
+def sizes_of(recipe: Recipe) -> list[dict[str, int]] | None:
     """Arguments of the pipeline's calls that set different sizes of its images; None if all have one size."""
     sizes = recipe.calibration.sizes
     return None if sizes is None else [size.arguments for size in sizes]
@@ -121,7 +121,7 @@ def _sizes(recipe: Recipe) -> list[dict[str, int]] | None:
 
 def _one_size(recipe: Recipe) -> dict[str, int]:
     """Arguments of a call of the pipeline that set the size of its images: one of them, where there are several."""
-    return recipe.calibration.size | (_sizes(recipe) or [{}])[0]
+    return recipe.calibration.size | (sizes_of(recipe) or [{}])[0]
 
 
 def wanted_timesteps(timesteps: int | Sequence[float] | NormalDraw) -> int | Sequence[float] | NormalTimesteps:

@@ -1,0 +1,53 @@
+"""Text encoders of transformers with int8 linears, by torchao: weights alone, or inputs as well.
+
+Their inputs have outliers in a few tokens, so a static range of all tokens would lose the others. Weights need no
+calibration, and inputs get a range for each token when the encoder runs.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+
+from ptq4dit_ao.errors import ArgumentError
+
+TEXT_METHODS: dict[str, Any] = {
+    "int8_weight_only": Int8WeightOnlyConfig,
+    "int8_dynamic": Int8DynamicActivationInt8WeightConfig,
+}
+"""Methods for text encoders, by torchao's configuration."""
+
+
+def quantized_text_encoder(name: str, model: nn.Module, method: str) -> nn.Module:
+    """A copy of a model of transformers whose linears are quantized, which transformers can save and load.
+
+    Layers that the model's class keeps in float32 are left, as transformers itself leaves them.
+
+    Args:
+        name: name of the component, for messages.
+        model: the model. It is not changed.
+        method: a key of :data:`TEXT_METHODS`.
+
+    Raises:
+        ArgumentError: it is quantized already.
+    """
+    from transformers import TorchAoConfig
+    from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
+
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ArgumentError(f"{name} is quantized already; load it in float, or leave it out of the recipes")
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+
+    def is_taken(module: nn.Module, path: str) -> bool:
+        return isinstance(module, nn.Linear) and not kept.intersection(path.split("."))
+
+    quantized: Any = copy.deepcopy(model)
+    config = TEXT_METHODS[method](set_inductor_config=False)
+    quantize_(quantized, config, filter_fn=is_taken)
+    settings = TorchAoConfig(config)
+    quantized.hf_quantizer = TorchAoHfQuantizer(settings, pre_quantized=True)
+    quantized.config.quantization_config, quantized.is_quantized = settings, True
+    return quantized  # type: ignore[no-any-return]

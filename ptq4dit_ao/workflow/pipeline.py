@@ -1,0 +1,219 @@
+"""``quantize_pipeline``: whole pipelines of diffusers, recorded once, whose components become quantized modules."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ptq4dit_ao._files import replacing_folder
+from ptq4dit_ao._modes import own_modes
+from ptq4dit_ao._optional import require
+from ptq4dit_ao._paths import as_path, because, check_writable
+from ptq4dit_ao._progress import OnStage, ignore, of_stage
+from ptq4dit_ao.calibration import CalibrationSamples, collect_components
+from ptq4dit_ao.capture.float_model import check_float_module, check_in_memory
+from ptq4dit_ao.errors import ArgumentError, ArtifactError, RecipeError, check_type
+from ptq4dit_ao.modules.card import pipeline_card
+from ptq4dit_ao.modules.saving import CARD, Format
+from ptq4dit_ao.modules.text_encoders import TEXT_METHODS, quantized_text_encoder
+from ptq4dit_ao.recipe import Recipe, load_recipe
+from ptq4dit_ao.workflow.apply import convert
+from ptq4dit_ao.workflow.exported import export_for
+from ptq4dit_ao.workflow.main_job import evaluation_of
+from ptq4dit_ao.workflow.module_form import to_module
+from ptq4dit_ao.workflow.samples import sizes_of, wanted_timesteps
+
+logger = logging.getLogger(__name__)
+
+INDEX = "model_index.json"
+"""File by which diffusers knows the folder of a pipeline."""
+
+
+@own_modes()
+def quantize_pipeline(
+    pipeline: Any,
+    recipes: Recipe | str | Mapping[str, Recipe | str],
+    prompts: Sequence[int] | Sequence[str] | None = None,
+    *,
+    call: Mapping[str, object] | None = None,
+    output: str | Path | None = None,
+    method: Format | None = None,
+    on_progress: OnStage = ignore,
+) -> Any:
+    """Quantize the denoisers of a pipeline, and its text encoders if asked for, as modules of diffusers.
+
+    All denoisers are recorded in the same samples. The result is a pipeline like the given one, which is not changed.
+    It can be used, saved (``save_pretrained``) and uploaded (``push_to_hub``) as any other, and
+    ``DiffusionPipeline.from_pretrained`` opens its folder.
+
+    Args:
+        pipeline: a pipeline of diffusers in float.
+        recipes: a recipe, or the name of a shipped one, for every denoiser (``transformer``, and ``transformer_2`` in
+            pipelines that have one); or one for each component by its name. Components of transformers, such as
+            ``text_encoder``, take ``int8_weight_only``, or ``int8_dynamic``, which also quantizes their inputs, per
+            token. Denoisers' recipes agree in their ``calibration`` but for its ``timesteps``, which are out of a
+            denoiser's own steps. ``balance.sites`` ``free`` is ``all`` here.
+        prompts: class numbers or texts to record; by default the recipe's ``calibration.prompts``.
+        call: more arguments for each call of the pipeline, beside those of the recipe.
+        output: folder to save the pipeline to, complete or not at all.
+        method: format of quantized denoisers on disk, as for :func:`~ptq4dit_ao.to_module`.
+        on_progress: called with ``(stage, done, total)`` as stages of the components advance.
+
+    Raises:
+        ArgumentError: a component does not exist or cannot be quantized so, or the recipes differ in their calibration.
+        PTQ4DiTError: see :func:`~ptq4dit_ao.collect_from_pipeline`, :func:`~ptq4dit_ao.apply_recipe` and
+            :func:`~ptq4dit_ao.to_module`.
+    """
+    components = _components(pipeline)
+    chosen = _chosen(pipeline, components, recipes)
+    target = None if output is None else _target(output)
+    denoisers = {name: recipe for name, recipe in chosen.items() if isinstance(recipe, Recipe)}
+    made: dict[str, nn.Module] = {
+        name: quantized_text_encoder(name, components[name], recipe)
+        for name, recipe in chosen.items()
+        if isinstance(recipe, str)
+    }
+    samples = _recorded(pipeline, denoisers, prompts, call, on_progress)
+    for name, recipe in denoisers.items():
+        made[name] = _quantized(name, components[name], recipe, samples.pop(name), method, on_progress)
+    result = copy.copy(pipeline)
+    result.register_modules(**made)
+    if target is not None:
+        on_progress("save", 0, 1)
+        save_pipeline(result, target)
+        on_progress("save", 1, 1)
+    return result
+
+
+def save_pipeline(pipeline: Any, target: Path) -> None:
+    """Save a pipeline with its model card into a folder, as a whole or not at all.
+
+    Raises:
+        ArtifactError: the folder cannot be written.
+    """
+    try:
+        with replacing_folder(target) as folder:
+            pipeline.save_pretrained(folder)
+            (folder / CARD).write_text(pipeline_card(pipeline, folder), encoding="utf-8")
+    except OSError as error:
+        raise ArtifactError(f"cannot save the pipeline as {target}: {because(error)}; nothing was changed") from error
+
+
+def _components(pipeline: Any) -> dict[str, nn.Module]:
+    """The modules of a pipeline by name."""
+    diffusers = require("diffusers", extra="diffusers")
+    check_type("pipeline", pipeline, diffusers.DiffusionPipeline, "a pipeline of diffusers")
+    return {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+
+
+def _chosen(
+    pipeline: Any, components: Mapping[str, nn.Module], recipes: Recipe | str | Mapping[str, Recipe | str]
+) -> dict[str, Recipe | str]:
+    """The recipe of each component that is quantized, or the method of a text encoder."""
+    check_type("recipes", recipes, (Recipe, str, Mapping), "a recipe, its name, or a dict of them by component")
+    if not isinstance(recipes, Mapping):
+        names = [name for name in components if name.startswith("transformer")]
+        if not names:
+            raise ArgumentError(
+                f"{type(pipeline).__name__} has no transformer; give a dict of recipes by component: "
+                f"{', '.join(components) or 'it has none'}"
+            )
+        recipes = dict.fromkeys(names, recipes)
+    chosen: dict[str, Recipe | str] = {}
+    for name, recipe in recipes.items():
+        if name not in components:
+            raise ArgumentError(
+                f"{type(pipeline).__name__} has no module {name!r}; it has {', '.join(components) or 'none'}"
+            )
+        chosen[name] = _recipe(name, components[name], recipe)
+    if not any(isinstance(recipe, Recipe) for recipe in chosen.values()):
+        raise ArgumentError("recipes names no denoiser; text encoders alone need no recording, quantize them by torchao")
+    return chosen
+
+
+def _recipe(name: str, module: nn.Module, recipe: Recipe | str) -> Recipe | str:
+    """A component's recipe, or the method of a text encoder."""
+    of_transformers = any(kind.__module__.startswith("transformers.") for kind in type(module).__mro__)
+    if of_transformers != (isinstance(recipe, str) and recipe in TEXT_METHODS):
+        what = "a model of transformers" if of_transformers else f"a {type(module).__name__}"
+        way_out = f"give one of {', '.join(TEXT_METHODS)}" if of_transformers else "give a recipe"
+        raise ArgumentError(f"{name} is {what}, which cannot be quantized by {recipe!r}; {way_out}")
+    if of_transformers:
+        return recipe
+    loaded = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    check_type(f"the recipe of {name}", loaded, Recipe, "what load_recipe returned, or a name")
+    check_float_module(module)
+    check_in_memory(module)
+    if loaded.balance.sites == "free":
+        loaded = loaded.model_copy(update={"balance": loaded.balance.model_copy(update={"sites": "all"})})
+    return loaded
+
+
+def _recorded(
+    pipeline: Any,
+    recipes: Mapping[str, Recipe],
+    prompts: Sequence[int] | Sequence[str] | None,
+    call: Mapping[str, object] | None,
+    on_progress: OnStage,
+) -> dict[str, CalibrationSamples]:
+    (first, recipe), *others = recipes.items()
+    settings = recipe.calibration
+    for name, other in others:
+        theirs, ours = other.calibration.model_dump(), settings.model_dump()
+        key = next((key for key in ours if key != "timesteps" and ours[key] != theirs[key]), None)
+        if key is not None:
+            raise RecipeError(
+                f"calibration.{key} is {ours[key]!r} for {first} and {theirs[key]!r} for {name}, which are recorded in "
+                "the same samples; make them equal"
+            )
+    if prompts is None and settings.prompts:
+        prompts = list(itertools.islice(itertools.cycle(settings.prompts), settings.samples))
+    if prompts is None:
+        raise ArgumentError("there are no prompts; give some like those of later use, or list them in the recipe")
+    return collect_components(
+        pipeline,
+        prompts,
+        {name: wanted_timesteps(recipe.calibration.timesteps) for name, recipe in recipes.items()},
+        steps=settings.steps,
+        guidance=settings.guidance,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        call={**settings.size, **(call or {})},
+        sizes=sizes_of(recipe),
+        on_progress=of_stage(on_progress, "record"),
+    )
+
+
+def _quantized(
+    name: str,
+    module: nn.Module,
+    recipe: Recipe,
+    samples: CalibrationSamples,
+    method: Format | None,
+    on_progress: OnStage,
+) -> nn.Module:
+    """A denoiser as a quantized module."""
+
+    def stage(what: str, done: int, total: int) -> None:
+        on_progress(f"{name}: {what}", done, total)
+
+    exported = export_for(module, samples)
+    converted = convert(exported, recipe, samples, name=type(module).__name__, on_progress=stage)
+    evaluation = evaluation_of(exported, converted, samples, on_calibration=True)
+    return to_module(converted.quantized(evaluation=evaluation), module, method=method)
+
+
+def _target(output: str | Path) -> Path:
+    """The folder to save to, which holds an earlier pipeline or nothing."""
+    target = as_path(output, "output").resolve()
+    check_writable(target, ArtifactError)
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / INDEX).is_file())):
+        raise ArtifactError(f"{target} holds something other than a pipeline; give another folder, or remove it first")
+    return target
+
