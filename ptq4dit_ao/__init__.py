@@ -12,7 +12,7 @@ from ptq4dit_ao._version import __version__ as __version__
 from ptq4dit_ao.modules.registration import register
 
 if TYPE_CHECKING:
-    from ptq4dit_ao.calibration import CalibrationSamples, collect_from_pipeline
+    from ptq4dit_ao.calibration import CalibrationSamples, collect_components, collect_from_pipeline
     from ptq4dit_ao.capture import export_transformer, free_sizes
     from ptq4dit_ao.errors import PTQ4DiTError
     from ptq4dit_ao.graph import SitePolicy, find_sites
@@ -29,13 +29,14 @@ if TYPE_CHECKING:
         as_diffusers_transformer,
         choose_weight_bits,
         load_quantized,
+        quantize_pipeline,
         save_quantized,
         to_module,
     )
 
 
 _HOMES = {
-    "calibration": ("CalibrationSamples", "collect_from_pipeline"),
+    "calibration": ("CalibrationSamples", "collect_components", "collect_from_pipeline"),
     "errors": ("PTQ4DiTError",),
     "capture": ("export_transformer", "free_sizes"),
     "graph": ("SitePolicy", "find_sites"),
@@ -52,6 +53,7 @@ _HOMES = {
         "as_diffusers_transformer",
         "choose_weight_bits",
         "load_quantized",
+        "quantize_pipeline",
         "save_quantized",
         "to_module",
     ),
@@ -76,6 +78,7 @@ __all__ = [
     "balance_module",
     "balance_result",
     "choose_weight_bits",
+    "collect_components",
     "collect_from_pipeline",
     "collect_salience",
     "distill",
@@ -88,6 +91,7 @@ __all__ = [
     "load_reference_dit",
     "lower",
     "prove_kernels",
+    "quantize_pipeline",
     "recipe_json_schema",
     "round_sequentially",
     "salience_statistics",

@@ -52,6 +52,14 @@ SiteKind = Literal["offline", "vector multiply", "partial", "premultiply", "refu
 SITE_KINDS: tuple[SiteKind, ...] = get_args(SiteKind)
 """Kinds of balance sites, by where their balancing vectors are folded."""
 
+TextMethod = Literal["int8_weight_only", "int8_dynamic"]
+TEXT_METHODS: tuple[TextMethod, ...] = get_args(TextMethod)
+"""Methods for the linears of text encoders: int8 weights, with float or with dynamically quantized inputs."""
+
+ModuleFormat = Literal["torchao", "ptq4dit"]
+MODULE_FORMATS: tuple[ModuleFormat, ...] = get_args(ModuleFormat)
+"""Formats of a quantized module on disk: one that diffusers reads alone, and one that packs 4 bits."""
+
 AxisKind = Literal["batch", "height", "width", "frames", "text", "tokens"]
 AXIS_KINDS: tuple[AxisKind, ...] = get_args(AxisKind)
 """Meanings of an input's axis whose size may differ from call to call. ``tokens`` is every length without a name."""

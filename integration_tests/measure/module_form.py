@@ -153,7 +153,7 @@ def sites(name: str) -> None:
 
 
 HEADERS = {
-    parity: "| model | bits | sites | module against graph | graph after a change of 1 ulp | graph against float | module against float |",
+    parity: "| model | bits | sites | module, graph | graph, graph at 1 ulp | float, graph | float, module |",
     sites: "| model | bits | folded: sites | graph | module | all: sites | graph | module | gain |",
 }
 

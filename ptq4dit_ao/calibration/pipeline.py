@@ -133,7 +133,8 @@ def collect_components(
         check_timesteps(pipeline, timesteps, steps, component=name, call=sized)
     parameters = inspect.signature(pipeline.__call__).parameters
     runs = _runs(pipeline, parameters, prompts, batch_size, call, sizes)
-    recorders, length = [], 0
+    recorders: list[_Recorder] = []
+    length = 0
     for (name, timesteps), module in zip(components.items(), modules.values(), strict=True):
         known = known_times(pipeline, name, steps, sized)
         asked = steps_asked(steps, call) if known is None else len(known)

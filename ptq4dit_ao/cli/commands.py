@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 from rich.console import Console
 from rich.markup import escape
+from torch import nn
 
 from ptq4dit_ao._paths import check_file, check_writable
 from ptq4dit_ao._progress import of_stage
@@ -19,12 +20,13 @@ from ptq4dit_ao.capture.sizes import FreeSizes
 from ptq4dit_ao.cli.bench import bench as bench  # a command like those below
 from ptq4dit_ao.cli.evaluate import evaluate as evaluate
 from ptq4dit_ao.cli.progress import progress
-from ptq4dit_ao.cli.recipes import chosen_recipe
+from ptq4dit_ao.cli.recipes import chosen_recipe, component_recipes
 from ptq4dit_ao.cli.table import table as table
 from ptq4dit_ao.cli.tables import Column, print_table
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.lowering import export_to, missing_backends
 from ptq4dit_ao.lowering.backend import BACKENDS, Capabilities
+from ptq4dit_ao.modules.card import component_entries
 from ptq4dit_ao.recipe import load_recipe
 from ptq4dit_ao.report import Report, save_image_grid
 from ptq4dit_ao.report.reasons import by_reason
@@ -36,6 +38,7 @@ from ptq4dit_ao.workflow.correction import corrected_scheduler
 from ptq4dit_ao.workflow.image_sampling import decoder
 from ptq4dit_ao.workflow.image_sampling import draw_images as draw
 from ptq4dit_ao.workflow.models import LoadedModel
+from ptq4dit_ao.workflow.pipeline import quantize_pipeline
 
 SHOWN_PIXELS = 64
 """Smallest width of a shown image, in pixels."""
@@ -50,11 +53,15 @@ _SITE_COLUMNS = (
     Column("b", is_text=True),
     Column("folded into", is_text=True, can_be_spared=True),
 )
+_COMPONENT_COLUMNS = (Column("component"), Column("quantized linears"), "MB", "of float32", "SQNR dB")
 _LAYER_COLUMNS = (Column("layer"), Column("bits", is_text=True), Column("SQNR dB"))
 
 
 def quantize(args: argparse.Namespace, console: Console) -> None:
     """``ptq4dit-ao quantize``."""
+    if args.pipeline is not None:
+        _quantize_pipeline(args, console)
+        return
     recipe, spec = chosen_recipe(args)
     if not args.leave_one_out:
         recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"leave_one_out": False})})
@@ -65,6 +72,24 @@ def quantize(args: argparse.Namespace, console: Console) -> None:
         quantized = run_quantize(model, recipe, args.output, samples=args.samples, on_progress=on_progress)
     _print_report(quantized.report, console, wide=args.wide)
     console.print(f"\nsaved to [bold]{args.output}[/]; open {args.output / 'report.html'}")
+
+
+def _quantize_pipeline(args: argparse.Namespace, console: Console) -> None:
+    pipeline = _loaded(str(args.pipeline), console).pipeline
+    if pipeline is None:
+        raise ArgumentError(f"{args.pipeline} holds a transformer alone; give it with --model, or a pipeline's folder")
+    names = [name for name, part in pipeline.components.items() if isinstance(part, nn.Module)]
+    recipes = {name: args.recipe for name in names if name.startswith("transformer")} | component_recipes(args)
+    with progress(console) as on_progress:
+        quantized = quantize_pipeline(
+            pipeline, recipes, output=args.output, method=args.format, on_progress=on_progress
+        )
+    lines = [
+        (name, f"{entry.quantized} of {entry.linears}", f"{entry.stored / 1e6:.2f}", f"{entry.ratio:.3f}", entry.error)
+        for name, entry in component_entries(quantized, args.output).items()
+    ]
+    print_table(console, "", _COMPONENT_COLUMNS, lines, wide=args.wide)
+    console.print(f"saved to [bold]{args.output}[/]; DiffusionPipeline.from_pretrained opens it")
 
 
 def balance(args: argparse.Namespace, console: Console) -> None:

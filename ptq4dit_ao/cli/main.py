@@ -28,6 +28,7 @@ EXAMPLES = """\
 examples:
   ptq4dit-ao quantize digits_w8a8 --output out/digits            the shipped model, end to end
   ptq4dit-ao quantize my.yaml --model ./DiT-XL-2-256 --output q  a diffusers pipeline on disk
+  ptq4dit-ao quantize wan_w8a8 --pipeline ./Wan2.2 --output q    a whole pipeline, as diffusers loads it
   ptq4dit-ao balance --model ./DiT-XL-2-256 --output ./balanced  a better float model, for any quantizer
   ptq4dit-ao sample out/digits --backend fbgemm                  a grid of samples, integer kernels
   ptq4dit-ao inspect out/digits                                  layers, bits, sites, kernel proof
@@ -78,7 +79,19 @@ def build_parser() -> argparse.ArgumentParser:
         help="'reference' or 'fashion' (the shipped DiTs), a diffusers folder, or package.module:function; "
         "default: what the recipe names",
     )  # fmt: skip
-
+    p.add_argument(
+        "--pipeline", type=_path, metavar="DIR",
+        help="quantize all transformers of a diffusers pipeline, and save the pipeline as diffusers loads it",
+    )  # fmt: skip
+    p.add_argument(
+        "--component", action="append", default=[], metavar="NAME=RECIPE",
+        help="with --pipeline: the recipe of one component; int8_weight_only or int8_dynamic for a text encoder",
+    )  # fmt: skip
+    p.add_argument(
+        "--format", choices=("torchao", "ptq4dit"),
+        help="with --pipeline: 'torchao' (diffusers alone reads it) or 'ptq4dit' (4 bits packed; needs this package); "
+        "default: torchao for 8 bits",
+    )  # fmt: skip
     p.add_argument("--samples", type=_path, metavar="FILE", help="calibrate on recorded samples (safetensors)")
     p.add_argument(
         "--no-leave-one-out", dest="leave_one_out", action="store_false",

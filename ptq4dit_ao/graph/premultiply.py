@@ -26,13 +26,19 @@ def premultiplied_sites(sites: Sequence[Site], nodes: Collection[str]) -> list[S
     """
     taken = {consumer.weight for site in sites if site.refusal is None for consumer in site.consumers}
     barred = taken | {c.weight for site in sites for c in site.consumers if c.node not in nodes}
+    refused = [consumer for site in sites if site.refusal is not None for consumer in site.consumers]
+    able = [consumer for consumer in refused if consumer.weight not in barred]
+    groups = {group[0].node: group for group in _groups(able)}
+    moved = {consumer.node for consumer in able}
     found: list[Site] = []
     for site in sites:
-        able = [c for c in site.consumers if c.weight not in barred] if site.refusal is not None else []
-        rest = tuple(consumer for consumer in site.consumers if consumer not in able)
+        if site.refusal is None:
+            found.append(site)
+            continue
+        rest = tuple(consumer for consumer in site.consumers if consumer.node not in moved)
         if rest:
             found.append(replace(site, consumers=rest, name=_name(rest)))
-        found += [_site(group) for group in _groups(able)]
+        found += [_site(groups[consumer.node]) for consumer in site.consumers if consumer.node in groups]
     return found
 
 

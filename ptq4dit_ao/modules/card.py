@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torchao.utils import TorchAOBaseTensor
 
-from ptq4dit_ao.modules.form import integer_linears
+from ptq4dit_ao.modules.form import integer_weights
 from ptq4dit_ao.modules.weight import StaticInt8Weight
 from ptq4dit_ao.recipe.yaml_text import write_yaml
 
@@ -49,7 +50,7 @@ def model_card(module: nn.Module, recipe: Mapping[str, Any], report: Mapping[str
     """
     diffusers_module: Any = module
     config, method = diffusers_module.config, diffusers_module.hf_quantizer.quantization_config.quant_method.value
-    weights: list[StaticInt8Weight] = [x.weight for x in integer_linears(module).values()]  # type: ignore[misc]
+    weights = list(integer_weights(module).values())
     bits, x_bits = (_range({getattr(weight, name) for weight in weights}) for name in ("bits", "x_bits"))
     header: dict[str, Any] = {"library_name": "diffusers", "tags": ["ptq4dit", "quantized", f"w{bits}a{x_bits}"]}
     base = config.get("_name_or_path") or ""
@@ -79,7 +80,7 @@ def _table(module: nn.Module, report: Mapping[str, Any], weights: list[StaticInt
     }
     evaluation = report.get("evaluation")
     if evaluation:
-        where = "calibration samples" if evaluation["on_calibration_samples"] else "samples that calibration has not seen"
+        where = "samples of its calibration" if evaluation["on_calibration_samples"] else "other samples"
         rows["Signal to noise of the output"] = f"{evaluation['sqnr_db']:.1f} dB against the float model, on {where}"
     for name, version in report.get("versions", {}).items():
         rows[name] = str(version)
@@ -94,27 +95,56 @@ def _dtype(module: nn.Module) -> str:
     return str(next(p.dtype for p in module.parameters() if p.is_floating_point())).removeprefix("torch.")
 
 
-def pipeline_card(pipeline: Any, folder: Path) -> str:
-    """The card of a pipeline with quantized components, as it is saved in ``folder``."""
-    rows = []
+@dataclass(frozen=True, kw_only=True)
+class ComponentEntry:
+    """One saved module of a pipeline."""
+
+    quantized: int
+    """Number of quantized linears."""
+    linears: int
+    stored: int
+    """Bytes of its weights on disk."""
+    ratio: float
+    """Their part of the bytes of its parameters in float32."""
+    error: str
+    """SQNR of its output in dB, as text."""
+
+
+def component_entries(pipeline: Any, folder: Path) -> dict[str, ComponentEntry]:
+    """The modules of a pipeline that is saved in ``folder``, by name."""
+    entries = {}
     for name, module in pipeline.components.items():
         if isinstance(module, nn.Module):
+            linears = [child for child in module.modules() if isinstance(child, nn.Linear)]
             stored = sum(file.stat().st_size for file in (folder / name).glob("*.safetensors"))
-            ratio = stored / (4 * sum(parameter.numel() for parameter in module.parameters()))
-            linears = sum(isinstance(child, nn.Linear) for child in module.modules())
-            quantized = sum(
-                isinstance(child, nn.Linear) and isinstance(child.weight, TorchAOBaseTensor)
-                for child in module.modules()
+            record = getattr(getattr(module, "hf_quantizer", None), "record", None)
+            evaluation = None if record is None else record.report.get("evaluation")
+            entries[name] = ComponentEntry(
+                quantized=sum(isinstance(linear.weight, TorchAOBaseTensor) for linear in linears),
+                linears=len(linears),
+                stored=stored,
+                ratio=stored / (4 * sum(parameter.numel() for parameter in module.parameters())),
+                error=f"{evaluation['sqnr_db']:.1f}" if evaluation else "-",
             )
-            rows.append(f"| {name} | {quantized} of {linears} | {stored / 2**20:.1f} MiB | {ratio:.3f} |")
+    return entries
+
+
+def pipeline_card(pipeline: Any, folder: Path) -> str:
+    """The card of a pipeline with quantized components, as it is saved in ``folder``."""
+    rows = [
+        f"| {name} | {x.quantized} of {x.linears} | {x.stored / 2**20:.1f} MiB | {x.ratio:.3f} | {x.error} |"
+        for name, x in component_entries(pipeline, folder).items()
+    ]
+    header = {"library_name": "diffusers", "tags": ["ptq4dit", "quantized"]}
     own = any((folder / name / "config.json").is_file() and _is_own(folder / name) for name in pipeline.components)
     first = "import ptq4dit_ao  # registers the format with diffusers\n" if own else ""
     dtype = _dtype(next(module for module in pipeline.components.values() if isinstance(module, nn.Module)))
     return "\n".join(
         [
-            f"---\n{write_yaml({'library_name': 'diffusers', 'tags': ['ptq4dit', 'quantized']})}---",
+            f"---\n{write_yaml(header)}---",
             f"# {type(pipeline).__name__} with quantized components\n",
-            "| component | quantized linears | weights on disk | of float32 |\n|---|---|---|---|",
+            "| component | quantized linears | weights on disk | of float32 | SQNR, dB |",
+            "|---|---|---|---|---|",
             *rows,
             "\nA quantized transformer has a card of its own in its folder, with its recipe and its error.",
             f"\n## Load it\n\n```python\n{first}import torch\nfrom diffusers import DiffusionPipeline\n\n"

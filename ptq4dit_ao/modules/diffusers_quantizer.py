@@ -27,10 +27,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torchao.quantization import Int8StaticActivationInt8WeightConfig, MappingType, PerRow, PerTensor
 
-from ptq4dit_ao.errors import ArgumentError, ArtifactError
+from ptq4dit_ao.choices import MODULE_FORMATS, ModuleFormat
+from ptq4dit_ao.errors import ArgumentError, ArtifactError, check_choice
 from ptq4dit_ao.modules.card import model_card
-from ptq4dit_ao.modules.form import ADDED_BIAS, integer_linears
-from ptq4dit_ao.modules.packing import Stored, pack, unpack
+from ptq4dit_ao.modules.form import ADDED_BIAS, integer_weights
+from ptq4dit_ao.modules.packing import PACKED_BITS, Stored, pack, unpack
 from ptq4dit_ao.modules.saving import saved_whole
 from ptq4dit_ao.modules.weight import StaticInt8Weight
 
@@ -38,9 +39,6 @@ logger = logging.getLogger(__name__)
 
 METADATA = "ptq4dit"
 """Key of the recipe and the report in a safetensors file's metadata."""
-
-FORMATS = ("torchao", "ptq4dit")
-"""Formats of a quantized module on disk."""
 
 
 class Method(str, enum.Enum):  # noqa: UP042  (diffusers wants a str with a value)
@@ -70,7 +68,7 @@ class PTQ4DiTConfig(QuantizationConfigMixin):
         version: int = VERSION,
         **unknown: object,
     ) -> None:
-        self.quant_method = Method.PTQ4DIT
+        self.quant_method: Any = Method.PTQ4DIT
         unknown.pop("quant_method", None)
         if unknown or version != self.VERSION:
             what = f"the key {sorted(unknown)[0]!r}" if unknown else f"version {version!r}"
@@ -143,7 +141,7 @@ class PTQ4DiTHfQuantizer(_Records, DiffusersQuantizer):
     """diffusers' quantizer for the format ``ptq4dit``. It loads and saves; it does not quantize."""
 
     requires_calibration = True
-    required_packages = ("torchao",)
+    required_packages = ("torchao",)  # type: ignore[assignment]
     use_keep_in_fp32_modules = True
     is_serializable = True
     is_trainable = False
@@ -175,7 +173,8 @@ class PTQ4DiTHfQuantizer(_Records, DiffusersQuantizer):
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Parameters from a file's tensors. Parts of a weight may be in several files."""
-        found, parts = {}, self._parts
+        found: dict[str, Any] = {}
+        parts = self._parts
         for name, tensor in state_dict.items():
             layer, dot, _ = name.rpartition(".weight.")
             (parts if dot and layer in self.quantization_config.linears else found)[name] = tensor
@@ -211,7 +210,7 @@ class PTQ4DiTHfQuantizer(_Records, DiffusersQuantizer):
         """Whether a parameter is an integer weight."""
         return isinstance(param_value, StaticInt8Weight)
 
-    def create_quantized_param(
+    def create_quantized_param(  # type: ignore[override]  # as all others do
         self, model: Any, param_value: Tensor, param_name: str, target_device: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Put an integer weight into the module."""
@@ -239,6 +238,7 @@ class PTQ4DiTHfQuantizer(_Records, DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self._parts:
             raise ArtifactError(f"the files of the module end within {sorted(self._parts)[0]!r}; copy them again")
+        model.requires_grad_(False)
         saved_whole(model)
         return model
 
@@ -270,7 +270,7 @@ class StockHfQuantizer(_Records, TorchAoHfQuantizer):
         return _float_again(model)
 
 
-def attach(module: Any, record: Record, method: str | None = None) -> None:
+def attach(module: Any, record: Record, method: ModuleFormat | None = None) -> None:
     """Make a quantized module of diffusers one that diffusers knows to be quantized, and can save.
 
     Args:
@@ -282,10 +282,12 @@ def attach(module: Any, record: Record, method: str | None = None) -> None:
     Raises:
         ArgumentError: the format cannot hold the module.
     """
-    weights = {name: linear.weight for name, linear in integer_linears(module).items()}
+    if method is not None:
+        check_choice("method", method, MODULE_FORMATS)
+    weights = integer_weights(module)
     refusal = next((f"{name}: {why}" for name, why in _not_stock(module, weights)), None)
     if method is None:
-        method = "torchao" if refusal is None and all(w.bits > 4 for w in weights.values()) else "ptq4dit"  # type: ignore[operator]
+        method = "ptq4dit" if refusal or any(w.bits <= PACKED_BITS for w in weights.values()) else "torchao"
     if method == "torchao" and refusal is not None:
         raise ArgumentError(f"method 'torchao' cannot hold {refusal}; use method 'ptq4dit'")
     quantizer: Any
@@ -296,8 +298,14 @@ def attach(module: Any, record: Record, method: str | None = None) -> None:
         quantizer = StockHfQuantizer(TorchAoConfig(quant_type), record)
     else:
         linears = {
-            name: Stored(w.bits, w.x_bits, w.x_ndim, w.pre_scale is not None, module.get_submodule(name).bias is not None)  # type: ignore[union-attr]
-            for name, w in weights.items()
+            name: Stored(
+                bits=weight.bits,
+                x_bits=weight.x_bits,
+                x_ndim=weight.x_ndim,
+                balanced=weight.pre_scale is not None,
+                bias=module.get_submodule(name).bias is not None,
+            )
+            for name, weight in weights.items()
         }
         dtype = str(next(p.dtype for p in module.parameters() if p.is_floating_point())).removeprefix("torch.")
         quantizer = PTQ4DiTHfQuantizer(PTQ4DiTConfig(linears, dtype))
@@ -308,7 +316,7 @@ def attach(module: Any, record: Record, method: str | None = None) -> None:
     saved_whole(module)
 
 
-def _not_stock(module: nn.Module, weights: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _not_stock(module: nn.Module, weights: Mapping[str, StaticInt8Weight]) -> list[tuple[str, str]]:
     """Linears that torchao's format cannot hold, with the reason."""
     found = [(name, why) for name, weight in weights.items() if (why := weight.not_stock()) is not None]
     return found + [
@@ -324,7 +332,6 @@ def _check_safe(safe_serialization: bool) -> None:
 
 
 def _float_again(module: Any) -> Any:
-    for linear in integer_linears(module).values():
-        assert isinstance(linear.weight, StaticInt8Weight)
-        linear.weight = nn.Parameter(linear.weight.float_weight(), requires_grad=False)
+    for name, weight in integer_weights(module).items():
+        module.get_submodule(name).weight = nn.Parameter(weight.float_weight(), requires_grad=False)
     return module

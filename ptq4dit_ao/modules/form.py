@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Sequence
-
 from typing import TypeVar
 
 import torch
@@ -94,12 +93,12 @@ def check_module(model: object) -> nn.Module:
     return model
 
 
-def integer_linears(module: nn.Module) -> dict[str, nn.Module]:
-    """The linears of a module that have integer weights, by name."""
+def integer_weights(module: nn.Module) -> dict[str, StaticInt8Weight]:
+    """The integer weights of a module, by the name of their linear."""
     return {
-        name: child
+        name: weight
         for name, child in module.named_modules()
-        if isinstance(child._parameters.get("weight"), StaticInt8Weight)
+        if isinstance(weight := child._parameters.get("weight"), StaticInt8Weight)
     }
 
 
@@ -124,7 +123,7 @@ def as_fast_module(module: M) -> M:
             f"no linear of {type(module).__name__} has an Int8Tensor with a static range; give a module that to_module "
             "made and diffusers has loaded"
         )
-    return module
+    return module.requires_grad_(False)
 
 
 def prove_kernels(
@@ -142,14 +141,14 @@ def prove_kernels(
     Raises:
         LoweringError: a quantized linear computed in float.
     """
-    linears = integer_linears(module)
+    linears = integer_weights(module)
     calls = 0
 
     def count(*_: object) -> None:
         nonlocal calls
         calls += 1
 
-    hooks = [] if compiled else [linear.register_forward_hook(count) for linear in linears.values()]
+    hooks = [] if compiled else [module.get_submodule(name).register_forward_hook(count) for name in linears]
     try:
         with torch.no_grad():
             call()
@@ -232,4 +231,3 @@ def _joint_range(calls: Sequence[QuantizedLinear]) -> tuple[float, int]:
     scale = (most - least) / (high - low)
     logger.info("%s is called %d times and has one range for all: %.3g to %.3g", first.name, len(calls), least, most)
     return scale, round(low - least / scale)
-

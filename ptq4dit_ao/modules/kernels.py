@@ -1,7 +1,7 @@
 """Integer products for quantized modules: one op, which ``torch.compile`` does not look into.
 
-The op multiplies integers only. Quantization before it and whatever follows it are ordinary operations, so a compiler
-fuses them with their neighbours.
+The op multiplies integers, and scales the product. Quantization before it and whatever follows it are ordinary
+operations, so a compiler fuses them with their neighbours.
 
 ======================  =================================  ===========
 device                  kernel                             activations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import threading
 import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,43 +72,80 @@ class PackedWeights:
             self._found[key] = found
         return found
 
+    def forget(self, weight: Tensor) -> None:
+        """Forget the packed form of a weight that was changed where its version does not tell."""
+        self._found.pop(weight.untyped_storage()._cdata, None)
+
 
 PACKED = PackedWeights()
 
 
-def _onednn(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    packed = PACKED.of(weight)
-    y: Tensor = torch.ops.onednn.qlinear_pointwise(
-        x, 1.0, 0, packed.weight, scale, packed.zero_point, bias, 1.0, 0, dtype, "none", [], ""
-    )
+def linear_int8(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    row_sums: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The linear ``x_scale scale ((x - x_zero_point) weight^T) + bias`` with integers in the parentheses.
+
+    Args:
+        x: activations, (..., C_in) uint8 or int8, as :func:`takes_unsigned` says.
+        x_scale: their scale, () float32.
+        x_zero_point: their zero point, () int32.
+        weight: integers, (C_out, C_in) int8.
+        scale: scale of each row, (C_out,) float32.
+        row_sums: sum of each row of the weight, (C_out,) int32.
+        bias: (C_out,), or None.
+        dtype: dtype of the output.
+    """
+    y: Tensor = torch.ops.ptq4dit_ao.linear_int8(x, x_scale, x_zero_point, weight, scale, row_sums, bias, dtype)
     return y
 
 
-def int_mm(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """The op for int8 activations; sizes that the kernel does not take are padded with zeros."""
-    rows, (c_out, c_in) = x.reshape(-1, x.shape[-1]), weight.shape
+def _kernel(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    row_sums: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    bias = None if bias is None else bias.to(torch.float32)
+    if x.dtype == torch.int8:
+        product = _int_mm(x.reshape(-1, x.shape[-1]), weight) - x_zero_point * row_sums
+        y = product.to(torch.float32) * (x_scale * scale)
+        return (y if bias is None else y + bias).to(dtype).view(*x.shape[:-1], len(weight))
+    packed = PACKED.of(weight)
+    result: Tensor = torch.ops.onednn.qlinear_pointwise.tensor(
+        x, x_scale, x_zero_point, packed.weight, scale, packed.zero_point, bias, 1.0, 0, dtype, "none", [], ""
+    )
+    return result
+
+
+def _int_mm(x: Tensor, weight: Tensor) -> Tensor:
+    """Integer product ``x weight^T``, int32; sizes that the kernel does not take are padded with zeros."""
+    rows, (c_out, c_in) = len(x), weight.shape
     columns, channels = -c_in % MULTIPLE, -c_out % MULTIPLE
-    padded = functional.pad(rows, (0, columns, 0, max(0, LEAST_ROWS - len(rows))))
-    product = torch._int_mm(padded, functional.pad(weight, (0, columns, 0, channels)).t())
-    y = product[: len(rows), :c_out].to(torch.float32) * scale + bias
-    return y.to(dtype).view(*x.shape[:-1], c_out)
+    padded = functional.pad(x, (0, columns, 0, max(0, LEAST_ROWS - rows)))
+    return torch._int_mm(padded, functional.pad(weight, (0, columns, 0, channels)).t())[:rows, :c_out]
 
 
-def _linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    return (_onednn if x.dtype == torch.uint8 else int_mm)(x, weight, scale, bias, dtype)
-
-
-def _shaped(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+def _shaped(x: Tensor, *operands: Any) -> Tensor:
+    weight, dtype = operands[2], operands[-1]
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
 
 
 _LIBRARY = torch.library.Library("ptq4dit_ao", "DEF")
 _LIBRARY.define(
-    "linear_int8(Tensor x, Tensor weight, Tensor scale, Tensor bias, ScalarType dtype) -> Tensor",
+    "linear_int8(Tensor x, Tensor x_scale, Tensor x_zero_point, Tensor weight, Tensor scale, Tensor row_sums, "
+    "Tensor? bias, ScalarType dtype) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_LIBRARY.impl("linear_int8", _linear, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear_int8", _kernel, "CompositeExplicitAutograd")
 torch.library.register_fake("ptq4dit_ao::linear_int8", _shaped, lib=_LIBRARY)
-
-linear_int8 = torch.ops.ptq4dit_ao.linear_int8.default
-"""``linear_int8(x, weight, scale, bias, dtype)``: ``(x @ weight.T) * scale + bias``, where x and weight are integers."""

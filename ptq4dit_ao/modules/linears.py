@@ -129,9 +129,7 @@ def _from_stored(entry: object, tensors: Mapping[str, Tensor]) -> ModuleLinear:
         case {"node": str(node), "weight": str(weight), "ndim": int(ndim), "refusal": refusal, **rest} if not rest:
             if refusal is None or isinstance(refusal, str):
                 columns, rows = (tensors.get(f"{node}.{part}") for part in ("columns", "rows"))
-                return ModuleLinear(
-                    node=node, weight=weight, ndim=ndim, columns=columns, rows=rows, refusal=refusal
-                )
+                return ModuleLinear(node=node, weight=weight, ndim=ndim, columns=columns, rows=rows, refusal=refusal)
     raise ArtifactError(f"{entry!r} describes no linear of a saved model; save it again")
 
 

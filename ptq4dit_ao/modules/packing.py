@@ -64,7 +64,7 @@ def pack(weight: StaticInt8Weight) -> dict[str, Tensor]:
     parts = {
         "integers": pack_int4(weight.qdata) if weight.bits <= PACKED_BITS else weight.qdata,
         "scale": weight.scale,
-        "input": torch.stack([weight.x_scale, weight.x_zero_point]),
+        "input": torch.stack([weight.x_scale, weight.x_zero_point.to(torch.float32)]),
     }
     return parts if weight.pre_scale is None else {**parts, "pre_scale": weight.pre_scale}
 

@@ -8,7 +8,7 @@ import inspect
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -18,9 +18,6 @@ from ptq4dit_ao.errors import ArgumentError, ArtifactError
 
 CARD = "README.md"
 """File of a model card."""
-
-Format = Literal["torchao", "ptq4dit"]
-"""Formats of a quantized module on disk."""
 
 _SHARDS = re.compile(r"diffusion_pytorch_model.*\.safetensors(\.index\.json)?")
 

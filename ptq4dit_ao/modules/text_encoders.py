@@ -12,16 +12,17 @@ from typing import Any
 from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 
+from ptq4dit_ao.choices import TextMethod
 from ptq4dit_ao.errors import ArgumentError
 
-TEXT_METHODS: dict[str, Any] = {
+CONFIGURATIONS: dict[TextMethod, Any] = {
     "int8_weight_only": Int8WeightOnlyConfig,
     "int8_dynamic": Int8DynamicActivationInt8WeightConfig,
 }
-"""Methods for text encoders, by torchao's configuration."""
+"""torchao's configuration of each method."""
 
 
-def quantized_text_encoder(name: str, model: nn.Module, method: str) -> nn.Module:
+def quantized_text_encoder(name: str, model: nn.Module, method: TextMethod) -> nn.Module:
     """A copy of a model of transformers whose linears are quantized, which transformers can save and load.
 
     Layers that the model's class keeps in float32 are left, as transformers itself leaves them.
@@ -29,7 +30,7 @@ def quantized_text_encoder(name: str, model: nn.Module, method: str) -> nn.Modul
     Args:
         name: name of the component, for messages.
         model: the model. It is not changed.
-        method: a key of :data:`TEXT_METHODS`.
+        method: whether inputs are quantized, too.
 
     Raises:
         ArgumentError: it is quantized already.
@@ -45,7 +46,7 @@ def quantized_text_encoder(name: str, model: nn.Module, method: str) -> nn.Modul
         return isinstance(module, nn.Linear) and not kept.intersection(path.split("."))
 
     quantized: Any = copy.deepcopy(model)
-    config = TEXT_METHODS[method](set_inductor_config=False)
+    config = CONFIGURATIONS[method](set_inductor_config=False)
     quantize_(quantized, config, filter_fn=is_taken)
     settings = TorchAoConfig(config)
     quantized.hf_quantizer = TorchAoHfQuantizer(settings, pre_quantized=True)

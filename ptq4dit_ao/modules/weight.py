@@ -16,13 +16,12 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.quantization import Int8Tensor, MappingType, PerTensor
 from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
 from torchao.utils import TorchAOBaseTensor
 
 from ptq4dit_ao.errors import ArgumentError
-from ptq4dit_ao.modules.kernels import linear_int8, takes_unsigned
+from ptq4dit_ao.modules.kernels import PACKED, linear_int8, takes_unsigned
 
 aten = torch.ops.aten
 
@@ -49,8 +48,8 @@ class StaticInt8Weight(TorchAOBaseTensor):
         qdata: integers, (C_out, C_in) int8.
         scale: scale of each row, (C_out,) float32.
         x_scale: scale of the input, () float32.
-        x_zero_point: zero point of the input as uint8, () float32.
-        row_sums: sum of each row's integers, (C_out,) float32.
+        x_zero_point: zero point of the input as uint8, () int32.
+        row_sums: sum of each row's integers, (C_out,) int32.
         bits: bits of the integers.
         x_bits: bits of the input.
         x_ndim: number of axes of the input; None if it is called with several.
@@ -111,8 +110,8 @@ class StaticInt8Weight(TorchAOBaseTensor):
             qdata,
             scale.to(qdata.device, torch.float32),
             torch.tensor(x_scale, dtype=torch.float32, device=qdata.device),
-            torch.tensor(x_zero_point, dtype=torch.float32, device=qdata.device),
-            qdata.sum(1, dtype=torch.int32).to(torch.float32),
+            torch.tensor(x_zero_point, dtype=torch.int32, device=qdata.device),
+            qdata.sum(1, dtype=torch.int32),
             bits,
             x_bits,
             x_ndim,
@@ -163,9 +162,7 @@ class StaticInt8Weight(TorchAOBaseTensor):
             act_quant_scale=self.x_scale.reshape(one),
             act_quant_zero_point=(self.x_zero_point - SIGNED).to(torch.int8).reshape(one),
             act_pre_scale=self.pre_scale,
-            act_quant_kwargs=QuantizeTensorToInt8Kwargs(
-                granularity=PerTensor(), mapping_type=MappingType.ASYMMETRIC
-            ),
+            act_quant_kwargs=QuantizeTensorToInt8Kwargs(granularity=PerTensor(), mapping_type=MappingType.ASYMMETRIC),
         )
 
     def quantize(self, x: Tensor) -> Tensor:
@@ -208,9 +205,7 @@ def _bind(
 
 @StaticInt8Weight.implements(aten.linear.default)
 @StaticInt8Weight.implements_torch_function(torch.nn.functional.linear)
-def _linear(
-    func: Callable[..., Any], types: Sequence[type], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Tensor:
+def _linear(func: Callable[..., Any], types: Sequence[type], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     x, weight, bias = (*args, *kwargs.values(), None)[:3]
     if torch.is_grad_enabled() and x.requires_grad:
         raise ArgumentError(
@@ -219,12 +214,10 @@ def _linear(
         )
     if not isinstance(weight, StaticInt8Weight):
         raise ArgumentError(UNCHANGEABLE.format("the input of another linear", ADAPTERS))
-    scale = weight.scale * weight.x_scale
     zero_point = weight.x_zero_point if takes_unsigned(x.device) else weight.x_zero_point - SIGNED
-    shift = scale * zero_point * weight.row_sums
-    bias = -shift if bias is None else bias - shift
-    y: Tensor = linear_int8(weight.quantize(x), weight.qdata, scale, bias, x.dtype)
-    return y
+    return linear_int8(
+        weight.quantize(x), weight.x_scale, zero_point, weight.qdata, weight.scale, weight.row_sums, bias, x.dtype
+    )
 
 
 @StaticInt8Weight.implements(aten._to_copy.default)
@@ -241,10 +234,28 @@ def _to_copy(
     return copied
 
 
-@StaticInt8Weight.implements(aten.is_pinned.default)
-def _is_pinned(
+@StaticInt8Weight.implements(aten.copy_.default)
+def _copy(
     func: Callable[..., Any], types: Sequence[type], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> bool:
+) -> StaticInt8Weight:
+    """Load another weight of the same kind into this one."""
+    self, source = args[:2]
+    if not isinstance(self, StaticInt8Weight) or not isinstance(source, StaticInt8Weight):
+        raise ArgumentError(
+            UNCHANGEABLE.format("copied from or to a float weight", "load the checkpoint of a quantized module into it")
+        )
+    (names, mine), (others, theirs) = self.__tensor_flatten__(), source.__tensor_flatten__()
+    same = names == others and {**mine, "dtype": None} == {**theirs, "dtype": None} and self.shape == source.shape
+    if not same:
+        raise ArgumentError(f"{source} cannot be loaded into {self}; load a checkpoint of the same quantized module")
+    for name in names:
+        getattr(self, name).copy_(getattr(source, name))
+    PACKED.forget(self.qdata)  # versions do not count inside a tensor's own operations
+    return self
+
+
+@StaticInt8Weight.implements(aten.is_pinned.default)
+def _is_pinned(func: Callable[..., Any], types: Sequence[type], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return bool(args[0].qdata.is_pinned())
 
 

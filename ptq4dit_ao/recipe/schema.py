@@ -145,8 +145,8 @@ class Balance(_Section):
         default="free",
         description="Layers that are balanced. 'folded': those whose factors fold into parameters before them. 'all': "
         "the others, too, by a multiplication of their input. A quantized module does it as part of quantizing the "
-        "input; a graph has one more operation for each of these inputs. 'free': what costs nothing, which is 'all' "
-        "for a pipeline of quantized modules (quantize_pipeline), and 'folded' for a graph.",
+        "input; a graph has one more operation for each of these inputs. 'free': 'all' for a pipeline of quantized "
+        "modules (quantize_pipeline) whose balancing is chosen by the error ('auto'), and 'folded' elsewhere.",
     )
     couple_blocks: bool = Field(
         default=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import string
 import tempfile
@@ -20,10 +21,9 @@ WIDTH = 24
 
 def tiny_sd3_pipeline(seed: int = 0) -> Any:
     """Stable Diffusion 3 with its three text encoders, for images of 64 pixels."""
-    import diffusers
     from transformers import CLIPTextModelWithProjection
 
-    torch.manual_seed(seed)
+    diffusers = _diffusers(seed)
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=32, patch_size=1, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
         caption_projection_dim=32, joint_attention_dim=2 * WIDTH, pooled_projection_dim=2 * WIDTH, out_channels=4,
@@ -50,9 +50,7 @@ def tiny_sd3_pipeline(seed: int = 0) -> Any:
 
 def tiny_wan_pipeline(seed: int = 0) -> Any:
     """Wan 2.2 with both of its experts, for videos of 16 pixels."""
-    import diffusers
-
-    torch.manual_seed(seed)
+    diffusers = _diffusers(seed)
     experts = [
         _drawn(
             diffusers.WanTransformer3DModel(
@@ -82,6 +80,12 @@ def tiny_wan_pipeline(seed: int = 0) -> Any:
     return pipeline
 
 
+def _diffusers(seed: int) -> Any:
+    """diffusers, with torch's generator set."""
+    torch.manual_seed(seed)
+    return importlib.import_module("diffusers")
+
+
 def _drawn(model: nn.Module, seed: int) -> nn.Module:
     return randomize_(model, seed).eval().requires_grad_(False)
 
@@ -89,7 +93,7 @@ def _drawn(model: nn.Module, seed: int) -> nn.Module:
 def _t5(width: int, *, umt5: bool = False) -> Any:
     from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
-    sizes = {"d_model": width, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4, "vocab_size": 64}
+    sizes: dict[str, Any] = {"d_model": width, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4, "vocab_size": 64}
     return (UMT5EncoderModel(UMT5Config(**sizes)) if umt5 else T5EncoderModel(T5Config(**sizes))).eval()
 
 
@@ -117,7 +121,7 @@ def _clip_tokenizer() -> Any:
 def _t5_tokenizer() -> Any:
     """A tokenizer of single letters."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import T5TokenizerFast
+    from transformers import T5TokenizerFast  # type: ignore[attr-defined]
 
     words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *((letter, -3.0) for letter in LETTERS)]
     tokenizer = Tokenizer(models.Unigram(words, unk_id=2))

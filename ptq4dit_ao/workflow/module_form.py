@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.capture.call import Call
+from ptq4dit_ao.choices import ModuleFormat
 from ptq4dit_ao.errors import ArgumentError, check_type
 from ptq4dit_ao.lowering.build import example_batches
 from ptq4dit_ao.lowering.parity import Parity
 from ptq4dit_ao.modules.form import prove_kernels, quantized_module
-from ptq4dit_ao.modules.saving import Format
 from ptq4dit_ao.report import summary
 from ptq4dit_ao.workflow.quantized_model import QuantizedModel
 
@@ -32,7 +32,7 @@ def to_module(
     *,
     example_inputs: Sequence[Tensor] | None = None,
     allow_float_fallback: bool = False,
-    method: Format | None = None,
+    method: ModuleFormat | None = None,
     verify: bool = True,
 ) -> M:
     """Make a module of the class of the float model, whose linears compute with integers.
@@ -73,7 +73,10 @@ def to_module(
         report = cast(dict[str, Any], summary(quantized.report))
         attach(module, Record(recipe=quantized.recipe.to_dict(), report=report), method)
     elif method is not None:
-        raise ArgumentError(f"method is {method!r}, but {type(model).__name__} is no model of diffusers, and not saved so")
+        raise ArgumentError(
+            f"method is {method!r}, a format of diffusers, and {type(model).__name__} is no model of diffusers; leave "
+            "it out, and save the quantized model with save_quantized"
+        )
     return module  # type: ignore[return-value]  # a copy of model
 
 

@@ -7,7 +7,7 @@ import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -18,10 +18,11 @@ from ptq4dit_ao._paths import as_path, because, check_writable
 from ptq4dit_ao._progress import OnStage, ignore, of_stage
 from ptq4dit_ao.calibration import CalibrationSamples, collect_components
 from ptq4dit_ao.capture.float_model import check_float_module, check_in_memory
+from ptq4dit_ao.choices import TEXT_METHODS, ModuleFormat, TextMethod
 from ptq4dit_ao.errors import ArgumentError, ArtifactError, RecipeError, check_type
 from ptq4dit_ao.modules.card import pipeline_card
-from ptq4dit_ao.modules.saving import CARD, Format
-from ptq4dit_ao.modules.text_encoders import TEXT_METHODS, quantized_text_encoder
+from ptq4dit_ao.modules.saving import CARD
+from ptq4dit_ao.modules.text_encoders import quantized_text_encoder
 from ptq4dit_ao.recipe import Recipe, load_recipe
 from ptq4dit_ao.workflow.apply import convert
 from ptq4dit_ao.workflow.exported import export_for
@@ -43,7 +44,7 @@ def quantize_pipeline(
     *,
     call: Mapping[str, object] | None = None,
     output: str | Path | None = None,
-    method: Format | None = None,
+    method: ModuleFormat | None = None,
     on_progress: OnStage = ignore,
 ) -> Any:
     """Quantize the denoisers of a pipeline, and its text encoders if asked for, as modules of diffusers.
@@ -58,7 +59,8 @@ def quantize_pipeline(
             pipelines that have one); or one for each component by its name. Components of transformers, such as
             ``text_encoder``, take ``int8_weight_only``, or ``int8_dynamic``, which also quantizes their inputs, per
             token. Denoisers' recipes agree in their ``calibration`` but for its ``timesteps``, which are out of a
-            denoiser's own steps. ``balance.sites`` ``free`` is ``all`` here.
+            denoiser's own steps. ``balance.sites`` ``free`` is ``all`` here if the recipe chooses its balancing
+            by the error.
         prompts: class numbers or texts to record; by default the recipe's ``calibration.prompts``.
         call: more arguments for each call of the pipeline, beside those of the recipe.
         output: folder to save the pipeline to, complete or not at all.
@@ -114,7 +116,7 @@ def _components(pipeline: Any) -> dict[str, nn.Module]:
 
 def _chosen(
     pipeline: Any, components: Mapping[str, nn.Module], recipes: Recipe | str | Mapping[str, Recipe | str]
-) -> dict[str, Recipe | str]:
+) -> dict[str, Recipe | TextMethod]:
     """The recipe of each component that is quantized, or the method of a text encoder."""
     check_type("recipes", recipes, (Recipe, str, Mapping), "a recipe, its name, or a dict of them by component")
     if not isinstance(recipes, Mapping):
@@ -125,7 +127,7 @@ def _chosen(
                 f"{', '.join(components) or 'it has none'}"
             )
         recipes = dict.fromkeys(names, recipes)
-    chosen: dict[str, Recipe | str] = {}
+    chosen: dict[str, Recipe | TextMethod] = {}
     for name, recipe in recipes.items():
         if name not in components:
             raise ArgumentError(
@@ -133,11 +135,11 @@ def _chosen(
             )
         chosen[name] = _recipe(name, components[name], recipe)
     if not any(isinstance(recipe, Recipe) for recipe in chosen.values()):
-        raise ArgumentError("recipes names no denoiser; text encoders alone need no recording, quantize them by torchao")
+        raise ArgumentError("recipes names no denoiser; text encoders alone need no recording: use torchao")
     return chosen
 
 
-def _recipe(name: str, module: nn.Module, recipe: Recipe | str) -> Recipe | str:
+def _recipe(name: str, module: nn.Module, recipe: Recipe | str) -> Recipe | TextMethod:
     """A component's recipe, or the method of a text encoder."""
     of_transformers = any(kind.__module__.startswith("transformers.") for kind in type(module).__mro__)
     if of_transformers != (isinstance(recipe, str) and recipe in TEXT_METHODS):
@@ -145,12 +147,12 @@ def _recipe(name: str, module: nn.Module, recipe: Recipe | str) -> Recipe | str:
         way_out = f"give one of {', '.join(TEXT_METHODS)}" if of_transformers else "give a recipe"
         raise ArgumentError(f"{name} is {what}, which cannot be quantized by {recipe!r}; {way_out}")
     if of_transformers:
-        return recipe
+        return cast(TextMethod, recipe)
     loaded = load_recipe(recipe) if isinstance(recipe, str) else recipe
     check_type(f"the recipe of {name}", loaded, Recipe, "what load_recipe returned, or a name")
     check_float_module(module)
     check_in_memory(module)
-    if loaded.balance.sites == "free":
+    if loaded.balance.sites == "free" and "auto" in (loaded.balance.method, loaded.balance.alpha):
         loaded = loaded.model_copy(update={"balance": loaded.balance.model_copy(update={"sites": "all"})})
     return loaded
 
@@ -195,7 +197,7 @@ def _quantized(
     module: nn.Module,
     recipe: Recipe,
     samples: CalibrationSamples,
-    method: Format | None,
+    method: ModuleFormat | None,
     on_progress: OnStage,
 ) -> nn.Module:
     """A denoiser as a quantized module."""
@@ -216,4 +218,3 @@ def _target(output: str | Path) -> Path:
     if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / INDEX).is_file())):
         raise ArtifactError(f"{target} holds something other than a pipeline; give another folder, or remove it first")
     return target
-

@@ -1,0 +1,220 @@
+"""The module form has the integers of the graph and computes what the graph does; what it cannot hold is refused."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ptq4dit_ao import (
+    apply_recipe,
+    balance_result,
+    export_transformer,
+    load_quantized,
+    prove_kernels,
+    to_module,
+)
+from ptq4dit_ao.capture.export import call_like
+from ptq4dit_ao.capture.signature import flatten_call
+from ptq4dit_ao.core import sqnr_db
+from ptq4dit_ao.errors import ArgumentError, ExportError, LoweringError
+from ptq4dit_ao.lowering.match import quantized_linears
+from ptq4dit_ao.modules.form import integer_weights
+from ptq4dit_ao.recipe import Attention, Balance, Override, Recipe, Rounding, Weights
+from ptq4dit_ao.testing.zoo import FAMILIES
+from ptq4dit_ao.workflow import QuantizedModel
+
+ALL = Balance(method="max", sites="all")
+GPTQ = Rounding(method="gptq", ranges="output", sequential=True)
+
+
+@functools.cache
+def case(name: str, bits: int = 8, sites: Any = "all", rounding: str = "nearest") -> tuple[nn.Module, QuantizedModel]:
+    """A family's tiny model and its quantized form. Not to be changed."""
+    family = FAMILIES[name]
+    model = family.model()
+    batches = [tuple(flatten_call(model, family.inputs(2, seed=seed))[1].values()) for seed in range(3)]
+    recipe = Recipe(
+        layers="paper",
+        weights=Weights(bits=bits),
+        balance=Balance(method="max", sites=sites),
+        rounding=GPTQ if rounding == "gptq" else Rounding(),
+    )
+    return model, apply_recipe(export_transformer(model, family.inputs(2)), recipe, batches)
+
+
+def outputs(value: object) -> Tensor:
+    return torch.cat([x.flatten() for x in tree_leaves(value) if isinstance(x, Tensor)])
+
+
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "sites", "rounding"),
+    [
+        ("dit", 8, "folded", "gptq"),
+        ("dit", 4, "all", "gptq"),
+        ("sd3", 8, "all", "nearest"),
+        ("pixart_sigma", 4, "folded", "nearest"),
+        *(slow(name, 8, "all", "gptq") for name in ("flux", "wan", "wan22", "auraflow", "lumina2", "sana", "hunyuan_video")),
+    ],
+)
+@torch.no_grad()
+def test_a_module_computes_what_the_graph_of_its_artifact_does(name, bits, sites, rounding):
+    model, quantized = case(name, bits, sites, rounding)
+    before = copy.deepcopy(model.state_dict())
+    module = to_module(quantized, model)
+    batch = tuple(flatten_call(model, FAMILIES[name].inputs(2, seed=9))[1].values())
+    graph, found = outputs(quantized.graph(*batch)), outputs(call_like(quantized.graph, module, batch))
+    assert sqnr_db(graph, found) > 45 and type(module) is type(model)  # a value between two steps may go either way
+    linears, weights = quantized_linears(quantized.graph), integer_weights(module)
+    paths = balance_result(quantized.graph).weights
+    assert len(weights) == len({paths[linear.name] for linear in linears}) > 5
+    for linear in linears:
+        weight = weights[paths[linear.name].removesuffix(".weight")]
+        assert torch.equal(weight.qdata, linear.weight) and weight.bits == bits
+        assert (float(weight.x_scale), int(weight.x_zero_point)) == (
+            pytest.approx(linear.x_scale),
+            linear.x_zero_point - linear.x_range[0],
+        )
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(after[key], value) for key, value in before.items())
+
+
+@torch.no_grad()
+def test_what_is_saved_makes_the_same_module(tmp_path):
+    model, quantized = case("sd3")
+    quantized.save(tmp_path / "model")
+    loaded = load_quantized(tmp_path / "model")
+    inputs = FAMILIES["sd3"].inputs(2, seed=4)
+    one, other = to_module(quantized, model), to_module(loaded, model)
+    assert torch.equal(outputs(one(**inputs)), outputs(other(**inputs)))
+    (tmp_path / "model" / "balance.safetensors").write_bytes(b"{}")
+    with pytest.raises(Exception, match=r"balance\.safetensors has 2 bytes, the manifest says \d+"):
+        load_quantized(tmp_path / "model")
+
+
+def test_other_parameters_are_shared_and_another_float_model_may_be_given():
+    model, quantized = case("sd3")
+    module = to_module(quantized, model, verify=False)
+    name = next(name for name, _ in model.named_parameters() if "norm" in name and "linear" not in name)
+    assert module.get_parameter(name) is model.get_parameter(name)
+    narrow = to_module(quantized, copy.deepcopy(model).to(torch.bfloat16))
+    inputs = FAMILIES["sd3"].inputs(2, dtype=torch.bfloat16)
+    with torch.no_grad():
+        output = narrow(**inputs).sample
+    assert output.dtype == torch.bfloat16
+    assert sqnr_db(outputs(model(**FAMILIES["sd3"].inputs(2))), outputs(output).float()) > 10
+
+
+@torch.no_grad()
+def test_its_kernels_are_counted_and_a_float_one_is_an_error(monkeypatch):
+    model, quantized = case("sd3")
+    module = to_module(quantized, model)
+    proof = prove_kernels(module, lambda: module(**FAMILIES["sd3"].inputs(2)))
+    assert proof.integer_gemms == proof.promised == len(integer_weights(module))
+    from ptq4dit_ao.modules import form
+
+    monkeypatch.setattr(form, "KERNELS", ("none::such",))
+    with pytest.raises(LoweringError, match=r"ran 0 of \d+ quantized linears on integer kernels"):
+        prove_kernels(module, lambda: module(**FAMILIES["sd3"].inputs(2)))
+    with pytest.raises(LoweringError, match="no quantized linear was called"):
+        prove_kernels(module, lambda: None, allow_float_fallback=True)
+
+
+class Twice(nn.Module):
+    """A linear that is called twice, with inputs of different ranges, and one whose weight is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.twice, self.out = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = torch.tanh(self.twice(torch.tanh(self.fc(x))))
+        return self.out(torch.sin(self.twice(h * 5))) + 0 * t[:, None]
+
+
+def small(model: nn.Module, **sections: Any) -> QuantizedModel:
+    g = torch.Generator().manual_seed(0)
+    samples = [(torch.randn(8, 16, generator=g), torch.arange(8.0)) for _ in range(4)]
+    return apply_recipe(model.eval().requires_grad_(False), Recipe(**{"balance": ALL, **sections}), samples)
+
+
+@torch.no_grad()
+def test_a_linear_that_is_called_twice_has_one_range_for_both():
+    torch.manual_seed(0)
+    model = Twice()
+    quantized = small(model)
+    module = to_module(quantized, model)
+    x = (torch.randn(8, 16), torch.arange(8.0))
+    assert len(integer_weights(module)) == 3 and len(quantized_linears(quantized.graph)) == 4
+    assert sqnr_db(model(*x), module(*x)) > 30
+
+
+class Parametrized(Twice):
+    """Its second linear takes a slice of a larger weight."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = torch.nn.functional.linear(torch.tanh(self.fc(x)), self.twice.weight + self.out.weight, None)
+        return self.out(torch.tanh(h)) + 0 * t[:, None]
+
+
+@torch.no_grad()
+def test_a_linear_that_a_module_cannot_hold_is_named_or_left_in_float():
+    torch.manual_seed(0)
+    model = Parametrized()
+    quantized = small(model)
+    with pytest.raises(ArgumentError, match=r"Parametrized cannot hold 1 of 3 .*computed from several parameters"):
+        to_module(quantized, model)
+    module = to_module(quantized, model, allow_float_fallback=True)
+    assert set(integer_weights(module)) == {"fc", "out"}
+
+
+def test_another_module_or_no_module_is_refused():
+    model, quantized = case("sd3")
+    for wrong, error, message in [
+        (FAMILIES["dit"].model(), ArgumentError, r"cannot hold \d+ of \d+ quantized linears .*the module has no"),
+        (quantized.graph, ArgumentError, "model is a graph; give the float module"),
+        ("sd3", ArgumentError, "model is 'sd3' .*; give the float module that was quantized"),
+        (to_module(quantized, model, verify=False), ExportError, "is already quantized|only plain tensors"),
+    ]:
+        with pytest.raises(error, match=message):
+            to_module(quantized, wrong)
+    with pytest.raises(ArgumentError, match="give what apply_recipe or load_quantized returned"):
+        to_module(model, model)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"attention": Attention(quantize=True)}, "attention is quantized, which a module cannot hold"),
+        ({"balance": Balance(method="repq")}, r"its input is shifted \(method 'repq'\)"),
+        ({"balance": Balance(method="max", fold_form="bias")}, r"holds the 1 of 1 \+ scale"),
+    ],
+)
+def test_what_only_a_graph_holds_is_refused(tiny_dit, tiny_samples, sections, message):
+    quantized = apply_recipe(tiny_dit, Recipe(layers="paper", **sections), tiny_samples)
+    with pytest.raises(ArgumentError, match=message):
+        to_module(quantized, tiny_dit)
+
+
+def test_overrides_bits_and_inputs_of_fewer_bits_reach_the_module(tiny_dit, tiny_samples):
+    overrides = (
+        Override(pattern="*.to_q", weight_bits=4), Override(pattern="*.to_k", activation_bits=6),
+        Override(pattern="*.to_v", skip=True),
+    )  # fmt: skip
+    module = to_module(apply_recipe(tiny_dit, Recipe(overrides=overrides), tiny_samples), tiny_dit)
+    weights = integer_weights(module)
+    assert weights["transformer_blocks.0.attn1.to_q"].bits == 4
+    assert weights["transformer_blocks.1.attn1.to_k"].x_bits == 6
+    assert not any(name.endswith("to_v") for name in weights)
+    assert module.config.quantization_config.quant_method.value == "ptq4dit"
+    with pytest.raises(ArgumentError, match="method 'torchao' cannot hold .*to_k: its input has 6 bits.*; use method"):
+        to_module(apply_recipe(tiny_dit, Recipe(overrides=overrides), tiny_samples), tiny_dit, method="torchao")
