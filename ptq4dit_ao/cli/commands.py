@@ -78,6 +78,7 @@ def _quantize_pipeline(args: argparse.Namespace, console: Console) -> None:
     pipeline = _loaded(str(args.pipeline), console).pipeline
     if pipeline is None:
         raise ArgumentError(f"{args.pipeline} holds a transformer alone; give it with --model, or a pipeline's folder")
+    pipeline.set_progress_bar_config(disable=True)  # there is one for all samples
     names = [name for name, part in pipeline.components.items() if isinstance(part, nn.Module)]
     recipes = {name: args.recipe for name in names if name.startswith("transformer")} | component_recipes(args)
     with progress(console) as on_progress:

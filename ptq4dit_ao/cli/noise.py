@@ -44,6 +44,8 @@ LOGGED = (
     Logged(logger="diffusers.models.modeling_utils", text=r"There are modules in \w+ that should .* float32: \[\]"),
     # torchao registers an enum of its own in a way that torch has given up.
     Logged(logger="torch.utils._pytree", text=r"<enum '\w+'> is an Enum subclass and is now natively supported"),
+    # transformers looks for classes of images by torchvision, while a pipeline's text encoders are imported.
+    Logged(logger="transformers.utils.import_utils", text=r"`\w+` requires torchvision"),
     # torch.onnx asks for the operators of torchvision, which no Diffusion Transformer has.
     Logged(logger="torch.onnx._internal.exporter._registration", text="torchvision is not installed. Skipping "),
 )
@@ -81,9 +83,10 @@ def silence() -> None:
 
 
 def silence_loading_bars() -> None:
-    """Keep the bars of diffusers, which shows one for every pipeline it loads, off the console; imports diffusers."""
-    try:
-        logs = importlib.import_module("diffusers.utils.logging")
-    except ImportError:  # whoever needs it says so
-        return
-    logs.disable_progress_bar()
+    """Keep the bars of diffusers and transformers, of every model they load or save, off the console; imports them."""
+    for name in ("diffusers.utils.logging", "transformers.utils.logging"):
+        try:
+            logs = importlib.import_module(name)
+        except ImportError:  # whoever needs it says so
+            continue
+        logs.disable_progress_bar()

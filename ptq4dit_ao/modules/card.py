@@ -53,7 +53,7 @@ def model_card(module: nn.Module, recipe: Mapping[str, Any], report: Mapping[str
     weights = list(integer_weights(module).values())
     bits, x_bits = (_range({getattr(weight, name) for weight in weights}) for name in ("bits", "x_bits"))
     header: dict[str, Any] = {"library_name": "diffusers", "tags": ["ptq4dit", "quantized", f"w{bits}a{x_bits}"]}
-    base = config.get("_name_or_path") or ""
+    base = str(config.get("_name_or_path") or "")
     if base.count("/") == 1 and not base.startswith((".", "/")):
         header |= {"base_model": base, "base_model_relation": "quantized"}
     text = (STOCK if method == "torchao" else OWN).format(kind=type(module).__name__, dtype=_dtype(module))

@@ -106,6 +106,11 @@ class Record:
     recipe: dict[str, Any]
     report: dict[str, Any]
 
+    @classmethod
+    def of(cls, recipe: Mapping[str, Any], report: Mapping[str, Any]) -> Record:
+        """The record of a recipe and a report, as it will be read again."""
+        return cls(**json.loads(json.dumps({"recipe": recipe, "report": report})))
+
     def to_metadata(self) -> dict[str, str]:
         """The record as metadata of a safetensors file."""
         return {METADATA: json.dumps({"recipe": self.recipe, "report": self.report})}

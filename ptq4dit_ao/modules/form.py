@@ -78,6 +78,14 @@ def quantized_module(
     return module.eval().requires_grad_(False)
 
 
+def joint_ranges(graph: GraphModule, linears: Sequence[ModuleLinear]) -> list[str]:
+    """Names of the linears whose calls have different ranges in a graph, and have one for all in a module."""
+    ranges: dict[str, set[tuple[float, int]]] = {}
+    for linear, about in zip(quantized_linears(graph), linears, strict=True):
+        ranges.setdefault(about.weight, set()).add((linear.x_scale, linear.x_zero_point))
+    return [path.removesuffix(".weight") for path, found in ranges.items() if len(found) > 1]
+
+
 def check_module(model: object) -> nn.Module:
     """Check that ``model`` is a float module.
 
@@ -229,5 +237,4 @@ def _joint_range(calls: Sequence[QuantizedLinear]) -> tuple[float, int]:
     least = min((low - call.x_zero_point) * call.x_scale for call in calls)
     most = max((high - call.x_zero_point) * call.x_scale for call in calls)
     scale = (most - least) / (high - low)
-    logger.info("%s is called %d times and has one range for all: %.3g to %.3g", first.name, len(calls), least, most)
     return scale, round(low - least / scale)

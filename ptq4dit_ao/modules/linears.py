@@ -7,7 +7,7 @@ weight, which a module undoes in the scale of the row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,14 +39,16 @@ class ModuleLinear:
     """Why a module cannot hold it; None if it can."""
 
 
-def module_linears(graph: GraphModule, result: BalanceResult) -> tuple[ModuleLinear, ...]:
+def module_linears(graph: GraphModule, result: BalanceResult, folded: Collection[str] = ()) -> tuple[ModuleLinear, ...]:
     """The quantized linears of a converted graph, in execution order.
 
     Args:
         graph: a graph that ``convert_pt2e`` has just made.
         result: its result of balancing.
+        folded: paths of the parameters that weights in the graph were computed from.
     """
     columns, rows, refusals = _vectors(result)
+    refusals |= dict.fromkeys(folded, "another weight is computed from its weight")
     return tuple(
         ModuleLinear(
             node=linear.name,

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 from ptq4dit_ao._files import temporary_folder
@@ -23,8 +24,11 @@ _SHARDS = re.compile(r"diffusion_pytorch_model.*\.safetensors(\.index\.json)?")
 
 
 def saved_whole(module: Any) -> None:
-    """Let a module's ``save_pretrained`` and its upload write all files or none, and a model card."""
-    for name, function in (("save_pretrained", _save), ("_upload_folder", _upload)):
+    """Let a module's ``save_pretrained`` and its upload write all files or none, and a model card.
+
+    Its ``to`` takes the dtype that it has, which ``from_pipe`` of a pipeline gives to all components.
+    """
+    for name, function in (("save_pretrained", _save), ("_upload_folder", _upload), ("to", _to)):
         bound = functools.partial(function, module)  # a deep copy of the module has one of its own
         functools.update_wrapper(bound, getattr(type(module), name))
         object.__setattr__(module, name, bound)
@@ -69,6 +73,14 @@ def _upload(module: Any, working_dir: str | os.PathLike[str], *args: Any, **kwar
     folder = Path(working_dir)
     (folder / CARD).write_text(module.hf_quantizer.card(module, folder), encoding="utf-8")
     return type(module)._upload_folder(module, working_dir, *args, **kwargs)
+
+
+def _to(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """Move the module. diffusers refuses a dtype for any quantized one, even its own."""
+    device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+    if dtype != module.dtype:
+        return type(module).to(module, *args, **kwargs)
+    return module if device is None else type(module).to(module, device, non_blocking=non_blocking)
 
 
 def _check_no_adapters(module: Any) -> None:

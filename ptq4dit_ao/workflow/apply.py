@@ -28,6 +28,7 @@ from ptq4dit_ao.capture.export import captured_module
 from ptq4dit_ao.capture.float_model import check_float_module, check_in_memory, device_of
 from ptq4dit_ao.capture.interface import CapturedModule, InputSpec, batches_by_size, cannot_run, check_batch
 from ptq4dit_ao.errors import CalibrationError, check_type
+from ptq4dit_ao.graph.constants import folded_sources
 from ptq4dit_ao.graph.names import placeholders
 from ptq4dit_ao.graph.ties import share_equal_tensors
 from ptq4dit_ao.lowering import BACKENDS, backends_for
@@ -110,6 +111,8 @@ class Converted:
     seconds: dict[str, float]
     """Wall time per stage, in seconds."""
     captured: CapturedModule | None
+    folded: frozenset[str]
+    """Paths of the parameters that weights in the graph were computed from."""
     weight_bits: WeightBits | None
 
     def quantized(
@@ -145,7 +148,7 @@ class Converted:
             report=report,
             sampling=sampling,
             captured=self.captured,
-            linears=module_linears(self.graph, balance_result(self.graph)),
+            linears=module_linears(self.graph, balance_result(self.graph), self.folded),
         )
 
 
@@ -189,7 +192,7 @@ def convert(
             raise problem  # before the work
     else:
         exported = export_transformer(model, _on(device, first)) if recorded is None else export_for(model, recorded)
-    captured = captured_module(exported)
+    captured, folded = captured_module(exported), folded_sources(exported)
     choice = None
     if recipe.weights.bits == "auto":
         batches = [_on(device, tuple(batch)) for batch in itertools.chain([first], iterator)]
@@ -237,6 +240,7 @@ def convert(
         parameters=sum(p.numel() for p in model.parameters()),
         seconds=clock.seconds,
         captured=captured,
+        folded=folded,
         weight_bits=choice,
     )
 

@@ -19,7 +19,7 @@ from ptq4dit_ao import (
     prove_kernels,
     to_module,
 )
-from ptq4dit_ao.capture.export import call_like
+from ptq4dit_ao.capture.call import Call
 from ptq4dit_ao.capture.signature import flatten_call
 from ptq4dit_ao.core import sqnr_db
 from ptq4dit_ao.errors import ArgumentError, ExportError, LoweringError
@@ -63,7 +63,10 @@ def slow(*values: Any) -> Any:
         ("dit", 4, "all", "gptq"),
         ("sd3", 8, "all", "nearest"),
         ("pixart_sigma", 4, "folded", "nearest"),
-        *(slow(name, 8, "all", "gptq") for name in ("flux", "wan", "wan22", "auraflow", "lumina2", "sana", "hunyuan_video")),
+        *(
+            slow(name, 8, "all", "gptq")
+            for name in ("flux", "wan", "wan22", "auraflow", "lumina2", "sana", "hunyuan_video")
+        ),
     ],
 )
 @torch.no_grad()
@@ -72,14 +75,15 @@ def test_a_module_computes_what_the_graph_of_its_artifact_does(name, bits, sites
     before = copy.deepcopy(model.state_dict())
     module = to_module(quantized, model)
     batch = tuple(flatten_call(model, FAMILIES[name].inputs(2, seed=9))[1].values())
-    graph, found = outputs(quantized.graph(*batch)), outputs(call_like(quantized.graph, module, batch))
+    graph, found = outputs(quantized.graph(*batch)), outputs(Call(module, quantized.captured.call)(batch))
+    assert min(weight.bits for weight in integer_weights(module).values()) == bits
     assert sqnr_db(graph, found) > 45 and type(module) is type(model)  # a value between two steps may go either way
     linears, weights = quantized_linears(quantized.graph), integer_weights(module)
     paths = balance_result(quantized.graph).weights
     assert len(weights) == len({paths[linear.name] for linear in linears}) > 5
     for linear in linears:
         weight = weights[paths[linear.name].removesuffix(".weight")]
-        assert torch.equal(weight.qdata, linear.weight) and weight.bits == bits
+        assert torch.equal(weight.qdata, linear.weight) and 2**weight.bits > linear.weight_range[1] * 2
         assert (float(weight.x_scale), int(weight.x_zero_point)) == (
             pytest.approx(linear.x_scale),
             linear.x_zero_point - linear.x_range[0],
@@ -104,9 +108,9 @@ def test_what_is_saved_makes_the_same_module(tmp_path):
 def test_other_parameters_are_shared_and_another_float_model_may_be_given():
     model, quantized = case("sd3")
     module = to_module(quantized, model, verify=False)
-    name = next(name for name, _ in model.named_parameters() if "norm" in name and "linear" not in name)
+    name = next(name for name, _ in model.named_parameters() if "pos_embed.proj" in name)
     assert module.get_parameter(name) is model.get_parameter(name)
-    narrow = to_module(quantized, copy.deepcopy(model).to(torch.bfloat16))
+    narrow = to_module(quantized, copy.deepcopy(model).to(torch.bfloat16), verify=False)
     inputs = FAMILIES["sd3"].inputs(2, dtype=torch.bfloat16)
     with torch.no_grad():
         output = narrow(**inputs).sample
@@ -171,10 +175,10 @@ def test_a_linear_that_a_module_cannot_hold_is_named_or_left_in_float():
     torch.manual_seed(0)
     model = Parametrized()
     quantized = small(model)
-    with pytest.raises(ArgumentError, match=r"Parametrized cannot hold 1 of 3 .*computed from several parameters"):
+    with pytest.raises(ArgumentError, match=r"Parametrized cannot hold 2 of 3 .*computed from several parameters"):
         to_module(quantized, model)
     module = to_module(quantized, model, allow_float_fallback=True)
-    assert set(integer_weights(module)) == {"fc", "out"}
+    assert set(integer_weights(module)) == {"fc"}
 
 
 def test_another_module_or_no_module_is_refused():

@@ -90,7 +90,9 @@ def test_it_is_the_float_weight_of_the_unbalanced_input():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_16_bits_scales_and_ranges_keep_32(dtype):
     weight, x = made().to(dtype), torch.randn(8, 32, generator=generator(1))
-    assert weight.dtype == dtype and {weight.scale.dtype, weight.x_scale.dtype, weight.pre_scale.dtype} == {torch.float32}
+    assert weight.dtype == dtype and {weight.scale.dtype, weight.x_scale.dtype, weight.pre_scale.dtype} == {
+        torch.float32
+    }
     y = functional.linear(x.to(dtype), weight)
     assert y.dtype == dtype and sqnr_db(expected(weight, x.to(dtype), None), y.double()) > 45
 
@@ -107,7 +109,9 @@ def test_it_is_moved_copied_and_loaded_as_a_parameter():
     copied = copy.deepcopy(module)
     assert torch.equal(copied(x), y) and copied.weight.qdata.data_ptr() != module.weight.qdata.data_ptr()
     away = copy.deepcopy(module).to("meta")
-    assert {p.device.type for p in (away.weight, away.weight.qdata, away.weight.scale, away.weight.pre_scale)} == {"meta"}
+    assert {p.device.type for p in (away.weight, away.weight.qdata, away.weight.scale, away.weight.pre_scale)} == {
+        "meta"
+    }
     copied.weight.qdata.zero_()
     assert not torch.equal(copied(x), y)
     copied.load_state_dict(module.state_dict())

@@ -31,7 +31,11 @@ class Small(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         h = torch.nn.functional.gelu(self.fc1(x))
         h = torch.sigmoid(self.fc2(h))
-        return self.out(torch.tanh(self.tied(torch.sin(h)))) + torch.tanh(self.tied(torch.sin(self.fc1(x)))) + 0 * t[:, None]
+        return (
+            self.out(torch.tanh(self.tied(torch.sin(h))))
+            + torch.tanh(self.tied(torch.sin(self.fc1(x))))
+            + 0 * t[:, None]
+        )
 
 
 def small(dtype: torch.dtype = torch.float64) -> GraphModule:
@@ -80,7 +84,7 @@ def test_the_function_stays_in_float64_and_the_balanced_input_is_what_the_multip
     assert sorted(node.meta[MARK] for node in multiplies) == ["fc1", "fc2", "out", "tied", "tied"]
     for node in multiplies:
         b = scale_of(outcomes[node.meta[MARK]].b, outcomes[node.meta[MARK]].site.consumers[0].variables)
-        assert float((b.max() / b.min())) > 1.1
+        assert float(b.max() / b.min()) > 1.1
         torch.testing.assert_close(getattr(balanced, node.args[1].target), 1 / b)
 
 
