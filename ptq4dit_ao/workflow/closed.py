@@ -17,21 +17,25 @@ from torch import Tensor, nn
 from ptq4dit_ao.errors import AbsentError, ArgumentError
 
 HOOKS = (
-    "it computes one fixed graph, which hooks, caches and offloading do not reach; leave them out, or sample with "
-    "the float transformer"
+    "it computes one fixed graph, which hooks, caches and offloading do not reach; leave them out, or make a quantized "
+    "module, which they do reach (to_module)"
 )
-ATTENTION = "attention is part of its graph; leave this out, or call it on the float transformer and quantize that"
+ATTENTION = (
+    "attention is part of its graph; leave this out, call it on the float transformer and quantize that, or use "
+    "to_module"
+)
 PLACE = (
     "its weights stay as and where its backend has them; leave it out, as with exclude_modules='transformer' of a "
-    "pipeline's enable_group_offload, or lower it to another backend"
+    "pipeline's enable_group_offload, lower it to another backend, or make a quantized module (to_module)"
 )
 ADAPTERS = (
-    "a graph has no layers for an adapter; fuse the adapter into the float transformer (fuse_lora) and quantize that"
+    "a graph has no layers for an adapter; load it on a quantized module (to_module), or fuse it into the float "
+    "transformer (fuse_lora) and quantize that"
 )
 TRAINING = "it is for inference; train the float transformer and quantize it again"
 WEIGHTS = (
     "its weights have the form of its backend; ask for its dtype and device, keep the quantized model with "
-    "save_quantized, and leave it out of offloading"
+    "save_quantized, and leave it out of offloading; or make a quantized module (to_module), which has parameters"
 )
 LOADING = "read a quantized model with load_quantized, and make a transformer of it with as_diffusers_transformer"
 BUILT = "it is built already; lower it to a backend that compiles ('x86_inductor', or 'cuda' on a GPU)"

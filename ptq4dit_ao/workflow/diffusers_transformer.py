@@ -188,8 +188,8 @@ class QuantizedTransformer(Closed, ModelMixin, ConfigMixin):
     def save_pretrained(self, save_directory: object, *args: object, **kwargs: object) -> NoReturn:
         """Raise ArgumentError, because diffusers could not read the result."""
         raise ArgumentError(
-            "a lowered transformer is not saved with its pipeline; save the quantized model with save_quantized, and "
-            "the pipeline with its transformer set to None"
+            "a lowered transformer is not saved with its pipeline; make a quantized module (to_module), which is, or "
+            "save the quantized model with save_quantized and the pipeline with its transformer set to None"
         )
 
 

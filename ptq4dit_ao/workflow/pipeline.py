@@ -16,7 +16,8 @@ from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao._optional import require
 from ptq4dit_ao._paths import as_path, because, check_writable
 from ptq4dit_ao._progress import OnStage, ignore, of_stage
-from ptq4dit_ao.calibration import CalibrationSamples, collect_components
+from ptq4dit_ao.calibration import CalibrationSamples, NormalTimesteps, collect_components
+from ptq4dit_ao.calibration.schedule import known_times
 from ptq4dit_ao.capture.float_model import check_float_module, check_in_memory
 from ptq4dit_ao.choices import TEXT_METHODS, ModuleFormat, TextMethod
 from ptq4dit_ao.errors import ArgumentError, ArtifactError, RecipeError, check_type
@@ -43,6 +44,7 @@ def quantize_pipeline(
     prompts: Sequence[int] | Sequence[str] | None = None,
     *,
     call: Mapping[str, object] | None = None,
+    batch_size: int | None = None,
     output: str | Path | None = None,
     method: ModuleFormat | None = None,
     on_progress: OnStage = ignore,
@@ -59,10 +61,11 @@ def quantize_pipeline(
             pipelines that have one); or one for each component by its name. Components of transformers, such as
             ``text_encoder``, take ``int8_weight_only``, or ``int8_dynamic``, which also quantizes their inputs, per
             token. Denoisers' recipes agree in their ``calibration`` but for its ``timesteps``, which are out of a
-            denoiser's own steps. ``balance.sites`` ``free`` is ``all`` here if the recipe chooses its balancing
-            by the error.
+            denoiser's own steps, and at most as many. ``balance.sites`` ``free`` is ``all`` here if the recipe chooses
+            its balancing by the error.
         prompts: class numbers or texts to record; by default the recipe's ``calibration.prompts``.
         call: more arguments for each call of the pipeline, beside those of the recipe.
+        batch_size: number of prompts in a call of the pipeline, in place of the recipe's.
         output: folder to save the pipeline to, complete or not at all.
         method: format of quantized denoisers on disk, as for :func:`~ptq4dit_ao.to_module`.
         on_progress: called with ``(stage, done, total)`` as stages of the components advance.
@@ -81,7 +84,7 @@ def quantize_pipeline(
         for name, recipe in chosen.items()
         if isinstance(recipe, str)
     }
-    samples = _recorded(pipeline, denoisers, prompts, call, on_progress)
+    samples = _recorded(pipeline, denoisers, prompts, dict(call or {}), batch_size, on_progress)
     for name, recipe in denoisers.items():
         made[name] = _quantized(name, components[name], recipe, samples.pop(name), method, on_progress)
     result = copy.copy(pipeline)
@@ -161,7 +164,8 @@ def _recorded(
     pipeline: Any,
     recipes: Mapping[str, Recipe],
     prompts: Sequence[int] | Sequence[str] | None,
-    call: Mapping[str, object] | None,
+    call: Mapping[str, object],
+    batch_size: int | None,
     on_progress: OnStage,
 ) -> dict[str, CalibrationSamples]:
     (first, recipe), *others = recipes.items()
@@ -178,18 +182,31 @@ def _recorded(
         prompts = list(itertools.islice(itertools.cycle(settings.prompts), settings.samples))
     if prompts is None:
         raise ArgumentError("there are no prompts; give some like those of later use, or list them in the recipe")
+    call = {**settings.size, **call}
     return collect_components(
         pipeline,
         prompts,
-        {name: wanted_timesteps(recipe.calibration.timesteps) for name, recipe in recipes.items()},
+        {name: _timesteps(pipeline, name, recipe, call) for name, recipe in recipes.items()},
         steps=settings.steps,
         guidance=settings.guidance,
         seed=settings.seed,
-        batch_size=settings.batch_size,
-        call={**settings.size, **(call or {})},
+        batch_size=batch_size or settings.batch_size,
+        call=call,
         sizes=sizes_of(recipe),
         on_progress=of_stage(on_progress, "record"),
     )
+
+
+def _timesteps(
+    pipeline: Any, name: str, recipe: Recipe, call: Mapping[str, object]
+) -> int | Sequence[float] | NormalTimesteps:
+    """The timesteps of a denoiser, at most as many as its steps where those are known."""
+    timesteps = wanted_timesteps(recipe.calibration.timesteps)
+    known = known_times(pipeline, name, recipe.calibration.steps, call)
+    if isinstance(timesteps, int) and known and len(known) < min(timesteps, recipe.calibration.steps):
+        logger.info("%s is called at %d steps, and recorded at all of them", name, len(known))
+        return len(known)
+    return timesteps
 
 
 def _quantized(

@@ -18,8 +18,10 @@ CHANNELS, SIZE, CLASSES, TIMESTEPS = 4, 32, 1000, 1000
 """Sizes of the 256 x 256 ImageNet models, in which patches of 2 make 256 tokens."""
 
 
-def random_dit(width: str, blocks: int | None = None) -> nn.Module:
+def random_dit(width: str, blocks: int | None = None, size: int = SIZE) -> nn.Module:
     """A diffusers DiT of a published width, with the published number of blocks or ``blocks``.
+
+    Its latents are ``size`` wide and high, which makes ``(size / 2)^2`` tokens.
 
     Every block of diffusers' DiT has its own timestep and class embedders. In converted checkpoints they have the same
     parameters in all blocks, and so they have here.
@@ -33,7 +35,7 @@ def random_dit(width: str, blocks: int | None = None) -> nn.Module:
     heads, head_dim, depth = WIDTHS[width]
     model: Any = DiTTransformer2DModel(
         num_attention_heads=heads, attention_head_dim=head_dim, num_layers=blocks or depth, in_channels=CHANNELS,
-        out_channels=2 * CHANNELS, sample_size=SIZE, patch_size=2, num_embeds_ada_norm=CLASSES,
+        out_channels=2 * CHANNELS, sample_size=size, patch_size=2, num_embeds_ada_norm=CLASSES,
     )  # fmt: skip
     randomize_(model, seed=0, std=0.02)
     first, *others = model.transformer_blocks
@@ -42,12 +44,12 @@ def random_dit(width: str, blocks: int | None = None) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def random_batches(count: int, rows: int, seed: int = 0) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Noise, timesteps and labels for :func:`random_dit`: ``(x (N, 4, 32, 32), t (N,), y (N,))``."""
+def random_batches(count: int, rows: int, seed: int = 0, size: int = SIZE) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Noise, timesteps and labels for :func:`random_dit`: ``(x (N, 4, S, S), t (N,), y (N,))``."""
     generator = torch.Generator().manual_seed(seed)
     return [
         (
-            torch.randn(rows, CHANNELS, SIZE, SIZE, generator=generator),
+            torch.randn(rows, CHANNELS, size, size, generator=generator),
             torch.randint(TIMESTEPS, (rows,), generator=generator),
             torch.randint(CLASSES, (rows,), generator=generator),
         )

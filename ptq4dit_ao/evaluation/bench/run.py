@@ -34,6 +34,8 @@ from ptq4dit_ao.evaluation.environment import environment, has_native_bfloat16, 
 from ptq4dit_ao.lowering import available_backends, lower, missing_backends
 from ptq4dit_ao.lowering.backend import BACKENDS, Runnable, choose_backend
 from ptq4dit_ao.metrics import LatencyResult, measure_latency, paired_error
+from ptq4dit_ao.modules.form import prove_kernels
+from ptq4dit_ao.workflow.module_form import to_module
 from ptq4dit_ao.workflow.quantized_model import QuantizedModel
 
 logger = logging.getLogger(__name__)
@@ -117,7 +119,8 @@ def bench(
 
     Args:
         subject: the models and inputs to measure.
-        backends: backends of this package. The default is all with integer kernels that this machine can run.
+        backends: backends of this package. The default is all with integer kernels that this machine can run, and the
+            quantized module (:func:`~ptq4dit_ao.to_module`), eager and compiled.
         peers: also measure other tools' quantized models, if the tools are installed.
         bfloat16: also measure the compiled float model in bfloat16. None measures it if the processor supports
             bfloat16.
@@ -130,7 +133,9 @@ def bench(
     """
     chosen = _integer_backends() if backends is None else [choose_backend(name).name for name in backends]
     inputs = subject.float_model.batches[0]
-    contenders = _contenders(subject, list(dict.fromkeys(chosen)), peers, bfloat16, float_dtype)
+    contenders = _contenders(
+        subject, list(dict.fromkeys(chosen)), peers, bfloat16, float_dtype, modules=backends is None
+    )
     rows: list[Row] = []
     runs: dict[str, Runnable] = {}
     expected = subject.float_model.call(subject.float_model.module)(*inputs)
@@ -163,7 +168,13 @@ def _integer_backends() -> list[str]:
 
 
 def _contenders(
-    subject: Subject, backends: Sequence[str], peers: bool, bfloat16: bool | None, float_dtype: torch.dtype | None
+    subject: Subject,
+    backends: Sequence[str],
+    peers: bool,
+    bfloat16: bool | None,
+    float_dtype: torch.dtype | None,
+    *,
+    modules: bool,
 ) -> list[Contender]:
     found = [Contender(name=EAGER, start=float_eager), Contender(name=COMPILED, start=float_compiled)]
     if has_native_bfloat16() if bfloat16 is None else bfloat16:
@@ -174,7 +185,20 @@ def _contenders(
         if float_dtype is not None and carries is not None and float_dtype in carries.float_dtypes:
             title = f"{name}, {str(float_dtype).removeprefix('torch.')} rest"
             found.append(Contender(name=title, start=functools.partial(_lowered, subject.quantized, name, float_dtype)))
+    if modules:
+        for how in ("eager", "compiled"):
+            start = functools.partial(_as_module, subject.quantized, how == "compiled")
+            found.append(Contender(name=f"module {how}", start=start))
     return [*found, *(peer for peer in PEERS if peers and _is_installed(peer))]
+
+
+def _as_module(quantized: QuantizedModel, compiled: bool, model: FloatModel) -> Started:
+    module = to_module(quantized, model.module, example_inputs=model.batches[0])
+    if compiled:
+        module.forward = torch.compile(module.forward)  # type: ignore[method-assign]
+    run = model.call(module)
+    proof = prove_kernels(module, lambda: run(*model.batches[0]), compiled=compiled)
+    return Started(run=run, integer_gemms=proof.integer_gemms, promised=proof.promised)
 
 
 def _lowered(quantized: QuantizedModel, backend: str, float_dtype: torch.dtype | None, model: FloatModel) -> Started:

@@ -595,7 +595,11 @@ def test_an_output_beyond_float16_is_said_once(caplog):
 
 
 def test_the_table_of_the_docs_is_right():
-    text = (Path(__file__).parents[3] / "docs" / "diffusers.md").read_text().partition("## What a quantized tran")[2]
+    text = (
+        (Path(__file__).parents[3] / "docs" / "graphs_in_diffusers.md")
+        .read_text()
+        .partition("## What a quantized tran")[2]
+    )
     rows = re.findall(r"^\| (.*?) \| (.*?) \| .* \|$", text.partition("\n\n`enable_vae")[0], flags=re.MULTILINE)
     said = {
         answer: set(NAMES) & set(re.findall(r"`(\w+)", " ".join(x for x, y in rows if y == answer)))
