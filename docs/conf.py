@@ -59,7 +59,10 @@ nitpick_ignore_regex = [
     ("py:class", r"ptq4dit_ao\.report\.types\.\w+"),  # dicts of report.json
     ("py:func", r"ptq4dit_ao\.passes\.offset\.find_shifts"),
     ("py:class", r"ptq4dit_ao\..*\.M"),  # a type variable
-    ("py:class", r"ptq4dit_ao\.(.*\.)?(CallSignature|CapturedModule|ModuleLinear|LayerPlan|ArtifactSize|ImageClassifier)"),
+    (
+        "py:class",
+        r"ptq4dit_ao\.(.*\.)?(CallSignature|CapturedModule|ModuleLinear|LayerPlan|ArtifactSize|ImageClassifier)",
+    ),
 ]
 
 PUBLIC = (

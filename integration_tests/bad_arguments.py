@@ -26,10 +26,12 @@ from ptq4dit_ao import (
     SitePolicy,
     apply_recipe,
     as_diffusers_transformer,
+    as_fast_module,
     balance,
     balance_module,
     balance_result,
     choose_weight_bits,
+    collect_components,
     collect_from_pipeline,
     collect_salience,
     distill,
@@ -41,9 +43,12 @@ from ptq4dit_ao import (
     load_reference_classifier,
     load_reference_dit,
     lower,
+    prove_kernels,
+    quantize_pipeline,
     round_sequentially,
     salience_statistics,
     save_quantized,
+    to_module,
 )
 from ptq4dit_ao.calibration import Sampling, SamplingPipeline
 from ptq4dit_ao.errors import (
@@ -349,6 +354,14 @@ BAD: dict[str, list[Bad]] = {
         (lambda w: as_diffusers_transformer(w.graph), ArgumentError, "quantized is of type GraphModule; give what"),
         (lambda w: as_diffusers_transformer(w.quantized, backend="no"), LoweringError, "backend 'no' is unknown"),
     ],
+    "as_fast_module": [
+        (lambda w: as_fast_module(None), ArgumentError, f"module {NOTHING} a module of diffusers that was quantized"),
+        (
+            lambda w: as_fast_module(w.float_model),
+            ArgumentError,
+            "has an Int8Tensor with a static range; give a module",
+        ),
+    ],
     "balance": [
         (lambda w: balance(None, w.statistics), ArgumentError, f"exported {NOTHING} a graph of export_transformer"),
         (lambda w: balance(w.float_model, w.statistics), ArgumentError, GRAPH),
@@ -391,6 +404,16 @@ BAD: dict[str, list[Bad]] = {
             ArgumentError,
             "a candidate for weight_bits is '4'; it must be an integer",
         ),
+    ],
+    "collect_components": [
+        (lambda w: collect_components(w.pipeline, [1], {}), ArgumentError, "components is empty; give at least one"),
+        (lambda w: collect_components(w.pipeline, [1], "transformer"), ArgumentError, "components is 'transformer'"),
+        (
+            lambda w: collect_components(w.pipeline, [1], {"unet": 2}),
+            CalibrationError,
+            "has no module 'unet' to record",
+        ),
+        (lambda w: collect_components("x", [1], {"unet": 2}), ArgumentError, "pipeline is of type str; give a pipel"),
     ],
     "collect_from_pipeline": [
         (lambda w: w.collect(pipeline="x"), ArgumentError, "pipeline is of type str; give a pipeline of diffusers"),
@@ -525,6 +548,15 @@ BAD: dict[str, list[Bad]] = {
         (lambda w: load_reference_dit("no"), ArgumentError, "name is 'no'; choose one of digits, fashion"),
         (lambda w: load_reference_dit(3), ArgumentError, "name is 3; choose one of digits, fashion"),
     ],
+    "prove_kernels": [
+        (lambda w: prove_kernels(None, w.pipeline), ArgumentError, f"module {NOTHING} a quantized module"),
+        (lambda w: prove_kernels(w.float_model, None), ArgumentError, f"call {NOTHING} a function that calls"),
+        (lambda w: prove_kernels(w.float_model, lambda: None), LoweringError, "no quantized linear was called; call"),
+    ],
+    "quantize_pipeline": [
+        (lambda w: quantize_pipeline(None, Recipe()), ArgumentError, f"pipeline {NOTHING} a pipeline of diffusers"),
+        (lambda w: quantize_pipeline(w.float_model, Recipe()), ArgumentError, "give a pipeline of diffusers"),
+    ],
     "lower": [
         (lambda w: lower(None), ArgumentError, f"converted {NOTHING} a graph that convert_pt2e returned"),
         (lambda w: lower(w.float_model, "fbgemm"), ArgumentError, "give a graph that convert_pt2e returned"),
@@ -573,6 +605,17 @@ BAD: dict[str, list[Bad]] = {
     "salience_statistics": [
         (lambda w: salience_statistics(None), ArgumentError, f"prepared {NOTHING} what prepare_pt2e returned"),
         (lambda w: salience_statistics(w.graph), CalibrationError, "not prepared with PTQ4DiTQuantizer; call prepare"),
+    ],
+    "to_module": [
+        (lambda w: to_module(None, w.float_model), ArgumentError, f"quantized {NOTHING} what apply_recipe or load_q"),
+        (lambda w: to_module(w.quantized, None), ArgumentError, f"model {NOTHING} the float module that was quantized"),
+        (lambda w: to_module(w.quantized, w.graph), ArgumentError, "model is a graph; give the float module"),
+        (lambda w: to_module(w.quantized, WithoutLinears()), ArgumentError, r"WithoutLinears cannot hold \d+ of"),
+        (
+            lambda w: to_module(w.quantized, w.float_model, method="onnx"),
+            ArgumentError,
+            "method is 'onnx'; choose one of torchao, ptq4dit",
+        ),
     ],
     "save_quantized": [
         (lambda w: save_quantized(None, "x"), ArgumentError, f"model {NOTHING} what apply_recipe returned"),

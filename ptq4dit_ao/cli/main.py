@@ -19,7 +19,7 @@ from rich.markup import escape
 
 from ptq4dit_ao._paths import as_path, because
 from ptq4dit_ao._version import __version__
-from ptq4dit_ao.choices import FLOAT_DTYPES, LAYER_PRESETS, SAMPLERS
+from ptq4dit_ao.choices import FLOAT_DTYPES, LAYER_PRESETS, MODULE_FORMATS, SAMPLERS
 from ptq4dit_ao.cli.messages import with_flags
 from ptq4dit_ao.cli.noise import silence, silence_loading_bars
 from ptq4dit_ao.errors import ArgumentError, PTQ4DiTError
@@ -88,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="with --pipeline: the recipe of one component; int8_weight_only or int8_dynamic for a text encoder",
     )  # fmt: skip
     p.add_argument(
-        "--format", choices=("torchao", "ptq4dit"),
+        "--format", choices=MODULE_FORMATS,
         help="with --pipeline: 'torchao' (diffusers alone reads it) or 'ptq4dit' (4 bits packed; needs this package); "
         "default: torchao for 8 bits",
     )  # fmt: skip

@@ -101,7 +101,7 @@ class PTQ4DiTConfig(QuantizationConfigMixin):
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What a quantized module knows of its quantization."""
+    """Record of a module's quantization: its recipe and its report."""
 
     recipe: dict[str, Any]
     report: dict[str, Any]

@@ -149,6 +149,8 @@ def prove_kernels(
     Raises:
         LoweringError: a quantized linear computed in float.
     """
+    check_type("module", module, nn.Module, "a quantized module")
+    check_type("call", call, Callable, "a function that calls the module")  # type: ignore[arg-type]
     linears = integer_weights(module)
     calls = 0
 
@@ -182,7 +184,7 @@ def _linear_of(module: nn.Module, path: str) -> nn.Linear:
 
 
 def _misfit(module: nn.Module, path: str, quantized: QuantizedLinear) -> str | None:
-    """Why a module cannot hold a linear's weight; None if it can."""
+    """The reason why a module cannot hold a linear's weight; None if it can."""
     name = path.removesuffix(".weight")
     if not path.endswith(".weight"):
         return "its weight is computed from several parameters"

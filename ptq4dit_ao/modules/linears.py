@@ -1,4 +1,4 @@
-"""What a quantized module needs beyond a quantized graph: where each linear is, and its balancing vectors.
+"""Linears of a quantized graph as parts of a module: the place of each, and its balancing vectors.
 
 In a graph, balancing is folded into parameters before the linears. A module keeps the float model's activations, and
 divides by b where a linear quantizes its input. Its integers are those of the graph: folds scale whole rows of a
@@ -36,7 +36,7 @@ class ModuleLinear:
     rows: Tensor | None = None
     """Factors by which folds have divided its rows, (C_out,) float64; None for ones."""
     refusal: str | None = None
-    """Why a module cannot hold it; None if it can."""
+    """The reason why a module cannot hold it; None if it can."""
 
 
 def module_linears(graph: GraphModule, result: BalanceResult, folded: Collection[str] = ()) -> tuple[ModuleLinear, ...]:

@@ -38,7 +38,7 @@ WAYS_OUT = {
     "aten.add_": ADAPTERS,
     "aten.add": ADAPTERS,
 }
-"""What to do instead of an operation on a weight."""
+"""The way out of a refused operation on a weight."""
 
 
 class StaticInt8Weight(TorchAOBaseTensor):

@@ -101,7 +101,7 @@ def _verify(
 
 
 def _differs(quantized: QuantizedModel, module: nn.Module) -> str | None:
-    """Why a module computes something else than its graph; None if it does not."""
+    """The reason why a module computes something else than its graph; None if it does not."""
     assert quantized.linears is not None
     if joint := joint_ranges(quantized.graph, quantized.linears):
         return f"{joint[0]} (of {len(joint)}) is called with inputs of different ranges, and has one range for all"

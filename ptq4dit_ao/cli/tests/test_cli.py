@@ -16,6 +16,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
 import ptq4dit_ao
+from ptq4dit_ao.artifact.manifest import GRAPH, MANIFEST, VECTORS, WEIGHTS
 from ptq4dit_ao.cli import commands
 from ptq4dit_ao.cli.main import main
 from ptq4dit_ao.errors import ArgumentError
@@ -233,7 +234,7 @@ def test_an_interrupt_is_no_traceback(run, quantized, monkeypatch):
 
 def test_quantize_leaves_a_model_and_two_reports(quantized):
     names = {path.name for path in quantized.iterdir()}
-    assert names == {"manifest.json", "graph.json", "weights.safetensors", "report.json", "report.html"}
+    assert names == {MANIFEST, GRAPH, WEIGHTS, VECTORS, "report.json", "report.html"}
     report = json.loads((quantized / "report.json").read_text())
     assert report["title"] == "A tiny model on models_for_the_command_line:pixels"
     assert report["evaluation"]["sqnr_db"] > 30 and len(report["evaluation"]["per_timestep"]) == 2

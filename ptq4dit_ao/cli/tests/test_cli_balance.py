@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ptq4dit_ao.artifact.manifest import GRAPH, MANIFEST, VECTORS, WEIGHTS
 from ptq4dit_ao.calibration import CalibrationSamples
 from ptq4dit_ao.capture.signature import flatten_call
 from ptq4dit_ao.testing.zoo import FAMILIES
@@ -101,7 +102,7 @@ def test_quantize_on_recorded_samples(run, workshop, tmp_path):
     )  # fmt: skip
     assert (code, err) == (0, "") and "A tiny model on model" in out and "sites: " in out
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"manifest.json", "graph.json", "weights.safetensors", "report.json", "report.html"}
+    assert names == {MANIFEST, GRAPH, WEIGHTS, VECTORS, "report.json", "report.html"}
     evaluation = json.loads((tmp_path / "out" / "report.json").read_text())["evaluation"]
     assert evaluation["on_calibration_samples"] is True and evaluation["samples"] == ROWS
     assert evaluation["sqnr_db"] > 25

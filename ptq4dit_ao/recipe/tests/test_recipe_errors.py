@@ -23,7 +23,7 @@ WRONG = {
     "unknown key": ("balance: {alfa: 0.5}", "balance.alfa: unknown key; did you mean 'alpha'?"),
     "unknown key near nothing": (
         "balance: {q: 0.5}",
-        "balance.q: unknown key; the keys here are method, alpha, max_scale, fold_form, couple_blocks, "
+        "balance.q: unknown key; the keys here are method, alpha, max_scale, fold_form, sites, couple_blocks, "
         "vector_multiply, min_variables, verify",
     ),
     "former name": ("balance: {aggregation: ssc}", "balance: the key 'aggregation' is called 'method' now; rename it"),

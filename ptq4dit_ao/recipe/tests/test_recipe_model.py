@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 import ptq4dit_ao.recipe
+from ptq4dit_ao.choices import SITES
 from ptq4dit_ao.recipe import (
     Activations,
     Attention,
@@ -64,6 +65,7 @@ RECIPES = st.builds(
         alpha=st.floats(0, 1),
         max_scale=st.floats(1, exclude_min=True, allow_infinity=False),
         fold_form=st.sampled_from(["constant", "bias"]),
+        sites=st.sampled_from(SITES),
     ),
     rounding=st.builds(Rounding, method=st.just("gptq"), sequential=st.just(True)),
     distillation=st.builds(Distillation, steps=st.integers(0, 9), minutes=st.none() | st.floats(0.1, 9)),
@@ -107,6 +109,7 @@ def test_to_dict_holds_every_default_and_no_null() -> None:
             "alpha": 0.5,
             "max_scale": 1000.0,
             "fold_form": "constant",
+            "sites": "free",
             "couple_blocks": False,
             "vector_multiply": True,
             "min_variables": 4,
