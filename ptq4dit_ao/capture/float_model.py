@@ -13,7 +13,7 @@ from ptq4dit_ao.errors import ExportError
 
 QUANTIZERS = (
     "auto_gptq", "awq", "bitsandbytes", "compressed_tensors", "gptqmodel", "hqq", "modelopt", "nunchaku",
-    "optimum.quanto", "quanto", "torchao",
+    "optimum.quanto", "ptq4dit_ao.modules", "quanto", "torchao",
 )  # fmt: skip
 """Packages whose layers and tensors are quantized."""
 

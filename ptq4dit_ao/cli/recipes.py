@@ -75,6 +75,8 @@ def component_recipes(args: argparse.Namespace) -> dict[str, str]:
     for flag in ("model", "samples"):
         if getattr(args, flag) is not None:
             raise ArgumentError(f"--{flag} is for a single transformer; leave it out with --pipeline")
+    if not args.leave_one_out:
+        raise ArgumentError("--no-leave-one-out is for a single transformer; nothing is left out with --pipeline")
     load_recipe(args.recipe)
     chosen: dict[str, str] = {}
     for given in args.component:

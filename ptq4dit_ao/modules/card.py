@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torchao.utils import TorchAOBaseTensor
 
-from ptq4dit_ao.modules.form import integer_weights
+from ptq4dit_ao.modules.form import dtype_of, integer_weights
 from ptq4dit_ao.modules.weight import StaticInt8Weight
 from ptq4dit_ao.recipe.yaml_text import write_yaml
 
@@ -76,7 +76,7 @@ def _table(module: nn.Module, report: Mapping[str, Any], weights: list[StaticInt
     rows = {
         "Quantized linears": f"{len(weights)} of {linears}",
         "Parameters": f"{elements:,}",
-        "Weights on disk": f"{stored / 2**20:.1f} MiB, {stored / (4 * elements):.3f} of float32",
+        "Weights on disk": f"{stored / 2**20:.1f} MiB, {stored / max(1, 4 * elements):.3f} of float32",
     }
     evaluation = report.get("evaluation")
     if evaluation:
@@ -92,7 +92,7 @@ def _range(values: set[int]) -> str:
 
 
 def _dtype(module: nn.Module) -> str:
-    return str(next(p.dtype for p in module.parameters() if p.is_floating_point())).removeprefix("torch.")
+    return str(dtype_of(module)).removeprefix("torch.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,7 @@ def component_entries(pipeline: Any, folder: Path) -> dict[str, ComponentEntry]:
                 quantized=sum(isinstance(linear.weight, TorchAOBaseTensor) for linear in linears),
                 linears=len(linears),
                 stored=stored,
-                ratio=stored / (4 * sum(parameter.numel() for parameter in module.parameters())),
+                ratio=stored / max(1, 4 * sum(parameter.numel() for parameter in module.parameters())),
                 error=f"{evaluation['sqnr_db']:.1f}" if evaluation else "-",
             )
     return entries

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin, TorchAoConfig
 from diffusers.quantizers.torchao import TorchAoHfQuantizer
@@ -30,15 +31,19 @@ from torchao.quantization import Int8StaticActivationInt8WeightConfig, MappingTy
 from ptq4dit_ao.choices import MODULE_FORMATS, ModuleFormat
 from ptq4dit_ao.errors import ArgumentError, ArtifactError, check_choice
 from ptq4dit_ao.modules.card import model_card
-from ptq4dit_ao.modules.form import ADDED_BIAS, integer_weights
+from ptq4dit_ao.modules.form import ADDED_BIAS, dtype_of, integer_weights
 from ptq4dit_ao.modules.packing import PACKED_BITS, Stored, pack, unpack
-from ptq4dit_ao.modules.saving import saved_whole
-from ptq4dit_ao.modules.weight import StaticInt8Weight
+from ptq4dit_ao.modules.saving import saved_whole, unbind
+from ptq4dit_ao.modules.weight import DTYPES, StaticInt8Weight
 
 logger = logging.getLogger(__name__)
 
 METADATA = "ptq4dit"
 """Key of the recipe and the report in a safetensors file's metadata."""
+
+
+FLOATS = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+"""Names of the dtypes that the layers of a quantized module may have."""
 
 
 class Method(str, enum.Enum):  # noqa: UP042  (diffusers wants a str with a value)
@@ -76,6 +81,9 @@ class PTQ4DiTConfig(QuantizationConfigMixin):
                 f"quantization_config has {what}, which this version of ptq4dit-ao does not know; install the version "
                 "that saved the module, or save it again"
             )
+        if dtype not in FLOATS or not isinstance(linears or {}, Mapping):
+            what = f"the dtype {dtype!r}" if dtype not in FLOATS else "linears that are no dict"
+            raise ArtifactError(f"quantization_config has {what}; it is damaged, save the module again")
         self.linears = {name: Stored.of(name, entry) for name, entry in (linears or {}).items()}
         self.dtype = dtype
         self.version = version
@@ -116,13 +124,31 @@ class Record:
         return {METADATA: json.dumps({"recipe": self.recipe, "report": self.report})}
 
     @classmethod
+    def of_metadata(cls, metadata: Mapping[str, str]) -> Record | None:
+        """Read the record in the metadata of a safetensors file; None if there is none.
+
+        Raises:
+            ArtifactError: it is damaged.
+        """
+        if METADATA not in metadata:
+            return None
+        try:
+            found = json.loads(metadata[METADATA])
+        except ValueError:
+            found = None
+        match found:
+            case {"recipe": dict(recipe), "report": dict(report), **rest} if not rest:
+                return cls(recipe=recipe, report=report)
+        raise ArtifactError("the record of the module's quantization is damaged; copy or save the module again")
+
+    @classmethod
     def of_files(cls, files: Sequence[str]) -> Record:
         """Read the record of a saved module."""
         for file in files:
             with safe_open(file, framework="pt") as opened:
-                found = (opened.metadata() or {}).get(METADATA)
+                found = cls.of_metadata(opened.metadata() or {})
             if found is not None:
-                return cls(**json.loads(found))
+                return found
         raise ArtifactError(f"{files[0] if files else 'the module'} has no record of its quantization; save it again")
 
 
@@ -312,7 +338,7 @@ def attach(module: Any, record: Record, method: ModuleFormat | None = None) -> N
             )
             for name, weight in weights.items()
         }
-        dtype = str(next(p.dtype for p in module.parameters() if p.is_floating_point())).removeprefix("torch.")
+        dtype = str(dtype_of(module)).removeprefix("torch.")
         quantizer = PTQ4DiTHfQuantizer(PTQ4DiTConfig(linears, dtype))
         quantizer.record = record
     module.hf_quantizer, module.is_quantized = quantizer, True
@@ -337,6 +363,12 @@ def _check_safe(safe_serialization: bool) -> None:
 
 
 def _float_again(module: Any) -> Any:
+    """A module with float weights, that diffusers saves as any other."""
     for name, weight in integer_weights(module).items():
-        module.get_submodule(name).weight = nn.Parameter(weight.float_weight(), requires_grad=False)
+        linear = module.get_submodule(name)
+        linear.weight = nn.Parameter(weight.float_weight(), requires_grad=False)
+        vars(linear).pop(ADDED_BIAS, None)
+    unbind(module)
+    kept = {name: value for name, value in module.config.items() if name != "quantization_config"}
+    module._internal_dict = FrozenDict(kept)
     return module

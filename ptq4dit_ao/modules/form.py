@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,11 +15,12 @@ from torchao.quantization import Int8Tensor
 
 from ptq4dit_ao.capture.export import uncompiled
 from ptq4dit_ao.capture.float_model import check_float_module
-from ptq4dit_ao.errors import ArgumentError, LoweringError, check_type
+from ptq4dit_ao.errors import ArgumentError, ArtifactError, LoweringError, check_type
 from ptq4dit_ao.graph.names import WRAPPED
+from ptq4dit_ao.lowering.machine import saturates
 from ptq4dit_ao.lowering.match import QuantizedLinear, quantized_linears
 from ptq4dit_ao.lowering.proof import KernelProof, check_proof
-from ptq4dit_ao.modules.kernels import KERNELS
+from ptq4dit_ao.modules.kernels import KERNELS, OP
 from ptq4dit_ao.modules.linears import ModuleLinear, has_quantized_attention, ones_like_rows
 from ptq4dit_ao.modules.weight import StaticInt8Weight
 
@@ -36,7 +37,7 @@ def quantized_module(
 ) -> nn.Module:
     """A copy of a float module whose linears have the integers, scales and ranges of a graph.
 
-    The copy shares all other parameters with the module.
+    The copy shares the memory of all other parameters with the module.
 
     Args:
         model: the float module that the graph was captured from, or another copy of it. Its other layers keep their
@@ -54,17 +55,27 @@ def quantized_module(
             "this model's attention is quantized, which a module cannot hold, as its processors compute it in float; "
             "quantize without attention.quantize for a module, or lower the graph"
         )
+    found = quantized_linears(graph)
+    if [linear.name for linear in found] != [about.node for about in linears]:
+        raise ArtifactError("the balancing vectors of this quantized model belong to another graph; quantize it again")
+    tied = _tied(model)
     groups: dict[str, list[tuple[QuantizedLinear, ModuleLinear]]] = {}
-    for linear, about in zip(quantized_linears(graph), linears, strict=True):
-        assert linear.name == about.node, (linear.name, about.node)
-        groups.setdefault(about.weight, []).append((linear, about))
-    shared = [*model.parameters(), *model.buffers()]
-    module = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    for linear, about in zip(found, linears, strict=True):
+        path = tied.get(about.weight, [about.weight])[0]
+        groups.setdefault(path, []).append((linear, about))
+    # New parameters of the same memory: what is done to those of one module is not done to those of the other.
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    module = copy.deepcopy(model, memo | {id(buffer): buffer for buffer in model.buffers()})
     left = {}
     for path, calls in groups.items():
-        reason = calls[0][1].refusal or _misfit(module, path, calls[0][0])
+        names = tied.get(path, [path])
+        reasons = [about.refusal or _misfit(module, name, linear) for linear, about in calls for name in names]
+        reason = next(filter(None, reasons), None) or _odd_bias(module, names)
         if reason is None:
-            _quantize(_linear_of(module, path), calls)
+            first, *others = (_linear_of(module, name) for name in names)
+            _quantize(first, calls)
+            for other in others:
+                other.weight, other.bias = first.weight, first.bias
         else:
             left[path.removesuffix(".weight")] = reason
     if left and not allow_float_fallback:
@@ -76,6 +87,21 @@ def quantized_module(
     for name, reason in left.items():
         logger.warning("%s stays float: %s", name, reason)
     return module.eval().requires_grad_(False)
+
+
+def _tied(model: nn.Module) -> dict[str, list[str]]:
+    """Paths of the weights of linears that share one parameter, by each of these paths."""
+    paths: dict[int, list[str]] = {}
+    for name, child in model.named_modules(remove_duplicate=False):
+        if isinstance(child, nn.Linear):
+            paths.setdefault(id(child.weight), []).append(f"{name}.weight")
+    return {path: group for group in paths.values() if len(group) > 1 for path in group}
+
+
+def _odd_bias(module: nn.Module, names: Sequence[str]) -> str | None:
+    """The reason why linears of one weight cannot be told apart in a graph; None if they need not."""
+    biases = {id(_linear_of(module, name).bias) for name in names}
+    return None if len(biases) == 1 else f"its weight is tied to that of {names[1]}, whose bias is another one"
 
 
 def joint_ranges(graph: GraphModule, linears: Sequence[ModuleLinear]) -> list[str]:
@@ -101,6 +127,14 @@ def check_module(model: object) -> nn.Module:
     return model
 
 
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype of a module's layers; a model of diffusers may keep some of them in float32 beside it."""
+    own = getattr(module, "dtype", None)
+    if isinstance(own, torch.dtype):
+        return own
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+
+
 def integer_weights(module: nn.Module) -> dict[str, StaticInt8Weight]:
     """The integer weights of a module, by the name of their linear."""
     return {
@@ -123,7 +157,7 @@ def as_fast_module(module: M) -> M:
     found = 0
     for child in module.modules():
         weight = child._parameters.get("weight")
-        if isinstance(child, nn.Linear) and isinstance(weight, Int8Tensor) and weight.act_quant_scale is not None:
+        if isinstance(child, nn.Linear) and isinstance(weight, Int8Tensor) and _is_static(weight):
             child.weight = nn.Parameter(StaticInt8Weight.of_int8_tensor(weight), requires_grad=False)
             found += 1
     if not found:
@@ -131,6 +165,10 @@ def as_fast_module(module: M) -> M:
             f"no linear of {type(module).__name__} has an Int8Tensor with a static range; give a module that to_module "
             "made and diffusers has loaded"
         )
+    if isinstance(metadata := getattr(getattr(module, "hf_quantizer", None), "metadata", None), dict):
+        from ptq4dit_ao.modules.diffusers_quantizer import Record, attach
+
+        attach(module, Record.of_metadata(metadata) or Record.of({}, {}), "torchao")
     return module.requires_grad_(False)
 
 
@@ -141,10 +179,10 @@ def prove_kernels(
 
     Args:
         module: the module.
-        call: calls it, or something that contains it.
+        call: calls it, or something that contains it; it is called twice.
         allow_float_fallback: accept that fewer products than calls of quantized linears were integer.
-        compiled: whether the module was compiled, so that no hook may be set on its linears. Each of them is then
-            expected to run once.
+        compiled: whether the module was compiled, so that no hook may be set on its linears. Each of them must then run
+            at least once.
 
     Raises:
         LoweringError: a quantized linear computed in float.
@@ -169,12 +207,22 @@ def prove_kernels(
         for hook in hooks:
             hook.remove()
     events = {event.key: event.count for event in profiler.key_averages()}
-    kernels = {name: events[name] for name in KERNELS if name in events}
-    proof = KernelProof(backend="module", promised=len(linears) if compiled else ran, kernels=kernels)
+    # Other modules, such as text encoders by torchao, have integer products, too.
+    products = events.get(OP, 0)
+    kernels = {name: min(events[name], products) for name in KERNELS if name in events and products}
+    promised = max(len(linears), products) if compiled else ran
+    proof = KernelProof(backend="module", promised=promised, kernels=kernels)
     check_proof(proof, allow_float_fallback=allow_float_fallback)
     if not proof.promised:
         raise LoweringError("no quantized linear was called; call the quantized module")
     return proof
+
+
+def _is_static(weight: Int8Tensor) -> bool:
+    """Whether a tensor of torchao is one that :meth:`StaticInt8Weight.as_int8_tensor` makes."""
+    scale, zeros = weight.act_quant_scale, weight.zero_point
+    whole = scale is not None and scale.numel() == 1 and not weight.reduce_range
+    return whole and weight.scale.numel() == len(weight.qdata) and (zeros is None or not zeros.any())
 
 
 def _linear_of(module: nn.Module, path: str) -> nn.Linear:
@@ -195,6 +243,10 @@ def _misfit(module: nn.Module, path: str, quantized: QuantizedLinear) -> str | N
         return f"the module has no {name}{hint}"
     if not isinstance(linear, nn.Linear):
         return f"{name} is a {type(linear).__name__}, which is no nn.Linear"
+    if quantized.weight.dtype != torch.int8 or quantized.weight_zero_point.any():
+        return "its weight is not of int8 with zero points of 0"
+    if (why := saturates(quantized)) is not None:
+        return why
     shape = tuple(quantized.weight.shape)
     if tuple(linear.weight.shape) != shape:
         return f"its weight is {shape} and the module's {tuple(linear.weight.shape)}"

@@ -13,6 +13,7 @@ any other               ``torch._int_mm``                  int8
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from ptq4dit_ao.lowering.machine import has_dot_product, has_onednn, no_x86
 KERNELS = ("onednn::qlinear_pointwise", "aten::_int_mm")
 """Names of the integer kernels in torch's profiler."""
 
+OP = "ptq4dit_ao::linear_int8"
+"""Name of the op in torch's profiler."""
+
 LEAST_ROWS, MULTIPLE = 17, 8
 """Least number of rows that ``_int_mm`` takes on CUDA, and the number that its columns must be a multiple of."""
 
@@ -36,9 +40,15 @@ def takes_unsigned(device: torch.device) -> bool:
     return device.type == "cpu" and no_x86() is None and has_onednn() and has_dot_product()
 
 
+def saturates(device: torch.device, x_bits: int, bits: int) -> str | None:
+    """The reason why the kernel of a device would silently compute wrong products; None if it would not."""
+    if device.type != "cpu" or no_x86() is not None or has_dot_product() or x_bits + bits < 16:
+        return None
+    return "this processor has neither VNNI nor AMX, so 8-bit products overflow 16 bits; quantize activations to 7 bits"
+
+
 @dataclass(frozen=True)
 class _Packed:
-    storage: weakref.ref[torch.UntypedStorage]
     version: int
     """Version of the plain weight that was packed."""
     weight: Tensor
@@ -52,25 +62,43 @@ class PackedWeights:
     """
 
     def __init__(self) -> None:
-        self._found: dict[int, _Packed] = {}
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._found: dict[int, dict[tuple[object, ...], _Packed]] = {}
+        """By storage, and by the place of the weight in it."""
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._found)
+        return sum(map(len, list(self._found.values())))
 
     def of(self, weight: Tensor) -> _Packed:
         """The packed form of ``weight``, (C_out, C_in) int8."""
         storage = weight.untyped_storage()
-        key, version = storage._cdata, 0 if weight.is_inference() else weight._version
-        found = self._found.get(key)
-        if found is not None and found.storage() is storage and found.version == version:
+        key, place = storage._cdata, (weight.storage_offset(), weight.shape, weight.stride())
+        version = 0 if weight.is_inference() else weight._version
+        if (found := self._known(storage, key, place, version)) is not None:
             return found
         with self._lock:
+            if (found := self._known(storage, key, place, version)) is not None:  # another thread has packed it
+                return found
             packed = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
-            forget = weakref.ref(storage, lambda _: self._found.pop(key, None))
-            found = _Packed(forget, version, packed, torch.zeros(len(weight), dtype=torch.int32))
-            self._found[key] = found
-        return found
+            made = _Packed(version, packed, torch.zeros(len(weight), dtype=torch.int32))
+            if key not in self._storages or self._storages[key]() is not storage:
+                self._found[key] = {}
+                self._storages[key] = weakref.ref(storage, functools.partial(self._drop, key))
+            self._found.setdefault(key, {})[place] = made
+            return made
+
+    def _known(
+        self, storage: torch.UntypedStorage, key: int, place: tuple[object, ...], version: int
+    ) -> _Packed | None:
+        owner = self._storages.get(key)
+        found = None if owner is None or owner() is not storage else self._found.get(key, {}).get(place)
+        return found if found is not None and found.version == version else None
+
+    def _drop(self, key: int, owner: object) -> None:
+        if self._storages.get(key) is owner:  # a later storage may have the same address
+            del self._storages[key]
+            self._found.pop(key, None)
 
     def forget(self, weight: Tensor) -> None:
         """Forget the packed form of a weight that was changed where its version does not tell."""
@@ -148,4 +176,4 @@ _LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.impl("linear_int8", _kernel, "CompositeExplicitAutograd")
-torch.library.register_fake("ptq4dit_ao::linear_int8", _shaped, lib=_LIBRARY)
+torch.library.register_fake(OP, _shaped, lib=_LIBRARY)

@@ -78,9 +78,10 @@ def unpack(name: str, stored: Stored, parts: Mapping[str, Tensor], shape: Sequen
     integers, scale, about = parts["integers"], parts["scale"], parts["input"]
     pre_scale = parts.get("pre_scale")
     packed = stored.bits <= PACKED_BITS
+    floats = all(part.dtype == torch.float32 for part in (scale, about, *([] if pre_scale is None else [pre_scale])))
     found = [tuple(part.shape) for part in (integers, scale, about)] + ([] if pre_scale is None else [pre_scale.shape])
     wanted = [(packed_length(shape),) if packed else tuple(shape), (shape[0],), (2,), (shape[1],)]
-    if found != wanted[: len(found)] or integers.dtype != (torch.uint8 if packed else torch.int8):
+    if found != wanted[: len(found)] or integers.dtype != (torch.uint8 if packed else torch.int8) or not floats:
         raise ArtifactError(
             f"the stored parts of {name!r} have shapes {found} and dtype {integers.dtype}, which do not fit a weight "
             f"{tuple(shape)} of {stored.bits} bits; copy or save the module again"

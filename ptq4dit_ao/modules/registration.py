@@ -45,29 +45,34 @@ def _home() -> Any:
 
 def _fill(tables: ModuleType) -> None:
     for table, value in (("AUTO_QUANTIZER_MAPPING", _quantizer), ("AUTO_QUANTIZATION_CONFIG_MAPPING", _Config)):
-        getattr(tables, table, {}).setdefault(METHOD, value)
+        getattr(tables, table).setdefault(METHOD, value)
 
 
 class _Finder(MetaPathFinder):
-    """Finder that waits for diffusers' tables, and then leaves."""
+    """Finder that waits for diffusers' tables, and leaves when they are there."""
+
+    _searching = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != TABLES:
+        if fullname != TABLES or self._searching:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._searching = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._searching = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _Then(spec.loader)
+            spec.loader = _Then(spec.loader, self)
         return spec
 
 
 class _Then(Loader):
     """Loader that fills the tables after another loader has made them."""
 
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
+    def __init__(self, loader: Loader, finder: MetaPathFinder) -> None:
+        self._loader, self._finder = loader, finder
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
@@ -75,6 +80,7 @@ class _Then(Loader):
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
         _fill(module)
+        sys.meta_path.remove(self._finder)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)

@@ -7,20 +7,22 @@ import functools
 import inspect
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from ptq4dit_ao._files import temporary_folder
+from ptq4dit_ao._files import is_unfinished, replacing_folder
 from ptq4dit_ao._paths import as_path, because
 from ptq4dit_ao.errors import ArgumentError, ArtifactError
 
 CARD = "README.md"
 """File of a model card."""
 
-_SHARDS = re.compile(r"diffusion_pytorch_model.*\.safetensors(\.index\.json)?")
+BOUND = ("save_pretrained", "_upload_folder", "to")
+"""Methods of a module of diffusers that a quantized one has of its own."""
 
 
 def saved_whole(module: Any) -> None:
@@ -28,10 +30,16 @@ def saved_whole(module: Any) -> None:
 
     Its ``to`` takes the dtype that it has, which ``from_pipe`` of a pipeline gives to all components.
     """
-    for name, function in (("save_pretrained", _save), ("_upload_folder", _upload), ("to", _to)):
+    for name, function in zip(BOUND, (_save, _upload, _to), strict=True):
         bound = functools.partial(function, module)  # a deep copy of the module has one of its own
         functools.update_wrapper(bound, getattr(type(module), name))
         object.__setattr__(module, name, bound)
+
+
+def unbind(module: Any) -> None:
+    """Undo :func:`saved_whole`."""
+    for name in BOUND:
+        vars(module).pop(name, None)
 
 
 def _save(module: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
@@ -44,28 +52,47 @@ def _save(module: Any, save_directory: str | os.PathLike[str], *args: Any, **kwa
     options = {name: value for name, value in given.items() if name not in ("self", "save_directory", "kwargs")}
     push, repository = options.pop("push_to_hub", False), given.get("kwargs", {})
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with temporary_folder(folder) as new:
+        with replacing_folder(folder) as new:
             type(module).save_pretrained(module, new, **options)
             (new / CARD).write_text(module.hf_quantizer.card(module, new), encoding="utf-8")
-            _replace(new, folder)
+            mode = (new / CARD).stat().st_mode
+            for path in new.iterdir():
+                path.chmod(mode)  # safetensors makes its files private
+            _carry_over(folder, new, options.get("variant"))
     except (OSError, SafetensorError) as error:
-        raise _cannot_write(folder, error) from error
+        raise cannot_save(folder, error) from error
     if push:
-        module.push_to_hub(repository.pop("repo_id", folder.name), **repository)
+        _push(module, folder, **repository)
 
 
-def _replace(new: Path, folder: Path) -> None:
-    """Move the files of a folder into another one, without weights of an earlier save there."""
-    folder.mkdir(exist_ok=True)
-    names = {path.name for path in new.iterdir()}
-    mode = (new / CARD).stat().st_mode
-    for path in sorted(new.iterdir()):
-        path.chmod(mode)  # safetensors makes its files private
-        os.replace(path, folder / path.name)
-    for path in folder.iterdir():
-        if _SHARDS.fullmatch(path.name) and path.name not in names:
-            path.unlink()
+def _carry_over(folder: Path, new: Path, variant: str | None) -> None:
+    """Copy what else is in a folder: other files than an earlier save of the same variant."""
+    kind = f"\\.{re.escape(variant)}" if variant else ""
+    earlier = re.compile(
+        rf"diffusion_pytorch_model({kind}(-\d+-of-\d+)?\.safetensors|\.safetensors\.index{kind}\.json)"
+    )
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if (new / path.name).exists() or earlier.fullmatch(path.name) or is_unfinished(path):
+            continue
+        if path.is_dir():
+            shutil.copytree(path, new / path.name, symlinks=True)
+        else:
+            shutil.copy2(path, new / path.name, follow_symlinks=False)
+
+
+def _push(
+    module: Any,
+    folder: Path,
+    repo_id: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    **options: Any,
+) -> None:
+    """Upload a saved folder."""
+    from diffusers.utils import hub_utils
+
+    repository = hub_utils.create_repo(repo_id or folder.name, exist_ok=True, private=private, token=token)
+    module._upload_folder(folder, repository.repo_id, token=token, **options)
 
 
 def _upload(module: Any, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
@@ -92,7 +119,8 @@ def _check_no_adapters(module: Any) -> None:
         )
 
 
-def _cannot_write(folder: Path, error: Exception) -> ArtifactError:
+def cannot_save(folder: Path, error: Exception, what: str = "module") -> ArtifactError:
+    """An error that says why a folder cannot be written, and that nothing was changed."""
     code = re.search(r"\(os error (\d+)\)", str(error))  # safetensors reports a full disk only in the message
     number = int(code[1]) if code else getattr(error, "errno", None)
     reason = os.strerror(number) if number else str(error)
@@ -101,4 +129,4 @@ def _cannot_write(folder: Path, error: Exception) -> ArtifactError:
     else:
         reason = because(error) if isinstance(error, OSError) else reason
         way_out = "choose a folder that you may write to"
-    return ArtifactError(f"cannot save the module as {folder}: {reason}; {way_out}. What was there is unchanged")
+    return ArtifactError(f"cannot save the {what} as {folder}: {reason}; {way_out}. What was there is unchanged")

@@ -25,7 +25,7 @@ CONFIGURATIONS: dict[TextMethod, Any] = {
 def quantized_text_encoder(name: str, model: nn.Module, method: TextMethod) -> nn.Module:
     """A copy of a model of transformers whose linears are quantized, which transformers can save and load.
 
-    Layers that the model's class keeps in float32 are left, as transformers itself leaves them.
+    Layers that transformers leaves out are left: output embeddings, tied ones, and those kept in float32.
 
     Args:
         name: name of the component, for messages.
@@ -37,18 +37,20 @@ def quantized_text_encoder(name: str, model: nn.Module, method: TextMethod) -> n
     """
     from transformers import TorchAoConfig
     from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
 
     if getattr(model, "hf_quantizer", None) is not None:
         raise ArgumentError(f"{name} is quantized already; load it in float, or leave it out of the recipes")
-    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-
-    def is_taken(module: nn.Module, path: str) -> bool:
-        return isinstance(module, nn.Linear) and not kept.intersection(path.split("."))
-
     quantized: Any = copy.deepcopy(model)
     config = CONFIGURATIONS[method](set_inductor_config=False)
-    quantize_(quantized, config, filter_fn=is_taken)
     settings = TorchAoConfig(config)
-    quantized.hf_quantizer = TorchAoHfQuantizer(settings, pre_quantized=True)
+    quantizer = TorchAoHfQuantizer(settings, pre_quantized=True)
+    kept = quantizer.get_modules_to_not_convert(quantized, None, getattr(quantized, "_keep_in_fp32_modules", None))
+
+    def is_taken(module: nn.Module, path: str) -> bool:
+        return isinstance(module, nn.Linear) and should_convert_module(path, kept)
+
+    quantize_(quantized, config, filter_fn=is_taken)
+    quantized.hf_quantizer = quantizer
     quantized.config.quantization_config, quantized.is_quantized = settings, True
     return quantized  # type: ignore[no-any-return]

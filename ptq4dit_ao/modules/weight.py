@@ -20,13 +20,16 @@ from torchao.quantization import Int8Tensor, MappingType, PerTensor
 from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
 from torchao.utils import TorchAOBaseTensor
 
-from ptq4dit_ao.errors import ArgumentError
-from ptq4dit_ao.modules.kernels import PACKED, linear_int8, takes_unsigned
+from ptq4dit_ao.errors import ArgumentError, LoweringError
+from ptq4dit_ao.modules.kernels import PACKED, linear_int8, saturates, takes_unsigned
 
 aten = torch.ops.aten
 
 SIGNED = 128
 """Difference between the uint8 and the int8 form of an activation."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of inputs."""
 
 UNCHANGEABLE = (
     "the integer weight of a quantized linear cannot be {}, because its scales and the range of its input were "
@@ -167,10 +170,10 @@ class StaticInt8Weight(TorchAOBaseTensor):
 
     def quantize(self, x: Tensor) -> Tensor:
         """Balance and quantize an input, (..., C_in) floats to uint8 or int8, as the device's kernel takes it."""
-        steps = x if self.pre_scale is None else x * self.pre_scale
-        q = torch.round(steps * (1 / self.x_scale)) + self.x_zero_point
-        q = q.clamp(0, 2**self.x_bits - 1)
-        return q.to(torch.uint8) if takes_unsigned(x.device) else (q - SIGNED).to(torch.int8)
+        x = x.to(torch.float32)
+        q = x * (1 / self.x_scale) if self.pre_scale is None else (x * self.pre_scale).mul_(1 / self.x_scale)
+        q = q.round_().add_(self.x_zero_point).clamp_(0, 2**self.x_bits - 1)
+        return q.to(torch.uint8) if takes_unsigned(x.device) else q.sub_(SIGNED).to(torch.int8)
 
     @classmethod
     def __torch_dispatch__(
@@ -206,7 +209,8 @@ def _bind(
 @StaticInt8Weight.implements(aten.linear.default)
 @StaticInt8Weight.implements_torch_function(torch.nn.functional.linear)
 def _linear(func: Callable[..., Any], types: Sequence[type], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    x, weight, bias = (*args, *kwargs.values(), None)[:3]
+    given = dict(zip(("input", "weight", "bias"), args, strict=False)) | dict(kwargs)
+    x, weight, bias = given["input"], given["weight"], given.get("bias")
     if torch.is_grad_enabled() and x.requires_grad:
         raise ArgumentError(
             "a quantized linear has no gradients; run the module under torch.no_grad(), as pipelines do, and train "
@@ -214,6 +218,10 @@ def _linear(func: Callable[..., Any], types: Sequence[type], args: Sequence[Any]
         )
     if not isinstance(weight, StaticInt8Weight):
         raise ArgumentError(UNCHANGEABLE.format("the input of another linear", ADAPTERS))
+    if x.dtype not in DTYPES:
+        raise ArgumentError(f"a quantized linear got an input of {x.dtype}; give float32, bfloat16 or float16")
+    if (why := saturates(x.device, weight.x_bits, weight.bits)) is not None:
+        raise LoweringError(f"a quantized linear would compute wrong products: {why}, or use another device")
     zero_point = weight.x_zero_point if takes_unsigned(x.device) else weight.x_zero_point - SIGNED
     return linear_int8(
         weight.quantize(x), weight.x_scale, zero_point, weight.qdata, weight.scale, weight.row_sums, bias, x.dtype

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.capture.call import Call
+from ptq4dit_ao.capture.float_model import device_of
 from ptq4dit_ao.choices import ModuleFormat
 from ptq4dit_ao.errors import ArgumentError, check_type
 from ptq4dit_ao.lowering.build import example_batches
-from ptq4dit_ao.lowering.parity import Parity
-from ptq4dit_ao.modules.form import integer_weights, joint_ranges, prove_kernels, quantized_module
+from ptq4dit_ao.lowering.parity import TOLERANCE, Parity
+from ptq4dit_ao.modules.form import dtype_of, integer_weights, joint_ranges, prove_kernels, quantized_module
 from ptq4dit_ao.report import summary
 from ptq4dit_ao.workflow.quantized_model import QuantizedModel
 
@@ -40,11 +41,13 @@ def to_module(
     The integers, scales and ranges are those of the graph. Balancing does not change activations between layers: each
     linear divides its input by b when it quantizes it. The module therefore does what the float module does: it takes
     any size, adapters, caches and hooks, and can be compiled, moved and saved (``save_pretrained``).
+    A linear that is called with inputs of different ranges has one range for all of them here, so that such a module is
+    not compared with its graph.
 
     Args:
         quantized: what :func:`~ptq4dit_ao.apply_recipe` or :func:`~ptq4dit_ao.load_quantized` returned.
-        model: the float module that was quantized, or another copy of it. It is not changed, and the result shares its
-            other parameters. Its dtype is that of the layers that stay float.
+        model: the float module that was quantized, or another copy of it. It is not changed, and the result shares
+            the memory of its other parameters. Its dtype is that of the layers that stay float.
         example_inputs: inputs of the graph to compare on; random ones by default.
         allow_float_fallback: leave linears in float that the module cannot hold, and accept linears that no integer
             kernel computes.
@@ -83,10 +86,12 @@ def _verify(
     quantized: QuantizedModel, module: nn.Module, example_inputs: Sequence[Tensor] | None, allow_float_fallback: bool
 ) -> None:
     call = Call(module, None if quantized.captured is None else quantized.captured.call)
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    dtype, device = dtype_of(module), device_of(module)
+    if dtype not in TOLERANCE:
+        raise ArgumentError(f"model is of {dtype}; give one of {', '.join(map(str, TOLERANCE))}")
 
     def run(*inputs: Tensor) -> object:
-        return call([x.to(dtype) if x.is_floating_point() else x for x in inputs])
+        return call([x.to(device, dtype if x.is_floating_point() else None) for x in inputs])
 
     batches = example_batches(quantized.graph, example_inputs)
     difference, differs = None, _differs(quantized, module)

@@ -9,20 +9,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from safetensors import SafetensorError
 from torch import nn
 
 from ptq4dit_ao._files import replacing_folder
 from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao._optional import require
-from ptq4dit_ao._paths import as_path, because, check_writable
+from ptq4dit_ao._paths import as_path, check_room, check_writable
 from ptq4dit_ao._progress import OnStage, ignore, of_stage
 from ptq4dit_ao.calibration import CalibrationSamples, NormalTimesteps, collect_components
 from ptq4dit_ao.calibration.schedule import known_times
 from ptq4dit_ao.capture.float_model import check_float_module, check_in_memory
-from ptq4dit_ao.choices import TEXT_METHODS, ModuleFormat, TextMethod
-from ptq4dit_ao.errors import ArgumentError, ArtifactError, RecipeError, check_type
+from ptq4dit_ao.choices import MODULE_FORMATS, TEXT_METHODS, ModuleFormat, TextMethod
+from ptq4dit_ao.errors import ArgumentError, ArtifactError, RecipeError, check_choice, check_type
 from ptq4dit_ao.modules.card import pipeline_card
-from ptq4dit_ao.modules.saving import CARD
+from ptq4dit_ao.modules.saving import CARD, cannot_save
 from ptq4dit_ao.modules.text_encoders import quantized_text_encoder
 from ptq4dit_ao.recipe import Recipe, load_recipe
 from ptq4dit_ao.workflow.apply import convert
@@ -63,10 +64,11 @@ def quantize_pipeline(
             token. Denoisers' recipes agree in their ``calibration`` but for its ``timesteps``, which are out of a
             denoiser's own steps, and at most as many. ``balance.sites`` ``free`` is ``all`` here if the recipe chooses
             its balancing by the error.
-        prompts: class numbers or texts to record; by default the recipe's ``calibration.prompts``.
+        prompts: class numbers or texts to record; by default the recipe's ``calibration.prompts``. The error of
+            the result is measured on the same samples.
         call: more arguments for each call of the pipeline, beside those of the recipe.
         batch_size: number of prompts in a call of the pipeline, in place of the recipe's.
-        output: folder to save the pipeline to, complete or not at all.
+        output: folder to save the pipeline to, complete or not at all. An earlier pipeline there is replaced.
         method: format of quantized denoisers on disk, as for :func:`~ptq4dit_ao.to_module`.
         on_progress: called with ``(stage, done, total)`` as stages of the components advance.
 
@@ -76,8 +78,14 @@ def quantize_pipeline(
             :func:`~ptq4dit_ao.to_module`.
     """
     components = _components(pipeline)
+    check_type("call", call, (Mapping, type(None)), "a dict of arguments of the pipeline")
+    if method is not None:
+        check_choice("method", method, MODULE_FORMATS)
     chosen = _chosen(pipeline, components, recipes)
-    target = None if output is None else _target(output)
+    for name, recipe in chosen.items():
+        if isinstance(recipe, Recipe):
+            _check_held(name, components[name], recipe, method)
+    target = None if output is None else _target(output, components, chosen)
     denoisers = {name: recipe for name, recipe in chosen.items() if isinstance(recipe, Recipe)}
     made: dict[str, nn.Module] = {
         name: quantized_text_encoder(name, components[name], recipe)
@@ -106,8 +114,10 @@ def save_pipeline(pipeline: Any, target: Path) -> None:
         with replacing_folder(target) as folder:
             pipeline.save_pretrained(folder)
             (folder / CARD).write_text(pipeline_card(pipeline, folder), encoding="utf-8")
-    except OSError as error:
-        raise ArtifactError(f"cannot save the pipeline as {target}: {because(error)}; nothing was changed") from error
+    except ArtifactError as error:  # of a component, in the folder that is not there any more
+        raise ArtifactError(str(error).replace(str(folder), str(target))) from error
+    except (OSError, SafetensorError) as error:
+        raise cannot_save(target, error, "pipeline") from error
 
 
 def _components(pipeline: Any) -> dict[str, nn.Module]:
@@ -160,6 +170,31 @@ def _recipe(name: str, module: nn.Module, recipe: Recipe | str) -> Recipe | Text
     return loaded
 
 
+def _check_held(name: str, module: nn.Module, recipe: Recipe, method: ModuleFormat | None) -> None:
+    """Refuse, before the work, what a quantized module cannot hold and what is not done for whole pipelines."""
+    bits = {recipe.activations.bits, *(o.activation_bits for o in recipe.overrides if o.activation_bits is not None)}
+    problems = {
+        "attention.quantize is true": recipe.attention.quantize,
+        f"balance.method is {recipe.balance.method!r}": recipe.balance.method == "repq",
+        f"balance.fold_form is {recipe.balance.fold_form!r}": recipe.balance.fold_form == "bias",
+        f"calibration.sampler is {recipe.calibration.sampler!r}": recipe.calibration.sampler is not None,
+        f"noise_correction.images is {recipe.noise_correction.images}": recipe.noise_correction.images > 0,
+        f"activations have {min(bits)} bits and the format is torchao": method == "torchao" and bits != {8},
+    }
+    problem = next((text for text, wrong in problems.items() if wrong), None)
+    if problem is not None:
+        raise RecipeError(
+            f"the recipe of {name} cannot be followed for a quantized module: {problem}; change that, or quantize the "
+            "transformer alone ('ptq4dit-ao quantize', apply_recipe)"
+        )
+    adapters: Any = getattr(module, "peft_config", None) or {}
+    if adapters:
+        raise ArgumentError(
+            f"{name} has the adapter {next(iter(adapters))!r}; unload it and load it on the quantized module, or fuse "
+            "and unload it"
+        )
+
+
 def _recorded(
     pipeline: Any,
     recipes: Mapping[str, Recipe],
@@ -190,7 +225,7 @@ def _recorded(
         steps=settings.steps,
         guidance=settings.guidance,
         seed=settings.seed,
-        batch_size=batch_size or settings.batch_size,
+        batch_size=settings.batch_size if batch_size is None else batch_size,
         call=call,
         sizes=sizes_of(recipe),
         on_progress=of_stage(on_progress, "record"),
@@ -228,10 +263,15 @@ def _quantized(
     return to_module(converted.quantized(evaluation=evaluation), module, method=method)
 
 
-def _target(output: str | Path) -> Path:
-    """The folder to save to, which holds an earlier pipeline or nothing."""
+def _target(output: str | Path, components: Mapping[str, nn.Module], chosen: Mapping[str, Recipe | TextMethod]) -> Path:
+    """The folder to save to, which holds an earlier pipeline or nothing, on a disk with room for another one."""
     target = as_path(output, "output").resolve()
     check_writable(target, ArtifactError)
     if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / INDEX).is_file())):
         raise ArtifactError(f"{target} holds something other than a pipeline; give another folder, or remove it first")
+    least = 0
+    for name, module in components.items():
+        sizes = [parameter.numel() * (1 if name in chosen else parameter.itemsize) for parameter in module.parameters()]
+        least += sum(sizes) // (2 if name in chosen else 1)
+    check_room(target, least, ArtifactError)
     return target

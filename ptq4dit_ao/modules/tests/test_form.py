@@ -22,7 +22,7 @@ from ptq4dit_ao import (
 from ptq4dit_ao.capture.call import Call
 from ptq4dit_ao.capture.signature import flatten_call
 from ptq4dit_ao.core import sqnr_db
-from ptq4dit_ao.errors import ArgumentError, ExportError, LoweringError
+from ptq4dit_ao.errors import ArgumentError, ArtifactError, ExportError, LoweringError
 from ptq4dit_ao.lowering.match import quantized_linears
 from ptq4dit_ao.modules.form import integer_weights
 from ptq4dit_ao.recipe import Attention, Balance, Override, Recipe, Rounding, Weights
@@ -101,7 +101,7 @@ def test_what_is_saved_makes_the_same_module(tmp_path):
     one, other = to_module(quantized, model), to_module(loaded, model)
     assert torch.equal(outputs(one(**inputs)), outputs(other(**inputs)))
     (tmp_path / "model" / "balance.safetensors").write_bytes(b"{}")
-    with pytest.raises(Exception, match=r"balance\.safetensors has 2 bytes, the manifest says \d+"):
+    with pytest.raises(ArtifactError, match=r"balance\.safetensors has 2 bytes, the manifest says \d+"):
         load_quantized(tmp_path / "model")
 
 
@@ -109,7 +109,9 @@ def test_other_parameters_are_shared_and_another_float_model_may_be_given():
     model, quantized = case("sd3")
     module = to_module(quantized, model, verify=False)
     name = next(name for name, _ in model.named_parameters() if "pos_embed.proj" in name)
-    assert module.get_parameter(name) is model.get_parameter(name)
+    assert module.get_parameter(name).data_ptr() == model.get_parameter(name).data_ptr()
+    module.get_parameter(name).data = torch.zeros(0)  # as a move to another device does
+    assert model.get_parameter(name).numel() > 0
     narrow = to_module(quantized, copy.deepcopy(model).to(torch.bfloat16), verify=False)
     inputs = FAMILIES["sd3"].inputs(2, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -162,6 +164,55 @@ def test_a_linear_that_is_called_twice_has_one_range_for_both():
     assert sqnr_db(model(*x), module(*x)) > 30
 
 
+class Tied(Twice):
+    """A linear without a bias whose weight is that of another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.other = nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False)
+        self.other.weight = self.twice.weight
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = torch.tanh(self.twice(torch.tanh(self.fc(x))))
+        return self.out(torch.sin(self.other(h * 5))) + 0 * t[:, None]
+
+
+@torch.no_grad()
+def test_tied_linears_are_both_quantized_and_stay_tied():
+    torch.manual_seed(0)
+    model = Tied()
+    module = to_module(small(model), model)
+    assert set(integer_weights(module)) == {"fc", "twice", "other", "out"}
+    assert module.twice.weight is module.other.weight
+    x = (torch.randn(8, 16), torch.arange(8.0))
+    assert sqnr_db(model(*x), module(*x)) > 25
+    model.other.bias = nn.Parameter(torch.ones(16))
+    with pytest.raises(ArgumentError, match=r"its weight is tied to that of other\.weight, whose bias is another one"):
+        to_module(small(model), model)
+
+
+def test_the_float_model_keeps_its_gradients_and_a_processor_without_vnni_is_refused(monkeypatch):
+    torch.manual_seed(0)
+    model = Twice()
+    quantized = small(model)
+    model.requires_grad_(True)
+    to_module(quantized, model, verify=False)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    module = to_module(quantized, model, verify=False)
+    from ptq4dit_ao.lowering import machine
+    from ptq4dit_ao.modules import kernels
+
+    for place in (machine, kernels):
+        monkeypatch.setattr(place, "has_dot_product", lambda: False)
+    with pytest.raises(ArgumentError, match="has neither VNNI nor AMX, so 8-bit products overflow 16 bits"):
+        to_module(quantized, model, verify=False)
+    with (
+        torch.no_grad(),
+        pytest.raises(LoweringError, match="would compute wrong products: .*quantize activations to 7"),
+    ):
+        module(torch.randn(8, 16), torch.arange(8.0))
+
+
 class Parametrized(Twice):
     """Its second linear takes a slice of a larger weight."""
 
@@ -187,12 +238,14 @@ def test_another_module_or_no_module_is_refused():
         (FAMILIES["dit"].model(), ArgumentError, r"cannot hold \d+ of \d+ quantized linears .*the module has no"),
         (quantized.graph, ArgumentError, "model is a graph; give the float module"),
         ("sd3", ArgumentError, "model is 'sd3' .*; give the float module that was quantized"),
-        (to_module(quantized, model, verify=False), ExportError, "is already quantized|only plain tensors"),
+        (to_module(quantized, model, verify=False), ExportError, r"is already quantized, by ptq4dit_ao\.modules"),
     ]:
         with pytest.raises(error, match=message):
             to_module(quantized, wrong)
     with pytest.raises(ArgumentError, match="give what apply_recipe or load_quantized returned"):
         to_module(model, model)
+    with pytest.raises(ArgumentError, match=r"model is of torch\.float64; give one of torch\.float32"):
+        to_module(quantized, copy.deepcopy(model).double())
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,10 @@ def test_diffusers_reads_torchaos_format_and_computes_the_same(tmp_path, bits, m
     again = read(tmp_path / "m", torch_dtype=torch.float32)
     assert torch.equal(run(loaded), run(again))
     assert torch.equal(run(as_fast_module(again)), run(saved))
+    again.save_pretrained(tmp_path / "again")
+    assert torch.equal(run(read(tmp_path / "again", torch_dtype=torch.float32)), run(loaded))
+    assert again.hf_quantizer.record == saved.hf_quantizer.record
+    assert sqnr_db(run(saved), run(again.dequantize())) > 10
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -107,7 +111,7 @@ def test_in_bfloat16_only_the_other_layers_are(tmp_path):
 def test_the_card_says_what_it_is_and_how_to_load_it(tmp_path, bits, words):
     module(bits).save_pretrained(tmp_path / "m")
     card = ModelCard.load(tmp_path / "m" / "README.md", ignore_metadata_errors=False)
-    assert card.data.library_name == "diffusers" and f"w{bits}-8a8" in [*card.data.tags, f"w{bits}-8a8"]
+    assert card.data.library_name == "diffusers" and {8: "w8a8", 4: "w4-8a8"}[bits] in card.data.tags
     for part in (
         words,
         "SD3Transformer2DModel.from_pretrained(FOLDER",
@@ -167,21 +171,42 @@ def test_it_is_pushed_to_a_hub_with_its_own_card(hub, tmp_path, how):
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_failed_save_leaves_the_earlier_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("at", ["weights", "the end"])
+def test_a_failed_save_leaves_the_earlier_one(tmp_path, monkeypatch, at):
     module(8).save_pretrained(tmp_path / "m", max_shard_size="20KB")
+    (tmp_path / "m" / "notes.txt").write_text("mine")
     before = {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()}
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(saving, "_replace", full)
+        if at == "weights":
+            patch.setattr("safetensors.torch.save_file", full)
+        else:
+            patch.setattr(saving, "_carry_over", full)
         with pytest.raises(ArtifactError, match=r"No space left.*make room.*What was there is unchanged"):
             module(4).save_pretrained(tmp_path / "m")
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()}
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     module(4).save_pretrained(tmp_path / "m")  # one file in place of many
     assert len(list((tmp_path / "m").glob("*.safetensors*"))) == 1
+    assert (tmp_path / "m" / "notes.txt").read_text() == "mine"
+
+
+def test_another_variant_stays(tmp_path):
+    module(8, "ptq4dit").save_pretrained(tmp_path / "m")
+    module(8, "ptq4dit").save_pretrained(tmp_path / "m", variant="int8", max_shard_size="20KB")
+    assert torch.equal(run(read(tmp_path / "m")), run(read(tmp_path / "m", variant="int8")))
+
+
+def test_a_dequantized_module_is_saved_as_a_float_one(tmp_path):
+    model, quantized = case("sd3")
+    again = to_module(quantized, model, verify=False)
+    again.dequantize()
+    again.save_pretrained(tmp_path / "m")
+    assert "quantization_config" not in config(tmp_path / "m") and not (tmp_path / "m" / "README.md").exists()
+    assert torch.equal(run(read(tmp_path / "m")), run(again)) and sqnr_db(run(model), run(again)) > 25
 
 
 def test_a_file_a_pickle_and_an_adapter_are_refused(tmp_path):
@@ -229,6 +254,8 @@ LAYER = "transformer_blocks.0.attn.to_q"
             lambda f: edit_config(f, lambda c: c["linears"].update({LAYER: "w8a8 3d balanced bias"})),
             "do not fit a weight",
         ),
+        (lambda f: edit_config(f, lambda c: c.update(dtype="load")), "has the dtype 'load'; it is damaged"),
+        (lambda f: edit_config(f, lambda c: c.update(linears=["w8a8"])), "has linears that are no dict"),
         (lambda f: drop(f, "weight.scale"), r"lacks '.*\.weight\.scale'; copy or save the module again"),
     ],
 )

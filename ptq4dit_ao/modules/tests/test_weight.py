@@ -42,7 +42,7 @@ def made(c_out: int = 24, c_in: int = 32, *, balanced: bool = True, bits: int = 
 
 def expected(weight: StaticInt8Weight, x: Tensor, bias: Tensor | None) -> Tensor:
     """The formula of the module's docstring, in float64 but for the rounding itself."""
-    balanced = x if weight.pre_scale is None else x * weight.pre_scale
+    balanced = x.float() if weight.pre_scale is None else x.float() * weight.pre_scale
     q = torch.round(balanced * (1 / weight.x_scale)) + weight.x_zero_point
     x_back = (q.clamp(0, 2**weight.x_bits - 1) - weight.x_zero_point).double() * weight.x_scale.double()
     y = x_back @ (weight.qdata.double() * weight.scale.double().unsqueeze(1)).T
@@ -87,12 +87,12 @@ def test_it_is_the_float_weight_of_the_unbalanced_input():
     assert sqnr_db(functional.linear(x, weight.float_weight()), functional.linear(x, weight)) > 30
 
 
+@pytest.mark.parametrize("balanced", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_in_16_bits_scales_and_ranges_keep_32(dtype):
-    weight, x = made().to(dtype), torch.randn(8, 32, generator=generator(1))
-    assert weight.dtype == dtype and {weight.scale.dtype, weight.x_scale.dtype, weight.pre_scale.dtype} == {
-        torch.float32
-    }
+def test_in_16_bits_scales_and_ranges_keep_32(dtype, balanced):
+    weight, x = made(balanced=balanced).to(dtype), torch.randn(8, 32, generator=generator(1))
+    parts = [part for part in (weight.scale, weight.x_scale, weight.pre_scale) if part is not None]
+    assert weight.dtype == dtype and {part.dtype for part in parts} == {torch.float32}
     y = functional.linear(x.to(dtype), weight)
     assert y.dtype == dtype and sqnr_db(expected(weight, x.to(dtype), None), y.double()) > 45
 
@@ -132,6 +132,23 @@ def test_a_weight_is_packed_once_again_after_a_change_and_freed_with_it():
     del module
     gc.collect()
     assert len(PACKED) == before
+
+
+@pytest.mark.skipif(not takes_unsigned(CPU), reason="weights are packed for oneDNN only")
+def test_weights_in_one_buffer_are_packed_apart():
+    buffer, x = torch.randint(-9, 9, (48, 32), dtype=torch.int8), torch.randn(4, 32)
+    parts = [made(), made()]
+    for part, rows in zip(parts, buffer.split(24), strict=True):
+        part.qdata, part.row_sums = rows, rows.sum(1, dtype=torch.int32)
+    for part in parts:
+        assert sqnr_db(expected(part, x, None), functional.linear(x, part).double()) > 100
+
+
+def test_arguments_by_name_and_dtypes_that_no_kernel_takes():
+    weight, x, bias = made(), torch.randn(4, 32), torch.randn(24)
+    assert torch.equal(functional.linear(bias=bias, weight=weight, input=x), functional.linear(x, weight, bias))
+    with pytest.raises(ArgumentError, match=r"an input of torch\.float64; give float32"):
+        functional.linear(x.double(), weight)
 
 
 def test_threads_share_it():

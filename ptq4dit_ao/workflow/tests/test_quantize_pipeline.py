@@ -18,7 +18,8 @@ from ptq4dit_ao.cli.main import main
 from ptq4dit_ao.core import sqnr_db
 from ptq4dit_ao.errors import ArgumentError, ArtifactError, CalibrationError, RecipeError
 from ptq4dit_ao.modules.form import integer_weights
-from ptq4dit_ao.recipe import Balance, Calibration, Weights
+from ptq4dit_ao.modules.tests.test_saving import hub as hub  # a fixture
+from ptq4dit_ao.recipe import Attention, Balance, Calibration, Weights
 from ptq4dit_ao.testing.pipelines import tiny_sd3_pipeline, tiny_wan_pipeline
 
 PROMPTS = ["a lighthouse at dusk", "two foxes in the snow"]
@@ -72,7 +73,7 @@ def test_stable_diffusion_3_with_its_text_encoders(tmp_path):
     assert sqnr_db(image, drawn(again, SD3)) > 30 and torch.equal(drawn(again, SD3), drawn(opened(tmp_path / "q"), SD3))
     assert json.loads((tmp_path / "q" / "transformer" / "config.json").read_text())["quantization_config"]
     card = (tmp_path / "q" / "README.md").read_text()
-    assert "| transformer | 32 of 32 |" in card and "| text_encoder | 13 of 13 |" in card and "ptq4dit_ao" not in card
+    assert "| transformer | 32 of 32 |" in card and "| text_encoder | 12 of 13 |" in card and "ptq4dit_ao" not in card
     other = diffusers.StableDiffusion3Img2ImgPipeline.from_pipe(quantized)
     assert other.transformer is quantized.transformer and integer_weights(other.transformer)
 
@@ -91,6 +92,16 @@ def test_both_experts_of_wan_are_recorded_in_the_same_samples(tmp_path):
     again = opened(tmp_path / "q")
     assert sqnr_db(video, drawn(again, WAN)) > 90 and again.config.boundary_ratio == 0.875
     assert "import ptq4dit_ao" in (tmp_path / "q" / "README.md").read_text()
+
+
+def test_a_pipeline_is_pushed_to_a_hub_with_quantized_parts(hub, tmp_path):
+    quantized = quantize_pipeline(sd3(), {"transformer": recipe(bits=4)}, PROMPTS, call=SD3)
+    quantized.push_to_hub("me/sd3")
+    for name, content in hub.repositories["me/sd3"].items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    assert b"PTQ4DiT" in hub.repositories["me/sd3"]["transformer/README.md"]
+    assert sqnr_db(drawn(quantized, SD3), drawn(opened(tmp_path), SD3)) > 90
 
 
 def test_components_are_recorded_as_each_alone_would_be():
@@ -119,6 +130,13 @@ def test_components_are_recorded_as_each_alone_would_be():
         ({"transformer": "no_such"}, RecipeError, "no_such"),
         ({"text_encoder": "int8_dynamic"}, ArgumentError, "recipes names no denoiser"),
         (7, ArgumentError, "recipes is 7"),
+        (recipe().model_copy(update={"balance": Balance(method="repq")}), RecipeError, "balance.method is 'repq'"),
+        (
+            recipe().model_copy(update={"attention": Attention(quantize=True)}),
+            RecipeError,
+            "attention.quantize is true",
+        ),
+        ("digits_w8a8", RecipeError, "calibration.sampler is 'ddpm'; change that, or quantize the transformer alone"),
         ("dit_w8a8", ArgumentError, "there are no prompts; give some"),
     ],
 )
@@ -139,6 +157,12 @@ def test_what_is_in_the_way_is_kept_and_said_before_the_work(tmp_path):
     (tmp_path / "thesis").write_text("mine")
     with pytest.raises(ArtifactError, match="holds something other than a pipeline; give another folder"):
         quantize_pipeline(sd3(), recipe(), PROMPTS, call=SD3, output=tmp_path)
+    with pytest.raises(ArgumentError, match="method is 'zip'; choose one of torchao, ptq4dit"):
+        quantize_pipeline(sd3(), recipe(), PROMPTS, method="zip")
+    with pytest.raises(ArgumentError, match="batch_size is 0; it must be at least 1"):
+        quantize_pipeline(sd3(), recipe(), PROMPTS, batch_size=0)
+    with pytest.raises(ArgumentError, match=r"call is 3 \(int\); give a dict of arguments"):
+        quantize_pipeline(sd3(), recipe(), PROMPTS, call=3)
     with pytest.raises(ArgumentError, match="give a pipeline of diffusers"):
         quantize_pipeline(sd3().transformer, recipe(), PROMPTS)
     assert (tmp_path / "thesis").read_text() == "mine"
@@ -161,6 +185,7 @@ calibration: {timesteps: 2, steps: 4, guidance: 3.0, batch_size: 2, samples: 2, 
         (["--component", "x"], "--component is 'x'; give NAME=RECIPE"),
         (["--component", "text_encoder=nothing"], "nothing"),
         (["--model", "reference"], "--model is for a single transformer"),
+        (["--no-leave-one-out"], "--no-leave-one-out is for a single transformer"),
     ):
         assert main([*command, str(tmp_path / "other"), *wrong]) == 1
         assert message in " ".join(capsys.readouterr().err.split())
