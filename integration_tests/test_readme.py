@@ -12,7 +12,10 @@ import torch
 
 from ptq4dit_ao.calibration import Sampling, SamplingPipeline
 from ptq4dit_ao.cli.main import build_parser
-from ptq4dit_ao.recipe import load_recipe, shipped_recipes
+from ptq4dit_ao.modules.form import integer_weights
+from ptq4dit_ao.recipe import Recipe, load_recipe, shipped_recipes
+from ptq4dit_ao.testing.pipelines import tiny_sd3_pipeline
+from ptq4dit_ao.workflow import pipeline
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -23,7 +26,8 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_python_snippets_run_in_order(tiny_dit, tiny_samples, tmp_path, monkeypatch):
-    snippets = [snippet for snippet in blocks("python") if "import nncf" not in snippet]
+    others = ("import nncf", "quantize_pipeline")
+    snippets = [snippet for snippet in blocks("python") if not any(word in snippet for word in others)]
     assert len(snippets) == 3
     monkeypatch.chdir(tmp_path)
     sampling = Sampling(channels=4, size=8, null_label=10, clip=False)
@@ -40,6 +44,22 @@ def test_the_python_snippets_run_in_order(tiny_dit, tiny_samples, tmp_path, monk
     assert scope["denoiser"].proof.integer_gemms > 0
     assert scope["pipe"].transformer.lowered is scope["denoiser"]
     assert scope["pipe"]([3], num_inference_steps=2).shape == (1, 4, 8, 8)
+
+
+def test_the_snippet_of_pipelines_runs(tmp_path, monkeypatch):
+    (snippet,) = (snippet for snippet in blocks("python") if "quantize_pipeline" in snippet)
+
+    def few_steps(name: str) -> Recipe:
+        recipe = load_recipe(name)
+        few = recipe.calibration.model_copy(update={"timesteps": 2, "steps": 3})
+        return recipe.model_copy(update={"calibration": few})
+
+    monkeypatch.setattr(pipeline, "load_recipe", few_steps)
+    monkeypatch.chdir(tmp_path)
+    scope = {"pipe": tiny_sd3_pipeline(), "prompts": ["a lighthouse at dusk", "two foxes in the snow"]}
+    exec(compile(snippet, "README.md", "exec"), scope)
+    assert integer_weights(scope["quantized"].transformer) and scope["image"].size == (32, 32)
+    assert (tmp_path / "flux-w8a8" / "model_index.json").is_file()
 
 
 def test_the_nncf_snippet_runs(tiny_dit, tiny_samples):

@@ -297,7 +297,7 @@ def _sites_table(sites: Sequence[SiteEntry]) -> str:
 
 
 def _outcome(site: SiteEntry) -> str:
-    if site["status"] == "folded" and site["kind"] == "premultiply":
+    if site["status"] == "folded" and site.get("kind") == "premultiply":
         return "its input is multiplied when the model runs"
     paths = site["folded_into"] if site["status"] == "folded" else ()
     return "<br>".join(filter(None, [_reason(site), *map(_code, paths)]))

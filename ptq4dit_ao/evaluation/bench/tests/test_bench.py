@@ -118,7 +118,9 @@ def test_backends_default_to_the_integer_ones_that_run_here(run, monkeypatch):
             monkeypatch.delitem(BACKENDS, name)
     monkeypatch.setitem(BACKENDS, "absent", absent)
     result = run(backends=None)
-    assert [row.name for row in result.rows[2:]] == ["fbgemm"]
+    assert [row.name for row in result.rows[2:]] == ["fbgemm", "module eager", "module compiled"]
+    eager = row(result, "module eager")
+    assert eager.problem is None and eager.integer_gemms == eager.promised > 0
     assert result.missing == {"absent": "no such device"}
     simulated = row(run(backends=["reference"]), "reference")
     assert (simulated.integer_gemms, simulated.promised) == (None, None)
