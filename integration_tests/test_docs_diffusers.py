@@ -134,7 +134,8 @@ def test_a_script_runs(name, tmp_path, monkeypatch):
     drawn = torch.as_tensor(scope.get("image", scope.get("frames")))
     assert drawn.isfinite().all() and drawn.std() > 0
     weights = {type(x.weight).__name__ for x in scope["pipe"].transformer.modules() if isinstance(x, torch.nn.Linear)}
-    assert "Int8Tensor" in weights
+    own = "SanaPipeline"  # rounding has added biases to its linears, which torchao's format cannot hold
+    assert ("StaticInt8Weight" if name == own else "Int8Tensor") in weights
 
 
 def test_there_is_a_script_for_each():
