@@ -59,7 +59,7 @@ def model_card(module: nn.Module, recipe: Mapping[str, Any], report: Mapping[str
     text = (STOCK if method == "torchao" else OWN).format(kind=type(module).__name__, dtype=_dtype(module))
     return "\n".join(
         [
-            f"---\n{write_yaml(header)}---",
+            _header(header),
             f"# {type(module).__name__}, W{bits}A{x_bits}\n",
             f"Post-training quantization by PTQ4DiT: {recipe.get('description') or 'integer weights and activations'}.",
             "Integers, scales and ranges are static; each linear balances and quantizes its own input.\n",
@@ -93,6 +93,10 @@ def _range(values: set[int]) -> str:
 
 def _dtype(module: nn.Module) -> str:
     return str(dtype_of(module)).removeprefix("torch.")
+
+
+PIPELINE = {"library_name": "diffusers", "tags": ["ptq4dit", "quantized"]}
+"""Header of a pipeline's card."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,13 +139,12 @@ def pipeline_card(pipeline: Any, folder: Path) -> str:
         f"| {name} | {x.quantized} of {x.linears} | {x.stored / 2**20:.1f} MiB | {x.ratio:.3f} | {x.error} |"
         for name, x in component_entries(pipeline, folder).items()
     ]
-    header = {"library_name": "diffusers", "tags": ["ptq4dit", "quantized"]}
     own = any((folder / name / "config.json").is_file() and _is_own(folder / name) for name in pipeline.components)
     first = "import ptq4dit_ao  # registers the format with diffusers\n" if own else ""
     dtype = _dtype(next(module for module in pipeline.components.values() if isinstance(module, nn.Module)))
     return "\n".join(
         [
-            f"---\n{write_yaml(header)}---",
+            _header(PIPELINE),
             f"# {type(pipeline).__name__} with quantized components\n",
             "| component | quantized linears | weights on disk | of float32 | SQNR, dB |",
             "|---|---|---|---|---|",
@@ -151,6 +154,15 @@ def pipeline_card(pipeline: Any, folder: Path) -> str:
             f"pipe = DiffusionPipeline.from_pretrained(FOLDER, torch_dtype=torch.{dtype})\n```\n",
         ]
     )
+
+
+def is_pipeline_card(path: Path) -> bool:
+    """Whether a file is a card that :func:`pipeline_card` has made."""
+    return path.is_file() and path.read_text(encoding="utf-8", errors="replace").startswith(_header(PIPELINE))
+
+
+def _header(data: Mapping[str, object]) -> str:
+    return f"---\n{write_yaml(data)}---"
 
 
 def _is_own(folder: Path) -> bool:

@@ -22,7 +22,7 @@ from ptq4dit_ao.calibration.schedule import known_times
 from ptq4dit_ao.capture.float_model import check_float_module, check_in_memory
 from ptq4dit_ao.choices import MODULE_FORMATS, TEXT_METHODS, ModuleFormat, TextMethod
 from ptq4dit_ao.errors import ArgumentError, ArtifactError, RecipeError, check_choice, check_type
-from ptq4dit_ao.modules.card import pipeline_card
+from ptq4dit_ao.modules.card import is_pipeline_card, pipeline_card
 from ptq4dit_ao.modules.saving import CARD, cannot_save
 from ptq4dit_ao.modules.text_encoders import quantized_text_encoder
 from ptq4dit_ao.recipe import Recipe, load_recipe
@@ -33,9 +33,6 @@ from ptq4dit_ao.workflow.module_form import to_module
 from ptq4dit_ao.workflow.samples import sizes_of, wanted_timesteps
 
 logger = logging.getLogger(__name__)
-
-INDEX = "model_index.json"
-"""File by which diffusers knows the folder of a pipeline."""
 
 
 @own_modes()
@@ -68,7 +65,7 @@ def quantize_pipeline(
             the result is measured on the same samples.
         call: more arguments for each call of the pipeline, beside those of the recipe.
         batch_size: number of prompts in a call of the pipeline, in place of the recipe's.
-        output: folder to save the pipeline to, complete or not at all. An earlier pipeline there is replaced.
+        output: folder to save the pipeline to, complete or not at all. An earlier result there is replaced.
         method: format of quantized denoisers on disk, as for :func:`~ptq4dit_ao.to_module`.
         on_progress: called with ``(stage, done, total)`` as stages of the components advance.
 
@@ -264,11 +261,14 @@ def _quantized(
 
 
 def _target(output: str | Path, components: Mapping[str, nn.Module], chosen: Mapping[str, Recipe | TextMethod]) -> Path:
-    """The folder to save to, which holds an earlier pipeline or nothing, on a disk with room for another one."""
+    """The folder to save to, which holds an earlier result or nothing, on a disk with room for another one."""
     target = as_path(output, "output").resolve()
     check_writable(target, ArtifactError)
-    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / INDEX).is_file())):
-        raise ArtifactError(f"{target} holds something other than a pipeline; give another folder, or remove it first")
+    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or is_pipeline_card(target / CARD))):
+        raise ArtifactError(
+            f"{target} holds something other than a pipeline that this package has quantized; give another folder, or "
+            "remove it first"
+        )
     least = 0
     for name, module in components.items():
         sizes = [parameter.numel() * (1 if name in chosen else parameter.itemsize) for parameter in module.parameters()]

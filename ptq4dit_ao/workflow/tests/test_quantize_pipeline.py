@@ -155,7 +155,9 @@ def test_recipes_of_one_recording_must_agree():
 
 def test_what_is_in_the_way_is_kept_and_said_before_the_work(tmp_path):
     (tmp_path / "thesis").write_text("mine")
-    with pytest.raises(ArtifactError, match="holds something other than a pipeline; give another folder"):
+    with pytest.raises(
+        ArtifactError, match="holds something other than a pipeline that this package has quantized; give"
+    ):
         quantize_pipeline(sd3(), recipe(), PROMPTS, call=SD3, output=tmp_path)
     with pytest.raises(ArgumentError, match="method is 'zip'; choose one of torchao, ptq4dit"):
         quantize_pipeline(sd3(), recipe(), PROMPTS, method="zip")
@@ -176,11 +178,16 @@ calibration: {timesteps: 2, steps: 4, guidance: 3.0, batch_size: 2, samples: 2, 
 """
     (tmp_path / "r.yaml").write_text(text)
     command = ["quantize", str(tmp_path / "r.yaml"), "--pipeline", str(tmp_path / "float"), "--output"]
+    assert main([*command, str(tmp_path / "float")]) == 1
+    assert "holds something other than a pipeline that this package has quantized" in capsys.readouterr().err
+    assert not integer_weights(opened(tmp_path / "float").transformer)
     options = ["--component", "text_encoder_3=int8_weight_only", "--format", "ptq4dit"]
     assert main([*command, str(tmp_path / "q"), *options]) == 0
     printed = capsys.readouterr().out
     assert "transformer" in printed and "saved to" in printed
     assert drawn(opened(tmp_path / "q"), SD3).isfinite().all()
+    assert main([*command, str(tmp_path / "q"), *options]) == 0  # an earlier result is replaced
+    capsys.readouterr()
     for wrong, message in (
         (["--component", "x"], "--component is 'x'; give NAME=RECIPE"),
         (["--component", "text_encoder=nothing"], "nothing"),
