@@ -86,6 +86,7 @@ def test_adapters_of_the_float_model_are_loaded_switched_scaled_and_unloaded():
     assert torch.equal(call(module), quantized)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_delta_of_an_adapter_is_that_of_the_trained_float_model_to_25_db():
     loaded = load_model("reference")

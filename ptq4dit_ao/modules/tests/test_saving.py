@@ -270,7 +270,7 @@ def test_damage_is_named(tmp_path, damage, message):
     "script",
     [
         "import ptq4dit_ao, sys; assert 'torch' not in sys.modules; import diffusers",
-        "import diffusers.quantizers.auto; import ptq4dit_ao",
+        pytest.param("import diffusers.quantizers.auto; import ptq4dit_ao", marks=pytest.mark.slow),
     ],
 )
 def test_the_format_is_registered_whichever_is_imported_first(tmp_path, script):

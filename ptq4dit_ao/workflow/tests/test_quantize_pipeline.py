@@ -78,6 +78,7 @@ def test_stable_diffusion_3_with_its_text_encoders(tmp_path):
     assert other.transformer is quantized.transformer and integer_weights(other.transformer)
 
 
+@pytest.mark.slow
 def test_both_experts_of_wan_are_recorded_in_the_same_samples(tmp_path):
     pipeline, runs = tiny_wan_pipeline(), []
     encode = pipeline.encode_prompt
@@ -94,6 +95,7 @@ def test_both_experts_of_wan_are_recorded_in_the_same_samples(tmp_path):
     assert "import ptq4dit_ao" in (tmp_path / "q" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_pushed_to_a_hub_with_quantized_parts(hub, tmp_path):
     quantized = quantize_pipeline(sd3(), {"transformer": recipe(bits=4)}, PROMPTS, call=SD3)
     quantized.push_to_hub("me/sd3")
