@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -72,6 +73,12 @@ def check_room(path: Path, needed: int, error: type[PTQ4DiTError] = ArgumentErro
 def cannot_write(path: Path, problem: OSError) -> str:
     """One sentence for an error of the operating system while writing."""
     return f"cannot write {path}: {because(problem)}; choose a place that you may write to"
+
+
+def error_number(error: Exception) -> int | None:
+    """The number of a system's error; safetensors reports it only in the message. None without one."""
+    hidden = re.search(r"\(os error (\d+)\)", str(error))
+    return int(hidden[1]) if hidden else getattr(error, "errno", None)
 
 
 def because(problem: OSError) -> str:

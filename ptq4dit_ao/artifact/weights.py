@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.fx import GraphModule
 
+from ptq4dit_ao._paths import error_number
 from ptq4dit_ao.artifact.graph_json import graph_tensors
 from ptq4dit_ao.artifact.narrow import four_bit_tensors
 from ptq4dit_ao.artifact.strict import check_keys
@@ -106,9 +106,8 @@ def save_tensors(payload: Mapping[str, Tensor], path: Path) -> None:
     try:
         save_file(dict(payload), path)
     except SafetensorError as error:
-        # safetensors reports a full disk only in the message.
-        if code := re.search(r"\(os error (\d+)\)", str(error)):
-            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+        if (number := error_number(error)) is not None:
+            raise OSError(number, os.strerror(number), str(path)) from error
         raise ArtifactError(f"the weights cannot be stored: {error}; cast them to a common dtype first") from error
     except KeyError as error:
         raise ArtifactError(f"safetensors cannot hold dtype {error}; cast the tensor to a common dtype") from error

@@ -11,6 +11,11 @@ from ptq4dit_ao.lowering.match import QuantizedLinear
 X86 = ("x86_64", "AMD64")
 """Names of the x86-64 architecture in torch."""
 
+OVERFLOWS = (
+    "this processor has neither VNNI nor AMX, so 8-bit products overflow 16 bits; quantize activations to 7 bits"
+)
+"""The reason why a processor would silently compute 8-bit products wrongly."""
+
 
 @functools.cache
 def no_x86() -> str | None:
@@ -61,4 +66,4 @@ def saturates(linear: QuantizedLinear) -> str | None:
     largest = 2 * linear.x_range[1] * max(abs(bound) for bound in linear.weight_range)
     if has_dot_product() or largest < 2**15:
         return None
-    return "this processor has neither VNNI nor AMX, so 8-bit products overflow 16 bits; quantize activations to 7 bits"
+    return OVERFLOWS

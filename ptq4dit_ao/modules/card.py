@@ -87,6 +87,11 @@ def _table(module: nn.Module, report: Mapping[str, Any], weights: list[StaticInt
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
+def stored_bytes(folder: Path) -> int:
+    """Bytes of the weights that are saved in a folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
 def _range(values: set[int]) -> str:
     return "-".join(map(str, sorted({min(values), max(values)}))) if values else "?"
 
@@ -120,7 +125,7 @@ def component_entries(pipeline: Any, folder: Path) -> dict[str, ComponentEntry]:
     for name, module in pipeline.components.items():
         if isinstance(module, nn.Module):
             linears = [child for child in module.modules() if isinstance(child, nn.Linear)]
-            stored = sum(file.stat().st_size for file in (folder / name).glob("*.safetensors"))
+            stored = stored_bytes(folder / name)
             record = getattr(getattr(module, "hf_quantizer", None), "record", None)
             evaluation = None if record is None else record.report.get("evaluation")
             entries[name] = ComponentEntry(

@@ -30,7 +30,7 @@ from torchao.quantization import Int8StaticActivationInt8WeightConfig, MappingTy
 
 from ptq4dit_ao.choices import MODULE_FORMATS, ModuleFormat
 from ptq4dit_ao.errors import ArgumentError, ArtifactError, check_choice
-from ptq4dit_ao.modules.card import model_card
+from ptq4dit_ao.modules.card import model_card, stored_bytes
 from ptq4dit_ao.modules.form import ADDED_BIAS, dtype_of, integer_weights
 from ptq4dit_ao.modules.packing import PACKED_BITS, Stored, pack, unpack
 from ptq4dit_ao.modules.saving import saved_whole, unbind
@@ -164,8 +164,7 @@ class _Records:
 
     def card(self, module: Any, folder: Path) -> str:
         """Text of the model card for a module saved in ``folder``."""
-        stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        return model_card(module, self.record.recipe, self.record.report, stored)
+        return model_card(module, self.record.recipe, self.record.report, stored_bytes(folder))
 
 
 class PTQ4DiTHfQuantizer(_Records, DiffusersQuantizer):

@@ -18,10 +18,10 @@ from ptq4dit_ao.capture.float_model import check_float_module
 from ptq4dit_ao.errors import ArgumentError, ArtifactError, LoweringError, check_type
 from ptq4dit_ao.graph.names import WRAPPED
 from ptq4dit_ao.lowering.machine import saturates
-from ptq4dit_ao.lowering.match import QuantizedLinear, quantized_linears
+from ptq4dit_ao.lowering.match import QuantizedLinear, quantized_linears, quantized_products
 from ptq4dit_ao.lowering.proof import KernelProof, check_proof
 from ptq4dit_ao.modules.kernels import KERNELS, OP
-from ptq4dit_ao.modules.linears import ModuleLinear, has_quantized_attention, ones_like_rows
+from ptq4dit_ao.modules.linears import ModuleLinear
 from ptq4dit_ao.modules.weight import StaticInt8Weight
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def quantized_module(
         ArgumentError: the module is another one, or the graph quantizes what a module cannot hold.
     """
     model = uncompiled(check_module(model))
-    if has_quantized_attention(graph):
+    if quantized_products(graph):
         raise ArgumentError(
             "this model's attention is quantized, which a module cannot hold, as its processors compute it in float; "
             "quantize without attention.quantize for a module, or lower the graph"
@@ -257,7 +257,7 @@ def _quantize(linear: nn.Linear, calls: Sequence[tuple[QuantizedLinear, ModuleLi
     """Give a linear the integers of its calls in a graph, which share a weight."""
     quantized, about = calls[0]
     integers = quantized.weight
-    rows = ones_like_rows(integers) if about.rows is None else about.rows
+    rows = torch.ones(len(integers), dtype=torch.float64) if about.rows is None else about.rows
     device, dtype = linear.weight.device, linear.weight.dtype
     low, high = quantized.x_range
     scale, zero_point = _joint_range([call for call, _ in calls])

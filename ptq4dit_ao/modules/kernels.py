@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ptq4dit_ao.lowering.machine import has_dot_product, has_onednn, no_x86
+from ptq4dit_ao.lowering.machine import OVERFLOWS, has_dot_product, has_onednn, no_x86
 
 KERNELS = ("onednn::qlinear_pointwise", "aten::_int_mm")
 """Names of the integer kernels in torch's profiler."""
@@ -44,7 +44,7 @@ def saturates(device: torch.device, x_bits: int, bits: int) -> str | None:
     """The reason why the kernel of a device would silently compute wrong products; None if it would not."""
     if device.type != "cpu" or no_x86() is not None or has_dot_product() or x_bits + bits < 16:
         return None
-    return "this processor has neither VNNI nor AMX, so 8-bit products overflow 16 bits; quantize activations to 7 bits"
+    return OVERFLOWS
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class PackedWeights:
 PACKED = PackedWeights()
 
 
-def linear_int8(
+def _kernel(
     x: Tensor,
     x_scale: Tensor,
     x_zero_point: Tensor,
@@ -130,20 +130,6 @@ def linear_int8(
         bias: (C_out,), or None.
         dtype: dtype of the output.
     """
-    y: Tensor = torch.ops.ptq4dit_ao.linear_int8(x, x_scale, x_zero_point, weight, scale, row_sums, bias, dtype)
-    return y
-
-
-def _kernel(
-    x: Tensor,
-    x_scale: Tensor,
-    x_zero_point: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    row_sums: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
     bias = None if bias is None else bias.to(torch.float32)
     if x.dtype == torch.int8:
         product = _int_mm(x.reshape(-1, x.shape[-1]), weight) - x_zero_point * row_sums
@@ -177,3 +163,6 @@ _LIBRARY.define(
 )
 _LIBRARY.impl("linear_int8", _kernel, "CompositeExplicitAutograd")
 torch.library.register_fake(OP, _shaped, lib=_LIBRARY)
+
+linear_int8 = torch.ops.ptq4dit_ao.linear_int8.default
+"""The op, with the arguments of :func:`_kernel`."""

@@ -11,12 +11,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
 from ptq4dit_ao.errors import ArtifactError
-from ptq4dit_ao.lowering.match import quantized_linears, quantized_products
+from ptq4dit_ao.lowering.match import quantized_linears
 from ptq4dit_ao.passes import BalanceResult
 from ptq4dit_ao.passes.edit import scale_of
 
@@ -60,11 +59,6 @@ def module_linears(graph: GraphModule, result: BalanceResult, folded: Collection
         )
         for linear in quantized_linears(graph)
     )
-
-
-def has_quantized_attention(graph: GraphModule) -> bool:
-    """Whether products of attention are quantized, too."""
-    return bool(quantized_products(graph))
 
 
 def _vectors(result: BalanceResult) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]]:
@@ -133,8 +127,3 @@ def _from_stored(entry: object, tensors: Mapping[str, Tensor]) -> ModuleLinear:
                 columns, rows = (tensors.get(f"{node}.{part}") for part in ("columns", "rows"))
                 return ModuleLinear(node=node, weight=weight, ndim=ndim, columns=columns, rows=rows, refusal=refusal)
     raise ArtifactError(f"{entry!r} describes no linear of a saved model; save it again")
-
-
-def ones_like_rows(weight: Tensor) -> Tensor:
-    """Ones for the rows of a weight, float64."""
-    return torch.ones(len(weight), dtype=torch.float64)

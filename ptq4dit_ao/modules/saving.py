@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from ptq4dit_ao._files import is_unfinished, replacing_folder
-from ptq4dit_ao._paths import as_path, because
+from ptq4dit_ao._paths import as_path, because, error_number
 from ptq4dit_ao.errors import ArgumentError, ArtifactError
 
 CARD = "README.md"
@@ -121,8 +121,7 @@ def _check_no_adapters(module: Any) -> None:
 
 def cannot_save(folder: Path, error: Exception, what: str = "module") -> ArtifactError:
     """An error that says why a folder cannot be written, and that nothing was changed."""
-    code = re.search(r"\(os error (\d+)\)", str(error))  # safetensors reports a full disk only in the message
-    number = int(code[1]) if code else getattr(error, "errno", None)
+    number = error_number(error)
     reason = os.strerror(number) if number else str(error)
     if number in (errno.ENOSPC, errno.EDQUOT):
         way_out = "make room, or save to another disk"

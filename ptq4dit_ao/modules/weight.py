@@ -223,9 +223,10 @@ def _linear(func: Callable[..., Any], types: Sequence[type], args: Sequence[Any]
     if (why := saturates(x.device, weight.x_bits, weight.bits)) is not None:
         raise LoweringError(f"a quantized linear would compute wrong products: {why}, or use another device")
     zero_point = weight.x_zero_point if takes_unsigned(x.device) else weight.x_zero_point - SIGNED
-    return linear_int8(
+    y: Tensor = linear_int8(
         weight.quantize(x), weight.x_scale, zero_point, weight.qdata, weight.scale, weight.row_sums, bias, x.dtype
     )
+    return y
 
 
 @StaticInt8Weight.implements(aten._to_copy.default)
