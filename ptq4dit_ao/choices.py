@@ -24,6 +24,10 @@ Start = Literal["nearest", "gptq"]
 STARTS: tuple[Start, ...] = get_args(Start)
 """Roundings that AdaRound can start from."""
 
+Levels = Literal["uniform", "normal"]
+LEVELS: tuple[Levels, ...] = get_args(Levels)
+"""Spacings of the 16 values of a 4-bit weight."""
+
 Ranges = Literal["minmax", "output", "percentile", "lp"]
 RANGES: tuple[Ranges, ...] = get_args(Ranges)
 """Methods that choose the quantization range of an activation or a weight."""

@@ -16,10 +16,11 @@ from ptq4dit_ao.errors import ArtifactError
 
 FORMAT = "ptq4dit-ao"
 """Name of the format in the manifest."""
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """Format version that is written."""
-READ_VERSIONS = (3, 4)
-"""Format versions that are read. In version 2, recipes had ``balance.aggregation``; version 3 had no vectors."""
+READ_VERSIONS = (3, 4, 5)
+"""Format versions that are read. In version 2, recipes had ``balance.aggregation``; version 3 had no vectors,
+version 4 no weights that expand."""
 MANIFEST, GRAPH, WEIGHTS = "manifest.json", "graph.json", "weights.safetensors"
 """Names of the files of a saved model."""
 VECTORS = "balance.safetensors"

@@ -35,6 +35,7 @@ from ptq4dit_ao.artifact.manifest import (
 from ptq4dit_ao.artifact.strict import check_json, dump_json, load_json
 from ptq4dit_ao.artifact.weights import StoredTensor, load_tensors, pack_tensors, save_tensors
 from ptq4dit_ao.errors import ArtifactError
+from ptq4dit_ao.graph.expansions import expansions
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -148,6 +149,8 @@ def _read_files(folder: Path, device: torch.device) -> StoredModel:
         gm = graph_from_json(doc, tensors, device)
     except (ArtifactError, RecursionError) as error:
         raise ArtifactError(f"{folder / GRAPH}: {error}") from error
+    rules = {name: entry.expansion for name, entry in manifest.tensors.items() if entry.expansion is not None}
+    expansions(gm).update(rules)
     return StoredModel(
         graph_module=gm,
         metadata=manifest.metadata,

@@ -1,13 +1,14 @@
 """Tensors of an artifact in one safetensors file, each in its smallest exact form.
 
-======  ==========================================================  =============================
-form    content of the file                                         tensors
-======  ==========================================================  =============================
-raw     the tensor itself                                           everything else
-int4    two values per byte                                         int8 that is used as 4-bit only
-zeros   nothing, because dtype and shape say it all                 integers that are all 0
-pairs   (..., 2) real numbers, as safetensors has no such dtype     complex128, complex32
-======  ==========================================================  =============================
+========  ==========================================================  =============================
+form      content of the file                                         tensors
+========  ==========================================================  =============================
+raw       the tensor itself                                           everything else
+int4      two values per byte                                         int8 that is used as 4-bit only
+expanded  codes, steps and zero points of its groups in one row       int8 that expands from 4 bits
+zeros     nothing, because dtype and shape say it all                 integers that are all 0
+pairs     (..., 2) real numbers, as safetensors has no such dtype     complex128, complex32
+========  ==========================================================  =============================
 """
 
 from __future__ import annotations
@@ -30,13 +31,15 @@ from ptq4dit_ao.artifact.graph_json import graph_tensors
 from ptq4dit_ao.artifact.narrow import four_bit_tensors
 from ptq4dit_ao.artifact.strict import check_keys
 from ptq4dit_ao.artifact.values import DTYPES
+from ptq4dit_ao.core.expansion import Expansion
 from ptq4dit_ao.core.int4 import pack_int4, packed_length, unpack_int4
 from ptq4dit_ao.errors import ArtifactError
+from ptq4dit_ao.graph.expansions import expansions
 
 MAPPED_BYTES = 2**26
 """Bytes of the file that are mapped at a time."""
 
-_STORAGES = ("raw", "int4", "zeros", "pairs")
+_STORAGES = ("raw", "int4", "expanded", "zeros", "pairs")
 _PARTS = {torch.complex128: torch.float64, torch.complex32: torch.float16}
 """Complex dtypes that are stored as pairs -> dtype of their parts."""
 
@@ -48,18 +51,29 @@ class StoredTensor:
     storage: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    expansion: Expansion | None = None
+    """Rule by which it expands from 4 bits; None in another form."""
 
     @property
     def in_file(self) -> tuple[torch.dtype, tuple[int, ...]]:
         """Dtype and shape of the tensor in the file."""
         if self.storage == "int4":
             return torch.uint8, (packed_length(self.shape),)
+        if self.expansion is not None:
+            return torch.uint8, (self.expansion.packed_length(self.matrix),)
         return (_PARTS[self.dtype], (*self.shape, 2)) if self.storage == "pairs" else (self.dtype, self.shape)
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """The shape of a matrix."""
+        rows, columns = self.shape
+        return rows, columns
 
     def to_json(self) -> dict[str, Any]:
         """JSON-safe form of the entry, for :meth:`from_json`."""
         dtype = str(self.dtype).removeprefix("torch.")
-        return {"storage": self.storage, "dtype": dtype, "shape": list(self.shape)}
+        about = {"storage": self.storage, "dtype": dtype, "shape": list(self.shape)}
+        return about if self.expansion is None else {**about, "expansion": self.expansion.to_text()}
 
     @classmethod
     def from_json(cls, name: str, doc: Any) -> StoredTensor:
@@ -69,16 +83,24 @@ class StoredTensor:
             ArtifactError: the entry is damaged.
         """
         what = f"entry of tensor {name!r}"
-        check_keys(doc, {"storage", "dtype", "shape"}, what)
+        expands = isinstance(doc, dict) and doc.get("storage") == "expanded"
+        check_keys(doc, {"storage", "dtype", "shape", *(["expansion"] if expands else [])}, what)
         storage, dtype, shape = doc["storage"], doc["dtype"], doc["shape"]
         sound = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
         if storage not in _STORAGES or not isinstance(dtype, str) or dtype not in DTYPES or not sound:
             raise ArtifactError(f"{what} is {doc!r}, which is not readable; copy or save the model again")
         if storage == "pairs":
             sound = DTYPES[dtype] in _PARTS
-        elif storage != "raw" and (DTYPES[dtype].is_floating_point or (storage == "int4" and dtype != "int8")):
+        elif storage != "raw" and (
+            DTYPES[dtype].is_floating_point or (storage in ("int4", "expanded") and dtype != "int8")
+        ):
             raise ArtifactError(f"{what} stores {dtype} as {storage!r}, which is for integers; save the model again")
-        return cls(storage=storage, dtype=DTYPES[dtype], shape=tuple(shape))
+        if not expands:
+            return cls(storage=storage, dtype=DTYPES[dtype], shape=tuple(shape))
+        if len(shape) != 2 or not isinstance(doc["expansion"], str):
+            raise ArtifactError(f"{what} is {doc!r}, which is no matrix that expands from 4 bits; save the model again")
+        expansion = Expansion.from_text(doc["expansion"])
+        return cls(storage=storage, dtype=DTYPES[dtype], shape=tuple(shape), expansion=expansion)
 
 
 def pack_tensors(gm: GraphModule) -> tuple[dict[str, StoredTensor], dict[str, Tensor]]:
@@ -88,9 +110,11 @@ def pack_tensors(gm: GraphModule) -> tuple[dict[str, StoredTensor], dict[str, Te
         ArtifactError: a tensor is not dense, or a 4-bit weight holds values of more bits.
     """
     tensors = graph_tensors(gm)
-    four_bit = four_bit_tensors(gm)
+    four_bit, rules = four_bit_tensors(gm), expansions(gm)
     table = {
-        name: StoredTensor(storage=_storage(name, t, four_bit), dtype=t.dtype, shape=tuple(t.shape))
+        name: StoredTensor(storage="expanded", dtype=t.dtype, shape=tuple(t.shape), expansion=rules[name])
+        if name in rules
+        else StoredTensor(storage=_storage(name, t, four_bit), dtype=t.dtype, shape=tuple(t.shape))
         for name, t in tensors.items()
     }
     return table, {n: _pack(n, tensors[n], entry) for n, entry in table.items() if entry.storage != "zeros"}
@@ -165,7 +189,7 @@ def _pack(name: str, tensor: Tensor, entry: StoredTensor) -> Tensor:
         whole = tensor.untyped_storage().nbytes() == tensor.nbytes
         return tensor.contiguous() if whole else tensor.clone(memory_format=torch.contiguous_format)
     try:
-        return pack_int4(tensor)
+        return pack_int4(tensor) if entry.expansion is None else entry.expansion.pack(tensor)
     except ArtifactError as error:
         raise ArtifactError(f"tensor {name!r}: {error}") from error
 
@@ -182,6 +206,8 @@ def _unpack(path: Path, name: str, entry: StoredTensor, file: Any) -> Tensor:
         )
     if entry.storage == "pairs":
         return torch.view_as_complex(stored.clone())
+    if entry.expansion is not None:
+        return entry.expansion.unpack(stored, entry.matrix)
     return unpack_int4(stored, entry.shape) if entry.storage == "int4" else stored.clone()
 
 

@@ -273,9 +273,10 @@ def _print_report(report: Report, console: Console, *, layers: bool = False, wid
         console.print(f"eps SQNR (simulated): [bold]{report['evaluation']['sqnr_db']:.2f} dB[/]")
     if report["size"]:
         size = report["size"]
+        bits = "" if "bits_per_weight" not in size else f", {size['bits_per_weight']:.2f} bits a weight"
         console.print(
             f"on disk: {size['artifact_bytes'] / 1e6:.2f} MB, float32 {size['float32_bytes'] / 1e6:.2f} MB "
-            f"({size['ratio']:.3f}x); quantized layers alone {size['quantized_layers_ratio']:.3f}x"
+            f"({size['ratio']:.3f}x); quantized layers alone {size['quantized_layers_ratio']:.3f}x{bits}"
         )
     for note in report["notes"]:
         console.print(f"[yellow]note:[/] {note}")

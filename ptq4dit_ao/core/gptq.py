@@ -8,11 +8,12 @@ round the balanced weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
+from ptq4dit_ao.core.expansion import Codebook
 from ptq4dit_ao.errors import CalibrationError
 
 DOUBLE = 2048
@@ -61,36 +62,90 @@ def gptq_and_scale(
     Returns:
         Integers, (C_out, C_in) int8, and scales, (C_out,) float32.
     """
-    order = moment.diagonal().argsort(descending=True)
-    # Row i of the upper factor of H^-1 has the weights by which later columns compensate for the error of column i.
-    factor = cholesky(lambda: factored(moment)[order.unsqueeze(1), order], damping, inverse=True).to(torch.float32)
-    # Columns are stored as rows, so that each step reads and writes contiguous memory.
-    columns = weight.to(torch.float32).T[order]
-    scale, *others = scales.to(torch.float32)
-    integers, least = _round(columns.clone(), scale, factor, quant_min, quant_max)
-    for candidate in others:
-        rounded, error = _round(columns.clone(), candidate, factor, quant_min, quant_max)
+
+    def clamped(_: int, position: Tensor) -> Tensor:
+        return position.round().clamp_(quant_min, quant_max)
+
+    columns = _Columns(weight, moment, damping)
+    candidates = ((scale, columns.rounded(scale, clamped), None) for scale in scales.to(torch.float32))
+    integers, scale, _ = _least(candidates)
+    return columns.restored(integers), scale
+
+
+def gptq_and_codebook(
+    weight: Tensor, candidates: Iterable[tuple[Tensor, Codebook]], moment: Tensor, *, damping: float = 0.01
+) -> tuple[Tensor, Tensor, Codebook]:
+    """Integers of a weight that codebooks allow, with the candidate for each output channel that leaves least error.
+
+    Args:
+        weight: (C_out, C_in).
+        candidates: scales, (C_out,) each, with their codebooks; at least one.
+        moment: the same as for :func:`gptq`.
+        damping: the same as for :func:`gptq`.
+
+    Returns:
+        Integers, (C_out, C_in) int8, scales, (C_out,) float32, and the codebook.
+    """
+    columns = _Columns(weight, moment, damping)
+    integers, scale, codebook = _least(
+        (scale, columns.rounded(scale, codebook.column), codebook) for scale, codebook in candidates
+    )
+    assert codebook is not None
+    return columns.restored(integers), scale, codebook
+
+
+def _least(
+    candidates: Iterable[tuple[Tensor, tuple[Tensor, Tensor], Codebook | None]],
+) -> tuple[Tensor, Tensor, Codebook | None]:
+    """Integers (C_in, C_out), scale and codebook of the candidate with the least error, for each output channel."""
+    remaining = iter(candidates)
+    scale, (integers, least), codebook = next(remaining)
+    for candidate, (rounded, error), other in remaining:
         better = error < least
         integers, scale = rounded.where(better, integers), candidate.where(better, scale)
         least = error.where(better, least)
-    return integers[order.argsort()].T.contiguous(), scale
+        if codebook is not None and other is not None:
+            codebook = other.where(better, codebook)
+    return integers, scale, codebook
 
 
-def _round(w: Tensor, scale: Tensor, factor: Tensor, quant_min: int, quant_max: int) -> tuple[Tensor, Tensor]:
-    """Integers (C_in, C_out) of w, which is overwritten, and the error (C_out,) of each output channel."""
-    integers, total = torch.empty_like(w, dtype=torch.int8), torch.zeros_like(scale)
-    for start in range(0, len(w), BLOCK):
-        end = min(start + BLOCK, len(w))
-        block, errors = w[start:end], torch.empty_like(w[start:end])
-        for i in range(end - start):
-            q = (block[i] / scale).round_().clamp_(quant_min, quant_max)
-            integers[start + i] = q
-            row = factor[start + i, start:end]
-            torch.div(block[i] - q * scale, row[i], out=errors[i])
-            block[i + 1 :].addr_(row[i + 1 :], errors[i], alpha=-1)
-        w[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
-        total += errors.square().sum(0)  # in the end the diagonal of (W_q - W) H (W_q - W)^T, with damped H
-    return integers, total
+class _Columns:
+    """The columns of a weight in the order in which they are rounded, and what each passes on to the later ones."""
+
+    def __init__(self, weight: Tensor, moment: Tensor, damping: float) -> None:
+        self._order = moment.diagonal().argsort(descending=True)
+        # Row i of the upper factor of H^-1 has the weights by which later columns compensate for the error of column i.
+        order = self._order
+        factor = cholesky(lambda: factored(moment)[order.unsqueeze(1), order], damping, inverse=True)
+        self._factor = factor.to(torch.float32)
+        # Columns are stored as rows, so that each step reads and writes contiguous memory.
+        self._weight = weight.to(torch.float32).T[order]
+
+    def rounded(self, scale: Tensor, integers_of: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Integers (C_in, C_out), in this order, and the error (C_out,) of each output channel.
+
+        Args:
+            scale: (C_out,).
+            integers_of: from a column's index and positions, (C_out,) in steps of the scale, to its integers.
+        """
+        w, factor, indices = self._weight.clone(), self._factor, self._order.tolist()
+        integers, total = torch.empty_like(w, dtype=torch.int8), torch.zeros_like(scale)
+        for start in range(0, len(w), BLOCK):
+            end = min(start + BLOCK, len(w))
+            block, errors = w[start:end], torch.empty_like(w[start:end])
+            for i in range(end - start):
+                q = integers_of(indices[start + i], block[i] / scale)
+                integers[start + i] = q
+                row = factor[start + i, start:end]
+                torch.div(block[i] - q * scale, row[i], out=errors[i])
+                block[i + 1 :].addr_(row[i + 1 :], errors[i], alpha=-1)
+            w[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+            total += errors.square().sum(0)  # in the end the diagonal of (W_q - W) H (W_q - W)^T, with damped H
+        return integers, total
+
+    def restored(self, integers: Tensor) -> Tensor:
+        """Integers (C_in, C_out) in this order as (C_out, C_in) in the weight's."""
+        return integers[self._order.argsort()].T.contiguous()
 
 
 def nearest(weight: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:

@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.ao.quantization.fx._decomposed import quantized_decomposed_lib  # noqa: F401  (registers the ops)
 from torch.fx import GraphModule, Node
 
+from ptq4dit_ao.core.expansion import EXPANDED_BITS, Expansion
 from ptq4dit_ao.graph.attention import PRODUCTS
+from ptq4dit_ao.graph.expansions import expansions
 from ptq4dit_ao.graph.names import LINEAR, get_attribute
 
 aten, quantized = torch.ops.aten, torch.ops.quantized_decomposed
@@ -66,6 +68,27 @@ class QuantizedLinear:
     def weight_zero_point(self) -> Tensor:
         """Zero point of the weight, (C_out,)."""
         return self._constant(self.dequantize_weight.args[2])
+
+    @property
+    def expansion(self) -> Expansion | None:
+        """Rule by which the weight expands from 4 bits; None if it does not."""
+        weight = self.dequantize_weight.args[0]
+        assert isinstance(weight, Node)
+        return expansions(self.graph).get(str(weight.target))
+
+    @property
+    def weight_bits(self) -> int:
+        """Bits of an element of the weight, without what a row or group shares."""
+        low, high = self.weight_range
+        return (high - low).bit_length() if self.expansion is None else EXPANDED_BITS
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits on disk of an element of the weight on average, with its part of scales, steps and zero points."""
+        rows, columns = self.weight.shape
+        if self.expansion is not None:
+            return self.expansion.bits_per_weight(rows, columns)
+        return (4 if self.weight_bits <= 4 else 8) + 8 * 4 / columns
 
     @property
     def bias(self) -> Tensor | None:

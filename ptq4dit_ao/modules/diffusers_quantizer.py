@@ -317,7 +317,7 @@ def attach(module: Any, record: Record, method: ModuleFormat | None = None) -> N
     weights = integer_weights(module)
     refusal = next((f"{name}: {why}" for name, why in _not_stock(module, weights)), None)
     if method is None:
-        method = "ptq4dit" if refusal or any(w.bits <= PACKED_BITS for w in weights.values()) else "torchao"
+        method = "ptq4dit" if refusal or any(w.stored_bits <= PACKED_BITS for w in weights.values()) else "torchao"
     if method == "torchao" and refusal is not None:
         raise ArgumentError(f"method 'torchao' cannot hold {refusal}; use method 'ptq4dit'")
     quantizer: Any
@@ -331,6 +331,7 @@ def attach(module: Any, record: Record, method: ModuleFormat | None = None) -> N
             name: Stored(
                 bits=weight.bits,
                 x_bits=weight.x_bits,
+                expansion=weight.expansion,
                 x_ndim=weight.x_ndim,
                 balanced=weight.pre_scale is not None,
                 bias=module.get_submodule(name).bias is not None,

@@ -271,6 +271,7 @@ def _quantize(linear: nn.Linear, calls: Sequence[tuple[QuantizedLinear, ModuleLi
         x_bits=(high - low).bit_length(),
         x_ndim=ranks.pop() if len(ranks) == 1 else None,
         dtype=dtype,
+        expansion=None if quantized.expansion is None else quantized.expansion.to_text(),
         pre_scale=None if about.columns is None else 1 / about.columns,
     )
     linear.weight = nn.Parameter(weight, requires_grad=False)

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptq4dit_ao.core.expansion import Expansion
 from ptq4dit_ao.core.int4 import pack_int4, packed_length, unpack_int4
 from ptq4dit_ao.errors import ArtifactError
 from ptq4dit_ao.modules.weight import StaticInt8Weight
 
-_ENTRY = re.compile(r"w([2-8])a([2-8])(?: (\d+)d)?( balanced)?( bias)?")
+_ENTRY = re.compile(r"w([2-8])a([2-8])(?: \[([a-z0-9 ]+)\])?(?: (\d+)d)?( balanced)?( bias)?")
 
 PACKED_BITS = 4
 """Most bits at which two integers share a byte."""
@@ -27,6 +28,8 @@ class Stored:
     bits: int
     x_bits: int
     x_ndim: int | None
+    expansion: str | None
+    """Rule by which the integers expand from 4 bits, as text."""
     balanced: bool
     """Whether its input is multiplied by a vector."""
     bias: bool
@@ -45,13 +48,28 @@ class Stored:
             raise ArtifactError(
                 f"quantization_config has {entry!r} for {name!r}, which describes no quantized linear; save it again"
             )
-        bits, x_bits, ndim, balanced, bias = found.groups()
-        return cls(int(bits), int(x_bits), int(ndim) if ndim else None, bool(balanced), bool(bias))
+        bits, x_bits, expansion, ndim, balanced, bias = found.groups()
+        if expansion is not None:
+            Expansion.from_text(expansion)
+        return cls(
+            bits=int(bits),
+            x_bits=int(x_bits),
+            x_ndim=int(ndim) if ndim else None,
+            expansion=expansion,
+            balanced=bool(balanced),
+            bias=bool(bias),
+        )
 
     def to_text(self) -> str:
-        """The entry as text, such as ``w4a8 3d balanced bias``."""
+        """The entry as text, such as ``w4a8 3d balanced bias`` or ``w8a8 [g32 zero] 3d``."""
         ndim = "" if self.x_ndim is None else f" {self.x_ndim}d"
-        return f"w{self.bits}a{self.x_bits}{ndim}{' balanced' * self.balanced}{' bias' * self.bias}"
+        expansion = "" if self.expansion is None else f" [{self.expansion}]"
+        return f"w{self.bits}a{self.x_bits}{expansion}{ndim}{' balanced' * self.balanced}{' bias' * self.bias}"
+
+    @property
+    def rule(self) -> Expansion | None:
+        """Rule by which the integers expand from 4 bits."""
+        return None if self.expansion is None else Expansion.from_text(self.expansion)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -62,11 +80,17 @@ class Stored:
 def pack(weight: StaticInt8Weight) -> dict[str, Tensor]:
     """The tensors of a weight by part."""
     parts = {
-        "integers": pack_int4(weight.qdata) if weight.bits <= PACKED_BITS else weight.qdata,
+        "integers": _packed(weight),
         "scale": weight.scale,
         "input": torch.stack([weight.x_scale, weight.x_zero_point.to(torch.float32)]),
     }
     return parts if weight.pre_scale is None else {**parts, "pre_scale": weight.pre_scale}
+
+
+def _packed(weight: StaticInt8Weight) -> Tensor:
+    if weight.expansion is not None:
+        return Expansion.from_text(weight.expansion).pack(weight.qdata)
+    return pack_int4(weight.qdata) if weight.bits <= PACKED_BITS else weight.qdata
 
 
 def unpack(name: str, stored: Stored, parts: Mapping[str, Tensor], shape: Sequence[int]) -> StaticInt8Weight:
@@ -77,16 +101,20 @@ def unpack(name: str, stored: Stored, parts: Mapping[str, Tensor], shape: Sequen
     """
     integers, scale, about = parts["integers"], parts["scale"], parts["input"]
     pre_scale = parts.get("pre_scale")
-    packed = stored.bits <= PACKED_BITS
+    rows, columns = shape
+    packed, rule = stored.bits <= PACKED_BITS or stored.expansion is not None, stored.rule
+    length = packed_length(shape) if rule is None else rule.packed_length((rows, columns))
     floats = all(part.dtype == torch.float32 for part in (scale, about, *([] if pre_scale is None else [pre_scale])))
     found = [tuple(part.shape) for part in (integers, scale, about)] + ([] if pre_scale is None else [pre_scale.shape])
-    wanted = [(packed_length(shape),) if packed else tuple(shape), (shape[0],), (2,), (shape[1],)]
+    wanted = [(length,) if packed else tuple(shape), (shape[0],), (2,), (shape[1],)]
     if found != wanted[: len(found)] or integers.dtype != (torch.uint8 if packed else torch.int8) or not floats:
         raise ArtifactError(
             f"the stored parts of {name!r} have shapes {found} and dtype {integers.dtype}, which do not fit a weight "
             f"{tuple(shape)} of {stored.bits} bits; copy or save the module again"
         )
-    if packed:
+    if rule is not None:
+        integers = rule.unpack(integers, (rows, columns))
+    elif packed:
         integers = unpack_int4(integers, shape)
     return StaticInt8Weight.of(
         integers,
@@ -97,5 +125,6 @@ def unpack(name: str, stored: Stored, parts: Mapping[str, Tensor], shape: Sequen
         x_bits=stored.x_bits,
         x_ndim=stored.x_ndim,
         dtype=torch.float32,
+        expansion=stored.expansion,
         pre_scale=pre_scale,
     )

@@ -20,6 +20,7 @@ from torchao.quantization import Int8Tensor, MappingType, PerTensor
 from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
 from torchao.utils import TorchAOBaseTensor
 
+from ptq4dit_ao.core.expansion import EXPANDED_BITS
 from ptq4dit_ao.errors import ArgumentError, LoweringError
 from ptq4dit_ao.modules.kernels import PACKED, linear_int8, saturates, takes_unsigned
 
@@ -57,12 +58,13 @@ class StaticInt8Weight(TorchAOBaseTensor):
         x_bits: bits of the input.
         x_ndim: number of axes of the input; None if it is called with several.
         dtype: dtype that the weight has for the module around it.
+        expansion: rule by which the integers expand from 4 bits, as text; None if they do not.
         pre_scale: vector that the input is multiplied by, (C_in,) float32; None for ones.
     """
 
     tensor_data_names = ["qdata", "scale", "x_scale", "x_zero_point", "row_sums"]  # noqa: RUF012  (read by torchao)
     optional_tensor_data_names = ["pre_scale"]  # noqa: RUF012
-    tensor_attribute_names = ["bits", "x_bits", "x_ndim", "dtype"]  # noqa: RUF012
+    tensor_attribute_names = ["bits", "x_bits", "x_ndim", "dtype", "expansion"]  # noqa: RUF012
 
     qdata: Tensor
     scale: Tensor
@@ -73,6 +75,7 @@ class StaticInt8Weight(TorchAOBaseTensor):
     bits: int
     x_bits: int
     x_ndim: int | None
+    expansion: str | None
 
     @staticmethod
     def __new__(cls: type[StaticInt8Weight], qdata: Tensor, *data: Any, **options: Any) -> StaticInt8Weight:
@@ -86,7 +89,10 @@ class StaticInt8Weight(TorchAOBaseTensor):
     def __init__(self, qdata: Tensor, *data: Any, **options: Any) -> None:
         super().__init__()
         if isinstance(qdata, StaticInt8Weight):  # accelerate makes a parameter of a parameter's class
-            self.qdata, names = qdata.qdata, (*self.tensor_data_names[1:], "pre_scale", "bits", "x_bits", "x_ndim")
+            self.qdata, names = (
+                qdata.qdata,
+                (*self.tensor_data_names[1:], "pre_scale", "bits", "x_bits", "x_ndim", "expansion"),
+            )
             parts = {name: getattr(qdata, name) for name in names}
         else:
             self.qdata, parts = qdata, _bind(*data, **options)
@@ -106,6 +112,7 @@ class StaticInt8Weight(TorchAOBaseTensor):
         x_bits: int,
         x_ndim: int | None,
         dtype: torch.dtype,
+        expansion: str | None = None,
         pre_scale: Tensor | None = None,
     ) -> StaticInt8Weight:
         """Make a weight from numbers, on the device of its integers."""
@@ -119,6 +126,7 @@ class StaticInt8Weight(TorchAOBaseTensor):
             x_bits,
             x_ndim,
             dtype,
+            expansion,
             None if pre_scale is None else pre_scale.to(qdata.device, torch.float32),
         )
 
@@ -187,8 +195,13 @@ class StaticInt8Weight(TorchAOBaseTensor):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def __repr__(self) -> str:  # type: ignore[override]
-        balanced = "" if self.pre_scale is None else ", balanced"
-        return f"{type(self).__name__}({tuple(self.shape)}, W{self.bits}A{self.x_bits}{balanced}, {self.device})"
+        about = f"W{self.stored_bits}A{self.x_bits}" + ("" if self.pre_scale is None else ", balanced")
+        return f"{type(self).__name__}({tuple(self.shape)}, {about}, {self.device})"
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits of an element on disk."""
+        return self.bits if self.expansion is None else EXPANDED_BITS
 
 
 def _bind(
@@ -200,6 +213,7 @@ def _bind(
     x_bits: int,
     x_ndim: int | None,
     dtype: torch.dtype,
+    expansion: str | None,
     pre_scale: Tensor | None = None,
 ) -> dict[str, Any]:
     """The arguments of a weight after its integers, by name."""

@@ -7,6 +7,7 @@ from ptq4dit_ao.observers.hooks import (
     ConvertHook,
     RangeObserver,
     Rounded,
+    expanded,
     SalienceObserver,
     WeightObserver,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "Moments",
     "RangeObserver",
     "Rounded",
+    "expanded",
     "SalienceObserver",
     "SalienceStatistics",
     "TimestepClock",

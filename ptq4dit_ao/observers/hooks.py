@@ -15,8 +15,10 @@ from torchao.quantization.pt2e import ObserverBase
 
 from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.core import fake_quantize
+from ptq4dit_ao.core.expansion import Codebook, Expansion, fit_codebooks
 from ptq4dit_ao.core.int4 import INT4_MAX, INT4_MIN, pack_int4, unpack_int4
 from ptq4dit_ao.errors import CalibrationError
+from ptq4dit_ao.graph.expansions import expansions
 from ptq4dit_ao.graph.pending import drop_unread, tensor_at
 from ptq4dit_ao.observers.clock import TimestepClock
 from ptq4dit_ao.observers.moments import Moments
@@ -174,24 +176,60 @@ class Rounded:
         integers: (C_out, C_in) int8.
         scale: (C_out,) float32.
         bias: (C_out,) float32, corrected for the change of the output's mean by rounding; None keeps the layer's own.
+        codebook: integers that each element can take, for weights that expand from 4 bits.
     """
 
-    def __init__(self, *, integers: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(
+        self, *, integers: Tensor, scale: Tensor, bias: Tensor | None = None, codebook: Codebook | None = None
+    ) -> None:
         low, high = integers.aminmax()
         self._shape = integers.shape
         self._packed = bool(low >= INT4_MIN and high <= INT4_MAX)
         self._integers = pack_int4(integers) if self._packed else integers
         self.scale = scale
         self.bias = bias
+        self.codebook = codebook
 
     @property
     def integers(self) -> Tensor:
         """Integers of the weight, (C_out, C_in) int8."""
         return unpack_int4(self._integers, self._shape) if self._packed else self._integers
 
+    def where(self, rows: Tensor, other: Rounded) -> Rounded:
+        """This result for the given rows, (C_out,) bool, and another for the rest; both have codebooks and no bias."""
+        assert self.codebook is not None and other.codebook is not None
+        return Rounded(
+            integers=self.integers.where(rows.unsqueeze(1), other.integers),
+            scale=self.scale.where(rows, other.scale),
+            codebook=self.codebook.where(rows, other.codebook),
+        )
+
     def weight(self) -> Tensor:
         """The dequantized weight, (C_out, C_in) float32."""
         return self.integers * self.scale.unsqueeze(1)
+
+
+def expanded(weight: Tensor, importance: Tensor, expansion: Expansion, *, several: bool) -> Rounded:
+    """A weight (C_out, C_in) rounded to the nearest integers that a rule allows.
+
+    Args:
+        weight: float32.
+        importance: weight of each input channel in the error by which codebooks are chosen, (C_in,).
+        expansion: the rule.
+        several: whether several scales are tried for each output channel.
+    """
+    found: Rounded | None = None
+    least = torch.full_like(weight[:, 0], torch.inf)
+    for scale, codebook in fit_codebooks(weight, importance, expansion, several=several):
+        positions = weight / scale.unsqueeze(1)
+        integers = codebook.nearest(positions)
+        error = (integers - positions).mul_(scale.unsqueeze(1)).square_() @ importance.to(weight)
+        new = Rounded(integers=integers.to(torch.int8), scale=scale, codebook=codebook)
+        found, least = (
+            (new, error) if found is None else (found.where(error >= least, new), torch.minimum(error, least))
+        )
+    assert found is not None
+    return found
 
 
 class WeightObserver(_HookedObserver):
@@ -224,25 +262,36 @@ class WeightObserver(_HookedObserver):
 
     def fake_quantize(self, name: str, weight: Tensor) -> Tensor:
         """The weight quantized and dequantized, of the shape and dtype of ``weight``."""
-        if self.rounded is not None:
-            return self.rounded.weight().to(weight.dtype)
+        if (rounded := self._rounded(name, weight)) is not None:
+            return rounded.weight().to(weight.dtype)
         scale, zero_point = self.qparams(name, weight)
         if (axis := self.spec.channel_axis) is not None:
             shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
             scale, zero_point = scale.view(shape), zero_point.view(shape)
         return fake_quantize(weight, scale, zero_point, self.spec.quant_min, self.spec.quant_max).to(weight.dtype)
 
+    def _rounded(self, name: str, weight: Tensor) -> Rounded | None:
+        """The result of rounding; without one, the nearest allowed integers if the weight expands from 4 bits."""
+        if self.rounded is not None or self.spec.expansion is None:
+            return self.rounded
+        self.qparams(name, weight)  # refuses a weight that is not finite
+        return expanded(weight.to(torch.float32), torch.ones_like(weight[0]), self.spec.expansion, several=False)
+
     def _convert(self, model: GraphModule, node: Node, source: Node) -> None:
-        if self.rounded is None:
-            weight = tensor_at(model, str(source.target)).detach()
+        weight = tensor_at(model, str(source.target)).detach()
+        rounded = self._rounded(str(source.target), weight)
+        if rounded is None:
             insert_qdq(model, node, self.spec, *self.qparams(str(source.target), weight))
         else:
-            (linear,) = node.users
-            if self.rounded.bias is not None:
-                insert_bias(model, linear, self.rounded.bias)
-            scale = self.rounded.scale if self.spec.channel_axis is not None else self.rounded.scale[0]
+            if rounded.bias is not None:
+                (linear,) = node.users
+                insert_bias(model, linear, rounded.bias)
+            scale = rounded.scale if self.spec.channel_axis is not None else rounded.scale[0]
             zero_point = torch.zeros_like(scale, dtype=torch.int64)
-            insert_qdq(model, node, self.spec, scale, zero_point, self.rounded.integers)
+            stored = insert_qdq(model, node, self.spec, scale, zero_point, rounded.integers)
+            if self.spec.expansion is not None:
+                expansions(model)[str(stored.target)] = self.spec.expansion
+        del weight
         drop_unread(model)
 
 

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import QuantizationSpec
 
 from ptq4dit_ao.core import affine_qparams
+from ptq4dit_ao.core.expansion import CODES, Expansion
 from ptq4dit_ao.graph.pending import row_blocks, tensor_at
 
 quantized = torch.ops.quantized_decomposed
@@ -33,9 +34,11 @@ class QuantSpec:
     symmetric: bool
     channel_axis: int | None
     eps: float
+    expansion: Expansion | None = None
+    """Rule by which 4-bit codes expand to these integers, for a weight; None if every integer is allowed."""
 
     @classmethod
-    def of(cls, spec: QuantizationSpec, *, eps: float = DEFAULT_EPS) -> QuantSpec:
+    def of(cls, spec: QuantizationSpec, *, eps: float = DEFAULT_EPS, expansion: Expansion | None = None) -> QuantSpec:
         """Read a torchao spec; a missing integer range is that of its dtype."""
         bounds = torch.iinfo(spec.dtype)
         return cls(
@@ -45,12 +48,13 @@ class QuantSpec:
             symmetric=spec.qscheme in _SYMMETRIC,
             channel_axis=spec.ch_axis if spec.qscheme in _PER_CHANNEL else None,
             eps=eps,
+            expansion=expansion,
         )
 
     @property
     def levels(self) -> int:
-        """Number of integers in the range."""
-        return self.quant_max - self.quant_min + 1
+        """Number of different values that an element of the tensor can take."""
+        return CODES if self.expansion is not None else self.quant_max - self.quant_min + 1
 
     def qparams(self, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point for a range; any shape, elementwise."""
@@ -64,11 +68,14 @@ def insert_qdq(
     scale: Tensor,
     zero_point: Tensor,
     integers: Tensor | None = None,
-) -> None:
+) -> Node:
     """Replace an observer node by ``dequantize(quantize(x))``, in the form that torchao's own convert writes.
 
     A weight (an attribute) is quantized here, unless its integers are given, because torchao's own folding fails on
     graphs that write in place.
+
+    Returns:
+        Node of the integers.
     """
     source = observer.args[0]
     assert isinstance(source, Node)
@@ -99,6 +106,7 @@ def insert_qdq(
         dq = graph.call_function(getattr(quantized, f"dequantize_{kind}").default, (q, *arguments), kwargs)
     observer.replace_all_uses_with(dq)
     graph.erase_node(observer)
+    return q
 
 
 def insert_bias(model: GraphModule, linear: Node, bias: Tensor) -> None:

@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import QuantizationSpec
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
+from ptq4dit_ao.core.expansion import EXPANDED_BITS, Expansion
 from ptq4dit_ao.errors import ArgumentError, OverrideError
 from ptq4dit_ao.graph.names import adapters, layer_name, linears
 
@@ -62,6 +63,10 @@ class LayerPlan:
     activation_bits: int = 8
     balance: bool = True
 
+    def expands(self, expansion: Expansion | None) -> bool:
+        """Whether the weight expands from 4 bits by a rule, which is for weights of 4 bits."""
+        return expansion is not None and self.weight_bits == EXPANDED_BITS
+
 
 def plan_layers(
     model: GraphModule, *, weight_bits: int, activation_bits: int, overrides: Sequence[Override]
@@ -106,8 +111,17 @@ def _apply(plan: LayerPlan, override: Override) -> LayerPlan:
     return dataclasses.replace(plan, **changes)
 
 
-def apply_plan(node: Node, plan: LayerPlan) -> None:
-    """Rewrite a linear's annotation; do nothing if the base quantizer did not annotate it."""
+def apply_plan(node: Node, plan: LayerPlan, expansion: Expansion | None = None) -> None:
+    """Rewrite a linear's annotation; do nothing if the base quantizer did not annotate it.
+
+    Args:
+        node: the linear.
+        plan: its plan.
+        expansion: rule by which weights of 4 bits expand to 8; None for integers of 4 bits.
+
+    Raises:
+        ArgumentError: there is a rule, but the base quantizer does not give weights int8 and a scale for each row.
+    """
     annotation = node.meta.get(Q_ANNOTATION_KEY)
     if annotation is None:
         return
@@ -115,10 +129,22 @@ def apply_plan(node: Node, plan: LayerPlan) -> None:
         del node.meta[Q_ANNOTATION_KEY]
         return
     x, weight = node.args[:2]
-    for source, bits in ((x, plan.activation_bits), (weight, plan.weight_bits)):
+    expands = plan.expands(expansion)
+    for source, bits in ((x, plan.activation_bits), (weight, MAX_BITS if expands else plan.weight_bits)):
         spec = annotation.input_qspec_map.get(source)
         if isinstance(spec, QuantizationSpec):
             annotation.input_qspec_map[source] = with_bits(spec, bits)
+            if source is weight and expands:
+                _check_expandable(plan.layer, spec)
+
+
+def _check_expandable(layer: str, spec: QuantizationSpec) -> None:
+    rows = spec.qscheme == torch.per_channel_symmetric and spec.ch_axis == 0
+    if spec.dtype != torch.int8 or not rows:
+        raise ArgumentError(
+            f"{layer!r}: the base quantizer gives its weight {spec.dtype} and {spec.qscheme}; an expansion needs "
+            "torch.int8 and torch.per_channel_symmetric along axis 0: leave the expansion out, or use another base"
+        )
 
 
 def with_bits(spec: QuantizationSpec, bits: int) -> QuantizationSpec:

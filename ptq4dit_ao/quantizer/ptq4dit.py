@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -16,6 +17,7 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.capture.float_model import check_float_graph
 from ptq4dit_ao.choices import BALANCE_METHODS, BalanceMethod, FoldForm, RoundingMethod
+from ptq4dit_ao.core.expansion import Expansion
 from ptq4dit_ao.errors import ArgumentError, BalanceError, check_choice, check_type, renamed
 from ptq4dit_ao.graph import Site, SitePolicy, find_sites, first_refusals, premultiplied_sites, refuse_sites
 from ptq4dit_ao.graph.attention import Attention, decompose_attention, find_attention
@@ -62,6 +64,8 @@ class PTQ4DiTQuantizer(Quantizer):
             :class:`LinearQuantizer`.
         weight_bits: 2 to 8, for every linear weight, per output channel.
         activation_bits: 2 to 8, for every linear input, per tensor.
+        expansion: rule by which weights of 4 bits expand to integers of 8 bits, with steps for groups of input channels
+            or other levels; ``None`` gives weights of 4 bits the integers -8 to 7 and one scale per output channel.
         attention_bits: 2 to 8, for attention's operands (q, k, v and the probabilities), per tensor; ``None`` leaves
             attention float. An attention that is a single op becomes matmul, softmax, matmul.
         balance: how salience over timesteps becomes one vector: ``ssc``, ``max`` (SmoothQuant) or ``mean``;
@@ -98,6 +102,7 @@ class PTQ4DiTQuantizer(Quantizer):
         *,
         weight_bits: int = 8,
         activation_bits: int = 8,
+        expansion: Expansion | None = None,
         attention_bits: int | None = None,
         balance: BalanceMethod | str = "ssc",
         alpha: float | Literal["auto"] = 0.5,
@@ -114,6 +119,7 @@ class PTQ4DiTQuantizer(Quantizer):
         super().__init__()
         check_type("base", base, (Quantizer, type(None)), "a quantizer of torchao, or None for LinearQuantizer")
         check_type("rounding", rounding, (str, RoundingSettings), "its name, or RoundingSettings")
+        check_type("expansion", expansion, (Expansion, type(None)), "an Expansion, or None")
         check_type("policy", policy, (SitePolicy, type(None)), "a SitePolicy")
         for name, given in (("layers", layers), ("overrides", overrides)):
             for override in given:
@@ -126,6 +132,7 @@ class PTQ4DiTQuantizer(Quantizer):
         self._base = LinearQuantizer() if base is None else base
         self._bits = {"weight_bits": weight_bits, "activation_bits": activation_bits}
         self._attention_bits = attention_bits
+        self._expansion = expansion
         self._settings = (
             None
             if balance == "none"
@@ -177,7 +184,7 @@ class PTQ4DiTQuantizer(Quantizer):
         for node in linears(model):
             if node.args[0] in fixed:  # its output never changes
                 node.meta.pop(Q_ANNOTATION_KEY, None)
-            apply_plan(node, self._layers[node.name])
+            apply_plan(node, self._layers[node.name], self._expansion)
         if self._attention_bits is not None:
             annotate_attention(model, self._attention_bits)
         return model
@@ -208,7 +215,8 @@ class PTQ4DiTQuantizer(Quantizer):
             layers={name: layer.layer for name, layer in self._layers.items()},
             weights={node.name: weight_path(node) for node in linears(model)},
         )
-        swap = _Swap(model, plan, clock, edge_or_node_to_obs_or_fq)
+        expanding = {name for name, layer in self._layers.items() if layer.expands(self._expansion)}
+        swap = _Swap(model, plan, clock, edge_or_node_to_obs_or_fq, dict.fromkeys(expanding, self._expansion))
         for node in quantized:
             swap.linear(node)
         for attention in find_attention(model) if self._attention_bits is not None else ():
@@ -268,8 +276,9 @@ class _Swap:
         plan: BalancePlan,
         clock: TimestepClock,
         observers: dict[EdgeOrNode, ObserverOrFakeQuantize],
+        expansions: Mapping[str, Expansion | None],
     ) -> None:
-        self.plan, self.clock, self.observers = plan, clock, observers
+        self.plan, self.clock, self.observers, self.expansions = plan, clock, observers, expansions
         self.ours: set[ObserverOrFakeQuantize] = set()
         self.site_input = {
             (consumer.node, consumer.input): (key, len(consumer.variables))
@@ -294,7 +303,10 @@ class _Swap:
         self._swap((x, node), activation, lambda spec: self._activation_observer(node, x, spec))
         weight_spec = specs.get(weight)
         if isinstance(weight_spec, QuantizationSpec):
-            self._swap((weight, node), weight_spec, lambda spec: WeightObserver(spec, self.plan))
+            expansion = self.expansions.get(node.name)
+            self._swap(
+                (weight, node), weight_spec, lambda spec: WeightObserver(replace(spec, expansion=expansion), self.plan)
+            )
 
     def attention(self, attention: Attention) -> None:
         for name, (x, product) in attention.operands.items():

@@ -21,7 +21,17 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from ptq4dit_ao.choices import BalanceMethod, FoldForm, LayerPreset, Ranges, RoundingMethod, Sampler, Sites, Start
+from ptq4dit_ao.choices import (
+    BalanceMethod,
+    FoldForm,
+    LayerPreset,
+    Levels,
+    Ranges,
+    RoundingMethod,
+    Sampler,
+    Sites,
+    Start,
+)
 from ptq4dit_ao.errors import RecipeError
 from ptq4dit_ao.recipe.problems import describe, show, version_problem
 from ptq4dit_ao.recipe.values import (
@@ -68,6 +78,28 @@ class Weights(_Section):
         le=8,
         description="Upper limit of the mean width of all quantized weights, in bits. Required by bits: auto.",
     )
+
+    group: Annotated[int, Field(ge=16)] | None = Field(
+        default=None,
+        description="Number of consecutive input channels that share a step, for weights of 4 bits; 32 and 64 are "
+        "usual. Steps are integers, so that these weights expand exactly to integers of 8 bits with one scale per "
+        "output channel, when they are loaded. If left out, all channels of a row share one step.",
+    )
+    zero: bool = Field(
+        default=False,
+        description="true: each group of channels has a zero point, too. Needs 'group' and 'levels: uniform'.",
+    )
+    levels: Levels = Field(
+        default="uniform",
+        description="Spacing of the 16 values of a weight of 4 bits. 'uniform': equal. 'normal': denser around 0, as is "
+        "best for normally distributed weights; it needs no more bits.",
+    )
+
+    @model_validator(mode="after")
+    def _fits_its_groups(self) -> Self:
+        if self.zero and (self.group is None or self.levels != "uniform"):
+            raise _rule("zero: true is for groups with levels: uniform; add group, or remove one of them")
+        return self
 
     @model_validator(mode="after")
     def _has_a_budget(self) -> Self:

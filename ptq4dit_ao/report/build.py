@@ -125,7 +125,8 @@ def size_entry(report: Report, converted: GraphModule, artifact_bytes: int) -> S
     linears = quantized_linears(converted)
     weights = {linear.weight.data_ptr(): linear for linear in linears}.values()
     before = sum(4 * (w.weight.numel() + len(w.weight)) for w in weights)
-    after = sum(w.weight.numel() * (1 if w.weight_range[1] > 7 else 0.5) + 8 * len(w.weight) for w in weights)
+    stored = sum(w.weight.numel() * w.bits_per_weight / 8 for w in weights)
+    after = stored + sum(4 * len(w.weight) for w in weights)
     return {
         "float32_bytes": float32,
         "artifact_bytes": artifact_bytes,
@@ -133,6 +134,7 @@ def size_entry(report: Report, converted: GraphModule, artifact_bytes: int) -> S
         "quantized_layers_float32_bytes": before,
         "quantized_layers_bytes": int(after),
         "quantized_layers_ratio": after / before,
+        "bits_per_weight": 8 * stored / sum(w.weight.numel() for w in weights),
     }
 
 
@@ -181,7 +183,7 @@ def _layer(
         "name": result.layers.get(name, name),
         "node": name,
         "status": "float" if linear is None else "integer",
-        "weight_bits": None if linear is None else _bits(linear.weight_range),
+        "weight_bits": None if linear is None else linear.weight_bits,
         "activation_bits": None if linear is None else _bits(linear.x_range),
         "activation_clipping": _maybe(result.clipping.get(name)),
         "weight_clipping": None if diagnostics is None else _maybe(diagnostics.weight_clipping.get(name)),

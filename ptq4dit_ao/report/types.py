@@ -114,6 +114,8 @@ class SizeEntry(TypedDict):
     quantized_layers_float32_bytes: int
     quantized_layers_bytes: int
     quantized_layers_ratio: float
+    bits_per_weight: NotRequired[float]
+    """Bits on disk of a quantized weight's element, scales, steps and zero points included; older files lack it."""
 
 
 class InputSizesEntry(TypedDict):

@@ -24,6 +24,7 @@ from ptq4dit_ao._formats import TensorFormat
 from ptq4dit_ao._paths import cannot_write
 from ptq4dit_ao._progress import OnProgress, ignore
 from ptq4dit_ao.capture.interface import batches_by_size
+from ptq4dit_ao.core.expansion import Interval
 from ptq4dit_ao.errors import CalibrationError
 from ptq4dit_ao.graph.names import placeholders
 from ptq4dit_ao.observers import ActivationObserver, Rounded
@@ -64,14 +65,18 @@ SHARE = 0.05
 
 
 class LearnedLinear(nn.Module):
-    """A linear whose integers, scales and bias are learned, starting from the result of rounding."""
+    """A linear whose integers, scales and bias are learned, starting from the result of rounding.
+
+    The integers' positions are in units of the distance of two neighbours. Codebooks are fixed.
+    """
 
     def __init__(self, prepared: GraphModule, layer: Layer) -> None:
         super().__init__()
         rounded, self.spec = layer.observer.rounded, layer.observer.spec
         assert rounded is not None
-        self.layer, self.start = layer, rounded.scale
-        self.position = nn.Parameter(rounded.integers.to(torch.float32))
+        self.layer, self.start, self.codebook = layer, rounded.scale, rounded.codebook
+        self.allowed = self.codebook or Interval(low=self.spec.quant_min, high=self.spec.quant_max)
+        self.position = nn.Parameter(rounded.integers / self.allowed.unit())
         scales = rounded.scale if self.spec.channel_axis == 0 else rounded.scale[:1]
         self.log_ratio = nn.Parameter(torch.zeros_like(scales))
         bias = layer.bias(prepared) if rounded.bias is None else rounded.bias
@@ -79,14 +84,14 @@ class LearnedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Output (..., C_out) for an input (..., C_in), with a straight-through gradient for the integers."""
-        position = self.position
+        position = self.position * self.allowed.unit()
         integers = position + (self.integers() - position).detach()  # value of the integers, gradient of the position
         weight = integers * self.scale().unsqueeze(1)
         return functional.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def integers(self) -> Tensor:
         """Integers of the weight as floating-point numbers, (C_out, C_in)."""
-        return self.position.round().clamp(self.spec.quant_min, self.spec.quant_max)
+        return self.allowed.nearest(self.position * self.allowed.unit())
 
     def scale(self) -> Tensor:
         """Scale of each output channel, (C_out,)."""
@@ -95,7 +100,9 @@ class LearnedLinear(nn.Module):
     @torch.no_grad()
     def clamp_(self) -> None:
         """Clamp positions to the integer range, because positions far outside would take many steps to return."""
-        self.position.clamp_(self.spec.quant_min - INSIDE, self.spec.quant_max + INSIDE)
+        unit = self.allowed.unit()
+        low, high = self.allowed.ends()
+        self.position.clamp_(low / unit - INSIDE, high / unit + INSIDE)
 
     def harden(self) -> None:
         """Store the learned weight and bias in the layer's observer."""
@@ -103,6 +110,7 @@ class LearnedLinear(nn.Module):
             integers=self.integers().detach().to(torch.int8),
             scale=self.scale().detach(),
             bias=None if self.bias is None else self.bias.detach(),
+            codebook=self.codebook,
         )
 
 
@@ -204,7 +212,7 @@ def _error(run: Run, inputs: Sequence[Values], targets: Sequence[Values], batche
 def _optimizer(linears: Iterable[LearnedLinear], ranges: Iterable[LearnedRange], rate: float) -> torch.optim.Optimizer:
     rates: list[tuple[nn.Parameter, float]] = []
     for linear in linears:
-        rates += [(linear.position, rate), (linear.log_ratio, rate / linear.spec.quant_max)]
+        rates += [(linear.position, rate), (linear.log_ratio, rate / (linear.spec.levels // 2 - 1))]
         if linear.bias is not None:
             rates.append((linear.bias, rate * float(linear.start.mean())))
     rates += [(quantizer.log_scale, 2 * rate / quantizer.spec.levels) for quantizer in ranges]

@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 from torch.nn import functional
 
 from ptq4dit_ao.core.adaround import exponent, inverse_rectified_sigmoid, rectified_sigmoid, undecided
+from ptq4dit_ao.core.expansion import Interval
 from ptq4dit_ao.observers import ActivationObserver, Rounded
 from ptq4dit_ao.rounding.blocks import Block
 from ptq4dit_ao.rounding.layers import Layer
@@ -74,10 +75,13 @@ class SoftLinear(nn.Module):
         self.scale = self.rounded.scale.unsqueeze(1)
         self.bias = layer.bias(prepared) if self.rounded.bias is None else self.rounded.bias
         position = layer.weight(prepared) / self.scale
+        allowed = self.rounded.codebook or Interval(low=self.spec.quant_min, high=self.spec.quant_max)
         if settings.start == "gptq":  # GPTQ's integers must be the nearest ones to the start
-            position = self.rounded.integers + NEAR * (position - self.rounded.integers).clamp(-INSIDE, INSIDE)
-        self.floor = position.floor()
-        self.v = nn.Parameter(inverse_rectified_sigmoid(position - self.floor))
+            integers, unit = self.rounded.integers, allowed.unit()
+            position = integers + NEAR * unit * ((position - integers) / unit).clamp(-INSIDE, INSIDE)
+        self.floor, above = allowed.neighbours(position)
+        self.gap = above - self.floor
+        self.v = nn.Parameter(inverse_rectified_sigmoid(((position - self.floor) / self.gap).clamp(0, 1)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Output (..., C_out) for an input (..., C_in), with the soft-rounded weight."""
@@ -91,10 +95,11 @@ class SoftLinear(nn.Module):
     def harden(self) -> None:
         """Round every element up if h >= 0.5, else down, and store the result in the layer's observer."""
         integers = self._integers(self.h() >= 0.5).to(torch.int8)
-        self.layer.observer.rounded = Rounded(integers=integers, scale=self.rounded.scale, bias=self.rounded.bias)
+        old = self.rounded
+        self.layer.observer.rounded = Rounded(integers=integers, scale=old.scale, bias=old.bias, codebook=old.codebook)
 
     def _integers(self, up: Tensor) -> Tensor:
-        return (self.floor + up).clamp(self.spec.quant_min, self.spec.quant_max)
+        return (self.floor + up * self.gap).clamp(self.spec.quant_min, self.spec.quant_max)
 
 
 def reconstruct(

@@ -14,14 +14,17 @@ from torch.fx import GraphModule
 from ptq4dit_ao._files import is_unfinished, replace_json
 from ptq4dit_ao._formats import TensorFormat
 from ptq4dit_ao._paths import because
+from ptq4dit_ao.core.expansion import Codebook
 from ptq4dit_ao.errors import CalibrationError
 from ptq4dit_ao.observers import ActivationObserver, Rounded
 from ptq4dit_ao.rounding.layers import Group
 
 PARTS = ("integers", "scale", "bias")
 """Attributes of :class:`~ptq4dit_ao.observers.Rounded` that are stored; the bias may be missing."""
+CODES = ("step", "zero")
+"""Attributes of a :class:`~ptq4dit_ao.core.expansion.Codebook` that are stored, if there is one."""
 FORMAT = TensorFormat(
-    name="rounded layers", version=3, error=CalibrationError, remedy="remove it, and it is computed again"
+    name="rounded layers", version=4, error=CalibrationError, remedy="remove it, and it is computed again"
 )
 
 
@@ -119,16 +122,23 @@ def _tensors(prefix: str, group: Group) -> dict[str, Tensor]:
         for part in PARTS:
             if (value := getattr(layer.observer.rounded, part)) is not None:
                 tensors[f"{prefix}{i}.{part}"] = value
+        if (codebook := layer.observer.rounded.codebook) is not None:
+            tensors |= {f"{prefix}{i}.{part}": getattr(codebook, part) for part in CODES}
     return tensors
 
 
 def _read(tensors: Mapping[str, Tensor], prefix: str, group: Group) -> tuple[tuple[float, float], list[Rounded]]:
     low, high = tensors[f"{prefix}range"].tolist()
     rounded = []
-    for i in range(len(group.layers)):
+    for i, layer in enumerate(group.layers):
         found = {part: name for part in PARTS if (name := f"{prefix}{i}.{part}") in tensors or part != "bias"}
         # A tensor that is not copied would keep the whole file in memory.
-        rounded.append(Rounded(**{part: tensors[name].clone() for part, name in found.items()}))
+        parts = {part: tensors[name].clone() for part, name in found.items()}
+        codebook, expansion = None, layer.observer.spec.expansion
+        if expansion is not None:
+            codes = {part: tensors[f"{prefix}{i}.{part}"].clone() for part in CODES}
+            codebook = Codebook(expansion=expansion, channels=parts["integers"].shape[1], **codes)
+        rounded.append(Rounded(codebook=codebook, **parts))
     return (low, high), rounded
 
 

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ptq4dit_ao.core.clipping import WEIGHT_RATIOS, clipped_activation_range, clipped_weight_range
-from ptq4dit_ao.core.gptq import gptq_and_scale, nearest
+from ptq4dit_ao.core.expansion import Codebook, fit_codebooks
+from ptq4dit_ao.core.gptq import gptq_and_codebook, gptq_and_scale, nearest
 from ptq4dit_ao.core.qparams import fake_quantize
 from ptq4dit_ao.core.range_search import search_range
 from ptq4dit_ao.core.refit import corrected_bias, refit
-from ptq4dit_ao.observers import Rounded
+from ptq4dit_ao.observers import Rounded, expanded
 from ptq4dit_ao.observers.qdq import QuantSpec
 from ptq4dit_ao.rounding.layers import Group, Layer
 from ptq4dit_ao.rounding.settings import RoundingSettings
@@ -130,19 +131,8 @@ def solve(
     target, compensated = weight, settings.closed_form == "gptq"
     if inputs.cross is not None and compensated:
         target = refit(weight, inputs.covariance, inputs.cross, damping=settings.damping)
-    bounds = (spec.quant_min, spec.quant_max)
-    several = try_scales and spec.levels <= FEW_LEVELS and spec.channel_axis is not None
-    if compensated and several and settings.ranges == "output":
-        low, high = torch.aminmax(target, dim=1)
-        scales = torch.stack([spec.qparams(low * r, high * r)[0] for r in WEIGHT_RATIOS])
-    else:
-        parts = target.split([len(w) for w in weights])
-        scales = torch.cat([weight_scale(part, spec, inputs.covariance.diagonal(), settings) for part in parts])[None]
-    if compensated:
-        integers, scale = gptq_and_scale(target, scales, inputs.covariance, *bounds, damping=settings.damping)
-    else:
-        (scale,) = scales
-        integers = nearest(target, scale, *bounds)
+    parts = [len(w) for w in weights]
+    integers, scale, codebook = _rounded(target, parts, spec, inputs.covariance, settings, try_scales)
     solved, start = [], 0
     for w, bias in zip(weights, biases, strict=True):
         rows = slice(start, start := start + len(w))
@@ -150,8 +140,40 @@ def solve(
         new = None
         if compensated:
             new = corrected_bias(bias, w, inputs.mean, q * s.unsqueeze(1), inputs.quantized_mean).to(torch.float32)
-        solved.append(Rounded(integers=q.clone(), scale=s.clone(), bias=new))
+        part = None if codebook is None else codebook.rows(rows)
+        solved.append(Rounded(integers=q.clone(), scale=s.clone(), bias=new, codebook=part))
     return solved
+
+
+def _rounded(
+    weight: Tensor,
+    parts: Sequence[int],
+    spec: QuantSpec,
+    covariance: Tensor,
+    settings: RoundingSettings,
+    try_scales: bool,
+) -> tuple[Tensor, Tensor, Codebook | None]:
+    """Integers (C_out, C_in), scales (C_out,) and, if they expand from 4 bits, codebook of a weight of several parts."""
+    compensated, importance = settings.closed_form == "gptq", covariance.diagonal()
+    several = try_scales and settings.ranges == "output" and spec.channel_axis is not None
+    if spec.expansion is not None:
+        if not compensated:
+            rounded = expanded(weight, importance, spec.expansion, several=several)
+            return rounded.integers, rounded.scale, rounded.codebook
+        candidates = fit_codebooks(weight, importance, spec.expansion, several=several)
+        return gptq_and_codebook(weight, candidates, covariance, damping=settings.damping)
+    bounds = (spec.quant_min, spec.quant_max)
+    if compensated and several and spec.levels <= FEW_LEVELS:
+        low, high = torch.aminmax(weight, dim=1)
+        scales = torch.stack([spec.qparams(low * r, high * r)[0] for r in WEIGHT_RATIOS])
+    else:
+        scales = torch.cat([weight_scale(part, spec, importance, settings) for part in weight.split(list(parts))])[None]
+    if compensated:
+        integers, scale = gptq_and_scale(weight, scales, covariance, *bounds, damping=settings.damping)
+    else:
+        (scale,) = scales
+        integers = nearest(weight, scale, *bounds)
+    return integers, scale, None
 
 
 def weight_scale(weight: Tensor, spec: QuantSpec, importance: Tensor, settings: RoundingSettings) -> Tensor:

@@ -6,6 +6,7 @@ import logging
 
 from torchao.quantization.pt2e.quantizer import Quantizer
 
+from ptq4dit_ao.core.expansion import Expansion
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.graph import SitePolicy
 from ptq4dit_ao.passes import BalanceSettings
@@ -16,7 +17,7 @@ from ptq4dit_ao.quantizer import (
     PTQ4DiTQuantizer,
 )
 from ptq4dit_ao.recipe import Override as RecipeOverride
-from ptq4dit_ao.recipe import Recipe, Weights
+from ptq4dit_ao.recipe import Recipe
 from ptq4dit_ao.rounding import RoundingSettings
 from ptq4dit_ao.workflow.weight_bits import WeightBits
 
@@ -38,6 +39,7 @@ def quantizer_from_recipe(
         base,
         weight_bits=weight_bits_of(recipe),
         activation_bits=recipe.activations.bits,
+        expansion=expansion_of(recipe),
         attention_bits=recipe.attention.bits if recipe.attention.quantize else None,
         balance=recipe.balance.method,
         alpha=recipe.balance.alpha,
@@ -73,10 +75,19 @@ def weight_bits_of(recipe: Recipe) -> int:
     return recipe.weights.bits
 
 
+def expansion_of(recipe: Recipe) -> Expansion | None:
+    """Rule by which the recipe's weights of 4 bits expand to 8; None for plain integers of 4 bits."""
+    weights = recipe.weights
+    if weights.group is None and weights.levels == "uniform":
+        return None
+    return Expansion(group=weights.group, zero=weights.zero, levels=weights.levels)
+
+
 def with_chosen_bits(recipe: Recipe, choice: WeightBits) -> Recipe:
     """The recipe with ``bits: auto`` replaced by the lowest width and an override for each layer with more bits."""
     more = (RecipeOverride(pattern=o.pattern, weight_bits=o.weight_bits) for o in choice.overrides)
-    weights = Weights(bits=choice.candidates[0])
+    fixed = {"bits": choice.candidates[0], "candidates": None, "average_bits": None}
+    weights = recipe.weights.model_copy(update=fixed)
     return recipe.model_copy(update={"weights": weights, "overrides": (*more, *recipe.overrides)})
 
 

@@ -75,7 +75,7 @@ def test_the_folder_holds_three_files_of_the_stated_sizes(saved: Path, small: Gr
 
 def test_the_manifest_names_format_and_versions(saved: Path) -> None:
     doc = json.loads((saved / "manifest.json").read_text())
-    assert (doc["format"], doc["format_version"]) == ("ptq4dit-ao", 4)
+    assert (doc["format"], doc["format_version"]) == ("ptq4dit-ao", 5)
     assert doc["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert doc["versions"].keys() == {"ptq4dit-ao", "torch", "torchao"}
 
@@ -175,7 +175,7 @@ def test_a_file_in_place_of_the_folder_is_refused(small: GraphModule, tmp_path: 
 def test_an_empty_folder_a_newer_version_and_a_link_are_replaced(saved: Path, small: GraphModule) -> None:
     (saved.parent / "empty").mkdir()
     write_artifact(saved.parent / "empty", small, {"a": 1}, [])
-    edit(saved / "manifest.json", lambda doc: doc.update(format_version=5))
+    edit(saved / "manifest.json", lambda doc: doc.update(format_version=6))
     (saved.parent / "link").symlink_to(saved)
     write_artifact(saved.parent / "link", small, {"a": 2}, [])
     assert (saved.parent / "link").is_symlink()
@@ -288,13 +288,13 @@ def test_a_short_file_is_found(saved: Path, name: str) -> None:
 
 
 MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "version": (lambda d: d.update(format_version=5), r"has format_version 5, this version reads 3 and 4; install"),
+    "version": (lambda d: d.update(format_version=6), r"has format_version 6, this version reads 3, 4 and 5; install"),
     "former": (
         lambda d: d.update(format_version=2),
-        r"has format_version 2, this version reads 3 and 4; .* quantize the",
+        r"has format_version 2, this version reads 3, 4 and 5; .* quantize the",
     ),
-    "true": (lambda d: d.update(format_version=True), r"has format_version True, this version reads 3 and 4"),
-    "no version": (lambda d: d.pop("format_version"), r"has format_version None, this version reads 3 and 4"),
+    "true": (lambda d: d.update(format_version=True), r"has format_version True, this version reads 3, 4 and 5"),
+    "no version": (lambda d: d.pop("format_version"), r"has format_version None, this version reads 3, 4 and 5"),
     "format": (lambda d: d.update(format="onnx"), r"is of format 'onnx', not 'ptq4dit-ao'; point to a model saved"),
     "unknown": (lambda d: d.update(hook="x"), r"manifest.json has the unknown 'hook'; it is damaged or of a newer"),
     "lacking": (lambda d: d.pop("tensors"), r"manifest.json lacks 'tensors'"),

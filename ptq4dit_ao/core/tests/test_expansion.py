@@ -1,0 +1,155 @@
+"""Weights of 4 bits that expand to 8: what is allowed, what is nearest, and that packing loses nothing."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from ptq4dit_ao.core.expansion import CODES, LARGEST, NORMAL, Codebook, Expansion, Interval, fit_codebooks
+from ptq4dit_ao.core.gptq import gptq_and_codebook
+from ptq4dit_ao.errors import ArgumentError, ArtifactError
+
+RULES = [
+    Expansion(group=32, zero=True),
+    Expansion(group=16),
+    Expansion(levels="normal"),
+    Expansion(group=32, levels="normal"),
+]
+by_rule = pytest.mark.parametrize("rule", RULES, ids=Expansion.to_text)
+
+
+def weight_of(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator) * torch.rand(rows, 1, generator=generator)
+    weight[0, : columns // 2] = 0  # a group without a range
+    weight[1] = weight[1].abs()  # one-sided
+    return weight
+
+
+def allowed(codebook: Codebook) -> torch.Tensor:
+    """The 16 integers of every group, (C_out, G, 16), written down from the definition."""
+    step, zero = codebook.step.unsqueeze(2), codebook.zero.unsqueeze(2)
+    if codebook.expansion.levels == "uniform":
+        return step * (torch.arange(CODES) - zero)
+    half = torch.tensor(NORMAL)
+    return (step / 15 * torch.cat([-half.flip(0), half]) / half[-1] * LARGEST).round()
+
+
+def of_weights(groups: torch.Tensor, rule: Expansion, columns: int) -> torch.Tensor:
+    width = columns if rule.group is None else rule.group
+    return torch.stack([groups[:, j // width] for j in range(columns)], 1)
+
+
+@by_rule
+@pytest.mark.parametrize("columns", [64, 40, 19])
+def test_integers_are_those_of_their_group_and_fit_eight_bits(rule, columns):
+    weight = weight_of(6, columns)
+    for scale, codebook in fit_codebooks(weight, torch.ones(columns), rule):
+        table = of_weights(allowed(codebook), rule, columns)
+        assert table.abs().max() <= LARGEST
+        positions = weight / scale.unsqueeze(1)
+        found = codebook.nearest(positions)
+        assert (found.unsqueeze(2) == table).any(2).all()
+        nearest = (table - positions.unsqueeze(2)).abs().amin(2)
+        # Levels are rounded to integers, so the next one by the exact levels may be an integer further away.
+        slack = 1.01 if rule.levels == "normal" else 1e-4
+        assert ((found - positions).abs() <= nearest + slack).all()
+        assert torch.equal(codebook.nearest(found), found) or rule.levels == "normal"
+        low, high = (end.expand_as(weight) for end in codebook.ends())
+        assert torch.equal(low, table.amin(2)) and torch.equal(high, table.amax(2))
+        below, above = codebook.neighbours(positions.clamp(low, high))
+        assert ((below <= positions.clamp(low, high) + 1e-4) & (positions.clamp(low, high) <= above + 1e-4)).all()
+        assert torch.equal(torch.stack([codebook.column(j, positions[:, j]) for j in range(columns)], 1), found)
+
+
+@by_rule
+@pytest.mark.parametrize("columns", [64, 40, 19])
+def test_packing_loses_nothing_and_takes_what_it_says(rule, columns):
+    weight = weight_of(6, columns)
+    for scale, codebook in fit_codebooks(weight, torch.ones(columns), rule):
+        integers = codebook.nearest(weight / scale.unsqueeze(1)).to(torch.int8)
+        packed = rule.pack(integers)
+        assert packed.dtype == torch.uint8 and packed.shape == (rule.packed_length((6, columns)),)
+        assert torch.equal(rule.unpack(packed, (6, columns)), integers)
+    assert Expansion.from_text(rule.to_text()) == rule
+
+
+def test_all_steps_and_zero_points_are_packed_exactly():
+    rule = Expansion(group=16, zero=True)
+    pairs = [(k, z) for k, z in itertools.product(range(1, 16), range(16)) if k * max(z, 15 - z) <= LARGEST]
+    step, zero = (torch.tensor(part).unsqueeze(1) for part in zip(*pairs, strict=True))
+    integers = (step * (torch.arange(CODES) - zero)).to(torch.int8)
+    assert torch.equal(rule.unpack(rule.pack(integers), tuple(integers.shape)), integers)
+
+
+def test_bits_of_a_weight():
+    assert Expansion(group=32, zero=True).bits_per_weight(1152, 1152) == pytest.approx(4 + 8 / 32 + 32 / 1152)
+    assert Expansion(group=64).bits_per_weight(1152, 1152) == pytest.approx(4 + 4 / 64 + 32 / 1152)
+    assert Expansion(levels="normal").bits_per_weight(1152, 1152) == pytest.approx(4 + 32 / 1152)
+
+
+def test_a_zero_point_spends_no_code_on_a_side_that_is_not_there():
+    weight = weight_of(4, 64).abs()
+    errors = []
+    for rule in (Expansion(group=32, zero=True), Expansion(group=32)):
+        (scale, codebook), *_ = fit_codebooks(weight, torch.ones(64), rule, several=False)
+        rounded = codebook.nearest(weight / scale.unsqueeze(1)) * scale.unsqueeze(1)
+        errors.append(float((rounded - weight).square().mean()))
+    assert errors[0] < errors[1] / 3
+
+
+@by_rule
+def test_gptq_loses_less_than_the_nearest_integers(rule):
+    generator = torch.Generator().manual_seed(1)
+    weight, mixing = weight_of(8, 64), torch.randn(64, 64, generator=generator) / 8
+    moment = mixing @ mixing.T + 0.01 * torch.eye(64)
+    candidates = list(fit_codebooks(weight, moment.diagonal(), rule))
+    integers, scale, codebook = gptq_and_codebook(weight, candidates, moment)
+    assert torch.equal(rule.unpack(rule.pack(integers), (8, 64)), integers)
+    assert (integers.unsqueeze(2) == of_weights(allowed(codebook), rule, 64)).any(2).all()
+
+    def error(integers: torch.Tensor, scale: torch.Tensor) -> float:
+        change = integers * scale.unsqueeze(1) - weight
+        return float((change @ moment * change).sum())
+
+    plain = min(error(c.nearest(weight / s.unsqueeze(1)), s) for s, c in candidates)
+    assert error(integers, scale) < 0.8 * plain
+
+
+def test_an_interval_is_every_integer():
+    interval, positions = Interval(low=-8, high=7), torch.tensor([-9.4, -0.4, 2.5, 8.2])
+    assert interval.nearest(positions).tolist() == [-8, 0, 2, 7]
+    assert [float(end) for end in interval.ends()] == [-8, 7]
+    assert [part.tolist() for part in interval.neighbours(positions)] == [[-10, -1, 2, 8], [-9, 0, 3, 9]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "group is None and the levels are uniform, which expands nothing; give a group"),
+        ({"group": 8}, "group is 8; it must be at least 16 channels"),
+        ({"group": 32.0}, "group is 32.0"),
+        ({"group": 32, "levels": "log"}, "levels is 'log'"),
+        ({"zero": True, "levels": "normal"}, "zero is for groups of uniform levels; give a group"),
+        ({"group": 32, "zero": True, "levels": "normal"}, "zero is for groups of uniform levels"),
+        ({"group": 32, "zero": 1}, "zero is 1"),
+    ],
+)
+def test_rules_that_do_not_fit(options, message):
+    with pytest.raises(ArgumentError, match=message):
+        Expansion(**options)
+
+
+def test_what_cannot_be_packed_or_unpacked():
+    rule = Expansion(group=16)
+    with pytest.raises(ArtifactError, match=r"1 groups of a weight \(1, 16\) hold integers that do not expand from 4"):
+        rule.pack(torch.arange(16, dtype=torch.int8).unsqueeze(0) * 7)
+    with pytest.raises(
+        ArtifactError, match=r"a weight \(1, 16\) .*g16.* takes a uint8 row of 9 bytes, not torch.uint8"
+    ):
+        rule.unpack(torch.zeros(8, dtype=torch.uint8), (1, 16))
+    for text in ("g4x", "zero", "g8", "normal zero", "uniform"):
+        with pytest.raises(ArtifactError, match="describes no expansion of 4 bits"):
+            Expansion.from_text(text)
