@@ -74,8 +74,8 @@ class BalancedForNNCF:
     def compress_weights(self, *, bits: int) -> dict[str, Any]:
         """Arguments of ``nncf.compress_weights``: int4 or int8, symmetric and per output channel.
 
-        Weights of 4 bits have the recipe's groups, and zero points if it asks for them. They cover only the layers to whose weights the recipe gives ``bits`` bits. Where it has layers of both, call
-        the function for each.
+        Weights of 4 bits have the recipe's groups, and zero points if it asks for them. The arguments cover only the
+        layers to whose weights the recipe gives ``bits`` bits. Where it has layers of both, call the function for each.
 
         Raises:
             ArgumentError: ``bits`` is neither 4 nor 8.

@@ -51,10 +51,13 @@ def clipped_activation_range(
     qparams: Qparams,
     quant_min: int,
     quant_max: int,
+    *,
+    cutting: float = 1.0,
 ) -> tuple[float, float]:
     """Clipped range of an activation with the least error of the layer's output, ``|(Q(x) - x) W^T|^2``.
 
-    Both ends are reduced by the same ratio first, then each end separately.
+    Both ends are reduced by the same ratio first, then each end separately. The error of values outside the range can
+    count more than that of rounding. It is not independent of the input, so that layers behind do not average it away.
 
     Args:
         tokens: (n, C_in).
@@ -64,15 +67,20 @@ def clipped_activation_range(
         qparams: the quantizer's function from a range to scale and zero point.
         quant_min: smallest integer.
         quant_max: largest integer.
+        cutting: weight of the square error of values that are cut, 1 or more; that of rounding counts once.
 
     Returns:
         Minimum and maximum.
     """
+    extra = cutting**0.5 - 1
     metric = weight.T @ weight if len(weight) > weight.shape[1] else None
 
     def error(low: float, high: float) -> float:
         scale, zero_point = qparams(torch.tensor(low), torch.tensor(high))
         noise = fake_quantize(tokens, scale, zero_point, quant_min, quant_max) - tokens
+        if extra:
+            ends = ((bound - zero_point) * scale for bound in (quant_min, quant_max))
+            noise += extra * (tokens.clamp(*map(float, ends)) - tokens)
         if metric is not None:
             return float(((noise @ metric) * noise).sum())
         return float((noise @ weight.T).square_().sum())

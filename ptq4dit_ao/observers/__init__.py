@@ -7,9 +7,9 @@ from ptq4dit_ao.observers.hooks import (
     ConvertHook,
     RangeObserver,
     Rounded,
-    expanded,
     SalienceObserver,
     WeightObserver,
+    expanded,
 )
 from ptq4dit_ao.observers.moments import Moments, TokenSample
 from ptq4dit_ao.observers.statistics import ChannelStatistics, SalienceStatistics
@@ -23,10 +23,10 @@ __all__ = [
     "Moments",
     "RangeObserver",
     "Rounded",
-    "expanded",
     "SalienceObserver",
     "SalienceStatistics",
     "TimestepClock",
     "TokenSample",
     "WeightObserver",
+    "expanded",
 ]

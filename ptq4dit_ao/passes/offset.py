@@ -32,10 +32,16 @@ BIAS = {aten.linear.default: 2, aten.layer_norm.default: 3}
 """Position of the bias in the arguments of the ops that add one last."""
 
 
-def find_shifts(model: GraphModule, sites: Sequence[Site]) -> list[Site]:
-    """The sites of a float graph, each with the parameter that shifts its input; refused if it has none."""
+def find_shifts(model: GraphModule, sites: Sequence[Site], *, needed: bool = True) -> list[Site]:
+    """The sites of a float graph, each with the parameter that shifts its input.
+
+    Args:
+        model: the graph.
+        sites: its sites.
+        needed: whether a site without such a parameter is refused.
+    """
     index = GraphIndex(model)
-    return [_with_shift(index, site) if site.refusal is None else site for site in sites]
+    return [_with_shift(index, site, needed) if site.refusal is None else site for site in sites]
 
 
 def subtract_offset(model: GraphModule, site: Site, offset: Tensor) -> None:
@@ -66,11 +72,11 @@ def _add_to_bias(model: GraphModule, linear: Node, gain: Tensor) -> None:
         linear.args = (*linear.args[:2], add_constant(model, "bias", gain, like=linear))
 
 
-def _with_shift(index: GraphIndex, site: Site) -> Site:
+def _with_shift(index: GraphIndex, site: Site, needed: bool) -> Site:
     try:
         return replace(site, shift=_shift(index, site))
     except BalanceError as error:
-        return replace(site, refusal=str(error))
+        return replace(site, refusal=str(error)) if needed else site
 
 
 def _shift(index: GraphIndex, site: Site) -> ShiftEdit:

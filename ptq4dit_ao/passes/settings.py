@@ -29,6 +29,8 @@ class BalanceSettings:
             the candidate with the best score, which may be no balancing. ``repq`` uses the range of each channel over
             all timesteps instead of salience, and also shifts the input (:mod:`ptq4dit_ao.core.repq`).
         alpha: exponent of ``b = s(X)^alpha / s(W)^(1 - alpha)``, or ``auto`` for a choice by score. ``repq`` has none.
+        center: whether the middle of each channel's range is subtracted first, where a parameter shifts the input. A
+            search chooses between both.
         max_scale: bound on b, to [1/max_scale, max_scale].
         fold_form: where the 1 of ``1 + scale`` goes; see :mod:`ptq4dit_ao.passes.fold`.
         max_rounding: bound on the rounding of ``1 + scale`` in fold form ``bias``, which stores ``(1 + bias)/b - 1``
@@ -43,6 +45,7 @@ class BalanceSettings:
 
     method: BalanceMethod = "ssc"
     alpha: float | Literal["auto"] = 0.5
+    center: bool = False
     max_scale: float = 1000.0
     fold_form: FoldForm = "constant"
     max_rounding: float = 0.01
@@ -58,6 +61,8 @@ class BalanceSettings:
             balance_vector(torch.ones(1), torch.ones(1), self.alpha)
         if self.method == "repq" and self.alpha != 0.5:
             raise ArgumentError(f"alpha is {self.alpha!r}, but method 'repq' has no exponent; leave alpha out")
+        if self.method == "repq" and self.center:
+            raise ArgumentError("center is on, but method 'repq' shifts the input itself; leave center out")
         clip_balance(torch.ones(1), self.max_scale)
 
     @property

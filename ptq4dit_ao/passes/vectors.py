@@ -27,8 +27,10 @@ from ptq4dit_ao.passes.settings import BalanceSettings
 logger = logging.getLogger(__name__)
 
 
-Score = Callable[[GraphModule, Site, Tensor], float]
-"""Function ``score(model, site, b)`` that rates a balancing vector (V,) of an unbalanced site; lower is better."""
+CENTRED = " centred"
+
+Score = Callable[[GraphModule, Site, Tensor, Tensor | None], float]
+"""Function ``score(model, site, b, offset)`` that rates a vector (V,) of an unbalanced site; lower is better."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,8 @@ class SiteOutcome:
     alpha: float | None
     """The exponent; None if the method has none."""
     scores: dict[str, float] = field(default_factory=dict)
-    """Scores of a search's candidates, lower is better; keys are ``"AGGREGATION ALPHA"`` and ``"none"``."""
+    """Scores of a search's candidates, lower is better; keys are ``"AGGREGATION ALPHA"``, with :data:`CENTRED` behind
+    it for a centred input, and ``"none"``."""
     offset: Tensor | None = None
     """Offset that is subtracted from the input before it is divided by b, (C,); None if there is none."""
     range: tuple[float, float] | None = None
@@ -87,8 +90,8 @@ def balance_sites(
         )
     observed = [(site, _observed(site, statistics, settings)) for site in sites if site.refusal is None]
     outcomes: dict[str, SiteOutcome] = {}
-    for site, (timesteps, salience_t) in reversed(observed):
-        outcome = _solve(model, site, timesteps, salience_t, settings, score)
+    for site, salience in reversed(observed):
+        outcome = _solve(model, site, salience, settings, score)
         if settings.method == "repq" and specs is not None:
             outcome = _reparameterised(outcome, statistics, specs, settings.max_scale)
         apply_outcome(model, outcome, settings.fold_form)
@@ -108,8 +111,19 @@ def apply_outcome(model: GraphModule, outcome: SiteOutcome, form: FoldForm) -> N
         fold_balance(model, outcome.site, outcome.b, form)
 
 
-def _observed(site: Site, statistics: SalienceStatistics, settings: BalanceSettings) -> tuple[Tensor, Tensor]:
-    """Timesteps (T,) and activation salience (T, V).
+@dataclass(frozen=True, kw_only=True)
+class _Salience:
+    """Salience of a site's input by timestep."""
+
+    timesteps: Tensor
+    salience: Tensor
+    """(T, V)."""
+    offset: Tensor | None = None
+    """What was subtracted from the input, (C,) float64."""
+
+
+def _observed(site: Site, statistics: SalienceStatistics, settings: BalanceSettings) -> list[_Salience]:
+    """Salience of a site's input as it is, and centred; one of them without a search.
 
     Raises:
         CalibrationError: there are fewer timesteps than the method needs.
@@ -121,46 +135,71 @@ def _observed(site: Site, statistics: SalienceStatistics, settings: BalanceSetti
             f"least {settings.min_timesteps}: calibrate on more timesteps, name the input that holds the "
             "timestep with timestep_input, or use method 'max'"
         )
-    return timesteps, salience_t
+    found = [_Salience(timesteps=timesteps, salience=salience_t)]
+    if settings.center and site.shift is not None:
+        found.append(_centred(site, statistics))
+    return found if settings.searches else found[-1:]
+
+
+def _centred(site: Site, statistics: SalienceStatistics) -> _Salience:
+    """Salience of a site with one input and a variable for each channel, about the middle of each channel's range."""
+    ((key, consumer),) = site.inputs.items()
+    table = statistics[key]
+    low, high = table.minimum.to(torch.float64), table.maximum.to(torch.float64)
+    offset = (low.amin(0) + high.amax(0)) / 2
+    salience = torch.maximum((low - offset).abs(), (high - offset).abs())
+    salience = _per_variable(salience, consumer, site.num_variables)
+    return _Salience(timesteps=table.timesteps, salience=salience, offset=offset)
 
 
 def _solve(
-    model: GraphModule,
-    site: Site,
-    timesteps: Tensor,
-    salience_t: Tensor,
-    settings: BalanceSettings,
-    score: Score | None,
+    model: GraphModule, site: Site, observed: Sequence[_Salience], settings: BalanceSettings, score: Score | None
 ) -> SiteOutcome:
     salience_w = _weight_salience(model, site)
-    eta, rho = ssc_weights(salience_t, salience_w)
-
-    def outcome(method: Aggregation, alpha: float) -> SiteOutcome:
-        salience_x = aggregate_salience(salience_t, salience_w, method)
-        b, clipped = _bounded(model, site, balance_vector(salience_x, salience_w, alpha), settings)
-        return SiteOutcome(
-            site=site,
-            b=b,
-            clipped=clipped,
-            salience_x=salience_x,
-            salience_w=salience_w,
-            timesteps=timesteps,
-            salience_t=salience_t.amax(1),
-            rho=rho,
-            eta=eta,
-            method=method,
-            alpha=alpha,
+    found = {
+        f"{method} {alpha:g}{'' if salience.offset is None else CENTRED}": _outcome(
+            model, site, salience, salience_w, method, alpha, settings
         )
-
-    found = {f"{method} {alpha:g}": outcome(method, alpha) for method, alpha in settings.candidates()}
-    if not settings.searches:
-        return next(iter(found.values()))
-    assert score is not None
+        for salience in observed
+        for method, alpha in settings.candidates()
+    }
     alone = next(iter(found.values()))
+    if not settings.searches:
+        return alone
+    assert score is not None
     ones = torch.ones_like(alone.b)
     found["none"] = replace(alone, method="none", alpha=0.0, b=ones, clipped=torch.zeros_like(alone.clipped))
-    scores = {name: score(model, site, candidate.b) for name, candidate in found.items()}
+    scores = {name: score(model, site, candidate.b, candidate.offset) for name, candidate in found.items()}
     return replace(found[min(scores, key=scores.__getitem__)], scores=scores)
+
+
+def _outcome(
+    model: GraphModule,
+    site: Site,
+    observed: _Salience,
+    salience_w: Tensor,
+    method: Aggregation,
+    alpha: float,
+    settings: BalanceSettings,
+) -> SiteOutcome:
+    salience_t = observed.salience
+    eta, rho = ssc_weights(salience_t, salience_w)
+    salience_x = aggregate_salience(salience_t, salience_w, method)
+    b, clipped = _bounded(model, site, balance_vector(salience_x, salience_w, alpha), settings)
+    return SiteOutcome(
+        site=site,
+        b=b,
+        clipped=clipped,
+        salience_x=salience_x,
+        salience_w=salience_w,
+        timesteps=observed.timesteps,
+        salience_t=salience_t.amax(1),
+        rho=rho,
+        eta=eta,
+        method=method,
+        alpha=alpha,
+        offset=observed.offset,
+    )
 
 
 def _reparameterised(

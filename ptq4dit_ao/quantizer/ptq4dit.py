@@ -73,6 +73,8 @@ class PTQ4DiTQuantizer(Quantizer):
             quantization ranges, in step size and in offset, where adaLN or a norm adds a shift.
         alpha: exponent of ``b = s(X)^alpha / s(W)^(1 - alpha)``; ``auto`` lets each site choose by the error after
             rounding. ``repq`` has no exponent.
+        center: whether the middle of each channel's range is subtracted from inputs that a parameter shifts; with a
+            search, each site chooses.
         max_scale: bound on b, to [1/max_scale, max_scale].
         rounding: ``nearest``; or ``gptq``, which rounds weights, clips ranges and corrects biases to keep the layers'
             outputs (observers then also keep the second moment of every quantized input, C_in^2 numbers); or
@@ -106,6 +108,7 @@ class PTQ4DiTQuantizer(Quantizer):
         attention_bits: int | None = None,
         balance: BalanceMethod | str = "ssc",
         alpha: float | Literal["auto"] = 0.5,
+        center: bool = False,
         rounding: RoundingMethod | RoundingSettings = "nearest",
         sequential: bool = False,
         max_scale: float = 1000.0,
@@ -139,6 +142,7 @@ class PTQ4DiTQuantizer(Quantizer):
             else BalanceSettings(
                 method=balance,  # type: ignore[arg-type]  # checked there
                 alpha=alpha,
+                center=center,
                 max_scale=max_scale,
                 fold_form=fold_form,
             )
@@ -234,6 +238,8 @@ class PTQ4DiTQuantizer(Quantizer):
             sites = premultiplied_sites(sites, only)
         if self._settings.method == "repq":
             sites = find_shifts(model, sites)
+        elif self._settings.center:
+            sites = find_shifts(model, sites, needed=False)
         found = [s for s in sites if s.refusal is None]
         if not found:
             reasons = first_refusals(sites) or "every layer is excluded"

@@ -91,8 +91,8 @@ class Weights(_Section):
     )
     levels: Levels = Field(
         default="uniform",
-        description="Spacing of the 16 values of a weight of 4 bits. 'uniform': equal. 'normal': denser around 0, as is "
-        "best for normally distributed weights; it needs no more bits.",
+        description="Spacing of the 16 values of a weight of 4 bits. 'uniform': equal. 'normal': denser around 0, as "
+        "is best for normally distributed weights; it needs no more bits.",
     )
 
     @model_validator(mode="after")
@@ -163,6 +163,12 @@ class Balance(_Section):
         "weight salience. 'auto' chooses the exponent with the least error after rounding, or no balancing, for each "
         "site.",
     )
+    center: bool = Field(
+        default=False,
+        description="true: subtract the middle of each channel's range from inputs that a parameter shifts, such as "
+        "the shift of adaLN, and correct the biases of the layers that read them; with 'auto', each site chooses. It costs "
+        "nothing at run time. 'repq' has its own.",
+    )
     max_scale: float = Field(
         default=1000.0,
         gt=1,
@@ -222,6 +228,12 @@ class Rounding(_Section):
         description="Choice of the quantization ranges. 'minmax' covers every value seen. 'output' clips tails where "
         "that reduces the error of the layer's output. 'percentile' (PTQ4DiT, RepQ-ViT) and 'lp' (PTQ4DM, Q-Diffusion) "
         "search for the range with the least error of the values.",
+    )
+    cutting: float = Field(
+        default=1.0,
+        ge=1,
+        description="Weight of the square error of activations that ranges: output cuts off, 1 or more. Errors of "
+        "rounding count once.",
     )
     sequential: bool = Field(
         default=False,

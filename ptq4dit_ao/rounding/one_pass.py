@@ -42,7 +42,7 @@ def _round(prepared: GraphModule, group: Group, moments: Moments, settings: Roun
     weights = {layer: layer.weight(prepared) for layer in group.layers}
     if observer.chosen_range is None:
         observer.chosen_range = choose_range(
-            observer.spec, tokens, *observer.range(), torch.cat(list(weights.values())), settings.ranges
+            observer.spec, tokens, *observer.range(), torch.cat(list(weights.values())), settings
         )
     shift = (quantize_tokens(observer.spec, tokens, observer.chosen_range) - tokens).mean(0)
     inputs = Inputs.from_moments(mean, mean + shift, second)

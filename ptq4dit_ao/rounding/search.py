@@ -29,7 +29,7 @@ STEP = 4
 
 
 class PostRoundingScore:
-    """Score function ``score(model, site, b)``: mean square error of the site's outputs on its observers' tokens."""
+    """Score function ``score(model, site, b, offset)``: mean square error of a site's outputs on its observers' tokens."""
 
     def __init__(
         self, prepared: GraphModule, observers: Mapping[str, Sequence[SalienceObserver]], settings: RoundingSettings
@@ -42,25 +42,25 @@ class PostRoundingScore:
             if isinstance(group.observer, SalienceObserver):
                 self._groups.setdefault(group.observer, []).append(group)
 
-    def __call__(self, model: GraphModule, site: Site, b: Tensor) -> float:
-        """Error with the balancing vector ``b`` (V,), for a site that is not balanced yet."""
+    def __call__(self, model: GraphModule, site: Site, b: Tensor, offset: Tensor | None) -> float:
+        """Error with the balancing vector ``b`` (V,) behind an offset (C,), for a site that is not balanced yet."""
         total = 0.0
         for key, consumer in site.inputs.items():
             scale = scale_of(b, consumer.variables)
             for observer in self._observers.get(key, ()):
-                total += sum(self._error(model, group, scale) for group in self._groups.get(observer, ()))
+                total += sum(self._error(model, group, scale, offset) for group in self._groups.get(observer, ()))
         return total
 
-    def _error(self, model: GraphModule, group: Group, scale: Tensor) -> float:
+    def _error(self, model: GraphModule, group: Group, scale: Tensor, offset: Tensor | None) -> float:
         observer, moments = group.observer, group.observer.moments
         assert isinstance(observer, SalienceObserver) and moments is not None
-        tokens, second, mean = balanced_moments(moments, scale)
+        tokens, second, mean = balanced_moments(moments, scale, offset)
         error = 0.0
         for spec, layers in group.by_spec().items():
             weight = torch.cat([layer.weight(model) for layer in layers])
             weight = weight[:: -(-len(weight) // ROWS)] * scale.to(weight)
-            low, high = observer.statistics.range(scale)
-            bounds = choose_range(observer.spec, tokens[::STEP], low, high, weight, self._settings.ranges)
+            low, high = observer.statistics.range(scale, offset)
+            bounds = choose_range(observer.spec, tokens[::STEP], low, high, weight, self._settings)
             quantized = quantize_tokens(observer.spec, tokens, bounds)
             inputs = Inputs.from_moments(mean, mean + (quantized - tokens).mean(0), second.clone())
             (rounded,) = solve([weight], [None], spec, inputs, self._settings, try_scales=False)

@@ -18,6 +18,7 @@ class RoundingSettings:
             block's weights together with its inputs' ranges.
         ranges: ``minmax``; ``output``, which clips if that reduces the error of the layer's output; or a search of the
             papers, ``percentile`` or ``lp`` (:mod:`ptq4dit_ao.core.range_search`).
+        cutting: weight of the square error of values that ``output`` cuts, 1 or more; that of rounding counts once.
         damping: term that GPTQ adds to the diagonal of the inputs' second moment, as a fraction of its mean.
         start: start of learning: the float weight (``nearest``), or close to GPTQ's solution (``gptq``).
         steps: number of updates of each block, with one batch each.
@@ -30,6 +31,7 @@ class RoundingSettings:
 
     rounding: RoundingMethod = "nearest"
     ranges: Ranges = "minmax"
+    cutting: float = 1.0
     damping: float = 0.01
     start: Start = "nearest"
     steps: int = 20_000
@@ -39,6 +41,8 @@ class RoundingSettings:
         check_choice("rounding", self.rounding, ROUNDING_METHODS)
         check_choice("ranges", self.ranges, RANGES)
         check_choice("start", self.start, STARTS)
+        if not self.cutting >= 1:
+            raise ArgumentError(f"cutting is {self.cutting}; it must be at least 1, where cutting counts as rounding")
         if not 0 < self.damping <= 1:
             raise ArgumentError(f"damping is {self.damping}; it must lie in (0, 1] (0.01 is GPTQ's)")
         _check_budget(self.steps, self.minutes, "the paper's is 20000")

@@ -65,7 +65,7 @@ def choose_range(
     low: Tensor,
     high: Tensor,
     weight: Tensor,
-    ranges: str,
+    settings: RoundingSettings,
 ) -> tuple[float, float]:
     """Quantization range of an activation.
 
@@ -75,16 +75,17 @@ def choose_range(
         low: smallest value of the whole activation.
         high: largest value of the whole activation.
         weight: weights of the layers that read it, (C_out, C_in).
-        ranges: method, as in :class:`RoundingSettings`.
+        settings: method, and weight of errors of cutting.
 
     Returns:
         Minimum and maximum.
     """
+    ranges = settings.ranges
     if ranges == "minmax" or len(tokens) == 0:
         return float(low), float(high)
     quantizer = (spec.qparams, spec.quant_min, spec.quant_max)
     if ranges == "output":
-        return clipped_activation_range(tokens, float(low), float(high), weight, *quantizer)
+        return clipped_activation_range(tokens, float(low), float(high), weight, *quantizer, cutting=settings.cutting)
     low, high = low.reshape(1).to(tokens), high.reshape(1).to(tokens)
     low, high = search_range(tokens.reshape(1, -1), low, high, ranges, *quantizer)
     return float(low), float(high)
@@ -153,7 +154,7 @@ def _rounded(
     settings: RoundingSettings,
     try_scales: bool,
 ) -> tuple[Tensor, Tensor, Codebook | None]:
-    """Integers (C_out, C_in), scales (C_out,) and, if they expand from 4 bits, codebook of a weight of several parts."""
+    """Integers (C_out, C_in), scales (C_out,) and codebook, if they expand from 4 bits, of a weight of several parts."""
     compensated, importance = settings.closed_form == "gptq", covariance.diagonal()
     several = try_scales and settings.ranges == "output" and spec.channel_axis is not None
     if spec.expansion is not None:

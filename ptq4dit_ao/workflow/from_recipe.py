@@ -43,9 +43,11 @@ def quantizer_from_recipe(
         attention_bits=recipe.attention.bits if recipe.attention.quantize else None,
         balance=recipe.balance.method,
         alpha=recipe.balance.alpha,
+        center=recipe.balance.center,
         rounding=RoundingSettings(
             rounding=recipe.rounding.method,
             ranges=recipe.rounding.ranges,
+            cutting=recipe.rounding.cutting,
             damping=recipe.rounding.damping,
             start=recipe.rounding.start,
             steps=recipe.rounding.steps,
