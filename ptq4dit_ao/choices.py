@@ -26,7 +26,7 @@ STARTS: tuple[Start, ...] = get_args(Start)
 
 Levels = Literal["uniform", "normal"]
 LEVELS: tuple[Levels, ...] = get_args(Levels)
-"""Spacings of the 16 values of a 4-bit weight."""
+"""Spacings of the 16 values that a weight of 4 bits can have."""
 
 Ranges = Literal["minmax", "output", "percentile", "lp"]
 RANGES: tuple[Ranges, ...] = get_args(Ranges)

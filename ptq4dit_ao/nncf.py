@@ -72,22 +72,18 @@ class BalancedForNNCF:
         }
 
     def compress_weights(self, *, bits: int) -> dict[str, Any]:
-        """Arguments of ``nncf.compress_weights``: int4 or int8, symmetric and per output channel.
+        """Arguments of ``nncf.compress_weights``: int4 or int8, symmetric, per output channel.
 
-        Weights of 4 bits have the recipe's groups, and zero points if it asks for them. The arguments cover only the
-        layers to whose weights the recipe gives ``bits`` bits. Where it has layers of both, call the function for each.
+        With ``levels: normal``, weights of 4 bits get NNCF's own normal levels (NF4), and the recipe's groups. The
+        arguments cover only the layers to whose weights the recipe gives ``bits`` bits. Where it has layers of both,
+        call the function for each.
 
         Raises:
             ArgumentError: ``bits`` is neither 4 nor 8.
-            LoweringError: the recipe gives no layer that many bits, or asks for levels that NNCF does not have.
+            LoweringError: the recipe gives no layer that many bits.
         """
         nncf, weights = require("nncf", extra="openvino"), self.recipe.weights
-        if bits == 4 and weights.levels != "uniform":
-            raise LoweringError(
-                f"NNCF has no 4-bit weights of {weights.levels} levels; take a recipe with weights.levels: uniform, or "
-                "apply_recipe and the backend 'openvino'"
-            )
-        mode = nncf.CompressWeightsMode.INT4_ASYM if weights.zero else nncf.CompressWeightsMode.INT4_SYM
+        mode = nncf.CompressWeightsMode.NF4 if weights.levels == "normal" else nncf.CompressWeightsMode.INT4_SYM
         modes = {
             4: {"mode": mode, "ratio": 1.0, "group_size": weights.group or -1, "all_layers": True},
             8: {"mode": nncf.CompressWeightsMode.INT8_SYM},

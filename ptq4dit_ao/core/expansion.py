@@ -1,12 +1,10 @@
 """Weights of 4 bits that expand exactly to integers of 8 bits with one float scale per output channel.
 
 The 16 codes of a weight stand for integers of 8 bits. Kernels get those integers, so that they need not know of the
-codes. A group of consecutive input channels has codes of its own: an integer step k from 1 to 15, and an integer zero
-point z from 0 to 15 (the two levels of QServe, arXiv 2405.04532).
-
-* ``uniform``: code c stands for k (c - z), and z is 8 if groups have no zero points.
-* ``normal``: code c stands for k/15 of the c-th level of the best 16-level quantizer of a normal distribution
-  (Max 1960, "Quantizing for minimum distortion"), of which the largest is 127, rounded.
+codes. The integers are spaced like the levels of the best 16-level quantizer of a normal distribution (Max 1960,
+"Quantizing for minimum distortion"), of which the largest is 127: code c stands for the c-th level times k / 15,
+rounded. A group of consecutive input channels shares the step k, an integer from 1 to 15 (the two levels of scales of
+QServe, arXiv 2405.04532).
 """
 
 from __future__ import annotations
@@ -18,9 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ptq4dit_ao.choices import LEVELS, Levels
 from ptq4dit_ao.core.int4 import pack_int4, packed_length, unpack_int4
-from ptq4dit_ao.errors import ArgumentError, ArtifactError, check_choice, check_type
+from ptq4dit_ao.errors import ArgumentError, ArtifactError, check_type
 
 EXPANDED_BITS = 4
 """Width of the codes in bits."""
@@ -29,78 +26,56 @@ LARGEST = 127
 """Largest magnitude of an expanded integer."""
 STEPS = 15
 """Largest step k of a group."""
-MIDDLE = 8
-"""Zero point of a symmetric group."""
+SMALLEST_GROUP = 16
 
 NORMAL = (0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6181, 2.0691, 2.7326)
 """Positive levels of the best 16-level quantizer of N(0, 1) (Max 1960, table I)."""
 
-_TEXT = re.compile(r"(?:g(\d+))?(?: ?(zero))?(?: ?(normal))?")
+COVERED = (1.1, 1.2, 1.0, 0.9, 0.8, 0.7)
+"""Largest level as a multiple of a row's largest weight, as tried for its scale; the first one is taken without trials.
 
-COVERED = (1.0, 0.9, 0.8, 0.7, 0.6)
-"""Fractions of the largest weight of a row that are tried for its scale, with uniform levels."""
+Outer levels lie so far apart that a level above the largest weight can leave less error.
+"""
 
-COVERED_NORMAL = (1.2, 1.1, 1.0, 0.9, 0.8, 0.7)
-"""The same with normal levels, whose outer ones lie further apart."""
+_MIDDLE = 8
+_TEXT = re.compile(r"normal(?: g(\d+))?")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Expansion:
-    """Rule by which weights of 4 bits expand to integers of 8 bits.
+    """Rule by which weights of 4 bits expand to integers of 8 bits, with levels as for a normal distribution.
 
     Args:
         group: number of consecutive input channels that share a step, 16 or more; None for one step for a row.
-        zero: whether each group has a zero point as well, for uniform levels.
-        levels: ``uniform``, equally spaced; or ``normal``, denser around 0.
 
     Raises:
-        ArgumentError: a value is out of range, or the values do not fit each other.
+        ArgumentError: the group is too small.
     """
 
     group: int | None = None
-    zero: bool = False
-    levels: Levels = "uniform"
 
     def __post_init__(self) -> None:
-        check_choice("levels", self.levels, LEVELS)
-        check_type("zero", self.zero, bool, "true or false")
         if self.group is not None:
             check_type("group", self.group, int, "a number of channels")
-            if self.group < 16:
-                raise ArgumentError(f"group is {self.group}; it must be at least 16 channels (32 and 64 are usual)")
-        elif self.levels == "uniform":
-            raise ArgumentError("group is None and the levels are uniform, which expands nothing; give a group")
-        if self.zero and (self.group is None or self.levels == "normal"):
-            raise ArgumentError(
-                "zero is for groups of uniform levels; give a group and levels='uniform', or leave it out"
-            )
+            if self.group < SMALLEST_GROUP:
+                raise ArgumentError(f"group is {self.group}; it must be at least {SMALLEST_GROUP} channels, or None")
 
     def groups(self, channels: int) -> int:
         """Number of groups of a row with so many input channels; the last one may be smaller."""
         return 1 if self.group is None else -(-channels // self.group)
 
     def bits_per_weight(self, rows: int, channels: int) -> float:
-        """Bits that a weight takes on average, codes, steps, zero points and float scales included."""
+        """Bits that a weight takes on average, codes, steps and float scales included."""
         return 8 * (self.packed_length((rows, channels)) + 4 * rows) / (rows * channels)
 
     def packed_length(self, shape: tuple[int, int]) -> int:
         """Number of bytes of a packed weight (C_out, C_in), without its float scales."""
-        return packed_length(shape) + self._step_bytes(shape)
-
-    def _step_bytes(self, shape: tuple[int, int]) -> int:
-        count = shape[0] * self.groups(shape[1])
-        if self.group is None:
-            return 0
-        return count if self.zero else (count + 1) // 2
+        steps = 0 if self.group is None else packed_length((shape[0], self.groups(shape[1])))
+        return packed_length(shape) + steps
 
     def to_text(self) -> str:
-        """The expansion as text, such as ``g32 zero`` or ``normal``."""
-        parts = [
-            "" if self.group is None else f"g{self.group}",
-            "zero" * self.zero,
-            "normal" * (self.levels == "normal"),
-        ]
-        return " ".join(filter(None, parts))
+        """The expansion as text, such as ``normal g16``."""
+        return "normal" if self.group is None else f"normal g{self.group}"
 
     @classmethod
     def from_text(cls, text: str) -> Expansion:
@@ -110,44 +85,39 @@ class Expansion:
             ArtifactError: it has another form.
         """
         found = _TEXT.fullmatch(text)
-        if found is None:
+        if found is None or (found[1] is not None and int(found[1]) < SMALLEST_GROUP):
             raise ArtifactError(f"{text!r} describes no expansion of 4 bits; save the model again")
-        group, zero, normal = found.groups()
-        levels: Levels = "normal" if normal else "uniform"
-        try:
-            return cls(group=int(group) if group else None, zero=bool(zero), levels=levels)
-        except ArgumentError as error:
-            raise ArtifactError(f"{text!r} describes no expansion of 4 bits ({error}); save the model again") from error
+        return cls(group=None if found[1] is None else int(found[1]))
 
-    def pack(self, integers: Tensor) -> Tensor:
-        """Codes, steps and zero points of integers (C_out, C_in) int8, as one row of bytes, uint8.
+    def codes(self, integers: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes, (C_out, C_in) int16, and steps, (C_out, G) int16, of integers (C_out, C_in) int8.
 
-        Any steps and zero points will do that give these integers, so that none need be kept beside them.
+        Any steps will do that give these integers, so that none need be kept beside them.
 
         Raises:
             ArtifactError: integers do not follow this rule.
         """
-        groups = _grouped(integers.to(torch.int16), self)
-        codes, step, zero = (
-            torch.zeros_like(groups),
-            groups.new_zeros(groups.shape[:2]),
-            groups.new_zeros(groups.shape[:2]),
-        )
-        for k in range(1, STEPS + 1) if self.group is not None else (STEPS,):
-            code, origin, fits = self._codes(groups, k)
-            codes = code.where(fits.unsqueeze(2), codes)
-            step, zero = step.masked_fill(fits, k), origin.where(fits, zero)
+        index = _grouped(integers.to(torch.int32) + LARGEST + 1, self)
+        codes, step = torch.zeros_like(index, dtype=torch.int16), torch.zeros_like(index[..., 0], dtype=torch.int16)
+        for k in (STEPS,) if self.group is None else range(1, STEPS + 1):
+            code, allowed = (table.to(integers.device) for table in _codes_at(k))
+            fits = allowed[index].all(2)
+            codes, step = code[index].where(fits.unsqueeze(2), codes), step.masked_fill(fits, k)
         if not step.all():
             raise ArtifactError(
                 f"{int((step == 0).sum())} groups of a weight {tuple(integers.shape)} hold integers that do not expand "
                 f"from 4 bits ({self.to_text()}); convert the model again"
             )
-        parts = [pack_int4(_nibbles(codes.flatten(1)[:, : integers.shape[1]]))]
-        if self.zero:
-            parts.append((step | zero << 4).to(torch.uint8).flatten())
-        elif self.group is not None:
-            parts.append(pack_int4(_nibbles(step)))
-        return torch.cat(parts)
+        return codes.flatten(1)[:, : integers.shape[1]], step
+
+    def pack(self, integers: Tensor) -> Tensor:
+        """Codes and steps of integers (C_out, C_in) int8, two to a byte, as one row of uint8.
+
+        Raises:
+            ArtifactError: integers do not follow this rule.
+        """
+        parts = [pack_int4((part - _MIDDLE).to(torch.int8)) for part in self.codes(integers)]
+        return parts[0] if self.group is None else torch.cat(parts)
 
     def unpack(self, packed: Tensor, shape: tuple[int, int]) -> Tensor:
         """The integers of which :meth:`pack` has made a row of bytes, (C_out, C_in) int8.
@@ -161,28 +131,9 @@ class Expansion:
                 f"{self.packed_length(shape)} bytes, not {packed.dtype} {tuple(packed.shape)}; save the model again"
             )
         length, groups = packed_length(shape), (shape[0], self.groups(shape[1]))
-        codes, steps = unpack_int4(packed[:length], shape) + MIDDLE, packed[length:]
-        if self.zero:
-            step, zero = (part.view(groups) for part in (steps & 0xF, steps >> 4))
-        else:
-            step = torch.full(groups, STEPS) if self.group is None else unpack_int4(steps, groups) + MIDDLE
-            zero = torch.full(groups, MIDDLE)
-        step, zero = (_spread(part, self, shape[1]).to(torch.int16) for part in (step, zero))
-        if self.levels == "normal":
-            return _normal_table(codes.device)[step.int(), codes.int()].to(torch.int8)
-        return ((codes - zero) * step).to(torch.int8)
-
-    def _codes(self, groups: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes (C_out, G, width) and zero point (C_out, G) of integers at a step, and whether they follow the rule."""
-        if self.levels == "normal":
-            code, allowed = _normal_codes(step)
-            index = (groups + LARGEST + 1).int()
-            return code[index], torch.full_like(groups[..., 0], MIDDLE), allowed[index].all(2)
-        q = groups.div(step, rounding_mode="floor")
-        low, high = q.amin(2).clamp_max(0), q.amax(2).clamp_min(0)
-        zero = -low if self.zero else torch.full_like(low, MIDDLE)
-        fits = (q * step == groups).all(2) & (low >= -zero) & (high < CODES - zero)
-        return q + zero.unsqueeze(2), zero, fits
+        step = torch.full(groups, STEPS) if self.group is None else unpack_int4(packed[length:], groups).int() + _MIDDLE
+        codes = unpack_int4(packed[:length], shape).int() + _MIDDLE
+        return expanded_integers(packed.device)[_spread(step, self, shape[1]).int(), codes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,69 +168,50 @@ class Codebook:
     expansion: Expansion
     step: Tensor
     """Step k of each group, (C_out, G) float32."""
-    zero: Tensor
-    """Zero point z of each group, (C_out, G) float32."""
     channels: int
     """C_in."""
 
     def nearest(self, position: Tensor) -> Tensor:
         """The integers next to positions on the scale of integers, (C_out, C_in) float32."""
-        return self._nearest(position, self._spread(self.step), self._spread(self.zero))
+        return _nearest(position, self._spread())
 
     def column(self, index: int, position: Tensor) -> Tensor:
         """The integers next to positions of one input channel, (C_out,) float32."""
-        group = 0 if self.expansion.group is None else index // self.expansion.group
-        return self._nearest(position, self.step[:, group], self.zero[:, group])
+        return _nearest(position, self.step[:, 0 if self.expansion.group is None else index // self.expansion.group])
 
     def unit(self) -> Tensor:
         """Mean distance of two neighbouring integers of each weight, (C_out, C_in) float32."""
-        if self.expansion.levels == "uniform":
-            return self._spread(self.step)
-        return self._spread(self.step) * (2 * LARGEST / (STEPS * (CODES - 1)))
+        return self._spread() * (2 * LARGEST / (STEPS * (CODES - 1)))
 
     def ends(self) -> tuple[Tensor, Tensor]:
         """Smallest and largest integer of each weight, (C_out, C_in) float32."""
-        step, zero = self._spread(self.step), self._spread(self.zero)
-        if self.expansion.levels == "uniform":
-            return -step * zero, step * (CODES - 1 - zero)
-        table = _normal_table(step.device)[step.long()]
-        return table[..., 0], table[..., -1]
+        largest = (self._spread() * (LARGEST / STEPS)).round()
+        return -largest, largest
 
     def neighbours(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """The two integers around each position, or next to it if it lies outside the ends, (C_out, C_in) each."""
-        step, zero = self._spread(self.step), self._spread(self.zero)
-        if self.expansion.levels == "uniform":
-            below = (position / step).floor()
-            below = below.clamp(-zero, CODES - 2 - zero)
-            return step * below, step * (below + 1)
-        table = _normal_table(step.device)[step.long()]
+        table = expanded_integers(position.device).to(torch.float32)[self._spread().int()]
         code = (position.unsqueeze(-1) >= table).sum(-1).sub_(1).clamp_(0, CODES - 2).unsqueeze(-1)
         return table.gather(-1, code).squeeze(-1), table.gather(-1, code + 1).squeeze(-1)
 
     def where(self, rows: Tensor, other: Codebook) -> Codebook:
         """This codebook for the given rows, (C_out,) bool, and another for the rest."""
-        keep = rows.unsqueeze(1)
-        return replace(self, step=self.step.where(keep, other.step), zero=self.zero.where(keep, other.zero))
+        return replace(self, step=self.step.where(rows.unsqueeze(1), other.step))
 
     def rows(self, part: slice) -> Codebook:
         """The codebook of some rows."""
-        return replace(self, step=self.step[part].clone(), zero=self.zero[part].clone())
+        return replace(self, step=self.step[part].clone())
 
-    def _spread(self, groups: Tensor) -> Tensor:
-        return _spread(groups, self.expansion, self.channels)
-
-    def _nearest(self, position: Tensor, step: Tensor, zero: Tensor) -> Tensor:
-        if self.expansion.levels == "uniform":
-            return (position / step).round_().clamp_(-zero, CODES - 1 - zero).mul_(step)
-        return _nearest_normal(position, step)
+    def _spread(self) -> Tensor:
+        return _spread(self.step, self.expansion, self.channels)
 
 
 def fit_codebooks(
     weight: Tensor, importance: Tensor, expansion: Expansion, *, several: bool = True
 ) -> Iterator[tuple[Tensor, Codebook]]:
-    """Candidates of a weight's scale, each with steps and zero points that fit it.
+    """Candidates of a weight's scale, each with steps that fit it.
 
-    For each scale, every group takes the step and zero point with the least ``sum_j E[x_j^2] (Q(w_j) - w_j)^2``.
+    For each scale, every group takes the step with the least ``sum_j E[x_j^2] (Q(w_j) - w_j)^2``.
 
     Args:
         weight: (C_out, C_in).
@@ -290,58 +222,45 @@ def fit_codebooks(
     Yields:
         Scale, (C_out,) float32, and codebook.
     """
-    weight, importance = weight.to(torch.float32), importance.to(torch.float32).clamp_min(0)
-    groups = _grouped(weight, expansion)
+    groups = _grouped(weight.to(torch.float32), expansion)
     padding = groups[0].numel() - len(importance)
-    importance = torch.nn.functional.pad(importance, (0, padding)).view(groups.shape[1:])
-    low, high = groups.amin(2).clamp_max(0), groups.amax(2).clamp_min(0)
-    largest = torch.maximum(-low, high).amax(1)
-    normal = expansion.levels == "normal"
-    if expansion.zero:  # the widest group must be covered by 15 of its largest steps
-        largest = torch.maximum(largest, (high - low).amax(1) * (LARGEST / (STEPS * STEPS)))
-    elif not normal:
-        largest = largest * (LARGEST / ((CODES - 1) / 2 * STEPS))  # step 15 covers -7.5 .. 7.5 as for plain integers
-    ratios = COVERED_NORMAL if normal else COVERED
-    for ratio in ratios if several else ratios[normal : normal + 1]:
-        scale = (largest * (ratio / LARGEST)).clamp_min(torch.finfo(torch.float32).tiny * 2**23)
-        step, zero = _fit(groups, importance, low, high, scale, expansion)
-        yield scale, Codebook(expansion=expansion, step=step, zero=zero, channels=weight.shape[1])
+    importance = torch.nn.functional.pad(importance.to(groups).clamp_min(0), (0, padding)).view(groups.shape[1:])
+    largest = weight.to(torch.float32).abs().amax(1)
+    for ratio in COVERED if several else COVERED[:1]:
+        scale = (largest * (ratio / LARGEST)).clamp_min(torch.finfo(torch.float32).eps ** 4)
+        positions = groups / scale.view(-1, 1, 1)
+        least, step = torch.full_like(groups[..., 0], torch.inf), torch.full_like(groups[..., 0], STEPS)
+        for k in (STEPS,) if expansion.group is None else range(1, STEPS + 1):
+            error = (_nearest(positions, float(k)).sub_(positions).square_() * importance).sum(2)
+            better = error < least
+            least, step = error.where(better, least), step.masked_fill(better, k)
+        yield scale, Codebook(expansion=expansion, step=step, channels=weight.shape[1])
 
 
-def _fit(
-    groups: Tensor, importance: Tensor, low: Tensor, high: Tensor, scale: Tensor, expansion: Expansion
-) -> tuple[Tensor, Tensor]:
-    """Step and zero point of each group, (C_out, G) each, for groups (C_out, G, width) and scales (C_out,)."""
-    positions = groups / scale.view(-1, 1, 1)
-    lowest, highest = low / scale.unsqueeze(1), high / scale.unsqueeze(1)
-    best = torch.full_like(lowest, torch.inf)
-    chosen_step, chosen_zero = torch.full_like(lowest, STEPS), torch.full_like(lowest, MIDDLE)
-    steps = (STEPS,) if expansion.group is None else range(1, STEPS + 1)
-    for k in steps:
-        for zero in _zeros(lowest / k, highest / k, k, expansion):
-            if expansion.levels == "normal":
-                rounded = _nearest_normal(positions, torch.tensor(float(k), device=positions.device))
-            else:
-                z = zero.unsqueeze(2)
-                rounded = (positions / k).round_().clamp_(-z, CODES - 1 - z).mul_(k)
-            error = (rounded.sub_(positions).square_() * importance).sum(2)
-            better = error < best
-            best = error.where(better, best)
-            chosen_step, chosen_zero = chosen_step.masked_fill(better, k), zero.where(better, chosen_zero)
-    return chosen_step, chosen_zero
+def expanded_integers(device: torch.device) -> Tensor:
+    """The integer of every step and code, (16, 16) int8; row 0 is not used."""
+    steps = torch.arange(STEPS + 1, dtype=torch.float32).unsqueeze(1)
+    return (_levels() * steps * (LARGEST / STEPS)).round().to(device, torch.int8)
 
 
-def _zeros(low: Tensor, high: Tensor, step: int, expansion: Expansion) -> Iterator[Tensor]:
-    """Zero points to try for groups from ``low`` to ``high``, in steps."""
-    if not expansion.zero:
-        yield torch.full_like(low, MIDDLE)
-        return
-    most = LARGEST // step  # no integer is larger than 127
-    below, above = (-low).round(), CODES - 1 - high.round()
-    if most < MIDDLE:
-        return
-    bounds = max(0, CODES - 1 - most), min(CODES - 1, most)
-    yield ((below + above) / 2).round().clamp(*bounds)
+def _levels() -> Tensor:
+    """The 16 levels from -1 to 1."""
+    half = torch.tensor(NORMAL) / NORMAL[-1]
+    return torch.cat([-half.flip(0), half])
+
+
+def _nearest(position: Tensor, step: Tensor | float) -> Tensor:
+    levels = _levels().to(position.device)
+    code = torch.bucketize(position * (STEPS / LARGEST) / step, (levels[1:] + levels[:-1]) / 2)
+    return (levels[code] * step).mul_(LARGEST / STEPS).round_()
+
+
+def _codes_at(step: int) -> tuple[Tensor, Tensor]:
+    """Code of every integer from -128 to 127 at a step, (256,) int16, and whether it has one, (256,) bool."""
+    index = expanded_integers(torch.device("cpu"))[step].int() + LARGEST + 1
+    code, allowed = torch.zeros(256, dtype=torch.int16), torch.zeros(256, dtype=torch.bool)
+    code[index], allowed[index] = torch.arange(CODES, dtype=torch.int16), True
+    return code, allowed
 
 
 def _grouped(weight: Tensor, expansion: Expansion) -> Tensor:
@@ -351,39 +270,8 @@ def _grouped(weight: Tensor, expansion: Expansion) -> Tensor:
     return torch.cat([weight, weight[:, -1:].expand(-1, padding)], 1).unflatten(1, (-1, width))
 
 
-def _nibbles(values: Tensor) -> Tensor:
-    """Values from 0 to 15 as integers of 4 bits."""
-    return (values - MIDDLE).to(torch.int8)
-
-
 def _spread(groups: Tensor, expansion: Expansion, channels: int) -> Tensor:
     """(C_out, G) -> (C_out, C_in)."""
     if expansion.group is None:
         return groups.expand(-1, channels)
     return groups.repeat_interleave(expansion.group, 1)[:, :channels]
-
-
-def _normal_levels() -> Tensor:
-    half = torch.tensor(NORMAL) / NORMAL[-1]
-    return torch.cat([-half.flip(0), half])
-
-
-def _normal_table(device: torch.device) -> Tensor:
-    """Integers of every code by step, (16, 16) float32; row 0 is not used."""
-    steps = torch.arange(STEPS + 1, dtype=torch.float32)
-    return (_normal_levels() * (LARGEST / STEPS) * steps.unsqueeze(1)).round().to(device)
-
-
-def _normal_codes(step: int) -> tuple[Tensor, Tensor]:
-    """Code of every integer from -128 to 127 at a step, (256,) int16, and whether it has one, (256,) bool."""
-    table = _normal_table(torch.device("cpu"))[step].int() + LARGEST + 1
-    code, allowed = torch.zeros(256, dtype=torch.int16), torch.zeros(256, dtype=torch.bool)
-    code[table], allowed[table] = torch.arange(CODES, dtype=torch.int16), True
-    return code, allowed
-
-
-def _nearest_normal(position: Tensor, step: Tensor) -> Tensor:
-    levels = _normal_levels().to(position.device)
-    bounds = (levels[1:] + levels[:-1]) / 2
-    code = torch.bucketize(position * (STEPS / LARGEST) / step, bounds)
-    return (levels[code] * step).mul_(LARGEST / STEPS).round_()

@@ -81,24 +81,20 @@ class Weights(_Section):
 
     group: Annotated[int, Field(ge=16)] | None = Field(
         default=None,
-        description="Number of consecutive input channels that share a step, for weights of 4 bits; 32 and 64 are "
-        "usual. Steps are integers, so that these weights expand exactly to integers of 8 bits with one scale per "
-        "output channel, when they are loaded. If left out, all channels of a row share one step.",
-    )
-    zero: bool = Field(
-        default=False,
-        description="true: each group of channels has a zero point, too. Needs 'group' and 'levels: uniform'.",
+        description="Number of consecutive input channels that share a step, 16 or more, for weights of 4 bits with "
+        "levels: normal. A step takes 4 bits. If left out, all channels of a row share one.",
     )
     levels: Levels = Field(
         default="uniform",
         description="Spacing of the 16 values of a weight of 4 bits. 'uniform': equal. 'normal': denser around 0, as "
-        "is best for normally distributed weights; it needs no more bits.",
+        "is best for normally distributed weights; such weights expand exactly to integers of 8 bits when they are "
+        "loaded. Weights of other widths are always uniform.",
     )
 
     @model_validator(mode="after")
-    def _fits_its_groups(self) -> Self:
-        if self.zero and (self.group is None or self.levels != "uniform"):
-            raise _rule("zero: true is for groups with levels: uniform; add group, or remove one of them")
+    def _has_levels_for_its_groups(self) -> Self:
+        if self.group is not None and self.levels != "normal":
+            raise _rule("group is for levels: normal, and levels is {levels}; change one", levels=self.levels)
         return self
 
     @model_validator(mode="after")
@@ -166,8 +162,8 @@ class Balance(_Section):
     center: bool = Field(
         default=False,
         description="true: subtract the middle of each channel's range from inputs that a parameter shifts, such as "
-        "the shift of adaLN, and correct the biases of the layers that read them; with 'auto', each site chooses. It costs "
-        "nothing at run time. 'repq' has its own.",
+        "the shift of adaLN, and correct the biases of the layers that read them; with 'auto', each site chooses. It "
+        "costs nothing at run time. 'repq' has its own.",
     )
     max_scale: float = Field(
         default=1000.0,

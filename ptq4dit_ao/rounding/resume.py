@@ -21,8 +21,6 @@ from ptq4dit_ao.rounding.layers import Group
 
 PARTS = ("integers", "scale", "bias")
 """Attributes of :class:`~ptq4dit_ao.observers.Rounded` that are stored; the bias may be missing."""
-CODES = ("step", "zero")
-"""Attributes of a :class:`~ptq4dit_ao.core.expansion.Codebook` that are stored, if there is one."""
 FORMAT = TensorFormat(
     name="rounded layers", version=4, error=CalibrationError, remedy="remove it, and it is computed again"
 )
@@ -123,7 +121,7 @@ def _tensors(prefix: str, group: Group) -> dict[str, Tensor]:
             if (value := getattr(layer.observer.rounded, part)) is not None:
                 tensors[f"{prefix}{i}.{part}"] = value
         if (codebook := layer.observer.rounded.codebook) is not None:
-            tensors |= {f"{prefix}{i}.{part}": getattr(codebook, part) for part in CODES}
+            tensors[f"{prefix}{i}.step"] = codebook.step
     return tensors
 
 
@@ -136,8 +134,8 @@ def _read(tensors: Mapping[str, Tensor], prefix: str, group: Group) -> tuple[tup
         parts = {part: tensors[name].clone() for part, name in found.items()}
         codebook, expansion = None, layer.observer.spec.expansion
         if expansion is not None:
-            codes = {part: tensors[f"{prefix}{i}.{part}"].clone() for part in CODES}
-            codebook = Codebook(expansion=expansion, channels=parts["integers"].shape[1], **codes)
+            step, channels = tensors[f"{prefix}{i}.step"].clone(), parts["integers"].shape[1]
+            codebook = Codebook(expansion=expansion, step=step, channels=channels)
         rounded.append(Rounded(codebook=codebook, **parts))
     return (low, high), rounded
 

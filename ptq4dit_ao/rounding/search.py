@@ -29,7 +29,7 @@ STEP = 4
 
 
 class PostRoundingScore:
-    """Score function ``score(model, site, b, offset)``: mean square error of a site's outputs on its observers' tokens."""
+    """Score ``score(model, site, b, offset)``: mean square error of a site's outputs on its observers' tokens."""
 
     def __init__(
         self, prepared: GraphModule, observers: Mapping[str, Sequence[SalienceObserver]], settings: RoundingSettings

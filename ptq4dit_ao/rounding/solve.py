@@ -154,7 +154,7 @@ def _rounded(
     settings: RoundingSettings,
     try_scales: bool,
 ) -> tuple[Tensor, Tensor, Codebook | None]:
-    """Integers (C_out, C_in), scales (C_out,) and codebook, if they expand from 4 bits, of a weight of several parts."""
+    """Integers (C_out, C_in), scales (C_out,) and codebook, if they expand from 4 bits, of joined weights."""
     compensated, importance = settings.closed_form == "gptq", covariance.diagonal()
     several = try_scales and settings.ranges == "output" and spec.channel_axis is not None
     if spec.expansion is not None:

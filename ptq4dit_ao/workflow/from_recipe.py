@@ -79,10 +79,7 @@ def weight_bits_of(recipe: Recipe) -> int:
 
 def expansion_of(recipe: Recipe) -> Expansion | None:
     """Rule by which the recipe's weights of 4 bits expand to 8; None for plain integers of 4 bits."""
-    weights = recipe.weights
-    if weights.group is None and weights.levels == "uniform":
-        return None
-    return Expansion(group=weights.group, zero=weights.zero, levels=weights.levels)
+    return Expansion(group=recipe.weights.group) if recipe.weights.levels == "normal" else None
 
 
 def with_chosen_bits(recipe: Recipe, choice: WeightBits) -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 
 import pytest
@@ -23,7 +24,7 @@ from ptq4dit_ao.rounding import RoundingSettings
 from ptq4dit_ao.rounding.layers import find_groups
 from ptq4dit_ao.rounding.reconstruct import SoftLinear
 
-ZERO, NORMAL = Expansion(group=16, zero=True), Expansion(group=16, levels="normal")
+PLAIN, GROUPS = Expansion(), Expansion(group=16)
 GPTQ = {"weight_bits": 4, "rounding": "gptq", "sequential": True}
 
 
@@ -49,11 +50,10 @@ def obey(converted, rule) -> bool:
     return True
 
 
-@pytest.mark.parametrize("rule", [ZERO, NORMAL], ids=Expansion.to_text)
-def test_expanded_weights_are_closer_and_cost_no_operation(prepare, error_db, rule):
-    plain, expanded = (convert_pt2e(prepare(**GPTQ, expansion=each)) for each in (None, rule))
-    assert error_db(expanded) > error_db(plain) + 1
-    assert obey(expanded, rule)
+def test_expanded_weights_are_closer_and_cost_no_operation(prepare, error_db):
+    plain, expanded = (convert_pt2e(prepare(**GPTQ, expansion=rule)) for rule in (None, GROUPS))
+    assert error_db(expanded) > error_db(plain) + 0.3  # though these weights are drawn from a uniform distribution
+    assert obey(expanded, GROUPS)
 
     def calls(model):
         return Counter(str(node.target) for node in model.graph.nodes if node.op == "call_function")
@@ -62,7 +62,7 @@ def test_expanded_weights_are_closer_and_cost_no_operation(prepare, error_db, ru
     assert lower(expanded, "fbgemm").proof.integer_gemms == 14
 
 
-@pytest.mark.parametrize("rule", [ZERO, NORMAL], ids=Expansion.to_text)
+@pytest.mark.parametrize("rule", [PLAIN, GROUPS], ids=Expansion.to_text)
 def test_expanded_weights_are_rounded_to_nearest_without_statistics(prepare, rule):
     prepared = prepare(weight_bits=4, expansion=rule)
     groups = find_groups(prepared)
@@ -71,7 +71,7 @@ def test_expanded_weights_are_rounded_to_nearest_without_statistics(prepare, rul
     assert obey(convert_pt2e(prepared), rule)
 
 
-@pytest.mark.parametrize("rule", [ZERO, NORMAL], ids=Expansion.to_text)
+@pytest.mark.parametrize("rule", [PLAIN, GROUPS], ids=Expansion.to_text)
 def test_distillation_keeps_to_the_codebooks(prepare, tiny_samples, error_db, rule):
     plain, learned = prepare(**GPTQ, expansion=rule), prepare(**GPTQ, expansion=rule)
     before = [layer.observer.rounded.integers for group in find_groups(learned) for layer in group.layers]
@@ -83,7 +83,7 @@ def test_distillation_keeps_to_the_codebooks(prepare, tiny_samples, error_db, ru
     assert error_db(learned) > error_db(convert_pt2e(plain)) + 1
 
 
-@pytest.mark.parametrize("rule", [ZERO, NORMAL], ids=Expansion.to_text)
+@pytest.mark.parametrize("rule", [PLAIN, GROUPS], ids=Expansion.to_text)
 def test_adaround_chooses_between_the_two_neighbours(prepare, tiny_samples, rule):
     settings = RoundingSettings(rounding="adaround", steps=20, ranges="output", start="gptq")
     prepared = prepare(weight_bits=4, rounding=settings, sequential=True, expansion=rule)
@@ -97,14 +97,14 @@ def test_adaround_chooses_between_the_two_neighbours(prepare, tiny_samples, rule
 
 def test_only_weights_of_four_bits_expand(prepare, tiny_samples):
     eight = Override(pattern="*.attn1.to_q", weight_bits=8)
-    converted = convert_pt2e(prepare(**GPTQ, expansion=ZERO, overrides=(eight,)))
+    converted = convert_pt2e(prepare(**GPTQ, expansion=GROUPS, overrides=(eight,)))
     bits = Counter((linear.weight_bits, linear.expansion) for linear in quantized_linears(converted))
-    assert bits.keys() == {(8, None), (4, ZERO)}
+    assert bits.keys() == {(8, None), (4, GROUPS)}
 
 
 def test_rounding_resumes_with_its_codebooks(prepare, tiny_exported, tiny_samples, duplicate, tmp_path):
     def run():
-        prepared = prepare_pt2e(duplicate(tiny_exported), PTQ4DiTQuantizer(**GPTQ, expansion=ZERO))
+        prepared = prepare_pt2e(duplicate(tiny_exported), PTQ4DiTQuantizer(**GPTQ, expansion=GROUPS))
         for sample in tiny_samples:
             prepared(*sample)
         round_sequentially(prepared, tiny_samples, resume=tmp_path)
@@ -113,18 +113,17 @@ def test_rounding_resumes_with_its_codebooks(prepare, tiny_exported, tiny_sample
     for first, again in zip(run(), run(), strict=True):
         assert torch.equal(first.integers, again.integers)
         assert torch.equal(first.codebook.step, again.codebook.step)
-        assert torch.equal(first.codebook.zero, again.codebook.zero)
 
 
 def test_an_artifact_stores_four_bits_and_gives_back_eight(prepare, tiny_samples, tmp_path):
-    converted = convert_pt2e(prepare(**GPTQ, expansion=ZERO))
+    converted = convert_pt2e(prepare(**GPTQ, expansion=GROUPS))
     sizes = write_artifact(tmp_path / "m", converted, {}, [])
     plain = write_artifact(tmp_path / "p", convert_pt2e(prepare(**{**GPTQ, "weight_bits": 8})), {}, [])
     count = sum(linear.weight.numel() for linear in quantized_linears(converted))
-    assert plain.weights_bytes - sizes.weights_bytes == pytest.approx(count * (8 - 4.5) / 8, rel=0.02)
+    assert plain.weights_bytes - sizes.weights_bytes == pytest.approx(count * (8 - 4.25) / 8, rel=0.02)
     loaded = read_artifact(tmp_path / "m").graph_module
-    assert obey(loaded, ZERO)
-    assert set(expansions(loaded).values()) == {ZERO}
+    assert obey(loaded, GROUPS)
+    assert set(expansions(loaded).values()) == {GROUPS}
     for a, b in zip(quantized_linears(converted), quantized_linears(loaded), strict=True):
         assert torch.equal(a.weight, b.weight) and a.bits_per_weight == b.bits_per_weight
     with torch.no_grad():
@@ -133,12 +132,10 @@ def test_an_artifact_stores_four_bits_and_gives_back_eight(prepare, tiny_samples
 
 def test_a_base_without_scales_for_rows_cannot_expand(tiny_exported, duplicate):
     base = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
-    prepare_pt2e(duplicate(tiny_exported), PTQ4DiTQuantizer(base, weight_bits=4, expansion=ZERO))
+    prepare_pt2e(duplicate(tiny_exported), PTQ4DiTQuantizer(base, weight_bits=4, expansion=GROUPS))
 
     class PerTensor(LinearQuantizer):
         def annotate(self, model):
-            import dataclasses
-
             super().annotate(model)
             for node in model.graph.nodes:
                 for annotation in [a for a in node.meta.values() if hasattr(a, "input_qspec_map")]:
@@ -150,4 +147,4 @@ def test_a_base_without_scales_for_rows_cannot_expand(tiny_exported, duplicate):
             return model
 
     with pytest.raises(ArgumentError, match=r"the base quantizer gives its weight torch.int8 and .*an expansion needs"):
-        prepare_pt2e(duplicate(tiny_exported), PTQ4DiTQuantizer(PerTensor(), weight_bits=4, expansion=ZERO))
+        prepare_pt2e(duplicate(tiny_exported), PTQ4DiTQuantizer(PerTensor(), weight_bits=4, expansion=GROUPS))
