@@ -334,6 +334,7 @@ def attach(module: Any, record: Record, method: ModuleFormat | None = None) -> N
                 expansion=weight.expansion,
                 x_ndim=weight.x_ndim,
                 balanced=weight.pre_scale is not None,
+                centred=weight.pre_offset is not None,
                 bias=module.get_submodule(name).bias is not None,
             )
             for name, weight in weights.items()
@@ -367,6 +368,8 @@ def _float_again(module: Any) -> Any:
     for name, weight in integer_weights(module).items():
         linear = module.get_submodule(name)
         linear.weight = nn.Parameter(weight.float_weight(), requires_grad=False)
+        if (bias := weight.float_bias(linear.bias)) is not None:
+            linear.bias = nn.Parameter(bias, requires_grad=False)
         vars(linear).pop(ADDED_BIAS, None)
     unbind(module)
     kept = {name: value for name, value in module.config.items() if name != "quantization_config"}

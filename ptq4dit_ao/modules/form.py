@@ -273,14 +273,17 @@ def _quantize(linear: nn.Linear, calls: Sequence[tuple[QuantizedLinear, ModuleLi
         dtype=dtype,
         expansion=None if quantized.expansion is None else quantized.expansion.to_text(),
         pre_scale=None if about.columns is None else 1 / about.columns,
+        pre_offset=about.offset,
     )
     linear.weight = nn.Parameter(weight, requires_grad=False)
     bias = quantized.bias
     if bias is not None:
         if linear.bias is None:
             setattr(linear, ADDED_BIAS, True)
-        bias = (bias.to("cpu", torch.float64) * rows).to(device, dtype)
-        linear.bias = nn.Parameter(bias, requires_grad=False)
+        bias = bias.to("cpu", torch.float64) * rows
+        if about.shift is not None:
+            bias = bias + about.shift
+        linear.bias = nn.Parameter(bias.to(device, dtype), requires_grad=False)
 
 
 def _joint_range(calls: Sequence[QuantizedLinear]) -> tuple[float, int]:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -34,8 +35,16 @@ class ModuleLinear:
     """Vector b that divides its input, (C_in,) float64; None for ones."""
     rows: Tensor | None = None
     """Factors by which folds have divided its rows, (C_out,) float64; None for ones."""
+    offset: Tensor | None = None
+    """Vector that is subtracted from its input before b divides it, (C_in,) float64; None for zeros."""
+    shift: Tensor | None = None
+    """What offsets of later inputs have subtracted from its output, (C_out,) float64; None for zeros."""
     refusal: str | None = None
     """The reason why a module cannot hold it; None if it can."""
+
+
+VECTORS = ("columns", "rows", "offset", "shift")
+"""Attributes of a :class:`ModuleLinear` that are stored as tensors, if they are not None."""
 
 
 def module_linears(graph: GraphModule, result: BalanceResult, folded: Collection[str] = ()) -> tuple[ModuleLinear, ...]:
@@ -46,30 +55,40 @@ def module_linears(graph: GraphModule, result: BalanceResult, folded: Collection
         result: its result of balancing.
         folded: paths of the parameters that weights in the graph were computed from.
     """
-    columns, rows, refusals = _vectors(result)
+    vectors, shifts, refusals = _vectors(result)
     refusals |= dict.fromkeys(folded, "another weight is computed from its weight")
     return tuple(
         ModuleLinear(
             node=linear.name,
             weight=(path := result.weights[linear.name]),
             ndim=linear.x.meta["val"].ndim,
-            columns=columns.get(path),
-            rows=rows.get(path),
+            shift=_shift(shifts[path], len(linear.weight)) if path in shifts else None,
+            **{name: by_path[path] for name, by_path in vectors.items() if path in by_path},
             refusal=refusals.get(path),
         )
         for linear in quantized_linears(graph)
     )
 
 
-def _vectors(result: BalanceResult) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]]:
-    """Columns and rows by which weights were scaled, and why a weight's cannot be undone, each by path."""
+def _vectors(
+    result: BalanceResult,
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, list[tuple[Tensor, Tensor]]], dict[str, str]]:
+    """Vectors that weights were changed by, by name and path; what offsets have subtracted from elements of outputs;
+    and why a weight's change cannot be undone, by path.
+    """
     columns: dict[str, Tensor] = {}
     rows: dict[str, Tensor] = {}
+    offsets: dict[str, Tensor] = {}
+    shifts: dict[str, list[tuple[Tensor, Tensor]]] = {}
     refusals: dict[str, str] = {}
-    for outcome in result.outcomes.values():
-        weights = [consumer.weight for consumer in outcome.site.consumers]
+    for outcome in reversed(result.outcomes.values()):  # in the order in which the graph was changed
         if outcome.offset is not None:
-            refusals |= dict.fromkeys(weights, "its input is shifted (method 'repq')")
+            offsets |= dict.fromkeys((consumer.weight for consumer in outcome.site.consumers), outcome.offset)
+            assert outcome.site.shift is not None
+            elements = torch.as_tensor(outcome.site.shift.elements)
+            for path in outcome.site.shift.paths:
+                scaled = outcome.offset if path not in rows else outcome.offset * rows[path].flatten()[elements]
+                shifts.setdefault(path.removesuffix("bias") + "weight", []).append((elements, scaled))
         if outcome.method == "none":
             continue
         for consumer in outcome.site.consumers:
@@ -88,7 +107,15 @@ def _vectors(result: BalanceResult) -> tuple[dict[str, Tensor], dict[str, Tensor
                 for edit in outcome.site.parameters
                 for path in edit.paths
             }
-    return columns, rows, refusals
+    return {"columns": columns, "rows": rows, "offset": offsets}, shifts, refusals
+
+
+def _shift(parts: Sequence[tuple[Tensor, Tensor]], rows: int) -> Tensor:
+    """Sum of what was subtracted from elements of an output, (C_out,)."""
+    total = torch.zeros(rows, dtype=torch.float64)
+    for elements, subtracted in parts:
+        total.index_add_(0, elements, subtracted)
+    return total
 
 
 def _by_row(variables: np.ndarray) -> np.ndarray | None:
@@ -99,8 +126,7 @@ def _by_row(variables: np.ndarray) -> np.ndarray | None:
 
 def to_tensors(linears: Sequence[ModuleLinear]) -> dict[str, Tensor]:
     """The vectors by name, to be stored."""
-    named = {f"{linear.node}.columns": linear.columns for linear in linears}
-    named |= {f"{linear.node}.rows": linear.rows for linear in linears}
+    named = {f"{linear.node}.{name}": getattr(linear, name) for name in VECTORS for linear in linears}
     return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
@@ -124,6 +150,6 @@ def _from_stored(entry: object, tensors: Mapping[str, Tensor]) -> ModuleLinear:
     match entry:
         case {"node": str(node), "weight": str(weight), "ndim": int(ndim), "refusal": refusal, **rest} if not rest:
             if refusal is None or isinstance(refusal, str):
-                columns, rows = (tensors.get(f"{node}.{part}") for part in ("columns", "rows"))
-                return ModuleLinear(node=node, weight=weight, ndim=ndim, columns=columns, rows=rows, refusal=refusal)
+                vectors = {part: tensors.get(f"{node}.{part}") for part in VECTORS}
+                return ModuleLinear(node=node, weight=weight, ndim=ndim, refusal=refusal, **vectors)
     raise ArtifactError(f"{entry!r} describes no linear of a saved model; save it again")

@@ -15,7 +15,7 @@ from ptq4dit_ao.core.int4 import pack_int4, packed_length, unpack_int4
 from ptq4dit_ao.errors import ArtifactError
 from ptq4dit_ao.modules.weight import StaticInt8Weight
 
-_ENTRY = re.compile(r"w([2-8])a([2-8])(?: \[([a-z0-9 ]+)\])?(?: (\d+)d)?( balanced)?( bias)?")
+_ENTRY = re.compile(r"w([2-8])a([2-8])(?: \[([a-z0-9 ]+)\])?(?: (\d+)d)?( balanced)?( centred)?( bias)?")
 
 PACKED_BITS = 4
 """Most bits at which two integers share a byte."""
@@ -32,6 +32,8 @@ class Stored:
     """Rule by which the integers expand from 4 bits, as text."""
     balanced: bool
     """Whether its input is multiplied by a vector."""
+    centred: bool
+    """Whether a vector is subtracted from its input."""
     bias: bool
 
     @classmethod
@@ -48,7 +50,7 @@ class Stored:
             raise ArtifactError(
                 f"quantization_config has {entry!r} for {name!r}, which describes no quantized linear; save it again"
             )
-        bits, x_bits, expansion, ndim, balanced, bias = found.groups()
+        bits, x_bits, expansion, ndim, balanced, centred, bias = found.groups()
         if expansion is not None:
             Expansion.from_text(expansion)
         return cls(
@@ -57,6 +59,7 @@ class Stored:
             x_ndim=int(ndim) if ndim else None,
             expansion=expansion,
             balanced=bool(balanced),
+            centred=bool(centred),
             bias=bool(bias),
         )
 
@@ -64,7 +67,8 @@ class Stored:
         """The entry as text, such as ``w4a8 3d balanced bias`` or ``w8a8 [g32 zero] 3d``."""
         ndim = "" if self.x_ndim is None else f" {self.x_ndim}d"
         expansion = "" if self.expansion is None else f" [{self.expansion}]"
-        return f"w{self.bits}a{self.x_bits}{expansion}{ndim}{' balanced' * self.balanced}{' bias' * self.bias}"
+        flags = " balanced" * self.balanced + " centred" * self.centred + " bias" * self.bias
+        return f"w{self.bits}a{self.x_bits}{expansion}{ndim}{flags}"
 
     @property
     def rule(self) -> Expansion | None:
@@ -74,7 +78,8 @@ class Stored:
     @property
     def parts(self) -> tuple[str, ...]:
         """Names of its tensors."""
-        return ("integers", "scale", "input") + (("pre_scale",) if self.balanced else ())
+        vectors = {"pre_scale": self.balanced, "pre_offset": self.centred}
+        return ("integers", "scale", "input", *(name for name, present in vectors.items() if present))
 
 
 def pack(weight: StaticInt8Weight) -> dict[str, Tensor]:
@@ -84,7 +89,8 @@ def pack(weight: StaticInt8Weight) -> dict[str, Tensor]:
         "scale": weight.scale,
         "input": torch.stack([weight.x_scale, weight.x_zero_point.to(torch.float32)]),
     }
-    return parts if weight.pre_scale is None else {**parts, "pre_scale": weight.pre_scale}
+    vectors = {"pre_scale": weight.pre_scale, "pre_offset": weight.pre_offset}
+    return parts | {name: vector for name, vector in vectors.items() if vector is not None}
 
 
 def _packed(weight: StaticInt8Weight) -> Tensor:
@@ -100,14 +106,16 @@ def unpack(name: str, stored: Stored, parts: Mapping[str, Tensor], shape: Sequen
         ArtifactError: they do not fit each other.
     """
     integers, scale, about = parts["integers"], parts["scale"], parts["input"]
-    pre_scale = parts.get("pre_scale")
+    vectors = {name: parts[name] for name in ("pre_scale", "pre_offset") if name in parts}
     rows, columns = shape
     packed, rule = stored.bits <= PACKED_BITS or stored.expansion is not None, stored.rule
     length = packed_length(shape) if rule is None else rule.packed_length((rows, columns))
-    floats = all(part.dtype == torch.float32 for part in (scale, about, *([] if pre_scale is None else [pre_scale])))
-    found = [tuple(part.shape) for part in (integers, scale, about)] + ([] if pre_scale is None else [pre_scale.shape])
-    wanted = [(length,) if packed else tuple(shape), (shape[0],), (2,), (shape[1],)]
-    if found != wanted[: len(found)] or integers.dtype != (torch.uint8 if packed else torch.int8) or not floats:
+    floats = all(part.dtype == torch.float32 for part in (scale, about, *vectors.values()))
+    found = [tuple(part.shape) for part in (integers, scale, about)] + [
+        tuple(vector.shape) for vector in vectors.values()
+    ]
+    wanted = [(length,) if packed else tuple(shape), (shape[0],), (2,), *[(shape[1],)] * len(vectors)]
+    if found != wanted or integers.dtype != (torch.uint8 if packed else torch.int8) or not floats:
         raise ArtifactError(
             f"the stored parts of {name!r} have shapes {found} and dtype {integers.dtype}, which do not fit a weight "
             f"{tuple(shape)} of {stored.bits} bits; copy or save the module again"
@@ -126,5 +134,5 @@ def unpack(name: str, stored: Stored, parts: Mapping[str, Tensor], shape: Sequen
         x_ndim=stored.x_ndim,
         dtype=torch.float32,
         expansion=stored.expansion,
-        pre_scale=pre_scale,
+        **vectors,
     )

@@ -2,10 +2,11 @@
 
 ``functional.linear(x, weight, bias)`` computes, with integers in the product,
 
-    ``y = s_x s (clamp(round(x p / s_x) + z) - z) W^T + bias``
+    ``y = s_x s (clamp(round((x - o) p / s_x) + z) - z) W^T + bias``
 
-where W are the integers, s the scale of each row, p = 1/b the balancing vector (``pre_scale``), and s_x and z scale and
-zero point of the balanced input. The tensor is a parameter like any other: modules that hold it can be moved, copied,
+where W are the integers, s the scale of each row, o the offset of the input (``pre_offset``), p = 1/b the balancing
+vector (``pre_scale``), and s_x and z scale and zero point of the balanced input. The bias makes up for the offset. The
+tensor is a parameter like any other: modules that hold it can be moved, copied,
 compiled and extended by adapters.
 """
 
@@ -60,10 +61,11 @@ class StaticInt8Weight(TorchAOBaseTensor):
         dtype: dtype that the weight has for the module around it.
         expansion: rule by which the integers expand from 4 bits, as text; None if they do not.
         pre_scale: vector that the input is multiplied by, (C_in,) float32; None for ones.
+        pre_offset: vector that is subtracted from the input before, (C_in,) float32; None for zeros.
     """
 
     tensor_data_names = ["qdata", "scale", "x_scale", "x_zero_point", "row_sums"]  # noqa: RUF012  (read by torchao)
-    optional_tensor_data_names = ["pre_scale"]  # noqa: RUF012
+    optional_tensor_data_names = ["pre_scale", "pre_offset"]  # noqa: RUF012
     tensor_attribute_names = ["bits", "x_bits", "x_ndim", "dtype", "expansion"]  # noqa: RUF012
 
     qdata: Tensor
@@ -72,6 +74,7 @@ class StaticInt8Weight(TorchAOBaseTensor):
     x_zero_point: Tensor
     row_sums: Tensor
     pre_scale: Tensor | None
+    pre_offset: Tensor | None
     bits: int
     x_bits: int
     x_ndim: int | None
@@ -91,7 +94,7 @@ class StaticInt8Weight(TorchAOBaseTensor):
         if isinstance(qdata, StaticInt8Weight):  # accelerate makes a parameter of a parameter's class
             self.qdata, names = (
                 qdata.qdata,
-                (*self.tensor_data_names[1:], "pre_scale", "bits", "x_bits", "x_ndim", "expansion"),
+                (*self.tensor_data_names[1:], "pre_scale", "pre_offset", "bits", "x_bits", "x_ndim", "expansion"),
             )
             parts = {name: getattr(qdata, name) for name in names}
         else:
@@ -114,6 +117,7 @@ class StaticInt8Weight(TorchAOBaseTensor):
         dtype: torch.dtype,
         expansion: str | None = None,
         pre_scale: Tensor | None = None,
+        pre_offset: Tensor | None = None,
     ) -> StaticInt8Weight:
         """Make a weight from numbers, on the device of its integers."""
         return cls(
@@ -127,7 +131,7 @@ class StaticInt8Weight(TorchAOBaseTensor):
             x_ndim,
             dtype,
             expansion,
-            None if pre_scale is None else pre_scale.to(qdata.device, torch.float32),
+            *(None if part is None else part.to(qdata.device, torch.float32) for part in (pre_scale, pre_offset)),
         )
 
     @classmethod
@@ -148,8 +152,17 @@ class StaticInt8Weight(TorchAOBaseTensor):
 
     def float_weight(self) -> Tensor:
         """The weight for inputs that are not balanced, (C_out, C_in), in its dtype."""
+        return self._float_weight().to(self.dtype)
+
+    def float_bias(self, bias: Tensor | None) -> Tensor | None:
+        """The linear's bias for inputs that are not centred, (C_out,)."""
+        if self.pre_offset is None or bias is None:
+            return bias
+        return (bias.to(torch.float32) - self._float_weight() @ self.pre_offset).to(bias.dtype)
+
+    def _float_weight(self) -> Tensor:
         weight = self.qdata.to(torch.float32) * self.scale.unsqueeze(1)
-        return (weight if self.pre_scale is None else weight * self.pre_scale).to(self.dtype)
+        return weight if self.pre_scale is None else weight * self.pre_scale
 
     def dequantize(self, output_dtype: torch.dtype | None = None) -> NoReturn:  # type: ignore[override]
         """Raise ArgumentError: adapters ask for this when they are merged, and would lose the calibrated range."""
@@ -157,6 +170,8 @@ class StaticInt8Weight(TorchAOBaseTensor):
 
     def not_stock(self) -> str | None:
         """The reason why torchao's ``Int8Tensor`` cannot hold this weight; None if it can."""
+        if self.pre_offset is not None:
+            return "its input is centred (balance.center), and Int8Tensor has no offset"
         if self.x_bits != 8:
             return f"its input has {self.x_bits} bits, and Int8Tensor's have 8"
         return "it is called with inputs of several ranks" if self.x_ndim is None else None
@@ -179,6 +194,8 @@ class StaticInt8Weight(TorchAOBaseTensor):
     def quantize(self, x: Tensor) -> Tensor:
         """Balance and quantize an input, (..., C_in) floats to uint8 or int8, as the device's kernel takes it."""
         x = x.to(torch.float32)
+        if self.pre_offset is not None:
+            x = x - self.pre_offset
         q = x * (1 / self.x_scale) if self.pre_scale is None else (x * self.pre_scale).mul_(1 / self.x_scale)
         q = q.round_().add_(self.x_zero_point).clamp_(0, 2**self.x_bits - 1)
         return q.to(torch.uint8) if takes_unsigned(x.device) else q.sub_(SIGNED).to(torch.int8)
@@ -215,6 +232,7 @@ def _bind(
     dtype: torch.dtype,
     expansion: str | None,
     pre_scale: Tensor | None = None,
+    pre_offset: Tensor | None = None,
 ) -> dict[str, Any]:
     """The arguments of a weight after its integers, by name."""
     return dict(locals())

@@ -172,7 +172,6 @@ def _check_held(name: str, module: nn.Module, recipe: Recipe, method: ModuleForm
     bits = {recipe.activations.bits, *(o.activation_bits for o in recipe.overrides if o.activation_bits is not None)}
     problems = {
         "attention.quantize is true": recipe.attention.quantize,
-        f"balance.method is {recipe.balance.method!r}": recipe.balance.method == "repq",
         f"balance.fold_form is {recipe.balance.fold_form!r}": recipe.balance.fold_form == "bias",
         f"calibration.sampler is {recipe.calibration.sampler!r}": recipe.calibration.sampler is not None,
         f"noise_correction.images is {recipe.noise_correction.images}": recipe.noise_correction.images > 0,

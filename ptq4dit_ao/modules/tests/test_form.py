@@ -252,7 +252,6 @@ def test_another_module_or_no_module_is_refused():
     ("sections", "message"),
     [
         ({"attention": Attention(quantize=True)}, "attention is quantized, which a module cannot hold"),
-        ({"balance": Balance(method="repq")}, r"its input is shifted \(method 'repq'\)"),
         ({"balance": Balance(method="max", fold_form="bias")}, r"holds the 1 of 1 \+ scale"),
     ],
 )
@@ -260,6 +259,33 @@ def test_what_only_a_graph_holds_is_refused(tiny_dit, tiny_samples, sections, me
     quantized = apply_recipe(tiny_dit, Recipe(layers="paper", **sections), tiny_samples)
     with pytest.raises(ArgumentError, match=message):
         to_module(quantized, tiny_dit)
+
+
+@pytest.mark.parametrize("balance", [{"method": "ssc", "center": True}, {"method": "repq"}], ids=["centred", "repq"])
+@torch.no_grad()
+def test_a_centred_graph_and_its_module_agree(tiny_dit, tiny_samples, tmp_path, balance):
+    def biased(module):  # channels far from 0, so that the offsets count
+        for block in module.transformer_blocks:
+            block.norm1.linear.bias[: 2 * 32 : 3] += 2
+        return module
+
+    model = biased(copy.deepcopy(tiny_dit))
+    recipe = Recipe(layers="paper", balance=Balance(**balance))
+    quantized = apply_recipe(model, recipe, tiny_samples)
+    outcomes = balance_result(quantized.graph).outcomes.values()
+    assert any(outcome.offset is not None and outcome.offset.abs().max() > 0.5 for outcome in outcomes)
+    assert any(linear.shift is not None for linear in quantized.linears)
+    module = to_module(quantized, model)
+    assert module.config.quantization_config.quant_method.value == "ptq4dit"
+    call = dict(zip(("hidden_states", "timestep", "class_labels"), tiny_samples[0], strict=True))
+    expected = quantized.graph(*tiny_samples[0])
+    assert sqnr_db(expected, outputs(module(**call)).view_as(expected)) > 60
+    module.save_pretrained(tmp_path / "m")
+    again = type(model).from_pretrained(tmp_path / "m")
+    assert torch.equal(outputs(again(**call)), outputs(module(**call)))
+    assert sqnr_db(outputs(model(**call)), outputs(again.dequantize()(**call))) > 25
+    with pytest.raises(ArgumentError, match="method 'torchao' cannot hold .*: its input is centred"):
+        to_module(quantized, model, method="torchao")
 
 
 def test_overrides_bits_and_inputs_of_fewer_bits_reach_the_module(tiny_dit, tiny_samples):
