@@ -103,7 +103,7 @@ class BalancedForNNCF:
             LoweringError: the recipe asks for other than 8 bits, which NNCF would silently change to 8.
         """
         self._need_eight_bits("quantize_pt2e", "use apply_recipe, or torchao's prepare_pt2e and convert_pt2e")
-        done = self.recipe.balance.model_copy(update={"method": "none"})
+        done = self.recipe.balance.model_copy(update={"method": "none", "center": False})
         return {
             "model": self.graph,
             "quantizer": quantizer_from_recipe(self.recipe.model_copy(update={"balance": done})),

@@ -146,9 +146,7 @@ def device_kernels(model: Callable[..., object], inputs: tuple[Tensor, ...]) -> 
         model(*inputs)
         torch.cuda.synchronize()
     on_device = (event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA)
-    return dict(
-        Counter(event.name for event in on_device if event.name in ("int8_linear_kernel", "int4_linear_kernel"))
-    )
+    return dict(Counter(event.name for event in on_device if event.name.endswith("_linear_kernel")))
 
 
 def driver() -> str | None:

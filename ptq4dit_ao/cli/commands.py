@@ -257,6 +257,7 @@ def _print_report(report: Report, console: Console, *, layers: bool = False, wid
             where = ", ".join(dict.fromkeys(path.rpartition(".")[0] for path in site["folded_into"]))
             spread = "{:.3g} .. {:.3g}".format(*site["b_range"])
             chosen = site["method"] if site["alpha"] is None else f"{site['method']} {site['alpha']:g}"
+            chosen += " centred" * site.get("centred", False)
             where = where or "multiplied at run time"
             lines.append((site["name"], f"{site['variables']}/{site['channels']}", chosen, spread, where))
         print_table(console, "", _SITE_COLUMNS, lines, wide=wide)

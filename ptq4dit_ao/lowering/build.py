@@ -26,6 +26,7 @@ from ptq4dit_ao.capture.interface import (
     resized,
 )
 from ptq4dit_ao.errors import LoweringError, PTQ4DiTError, check_type
+from ptq4dit_ao.graph.expansions import expansions
 from ptq4dit_ao.graph.names import get_attribute, placeholders, set_tensor
 from ptq4dit_ao.graph.shapes import tensor_of
 from ptq4dit_ao.graph.ties import merge_equal_computations
@@ -202,7 +203,9 @@ class _Job:
 
 def _copy(graph: GraphModule) -> GraphModule:
     """A copy of the graph that shares its tensors."""
-    return GraphModule(graph, copy.deepcopy(graph.graph))
+    copied = GraphModule(graph, copy.deepcopy(graph.graph))
+    expansions(copied).update(expansions(graph))
+    return copied
 
 
 def example_batches(graph: GraphModule, example_inputs: Sequence[Tensor] | None) -> list[tuple[Tensor, ...]]:

@@ -18,6 +18,7 @@ from ptq4dit_ao.graph.names import adapters, layer_name, linears, timestep_place
 from ptq4dit_ao.graph.shapes import batch_axis
 from ptq4dit_ao.observers import ChannelStatistics, SalienceStatistics, TimestepClock
 from ptq4dit_ao.observers.hooks import record_range
+from ptq4dit_ao.passes.offset import find_shifts
 from ptq4dit_ao.passes.result import BalanceResult, attach_result
 from ptq4dit_ao.passes.settings import BalanceSettings
 from ptq4dit_ao.passes.vectors import apply_outcome, balance_sites
@@ -93,6 +94,8 @@ def balance(
     settings = settings or BalanceSettings()
     sites = balance_sites_of(exported, exclude, policy) if sites is None else sites
     model = GraphModule(exported, copy.deepcopy(exported.graph))
+    if settings.center:
+        sites = find_shifts(model, sites, needed=False)
     check = SelfCheck(model, statistics.example) if verify else None
     outcomes = balance_sites(model, sites, statistics, settings)
     if check is not None:

@@ -70,7 +70,7 @@ def balance_module(
         model: the module. Its parameters are replaced, tied ones by one new parameter.
         exported: its graph, from :func:`~ptq4dit_ao.export_transformer`; not changed.
         statistics: from :func:`~ptq4dit_ao.collect_salience` on ``exported``.
-        settings: settings of balancing; the paper's by default. ``fold_form`` is ignored.
+        settings: settings of balancing; the paper's by default. ``fold_form`` and ``center`` are ignored.
         exclude: the same as for :func:`~ptq4dit_ao.collect_salience`.
         policy: the same as for :func:`~ptq4dit_ao.collect_salience`. Its ``vector_multiply`` and ``premultiply`` are
             ignored, because parameters cannot hold those multiplies.
@@ -86,7 +86,7 @@ def balance_module(
     check_type("exported", exported, GraphModule, "a graph of export_transformer")
     check_type("statistics", statistics, SalienceStatistics, "what collect_salience returned")
     check_type("settings", settings, (BalanceSettings, type(None)), "BalanceSettings")
-    settings = replace(settings or BalanceSettings(), fold_form="bias")
+    settings = replace(settings or BalanceSettings(), fold_form="bias", center=False)
     policy = replace(policy or SitePolicy(), vector_multiply=False, premultiply=False)
     model = uncompiled(model)
     check_float_module(model)

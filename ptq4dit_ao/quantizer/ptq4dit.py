@@ -132,6 +132,9 @@ class PTQ4DiTQuantizer(Quantizer):
         if attention_bits is not None:
             check_bits("attention_bits", attention_bits)
         check_choice("balance", balance, BALANCE_METHODS)
+        check_type("center", center, bool, "true or false")
+        if center and balance == "none":
+            raise ArgumentError("center is on, but balance is 'none'; leave one of them out")
         self._base = LinearQuantizer() if base is None else base
         self._bits = {"weight_bits": weight_bits, "activation_bits": activation_bits}
         self._attention_bits = attention_bits

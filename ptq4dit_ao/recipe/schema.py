@@ -92,12 +92,6 @@ class Weights(_Section):
     )
 
     @model_validator(mode="after")
-    def _has_levels_for_its_groups(self) -> Self:
-        if self.group is not None and self.levels != "normal":
-            raise _rule("group is for levels: normal, and levels is {levels}; change one", levels=self.levels)
-        return self
-
-    @model_validator(mode="after")
     def _has_a_budget(self) -> Self:
         if self.bits != "auto":
             for name in ("candidates", "average_bits"):
@@ -535,13 +529,41 @@ class Recipe(_Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _has_what_its_keys_are_for(self) -> Self:
+        weights, balance, rounding = self.weights, self.balance, self.rounding
+        if weights.group is not None and weights.levels != "normal":
+            raise _rule(
+                "weights.group is for levels: normal, and levels is {levels}; change one of them", levels=weights.levels
+            )
+        if balance.center and balance.method in ("none", "repq"):
+            raise _rule(
+                "balance.center is true, and method '{method}' {why}; set center: false, or take another method",
+                method=balance.method,
+                why="balances nothing" if balance.method == "none" else "shifts inputs itself",
+            )
+        if rounding.cutting != 1 and rounding.ranges != "output":
+            raise _rule(
+                "rounding.cutting is for ranges: output, and ranges is {ranges}; change one of them",
+                ranges=rounding.ranges,
+            )
+        return self
+
     @property
     def widths(self) -> str:
         """Bits of weights and activations, such as ``W4A8``; ``W4-8A8`` where some layers have other bits."""
+        return f"W{_span(self.weight_widths)}A{_span(self.activation_widths)}"
+
+    @property
+    def weight_widths(self) -> set[int]:
+        """Bits of the weights of all layers, overrides included."""
         weights = self.weights.widths if self.weights.bits == "auto" else (self.weights.bits,)
-        of_weights = {*weights, *(o.weight_bits for o in self.overrides if o.weight_bits is not None)}
-        of_activations = {self.activations.bits} | {o.activation_bits for o in self.overrides if o.activation_bits}
-        return f"W{_span(of_weights)}A{_span(of_activations)}"
+        return {*weights, *(o.weight_bits for o in self.overrides if o.weight_bits is not None)}
+
+    @property
+    def activation_widths(self) -> set[int]:
+        """Bits of the activations of all layers, overrides included."""
+        return {self.activations.bits} | {o.activation_bits for o in self.overrides if o.activation_bits}
 
     def to_dict(self) -> dict[str, object]:
         """The whole recipe with its defaults, as a dict that ``json.dump`` writes and ``from_dict`` reads back."""
@@ -584,6 +606,10 @@ class RecipeFile(Recipe):
 
     @model_validator(mode="after")
     def _has_an_image_of_each_size(self) -> Self:
+        return self  # the same
+
+    @model_validator(mode="after")
+    def _has_what_its_keys_are_for(self) -> Self:
         return self  # the same
 
 

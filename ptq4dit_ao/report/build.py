@@ -161,6 +161,7 @@ def _site(site: Site, outcome: SiteOutcome | None) -> SiteEntry:
     if outcome is not None:
         about["num_clipped"] = int(outcome.clipped.sum())
         about["method"], about["alpha"] = outcome.method, outcome.alpha
+        about["centred"] = outcome.offset is not None
         about["scores"] = {name: _float(score) for name, score in outcome.scores.items()}
         about["b_range"] = _float(float(outcome.b.min())), _float(float(outcome.b.max()))
         for name in _VECTORS:

@@ -42,6 +42,8 @@ class SiteEntry(TypedDict):
     num_clipped: int
     method: NotRequired[BalanceMethod]
     alpha: NotRequired[float | None]
+    centred: NotRequired[bool]
+    """Whether an offset is subtracted from the input; older files lack it."""
     scores: NotRequired[dict[str, float | None]]
     b_range: NotRequired[tuple[float | None, float | None]]
     b: NotRequired[list[float | None]]

@@ -55,6 +55,4 @@ def check_dtype(transformer: nn.Module, backend: str) -> None:
 def least_bytes(transformer: nn.Module, recipe: Recipe) -> int:
     """Lower bound of the size on disk, in bytes: all parameters quantized to the fewest bits."""
     parameters = sum(parameter.numel() for parameter in transformer.parameters())
-    bits = min(recipe.weights.widths) if recipe.weights.bits == "auto" else recipe.weights.bits
-    narrowest = min([bits, *(o.weight_bits for o in recipe.overrides if o.weight_bits is not None)])
-    return parameters if narrowest > 4 else parameters // 2
+    return parameters if min(recipe.weight_widths) > 4 else parameters // 2

@@ -130,6 +130,7 @@ def balance_settings(recipe: Recipe) -> BalanceSettings:
     return BalanceSettings(
         method=method,  # type: ignore[arg-type]  # 'none' is refused there
         alpha=alpha,
+        center=recipe.balance.center,
         max_scale=recipe.balance.max_scale,
         fold_form=recipe.balance.fold_form,
     )

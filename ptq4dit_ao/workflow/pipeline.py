@@ -23,9 +23,10 @@ from ptq4dit_ao.capture.float_model import check_float_module, check_in_memory
 from ptq4dit_ao.choices import MODULE_FORMATS, TEXT_METHODS, ModuleFormat, TextMethod
 from ptq4dit_ao.errors import ArgumentError, ArtifactError, RecipeError, check_choice, check_type
 from ptq4dit_ao.modules.card import is_pipeline_card, pipeline_card
+from ptq4dit_ao.modules.packing import PACKED_BITS
 from ptq4dit_ao.modules.saving import CARD, cannot_save
 from ptq4dit_ao.modules.text_encoders import quantized_text_encoder
-from ptq4dit_ao.recipe import Recipe, load_recipe
+from ptq4dit_ao.recipe import Balance, Recipe, load_recipe
 from ptq4dit_ao.workflow.apply import convert
 from ptq4dit_ao.workflow.exported import export_for
 from ptq4dit_ao.workflow.main_job import evaluation_of
@@ -60,7 +61,8 @@ def quantize_pipeline(
             ``text_encoder``, take ``int8_weight_only``, or ``int8_dynamic``, which also quantizes their inputs, per
             token. Denoisers' recipes agree in their ``calibration`` but for its ``timesteps``, which are out of a
             denoiser's own steps, and at most as many. ``balance.sites`` ``free`` is ``all`` here if the recipe chooses
-            its balancing by the error.
+            its balancing by the error. ``balance.center`` is off where torchao's format will hold the weights, which
+            has no place for offsets: give ``method="ptq4dit"`` for centred inputs of weights of 8 bits.
         prompts: class numbers or texts to record; by default the recipe's ``calibration.prompts``. The error of
             the result is measured on the same samples.
         call: more arguments for each call of the pipeline, beside those of the recipe.
@@ -78,7 +80,7 @@ def quantize_pipeline(
     check_type("call", call, (Mapping, type(None)), "a dict of arguments of the pipeline")
     if method is not None:
         check_choice("method", method, MODULE_FORMATS)
-    chosen = _chosen(pipeline, components, recipes)
+    chosen = _chosen(pipeline, components, recipes, method)
     for name, recipe in chosen.items():
         if isinstance(recipe, Recipe):
             _check_held(name, components[name], recipe, method)
@@ -125,7 +127,10 @@ def _components(pipeline: Any) -> dict[str, nn.Module]:
 
 
 def _chosen(
-    pipeline: Any, components: Mapping[str, nn.Module], recipes: Recipe | str | Mapping[str, Recipe | str]
+    pipeline: Any,
+    components: Mapping[str, nn.Module],
+    recipes: Recipe | str | Mapping[str, Recipe | str],
+    method: ModuleFormat | None,
 ) -> dict[str, Recipe | TextMethod]:
     """The recipe of each component that is quantized, or the method of a text encoder."""
     check_type("recipes", recipes, (Recipe, str, Mapping), "a recipe, its name, or a dict of them by component")
@@ -143,13 +148,13 @@ def _chosen(
             raise ArgumentError(
                 f"{type(pipeline).__name__} has no module {name!r}; it has {', '.join(components) or 'none'}"
             )
-        chosen[name] = _recipe(name, components[name], recipe)
+        chosen[name] = _recipe(name, components[name], recipe, method)
     if not any(isinstance(recipe, Recipe) for recipe in chosen.values()):
         raise ArgumentError("recipes names no denoiser; text encoders alone need no recording: use torchao")
     return chosen
 
 
-def _recipe(name: str, module: nn.Module, recipe: Recipe | str) -> Recipe | TextMethod:
+def _recipe(name: str, module: nn.Module, recipe: Recipe | str, method: ModuleFormat | None) -> Recipe | TextMethod:
     """A component's recipe, or the method of a text encoder."""
     of_transformers = any(kind.__module__.startswith("transformers.") for kind in type(module).__mro__)
     if of_transformers != (isinstance(recipe, str) and recipe in TEXT_METHODS):
@@ -162,14 +167,24 @@ def _recipe(name: str, module: nn.Module, recipe: Recipe | str) -> Recipe | Text
     check_type(f"the recipe of {name}", loaded, Recipe, "what load_recipe returned, or a name")
     check_float_module(module)
     check_in_memory(module)
-    if loaded.balance.sites == "free" and "auto" in (loaded.balance.method, loaded.balance.alpha):
-        loaded = loaded.model_copy(update={"balance": loaded.balance.model_copy(update={"sites": "all"})})
-    return loaded
+    return loaded.model_copy(update={"balance": _balance(name, loaded, method)})
+
+
+def _balance(name: str, recipe: Recipe, method: ModuleFormat | None) -> Balance:
+    """The balancing of a recipe for a quantized module in a format."""
+    changes: dict[str, object] = {}
+    if recipe.balance.sites == "free" and "auto" in (recipe.balance.method, recipe.balance.alpha):
+        changes["sites"] = "all"
+    few = min(recipe.weight_widths) <= PACKED_BITS or recipe.activation_widths != {8}
+    if recipe.balance.center and method != "ptq4dit" and not (few and method is None):
+        logger.info("%s: inputs are not centred, because torchao's format has no offsets (method 'ptq4dit' has)", name)
+        changes["center"] = False
+    return recipe.balance.model_copy(update=changes)
 
 
 def _check_held(name: str, module: nn.Module, recipe: Recipe, method: ModuleFormat | None) -> None:
     """Refuse, before the work, what a quantized module cannot hold and what is not done for whole pipelines."""
-    bits = {recipe.activations.bits, *(o.activation_bits for o in recipe.overrides if o.activation_bits is not None)}
+    bits = recipe.activation_widths
     problems = {
         "attention.quantize is true": recipe.attention.quantize,
         f"balance.fold_form is {recipe.balance.fold_form!r}": recipe.balance.fold_form == "bias",

@@ -12,9 +12,10 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_map_only
 
+from ptq4dit_ao.core.expansion import expanded_integers
 from ptq4dit_ao.graph.names import get_attribute, set_tensor
 from ptq4dit_ao.lowering.backend import Backend, Capabilities, Request, Runnable, register
-from ptq4dit_ao.lowering.cuda.ops import has_triton, int4_linear, int8_linear, pack_halves
+from ptq4dit_ao.lowering.cuda.ops import expanded_linear, has_triton, int4_linear, int8_linear, pack_halves
 from ptq4dit_ao.lowering.match import QuantizedLinear
 from ptq4dit_ao.lowering.mixed import compute_in
 
@@ -48,10 +49,12 @@ class Quantize(nn.Module):
 class IntegerLinear(nn.Module):
     """Integer linear, int8 (..., C_in) -> ``out_dtype`` (..., C_out).
 
-    Weights of at most 4 bits are packed two per byte.
+    Weights of at most 4 bits are packed two per byte, as are the codes of weights that expand from 4 bits.
     """
 
     weight: Tensor
+    steps: Tensor | None
+    table: Tensor | None
     scale: Tensor
     correction: Tensor
     bias: Tensor | None
@@ -63,15 +66,25 @@ class IntegerLinear(nn.Module):
         weight, bias = linear.weight, linear.bias
         row_sums = weight.sum(dim=1, dtype=torch.int32)
         self.op = int4_linear if packs else int8_linear
-        self.out_dtype = out_dtype
+        self.out_dtype, self.group = out_dtype, weight.shape[1]
+        steps, table = None, None
+        if linear.expansion is not None:
+            codes, steps = linear.expansion.codes(weight)
+            weight, steps, table = codes.to(torch.int8), steps.to(torch.uint8), expanded_integers(weight.device)
+            self.group, packs = linear.expansion.group or self.group, True
         self.register_buffer("weight", pack_halves(weight) if packs else weight.contiguous())
+        self.register_buffer("steps", steps)
+        self.register_buffer("table", table)
         self.register_buffer("scale", linear.weight_scale.to(torch.float32) * linear.x_scale)
         self.register_buffer("correction", row_sums * (linear.x_zero_point - _shift(linear)))
         self.register_buffer("bias", None if bias is None else bias.to(torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply int8 (..., C_in) activations by the weight."""
-        return self.op(x, self.weight, self.scale, self.correction, self.bias, self.out_dtype)
+        rest = (self.scale, self.correction, self.bias, self.out_dtype)
+        if self.steps is None or self.table is None:
+            return self.op(x, self.weight, *rest)
+        return expanded_linear(x, self.weight, self.steps, self.table, self.group, *rest)
 
 
 def no_gpu() -> str | None:
@@ -141,7 +154,7 @@ def by_thread(first: Runnable, others: Runnable) -> Runnable:
 
 
 def replace_linears(request: Request, device: torch.device) -> GraphModule:
-    """The request's graph on ``device``, with ``int8_linear`` or ``int4_linear`` in place of every quantized linear."""
+    """The request's graph on ``device``, with one of this package's operators in place of every quantized linear."""
     graph = request.graph
     if request.float_dtype is not None:
         compute_in(graph, request.float_dtype, request.example_inputs)
@@ -200,7 +213,7 @@ register(
         refuse=overflows,
         rank=0,
         rare=True,
-        kernels=("ptq4dit_ao::int8_linear", "ptq4dit_ao::int4_linear"),
+        kernels=("ptq4dit_ao::int8_linear", "ptq4dit_ao::int4_linear", "ptq4dit_ao::expanded_linear"),
         lacks=no_gpu,
         build=build,
         compiles=True,

@@ -56,6 +56,30 @@ def int4_linear(
     return out
 
 
+def expanded_linear(
+    x: Tensor,
+    codes: Tensor,
+    steps: Tensor,
+    table: Tensor,
+    group: int,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Quantized linear with a weight of codes: int8 (M, K), int8 (N, ceil(K / 2)) -> ``out_dtype`` (M, N).
+
+    steps is uint8 (N, ceil(K / group)), and table int8 (16, 16), by step and code; all are contiguous.
+    """
+    (m, k), (n, half) = x.shape, codes.shape
+    out = torch.empty((m, n), dtype=out_dtype, device=x.device)
+    expanded_linear_kernel[_grid(m, n)](
+        x, codes, steps, table, scale, correction, scale if bias is None else bias, out,
+        m, n, k, half, group, steps.shape[1], m.bit_length(), HAS_BIAS=bias is not None,
+    )  # fmt: skip
+    return out
+
+
 def _grid(m: int, n: int) -> Callable[[dict[str, int]], tuple[int]]:
     return lambda meta: (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"]),)
 
@@ -132,6 +156,59 @@ def int4_linear_kernel(
         high_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K
     _finish(sums, rows, columns, scale_ptr, correction_ptr, bias_ptr, out_ptr, M, N, HAS_BIAS)
+
+
+@triton.autotune(configs=CONFIGS, key=["m_bits", "N", "K"])
+@triton.jit(do_not_specialize=["m_bits"])
+def expanded_linear_kernel(
+    x_ptr,
+    weight_ptr,
+    steps_ptr,
+    table_ptr,
+    scale_ptr,
+    correction_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    half,
+    group,
+    groups,
+    m_bits,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Compute one tile of :func:`expanded_linear`."""
+    rows, columns = _tile(M, N, BLOCK_M, BLOCK_N)
+    inner = tl.arange(0, BLOCK_K)
+    low_ptrs = x_ptr + rows[:, None].to(tl.int64) * K + inner[None, :]
+    high_ptrs = low_ptrs + half
+    weight_ptrs = weight_ptr + columns[None, :] * half + inner[:, None]
+    sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+    for k in range(0, half, BLOCK_K):
+        inside = (columns[None, :] < N) & (inner[:, None] < half - k)
+        packed = tl.load(weight_ptrs, mask=inside, other=0).to(tl.int32)
+        x_low = tl.load(low_ptrs, mask=(rows[:, None] < M) & (inner[None, :] < half - k), other=0)
+        x_high = tl.load(high_ptrs, mask=(rows[:, None] < M) & (inner[None, :] < K - half - k), other=0)
+        low = _expanded(packed & 0xF, k + inner, columns, inside, steps_ptr, table_ptr, group, groups)
+        behind = inside & (inner[:, None] < K - half - k)
+        high = _expanded((packed >> 4) & 0xF, half + k + inner, columns, behind, steps_ptr, table_ptr, group, groups)
+        sums = tl.dot(x_low, low, sums, out_dtype=tl.int32)
+        sums = tl.dot(x_high, high, sums, out_dtype=tl.int32)
+        low_ptrs += BLOCK_K
+        high_ptrs += BLOCK_K
+        weight_ptrs += BLOCK_K
+    _finish(sums, rows, columns, scale_ptr, correction_ptr, bias_ptr, out_ptr, M, N, HAS_BIAS)
+
+
+@triton.jit
+def _expanded(codes, inner, columns, inside, steps_ptr, table_ptr, group, groups):
+    """Integers (BLOCK_K, BLOCK_N) of codes; 0 outside the weight. Steps and table stay in the L1 cache."""
+    step = tl.load(steps_ptr + columns[None, :] * groups + inner[:, None] // group, mask=inside, other=0).to(tl.int32)
+    return tl.load(table_ptr + step * 16 + codes, mask=inside, other=0)
 
 
 @triton.jit

@@ -2,9 +2,9 @@
 
     y = (x @ W^T - correction) * scale + bias
 
-``x`` (..., K) is int8, ``W`` (N, K) is int8 or int4, and sums are exact in int32. ``correction`` is the zero point of
-``x`` times the row sums of ``W``, which removes the zero point from the sum. ``scale`` is the scale of ``x`` times
-those of ``W``. Both are (N,) and computed once.
+``x`` (..., K) is int8, ``W`` (N, K) is int8, int4 or codes of 4 bits, and sums are exact in int32. ``correction`` is
+the zero point of ``x`` times the row sums of ``W``, which removes the zero point from the sum. ``scale`` is the scale
+of ``x`` times those of ``W``. Both are (N,) and computed once.
 
 On a CPU the operators are the slow, exact reference. On a GPU they run a Triton kernel, or ``torch._int_mm`` without
 Triton. ``torch.compile`` treats them as opaque.
@@ -42,6 +42,66 @@ def int4_linear(
     The rest is as for ``int8_linear``.
     """
     return _scaled(_exact_mm(x, unpack_halves(weight, x.shape[-1])), scale, correction, bias, out_dtype)
+
+
+@custom_op("ptq4dit_ao::expanded_linear", mutates_args=(), device_types="cpu")
+def expanded_linear(
+    x: Tensor,
+    codes: Tensor,
+    steps: Tensor,
+    table: Tensor,
+    group: int,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Quantized linear whose weight expands from codes of 4 bits, packed by :func:`pack_halves`, int8 (N, ceil(K / 2)).
+
+    steps uint8 (N, ceil(K / group)) has the step of each group of columns, and table int8 (16, 16) the integer of each
+    step and code (:func:`~ptq4dit_ao.core.expansion.expanded_integers`). The rest is as for ``int8_linear``.
+    """
+    weight = expand(codes, steps, table, group, x.shape[-1])
+    return _scaled(_exact_mm(x, weight), scale, correction, bias, out_dtype)
+
+
+@expanded_linear.register_fake
+def _expanded_fake(
+    x: Tensor,
+    codes: Tensor,
+    steps: Tensor,
+    table: Tensor,
+    group: int,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]), dtype=out_dtype)
+
+
+@expanded_linear.register_kernel("cuda")
+def _expanded_cuda(
+    x: Tensor,
+    codes: Tensor,
+    steps: Tensor,
+    table: Tensor,
+    group: int,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    with torch.cuda.device(x.device):
+        if has_triton():
+            from ptq4dit_ao.lowering.cuda import kernels
+
+            y = kernels.expanded_linear(rows, codes, steps, table, group, scale, correction, bias, out_dtype)
+        else:
+            weight = expand(codes, steps, table, group, x.shape[-1])
+            y = _scaled(int_mm(rows, weight), scale, correction, bias, out_dtype)
+    return y.reshape(*x.shape[:-1], len(codes))
 
 
 @int8_linear.register_fake
@@ -95,6 +155,12 @@ def pack_halves(weight: Tensor) -> Tensor:
 def unpack_halves(packed: Tensor, columns: int) -> Tensor:
     """Unpack 4-bit weights: int8 (N, ceil(K / 2)) -> int8 (N, K), the inverse of ``pack_halves``."""
     return torch.cat([(packed << 4) >> 4, packed >> 4], dim=1)[:, :columns]
+
+
+def expand(codes: Tensor, steps: Tensor, table: Tensor, group: int, columns: int) -> Tensor:
+    """The weight of packed codes, int8 (N, columns); the arguments are those of ``expanded_linear``."""
+    by_column = steps.long().repeat_interleave(group, 1)[:, :columns]
+    return table[by_column, unpack_halves(codes, columns).long() & 0xF]
 
 
 def int_mm(x: Tensor, weight: Tensor) -> Tensor:

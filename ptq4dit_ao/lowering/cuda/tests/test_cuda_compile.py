@@ -20,7 +20,7 @@ pytestmark = pytest.mark.cuda
 
 POINTERS = {
     "x_ptr": "*i8", "weight_ptr": "*i8", "scale_ptr": "*fp32", "bias_ptr": "*fp32", "correction_ptr": "*i32",
-    "out_ptr": "*bf16",
+    "out_ptr": "*bf16", "steps_ptr": "*u8", "table_ptr": "*i8",
 }  # fmt: skip
 AMPERE, HOPPER = 80, 90
 INT8_PRODUCTS = {AMPERE: r"mma\.sync\.\S*\.s32\.s8\.s8\.s32", HOPPER: r"(wgmma\.mma_async|mma)\.sync\.\S*\.s32\.s8\.s8"}
@@ -28,14 +28,14 @@ INT8_PRODUCTS = {AMPERE: r"mma\.sync\.\S*\.s32\.s8\.s8\.s32", HOPPER: r"(wgmma\.
 
 @pytest.mark.parametrize("tile", kernels.TILES, ids=lambda tile: "x".join(map(str, tile[:3])))
 @pytest.mark.parametrize("capability", [AMPERE, HOPPER])
-@pytest.mark.parametrize("kernel", ["int8_linear_kernel", "int4_linear_kernel"])
+@pytest.mark.parametrize("kernel", ["int8_linear_kernel", "int4_linear_kernel", "expanded_linear_kernel"])
 def test_it_multiplies_on_integer_tensor_cores(kernel, capability, tile):
     function = getattr(kernels, kernel).fn
     m, n, k, warps, stages = tile
     constants = {"HAS_BIAS": True, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}
     place = {name: i for i, name in enumerate(function.arg_names)}
     signature = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in place}
-    aligned = [name for name in place if name in POINTERS or name in ("N", "K", "half")]
+    aligned = [name for name in place if name in POINTERS or name in ("N", "K", "half", "group")]
     source = ASTSource(
         fn=function,
         signature=signature,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ptq4dit_ao.capture import export_transformer
+from ptq4dit_ao.core.expansion import Expansion
 from ptq4dit_ao.core.metrics import sqnr_db
 from ptq4dit_ao.errors import LoweringError
 from ptq4dit_ao.lowering import Request, lower, quantized_linears
@@ -23,7 +24,7 @@ from ptq4dit_ao.quantizer import PTQ4DiTQuantizer
 
 backends = importlib.import_module("ptq4dit_ao.lowering.backend").BACKENDS
 
-BITS = {"W8A8": (8, 8), "W4A8": (4, 8), "W6A6": (6, 6)}
+BITS = {"W8A8": (8, 8, None), "W4A8": (4, 8, None), "W6A6": (6, 6, None), "expanded": (4, 8, Expansion(group=16))}
 LINEARS = 14
 """Quantized linears of the tiny DiT: seven a block."""
 CPU = torch.device("cpu")
@@ -38,8 +39,8 @@ def request_for(converted: GraphModule, float_dtype: torch.dtype | None = None) 
 
 @pytest.fixture(params=BITS)
 def converted(request, quantized) -> GraphModule:
-    weight_bits, activation_bits = BITS[request.param]
-    return quantized(weight_bits=weight_bits, activation_bits=activation_bits)
+    weight_bits, activation_bits, expansion = BITS[request.param]
+    return quantized(weight_bits=weight_bits, activation_bits=activation_bits, expansion=expansion)
 
 
 @pytest.fixture
@@ -54,7 +55,8 @@ def on_cpu(monkeypatch) -> None:
 
 def test_a_lowered_graph_computes_what_the_converted_one_says(on_cpu, converted):
     lowered = lower(converted, "cuda")
-    name = "int4" if quantized_linears(converted)[0].weight_range == (-8, 7) else "int8"
+    linear = quantized_linears(converted)[0]
+    name = "expanded" if linear.expansion else "int4" if linear.weight_bits == 4 else "int8"
     assert lowered.proof.kernels == {f"ptq4dit_ao::{name}_linear": LINEARS}
     for rows in (4, 1, 7):
         expected, actual = converted(*batch_of(rows)), lowered(*batch_of(rows))

@@ -14,7 +14,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptq4dit_ao.lowering.cuda.ops import int4_linear, int8_linear, int_mm, pack_halves, unpack_halves
+from ptq4dit_ao.core.expansion import CODES, Expansion, expanded_integers
+from ptq4dit_ao.lowering.cuda.ops import (
+    expand,
+    expanded_linear,
+    int4_linear,
+    int8_linear,
+    int_mm,
+    pack_halves,
+    unpack_halves,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
 IMPLEMENTATIONS = [
@@ -99,6 +108,67 @@ def run(request):
         return (int4_linear if packed else int8_linear)(*arguments).cpu()
 
     return call
+
+
+@dataclass(frozen=True)
+class ExpandedCase(Case):
+    """A linear whose weight expands from codes, in groups of so many columns."""
+
+    codes: Tensor
+    steps: Tensor
+    group: int
+
+    @classmethod
+    def drawn(cls, shape: tuple[int, ...], n: int, k: int, *, group: int | None, bias: bool = True) -> ExpandedCase:
+        case = Case.random(shape, n, k, bits=8, zero_point=111, bias=bias)
+        g, rule = torch.Generator().manual_seed(n + k), Expansion(group=group)
+        codes = torch.randint(0, CODES, (n, k), generator=g, dtype=torch.int8)
+        steps = torch.randint(1, 16, (n, rule.groups(k)), generator=g, dtype=torch.uint8)
+        width = group or k
+        by_column = torch.stack([steps[:, j // width] for j in range(k)], 1)
+        weight = expanded_integers(torch.device("cpu"))[by_column.long(), codes.long()]
+        parts = {**vars(case), "weight": weight}
+        return cls(**parts, codes=codes, steps=steps, group=width)
+
+    def expanded_arguments(self, *, out_dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple:
+        x, _, *rest = self.arguments(packed=False, out_dtype=out_dtype, device=device)
+        table = expanded_integers(torch.device(device))
+        return (x, pack_halves(self.codes).to(device), self.steps.to(device), table, self.group, *rest)
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def run_expanded(request):
+    """``run_expanded(case, out_dtype=...) -> Tensor`` by one of the implementations."""
+
+    def call(case: ExpandedCase, out_dtype: torch.dtype = torch.float32) -> Tensor:
+        arguments = case.expanded_arguments(out_dtype=out_dtype, device="cuda" if request.param == "cuda" else "cpu")
+        if request.param != "interpreter":
+            return expanded_linear(*arguments).cpu()
+        import triton
+
+        from ptq4dit_ao.lowering.cuda import kernels
+
+        kernels.expanded_linear_kernel.configs = [triton.Config({"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64})]
+        x, *rest = arguments
+        return kernels.expanded_linear(x.reshape(-1, x.shape[-1]), *rest).reshape(*x.shape[:-1], -1)
+
+    return call
+
+
+@pytest.mark.parametrize("group", [16, 48, None])
+@pytest.mark.parametrize(("shape", "n", "k"), SHAPES)
+def test_expanded_weights_of_any_shape(run_expanded, group, shape, n, k):
+    case = ExpandedCase.drawn(shape, n, k, group=group)
+    check(run_expanded(case), case)
+
+
+def test_expanded_output_in_16_bits_and_schema(run_expanded):
+    case = ExpandedCase.drawn((20,), 24, 70, group=16, bias=False)
+    actual = run_expanded(case, torch.bfloat16)
+    assert actual.dtype == torch.bfloat16
+    check(actual, case, relative=torch.finfo(torch.bfloat16).eps)
+    assert torch.equal(expand(*case.expanded_arguments()[1:5], 70), case.weight)
+    torch.library.opcheck(expanded_linear, case.expanded_arguments())
 
 
 def check(actual: Tensor, case: Case, relative: float = 1e-6) -> None:
