@@ -32,7 +32,7 @@ LayerPreset = Literal["safe", "paper"]
 LAYER_PRESETS: tuple[LayerPreset, ...] = get_args(LayerPreset)
 """Presets of layers that stay float, or get more bits."""
 
-Sampler = Literal["ddim", "ddpm"]
+Sampler = Literal["ddim", "ddpm", "flow"]
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 """Samplers of class-conditional models."""
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ptq4dit_ao._progress import OnProgress, OnStage, ignore, of_stage
-from ptq4dit_ao.calibration import CalibrationSamples, as_denoiser
+from ptq4dit_ao.calibration import CalibrationSamples, as_denoiser, as_function
 from ptq4dit_ao.errors import ArgumentError, MissingDependencyError
 from ptq4dit_ao.evaluation.feature_networks import load_features
 from ptq4dit_ao.evaluation.reference_set import ReferenceFeatures, ReferenceSet, read_reference, reference_features
@@ -63,9 +63,11 @@ class Baseline:
         def told(stage: str) -> OnProgress:
             return of_stage(on_progress, f"{stage} {backend}")
 
-        images = self.image_sampling.draw(run, told("sample"), correction)
+        sampling = self.image_sampling.sampling
+        images = self.image_sampling.draw(sampling.denoiser(run), told("sample"), correction)
         batches = _counted(recorded, recipe.calibration.rows, told("eps"))
-        eps = paired_error(as_denoiser(self.model.transformer), run, batches)
+        exact = as_function(self.model.transformer, sampling)
+        eps = paired_error(exact, run, batches, timestep_index=sampling.timestep_index)
         seed = self.image_sampling.seed
         return EvaluationRow(
             model=recipe.widths,
@@ -101,7 +103,8 @@ def baseline_of(
         on_progress: called with ``(stage, done, total)`` as stages advance.
     """
     if images is None:
-        images = image_sampling.draw(as_denoiser(model.transformer), of_stage(on_progress, "sample float32"))
+        denoiser = as_denoiser(model.transformer, image_sampling.sampling)
+        images = image_sampling.draw(denoiser, of_stage(on_progress, "sample float32"))
     if given is not None:
         distances = given.distances(images, of_stage(on_progress, "features float32"))
         return Baseline(

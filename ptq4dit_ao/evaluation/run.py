@@ -54,7 +54,8 @@ def evaluate(
         backends: backends that execute the quantized model, with a result each.
         samples: number of images per model, of all classes in turn.
         steps: number of sampling steps.
-        sampler: ``ddim``, or ``ddpm`` as in the DiT authors' code. The default is the sampler of the recipe.
+        sampler: ``ddim``, or ``ddpm`` as in the DiT authors' code; ``flow`` for models that predict velocity. The
+            default is the sampler of the recipe.
         seed: seed of the images' noise and of the intervals. The predicted noise is compared on the recipe's evaluation
             samples.
         features: feature network, as for :func:`load_features`. By default the shipped models use their classifiers,

@@ -15,6 +15,7 @@ from ptq4dit_ao._paths import check_room
 from ptq4dit_ao._progress import OnStage, of_stage
 from ptq4dit_ao._version import __version__, installed_version
 from ptq4dit_ao.calibration import Sampling
+from ptq4dit_ao.choices import Sampler
 from ptq4dit_ao.errors import ArgumentError, PTQ4DiTError
 from ptq4dit_ao.evaluation.baseline import OWN, Baseline, baseline_of, given_reference_features, network_for
 from ptq4dit_ao.evaluation.environment import environment
@@ -77,11 +78,13 @@ class TableRunner:
     """
 
     def __init__(self, settings: TableSettings, folder: Path, on_progress: OnStage) -> None:
-        self.settings, self.folder = settings, folder
         self._recipes = method_recipes(settings)
         model = load_model(settings.model)
         if model.sampling is None:
             raise ArgumentError(f"{model.name} is not class-conditional; a table compares class-conditional DiTs")
+        own: Sampler = "ddpm" if model.sampling.predicts == "noise" else model.sampling.sampler
+        self.settings = settings = dataclasses.replace(settings, sampler=settings.sampler or own)
+        self.folder = folder
         self.model = model.drawn_by(settings.sampler)
         assert self.model.sampling is not None
         self._sampling: Sampling = self.model.sampling

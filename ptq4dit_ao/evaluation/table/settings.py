@@ -45,8 +45,12 @@ class TableSettings:
     """Seed of calibration. That of images is larger by :data:`~ptq4dit_ao.workflow.image_sampling.NOISE_SEED`."""
     adaround_steps: int | None = None
     """Optimizer steps per block of methods that learn; None is the recipe's own."""
-    sampler: Sampler = "ddpm"
-    """Sampler of calibration and images. ``ddpm`` is that of the DiT authors' code and the paper."""
+    sampler: Sampler | None = None
+    """Sampler of calibration and images.
+
+    The default is ``ddpm``, that of the DiT authors' code and the paper, for models that predict noise, and the model's
+    own for others.
+    """
     guidance: float = 1.5
     """Classifier-free guidance scale of calibration and images."""
     layers: LayerPreset = "paper"
@@ -75,7 +79,8 @@ class TableSettings:
             raise ArgumentError(f"adaround_steps is {self.adaround_steps}; it must be at least 1")
         for bits in self.bits:
             _widths(bits)
-        check_choice("sampler", self.sampler, SAMPLERS)
+        if self.sampler is not None:
+            check_choice("sampler", self.sampler, SAMPLERS)
         check_choice("layers", self.layers, LAYER_PRESETS)
         check_choice("backend", self.backend, tuple(BACKENDS))  # "auto" could differ between cells
         choose_backend(self.backend)
@@ -87,7 +92,8 @@ class TableSettings:
         words += ["--bits", ",".join(self.bits), "--steps", ",".join(map(str, self.steps))]
         words += ["--samples", str(self.samples), "--calibration-images", str(self.calibration_images)]
         words += ["--seed", str(self.seed), "--guidance", f"{self.guidance:g}", "--layers", self.layers]
-        words += ["--sampler", self.sampler, "--backend", self.backend]
+        words += [] if self.sampler is None else ["--sampler", self.sampler]
+        words += ["--backend", self.backend]
         for name in ("adaround_steps", "features", "reference"):
             if (value := getattr(self, name)) is not None:
                 words += [f"--{name.replace('_', '-')}", str(value)]

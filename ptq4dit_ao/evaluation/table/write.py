@@ -73,6 +73,7 @@ def remarks(result: TableResult) -> Iterator[str]:
     if paired is not None:
         over = f"{paired['eps']['rows']} rows of inputs and {settings.samples} images at equal seeds"
         yield f"[95 % bootstrap intervals] over {over}; eps SQNR is the same at any number of steps"
+    assert settings.sampler is not None
     drawn = f"{settings.sampler.upper()}, guidance {settings.guidance:g}, seed {settings.seed}"
     yield f"{drawn}, layers {settings.layers!r} for all methods"
     yield f"{settings.calibration_images} calibration images at each timestep; {result.seconds:.0f} s in all"
