@@ -36,6 +36,10 @@ Sampler = Literal["ddim", "ddpm", "flow"]
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 """Samplers of class-conditional models."""
 
+LpipsNetwork = Literal["alex", "vgg", "squeeze"]
+LPIPS_NETWORKS: tuple[LpipsNetwork, ...] = get_args(LpipsNetwork)
+"""Networks that LPIPS compares images with."""
+
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 BETA_SCHEDULES: tuple[BetaSchedule, ...] = get_args(BetaSchedule)
 """Noise schedules of class-conditional models, by diffusers' names."""

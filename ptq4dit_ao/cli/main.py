@@ -19,7 +19,7 @@ from rich.markup import escape
 
 from ptq4dit_ao._paths import as_path, because
 from ptq4dit_ao._version import __version__
-from ptq4dit_ao.choices import FLOAT_DTYPES, LAYER_PRESETS, MODULE_FORMATS, SAMPLERS
+from ptq4dit_ao.choices import FLOAT_DTYPES, LAYER_PRESETS, LPIPS_NETWORKS, MODULE_FORMATS, SAMPLERS
 from ptq4dit_ao.cli.messages import with_flags
 from ptq4dit_ao.cli.noise import silence, silence_loading_bars
 from ptq4dit_ao.errors import ArgumentError, PTQ4DiTError
@@ -43,6 +43,8 @@ Recipes are YAML files; `ptq4dit-ao recipes` lists the shipped ones and `ptq4dit
 """
 
 BACKEND_HELP = "see 'ptq4dit-ao backends'; 'auto' is the fastest that can run here (default: %(default)s)"
+
+LPIPS_HELP = "also LPIPS by this network, for images of 64 pixels and more; torchvision's weights must be on disk"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -156,6 +158,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--reference", type=_path, metavar="REAL",
         help="real images: a folder of PNG, an .npz like ADM's, or what --cache kept (.safetensors)",
     )  # fmt: skip
+    p.add_argument("--lpips", choices=LPIPS_NETWORKS, help=LPIPS_HELP)
     p.add_argument("--cache", type=_path, metavar="FILE", help="keep the reference's statistics here (safetensors)")
     p.add_argument("--json", type=_path, metavar="FILE", help="also write the figures as JSON")
     p.add_argument("--markdown", type=_path, metavar="FILE", help="also write the tables as Markdown")
@@ -199,6 +202,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--features", metavar="NETWORK", help="as for evaluate")
     p.add_argument("--reference", type=_path, metavar="REAL", help="as for evaluate")
+    p.add_argument("--lpips", choices=LPIPS_NETWORKS, help=LPIPS_HELP)
     p.add_argument("--ablation", action="store_true", help="also the paper's parts: base, +CSB, +SSC, +ours")
     p.add_argument("--output", required=True, type=_path, metavar="DIR", help="folder of the table and its cells")
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ptq4dit_ao._progress import OnProgress, OnStage, ignore, of_stage
 from ptq4dit_ao.calibration import CalibrationSamples, as_denoiser, as_function
+from ptq4dit_ao.choices import LpipsNetwork
 from ptq4dit_ao.errors import ArgumentError, MissingDependencyError
 from ptq4dit_ao.evaluation.feature_networks import load_features
 from ptq4dit_ao.evaluation.reference_set import ReferenceFeatures, ReferenceSet, read_reference, reference_features
@@ -56,8 +57,13 @@ class Baseline:
         recorded: CalibrationSamples,
         correction: NoiseCorrection | None,
         on_progress: OnStage,
+        *,
+        lpips: LpipsNetwork | None = None,
     ) -> EvaluationRow:
-        """Compare a quantized model with the float model, by its predictions on recorded inputs and by its images."""
+        """Compare a quantized model with the float model, by its predictions on recorded inputs and by its images.
+
+        With a network for ``lpips``, images are compared by that, too.
+        """
         backend, integer = run.proof.backend, BACKENDS[run.proof.backend].integer
 
         def told(stage: str) -> OnProgress:
@@ -75,7 +81,7 @@ class Baseline:
             backend=backend,
             proof=str(run.proof) if integer else None,
             eps=SqnrEstimates.of(eps, seed),
-            images=image_errors(self.images, images, seed=seed),
+            images=image_errors(self.images, images, lpips=lpips, seed=seed),
             distances=None
             if self.reference_features is None
             else self.reference_features.distances(images, told("features")),

@@ -7,7 +7,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from ptq4dit_ao.choices import LAYER_PRESETS, SAMPLERS, LayerPreset, Sampler
+from ptq4dit_ao.choices import LAYER_PRESETS, SAMPLERS, LayerPreset, LpipsNetwork, Sampler
 from ptq4dit_ao.errors import ArgumentError, check_choice
 from ptq4dit_ao.lowering.backend import BACKENDS, choose_backend
 from ptq4dit_ao.recipe import Recipe, Weights
@@ -59,6 +59,8 @@ class TableSettings:
     """Feature network, as for :func:`~ptq4dit_ao.evaluation.run.evaluate`."""
     reference: Path | None = None
     """Reference set, as for :func:`~ptq4dit_ao.evaluation.run.evaluate`."""
+    lpips: LpipsNetwork | None = None
+    """Network to compare images with, too, see :func:`~ptq4dit_ao.metrics.lpips`."""
     backend: str = "reference"
     """Backend that executes the quantized models, as for :func:`~ptq4dit_ao.lower`."""
     ablation: bool = False
@@ -94,7 +96,7 @@ class TableSettings:
         words += ["--seed", str(self.seed), "--guidance", f"{self.guidance:g}", "--layers", self.layers]
         words += [] if self.sampler is None else ["--sampler", self.sampler]
         words += ["--backend", self.backend]
-        for name in ("adaround_steps", "features", "reference"):
+        for name in ("adaround_steps", "features", "reference", "lpips"):
             if (value := getattr(self, name)) is not None:
                 words += [f"--{name.replace('_', '-')}", str(value)]
         return shlex.join(words + ["--ablation"] * self.ablation)
