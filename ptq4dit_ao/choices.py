@@ -36,9 +36,13 @@ LayerPreset = Literal["safe", "paper"]
 LAYER_PRESETS: tuple[LayerPreset, ...] = get_args(LayerPreset)
 """Presets of layers that stay float, or get more bits."""
 
-Sampler = Literal["ddim", "ddpm"]
+Sampler = Literal["ddim", "ddpm", "flow"]
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 """Samplers of class-conditional models."""
+
+LpipsNetwork = Literal["alex", "vgg", "squeeze"]
+LPIPS_NETWORKS: tuple[LpipsNetwork, ...] = get_args(LpipsNetwork)
+"""Networks that LPIPS compares images with."""
 
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 BETA_SCHEDULES: tuple[BetaSchedule, ...] = get_args(BetaSchedule)

@@ -1,12 +1,14 @@
-"""Accuracy of a shipped DiT: ``python integration_tests/measure/accuracy.py [--model fashion] [--draws 3]``.
+"""Accuracy of a shipped model: ``python integration_tests/measure/accuracy.py [--model fashion] [--draws 3]``.
 
-Every bit width and method is measured over several calibration seeds (0, 1, ...) and one evaluation set:
+Every bit width and method is measured over several calibration seeds (0, 1, ...) and one evaluation set. All figures
+are means over these draws, with their standard deviation (sd):
 
-* eps SQNR in dB, pooled over 20 timesteps (mean and standard deviation over seeds), and its median over timesteps;
-* pooled eps SQNR on the 30 timesteps that were not calibrated;
-* squared error of 200 final samples at equal seeds (10 steps), mean and median over samples.
+* SQNR in dB of the predicted noise (or velocity): pooled over 20 timesteps, and its median over timesteps;
+* the pooled SQNR on the 30 timesteps that were not calibrated;
+* for each of ``--image-steps``, squared error of 200 images at equal seeds: geometric mean (GM), median and mean over
+  images, and their PSNR in dB. The mean is that of the one or two images that become another object.
 
-``--sampler`` generates the inputs for calibration and evaluation, and the samples. All values are of the simulated
+``--sampler`` generates the inputs for calibration and evaluation, and the images. All values are of the simulated
 (quantize/dequantize) graph. ``--outliers`` makes four channels of every adaLN output 10 to 30 times larger and
 compensates for it in the next weights, which changes nothing in float.
 
@@ -17,6 +19,7 @@ else, such as the quantized layers, is that of ``digits_w8a8``.
 from __future__ import annotations
 
 import argparse
+import collections
 import functools
 import json
 import statistics
@@ -28,14 +31,15 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from ptq4dit_ao import CalibrationSamples, collect_from_pipeline, export_transformer, load_recipe, load_reference_dit
+from ptq4dit_ao import CalibrationSamples, collect_from_pipeline, load_recipe, load_reference_dit
 from ptq4dit_ao.calibration import Sampling, SamplingPipeline, sample
 from ptq4dit_ao.choices import SAMPLERS
-from ptq4dit_ao.metrics import paired_error
+from ptq4dit_ao.metrics import image_errors, paired_error
 from ptq4dit_ao.recipe import Activations, Balance, Distillation, NormalDraw, Recipe, Rounding, Weights
-from ptq4dit_ao.reference import DIGITS, REFERENCES, SAMPLING
+from ptq4dit_ao.reference import DIGITS, REFERENCES
 from ptq4dit_ao.testing.outliers import inject_outliers
 from ptq4dit_ao.workflow import apply_recipe
+from ptq4dit_ao.workflow.exported import export_for
 from ptq4dit_ao.workflow.samples import wanted_timesteps
 
 GPTQ = Rounding(method="gptq", ranges="output")
@@ -60,7 +64,13 @@ BITS = {"W8A8": (8, 8), "W4A8": (4, 8), "W6A6": (6, 6), "W4A4": (4, 4)}
 BATCH = 64
 STEPS = 50
 IMAGES = 200
-IMAGE_STEPS = 10
+IMAGE_FIGURES = {
+    "psnr_db": "PSNR",
+    "mse_geometric": "image MSE GM",
+    "mse_median": "median",
+    "mse": "mean",
+}
+"""Errors of images, and their columns."""
 
 
 def draw_samples(
@@ -69,12 +79,14 @@ def draw_samples(
     *,
     count: int,
     seed: int,
-    timesteps: tuple[float, ...] | None = None,
+    timesteps: int | tuple[float, ...] | None = None,
+    sampling: Sampling | None = None,
 ) -> CalibrationSamples:
     """Denoiser inputs along float trajectories with guidance, as the recipe's calibration section says."""
+    sampling = Sampling.of(model, clip=True) if sampling is None else sampling
     labels = torch.randint(10, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
     return collect_from_pipeline(
-        SamplingPipeline(model, Sampling.of(model, clip=True).by(recipe.calibration.sampler)),
+        SamplingPipeline(model, sampling.by(recipe.calibration.sampler)),
         labels,
         timesteps=wanted_timesteps(recipe.calibration.timesteps) if timesteps is None else timesteps,
         steps=recipe.calibration.steps,
@@ -109,9 +121,10 @@ def with_timesteps(recipe: Recipe, method: str) -> Recipe:
     return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"timesteps": timesteps})})
 
 
-def draw_images(denoiser, sampling: Sampling = SAMPLING) -> Tensor:
+def draw_images(graph: nn.Module, sampling: Sampling, steps: int) -> Tensor:
     labels = torch.arange(10).repeat(IMAGES // 10)
-    return sample(denoiser, sampling, labels, steps=IMAGE_STEPS, generator=torch.Generator().manual_seed(7))
+    generator = torch.Generator().manual_seed(7)
+    return sample(sampling.denoiser(graph), sampling, labels, steps=steps, generator=generator)
 
 
 def main() -> None:
@@ -121,7 +134,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--bits", nargs="+", choices=BITS, default=list(BITS))
     parser.add_argument("--model", choices=REFERENCES, default=DIGITS.name)
-    parser.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="default: %(default)s")
+    parser.add_argument("--sampler", choices=SAMPLERS, help="default: ddpm, and flow for a model that predicts velocity")
+    parser.add_argument("--image-steps", nargs="+", type=int, default=[10], metavar="N", help="default: 10")
     parser.add_argument(
         "--steps", type=int, default=500, help="optimizer steps of methods that learn (default: %(default)s)"
     )
@@ -131,66 +145,69 @@ def main() -> None:
     warnings.filterwarnings("ignore")
 
     recipe = load_recipe("digits_w8a8")
-    calibration = recipe.calibration.model_copy(update={"sampler": args.sampler})
+    model, sampling = load_reference_dit(args.model), REFERENCES[args.model].sampling
+    sampling = sampling.by(args.sampler or ("ddpm" if sampling.predicts == "noise" else None))
+    calibration = recipe.calibration.model_copy(update={"sampler": sampling.sampler})
     recipe = recipe.model_copy(update={"calibration": calibration})
-    model, sampling = load_reference_dit(args.model), REFERENCES[args.model].sampling.by(args.sampler)
     if args.outliers:
         model = inject_outliers(model, seed=0)
     count = args.samples or recipe.calibration.samples
 
     @functools.cache
     def calibration_of(recipe: Recipe) -> list[CalibrationSamples]:
-        return [draw_samples(model, recipe, count=count, seed=seed) for seed in range(args.draws)]
+        return [draw(recipe, count=count, seed=seed) for seed in range(args.draws)]
 
+    draw = functools.partial(draw_samples, model, sampling=sampling)
     used = {float(t) for t in calibration_of(recipe)[0].inputs["timestep"]}
-    other = tuple(t for t in sampling.scheduler(STEPS).timesteps.double().tolist() if t not in used)
-    evaluation = list(draw_samples(model, recipe, count=recipe.evaluation.samples, seed=1000).batches(BATCH))
-    off_grid = draw_samples(model, recipe, count=recipe.evaluation.samples, seed=1000, timesteps=other)
-    exported = export_transformer(model, evaluation[0])
-    expected = draw_images(exported, sampling)
+    other = tuple(t for t in draw(recipe, count=1, seed=0, timesteps=STEPS).timesteps.unique().tolist() if t not in used)
+    samples = draw(recipe, count=recipe.evaluation.samples, seed=1000)
+    off_grid = draw(recipe, count=recipe.evaluation.samples, seed=1000, timesteps=other)
+    exported = export_for(model, samples)
+    evaluation = list(samples.batches(BATCH))
+    expected = {steps: draw_images(exported, sampling, steps) for steps in args.image_steps}
+    compare = functools.partial(paired_error, exported, timestep_index=sampling.timestep_index)
 
     rows: list[dict[str, object]] = []
     cases = [(bits, method) for bits in args.bits for method in args.methods]
     with Progress() as progress:
         task = progress.add_task("quantize and evaluate", total=len(cases) * args.draws)
         for bits, method in cases:
-            names = ("sqnr_db", "median_t_db", "off_grid_db", "mse", "median_mse", "s")
-            figures: dict[str, list[float]] = {name: [] for name in names}
+            figures: dict[str, list[float]] = collections.defaultdict(list)
             curves = []
             for calibration in calibration_of(with_timesteps(recipe, method)):
                 start = time.perf_counter()
                 batches = calibration.shuffled(0).batches(BATCH)
                 quantized = apply_recipe(exported, with_method(recipe, bits, method, args.steps), batches).graph
                 figures["s"].append(time.perf_counter() - start)
-                error = paired_error(exported, quantized, evaluation)
+                error = compare(quantized, evaluation)
                 curves.append(list(error.per_timestep.values()))
                 figures["sqnr_db"].append(error.sqnr_db)
                 figures["median_t_db"].append(statistics.median(error.per_timestep.values()))
-                figures["off_grid_db"].append(paired_error(exported, quantized, off_grid.batches(BATCH)).sqnr_db)
-                errors = (draw_images(quantized, sampling) - expected).square().flatten(1).mean(1)
-                figures["mse"].append(float(errors.mean()))
-                figures["median_mse"].append(float(errors.median()))
+                figures["off_grid_db"].append(compare(quantized, off_grid.batches(BATCH)).sqnr_db)
+                for steps, images in expected.items():
+                    errors = image_errors(images, draw_images(quantized, sampling, steps))
+                    for name in IMAGE_FIGURES:
+                        figures[f"{name}_{steps}"].append(getattr(errors, name).value)
                 progress.advance(task)
-            spread = statistics.stdev(figures["sqnr_db"]) if args.draws > 1 else 0.0
             mean = {name: statistics.mean(values) for name, values in figures.items()}
+            spread = {f"{name}_sd": statistics.stdev(v) if args.draws > 1 else 0.0 for name, v in figures.items()}
             curve = [round(statistics.mean(column), 2) for column in zip(*curves, strict=True)]
-            rows.append({"bits": bits, "method": method, **mean, "sd": spread, "per_timestep": curve})
-            progress.console.print(as_row(rows[-1]))
+            rows.append({"bits": bits, "method": method, **mean, **spread, "per_timestep": curve})
+            progress.console.print(as_row(rows[-1], args.image_steps))
 
-    drawn = f"{args.draws} calibration draws of {count} images, {args.sampler.upper()}"
-    print(f"\neps SQNR (dB), {drawn}; simulated; torch {torch.__version__}\n")
-    print(
-        "| bits | method | pooled | sd | median over t | other timesteps | sample MSE | median | s |\n"
-        + "|---" * 9
-        + "|"
-    )
-    print("\n".join(map(as_row, rows)))
+    drawn = f"{args.draws} calibration draws of {count} images, {sampling.sampler.upper()}"
+    print(f"\nSQNR of the {sampling.predicts} (dB), {drawn}; mean ± sd; simulated; torch {torch.__version__}\n")
+    head = ["bits", "method", "pooled", "median over t", "other timesteps"]
+    for steps in args.image_steps:
+        head += [f"{name}, {steps} steps" for name in IMAGE_FIGURES.values()]
+    print("| " + " | ".join([*head, "s"]) + " |\n" + "|---" * (len(head) + 1) + "|")
+    print("\n".join(as_row(row, args.image_steps) for row in rows))
     if args.json:
         about = {
             "model": args.model,
             "draws": args.draws,
             "samples": count,
-            "sampler": args.sampler,
+            "sampler": sampling.sampler,
             "steps": args.steps,
             "outliers": args.outliers,
             "torch": torch.__version__,
@@ -198,11 +215,14 @@ def main() -> None:
         args.json.write_text(json.dumps({**about, "timesteps": sorted(used), "rows": rows}, indent=1) + "\n")
 
 
-def as_row(row: dict) -> str:
-    return (
-        f"| {row['bits']} | {row['method']} | {row['sqnr_db']:.2f} | {row['sd']:.2f} | {row['median_t_db']:.2f} | "
-        f"{row['off_grid_db']:.2f} | {row['mse']:.1e} | {row['median_mse']:.1e} | {row['s']:.0f} |"
-    )
+def as_row(row: dict, image_steps: list[int]) -> str:
+    def cell(name: str, form: str) -> str:
+        return f"{row[name]:{form}} ± {row[f'{name}_sd']:{form}}"
+
+    cells = [row["bits"], row["method"], *(cell(name, ".2f") for name in ("sqnr_db", "median_t_db", "off_grid_db"))]
+    for steps in image_steps:
+        cells += [cell(f"{name}_{steps}", ".2f" if name == "psnr_db" else ".1e") for name in IMAGE_FIGURES]
+    return "| " + " | ".join([*cells, f"{row['s']:.0f}"]) + " |"
 
 
 if __name__ == "__main__":

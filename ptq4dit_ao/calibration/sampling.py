@@ -16,11 +16,15 @@ from torch import Tensor, nn
 
 from ptq4dit_ao._optional import require
 from ptq4dit_ao._progress import OnProgress, ignore
+from ptq4dit_ao.calibration.flow import TEXT_CLASSES, TIMESTEP, flow_inputs, to_images
 from ptq4dit_ao.choices import BETA_SCHEDULES, SAMPLERS, BetaSchedule, Sampler
 from ptq4dit_ao.errors import ArgumentError, ArtifactError, check_choice
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""A function ``(x (N,C,H,W), t (N,), y (N,)) -> predicted noise (N,C or 2C,H,W)``. DDIM ignores a learned variance."""
+"""A function ``(x (N,C,H,W), t (N,), y (N,)) -> predicted noise or velocity (N,C or 2C,H,W)``.
+
+DDIM ignores a learned variance.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +51,12 @@ class Sampling:
     learned_variance: bool = False
     """Whether the model also predicts the variance of DDPM's noise, as a value between its bounds."""
     sampler: Sampler = "ddim"
-    """Name of the sampler: DDIM as in diffusers' pipelines, or DDPM as in the DiT authors' code."""
+    """Name of the sampler: DDIM as in diffusers' pipelines, DDPM as in the DiT authors' code, or ``flow``.
+
+    Flow matching's Euler steps are for models that predict velocity, and no other sampler is.
+    """
+    patch: int | None = None
+    """Side of the patches that a Flux transformer receives as tokens; None if the model receives images."""
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -61,6 +70,18 @@ class Sampling:
                 raise ArgumentError(f"{name} of a sampling is {value!r}; give a whole number of at least 1")
         check_choice("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
         check_choice("sampler", self.sampler, SAMPLERS)
+        if (self.patch is None) == (self.sampler == "flow"):
+            raise ArgumentError(
+                f"sampler is {self.sampler!r} and patch is {self.patch!r}; a model that predicts velocity has 'flow' "
+                "and the side of its patches, and no other has either"
+            )
+        if self.patch is not None:
+            if not _is_whole(self.patch) or self.patch < 1 or self.size % self.patch:
+                raise ArgumentError(f"patch is {self.patch!r}; give a whole number that divides the size {self.size}")
+            if self.null_label >= TEXT_CLASSES:
+                raise ArgumentError(
+                    f"null_label is {self.null_label}; models that read classes as text have one below {TEXT_CLASSES}"
+                )
 
     @classmethod
     def of(cls, transformer: nn.Module, *, clip: bool = False) -> Sampling:
@@ -84,8 +105,8 @@ class Sampling:
         )
 
     def to_dict(self) -> dict[str, object]:
-        """JSON-safe form, for :meth:`from_dict`."""
-        return asdict(self)
+        """JSON-safe form, for :meth:`from_dict`. Models without patches have the form of earlier versions."""
+        return {name: value for name, value in asdict(self).items() if name != "patch" or value is not None}
 
     @classmethod
     def from_dict(cls, data: object) -> Sampling:
@@ -107,18 +128,40 @@ class Sampling:
 
         The DiT authors' code does not guide the fourth channel of a latent.
         """
-        return self.channels if self.sampler == "ddim" else min(3, self.channels)
+        return min(3, self.channels) if self.sampler == "ddpm" else self.channels
 
     def by(self, sampler: str | None) -> Sampling:
         """The same model with another sampler; None keeps its own.
 
         Raises:
-            ArgumentError: there is no such sampler.
+            ArgumentError: there is no such sampler, or it is for models that predict something else.
         """
         if sampler is None:
             return self
         check_choice("sampler", sampler, SAMPLERS)
+        fitting = [repr(name) for name in SAMPLERS if (name == "flow") == (self.sampler == "flow")]
+        if repr(sampler) not in fitting:
+            raise ArgumentError(
+                f"sampler {sampler!r} does not fit a model that predicts {self.predicts}; choose {' or '.join(fitting)}"
+            )
         return replace(self, sampler=sampler)  # type: ignore[arg-type]  # checked
+
+    @property
+    def predicts(self) -> str:
+        """What the model predicts: ``noise``, or flow matching's ``velocity``."""
+        return "velocity" if self.sampler == "flow" else "noise"
+
+    @property
+    def timestep_index(self) -> int:
+        """Position of the timestep among the tensors that the model takes."""
+        return 1 if self.patch is None else TIMESTEP
+
+    def denoiser(self, run: Callable[..., Any]) -> Denoiser:
+        """A denoiser from a function of the tensors that the model takes, such as a graph or a lowered model."""
+        patch = self.patch
+        if patch is None:
+            return run
+        return lambda x, t, y: to_images(run(*flow_inputs(x, t, y, patch)), patch, x.shape)
 
     def check_steps(self, steps: int) -> None:
         """Check that a sampler can take this number of steps.
@@ -142,6 +185,10 @@ class Sampling:
         """
         self.check_steps(steps)
         diffusers = require("diffusers", extra="diffusers")
+        if self.sampler == "flow":
+            scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=self.train_timesteps)
+            scheduler.set_timesteps(steps)
+            return scheduler
         options = {
             "num_train_timesteps": self.train_timesteps,
             "beta_schedule": self.beta_schedule,
@@ -164,7 +211,7 @@ class Step(NamedTuple):
     x: Tensor
     """The sample before the step, (N, C, H, W)."""
     eps: Tensor
-    """The noise predicted for ``x``, after guidance, (N, C, H, W)."""
+    """The noise or velocity predicted for ``x``, after guidance, (N, C, H, W)."""
     result: Tensor
     """The sample after the step, (N, C, H, W)."""
 
@@ -184,14 +231,14 @@ def sample(
     """Sample one image per label: (N,) -> (N, C, H, W). Equal generators start from equal noise.
 
     Args:
-        denoiser: the model that predicts the noise.
+        denoiser: the model that predicts the noise or velocity.
         sampling: its properties.
         labels: class labels, or ``sampling.null_label`` for unconditional images.
         steps: number of sampling steps.
         guidance: classifier-free guidance scale; 1 is no guidance, and 0 ignores the label.
         generator: generator of the noise, on the CPU.
-        scheduler: a scheduler of diffusers with ``prediction_type`` epsilon, or a wrapper of one. The default is that
-            of ``sampling``.
+        scheduler: a scheduler of diffusers with ``prediction_type`` epsilon, or a wrapper of one; for velocity, that
+            of flow matching. The default is that of ``sampling``.
         on_progress: called with (steps done, total steps).
 
     Raises:
@@ -235,12 +282,16 @@ def scheduler_for(sampling: Sampling, steps: int, scheduler: Any) -> Any:
 
     Raises:
         ArgumentError: it cannot take this number of steps, or does not fit a model that predicts noise from unscaled
-            samples.
+            samples, or velocity.
     """
     if scheduler is None:
         return sampling.scheduler(steps)
     sampling.check_steps(steps)
     name, config = type(scheduler).__name__, cast(Any, getattr(scheduler, "config", None))
+    if sampling.sampler == "flow":
+        check_choice("a scheduler for velocity", name, ("FlowMatchEulerDiscreteScheduler",))
+        scheduler.set_timesteps(steps)
+        return scheduler
     check_choice(f"prediction_type of {name}", getattr(config, "prediction_type", None), ("epsilon",))
     if config.num_train_timesteps != sampling.train_timesteps:
         raise ArgumentError(
@@ -306,9 +357,17 @@ def _guided(denoiser: Denoiser, sampling: Sampling, x: Tensor, t: Tensor, labels
     return torch.cat([other + guidance * (eps - other), conditional[:, guided:]], dim=1)
 
 
-def as_denoiser(transformer: nn.Module) -> Denoiser:
-    """A diffusers transformer as a function of positional tensors."""
-    return lambda x, t, y: transformer(x, timestep=t, class_labels=y).sample
+def as_function(transformer: nn.Module, sampling: Sampling | None = None) -> Callable[..., Tensor]:
+    """A diffusers transformer as a function of the tensors that its graph takes, by position. The default is a DiT."""
+    if sampling is None or sampling.patch is None:
+        return lambda x, t, y: transformer(x, timestep=t, class_labels=y).sample
+    return lambda *inputs: transformer(*inputs).sample
+
+
+def as_denoiser(transformer: nn.Module, sampling: Sampling | None = None) -> Denoiser:
+    """A diffusers transformer as a function of images, timesteps and labels. The default is a DiT."""
+    called = as_function(transformer, sampling)
+    return called if sampling is None else sampling.denoiser(called)
 
 
 def _place(model: Any) -> tuple[torch.device, torch.dtype]:
@@ -337,7 +396,7 @@ class SamplingPipeline:
         if odd := [label for label in class_labels if not 0 <= label <= classes]:
             raise ArgumentError(f"class {odd[0]} is asked for; the model has classes 0 to {classes - 1}")
         device, dtype = _place(self.transformer)
-        denoise = as_denoiser(self.transformer)
+        denoise = as_denoiser(self.transformer, self.sampling)
 
         def denoiser(x: Tensor, t: Tensor, y: Tensor) -> Tensor:  # on the transformer's device and in its dtype
             return denoise(x.to(device, dtype), t.to(device), y.to(device)).to(x)

@@ -132,7 +132,7 @@ def sample(args: argparse.Namespace, console: Console) -> None:
     console.print(str(lowered.proof))
     with progress(console) as on_progress:
         images = draw(
-            lowered,
+            sampling.denoiser(lowered),
             sampling,
             labels,
             steps=args.steps,

@@ -19,6 +19,10 @@ from ptq4dit_ao.evaluation.run import evaluate as measure
 from ptq4dit_ao.metrics import Estimate
 
 
+IMAGE_ERRORS = ("image MSE", "MSE GM", "MSE median")
+"""Columns of the mean square error of images: its mean, geometric mean and median over images."""
+
+
 @dataclass(frozen=True)
 class Sheet:
     """A table as text."""
@@ -43,6 +47,7 @@ def evaluate(args: argparse.Namespace, console: Console) -> None:
             features=args.features,
             reference=args.reference,
             cache=args.cache,
+            lpips=args.lpips,
             on_progress=on_progress,
         )
     for sheet in sheets(result):
@@ -54,9 +59,10 @@ def evaluate(args: argparse.Namespace, console: Console) -> None:
 
 def sheets(result: EvaluationResult) -> Iterator[Sheet]:
     """Tables of an evaluation: paired figures, and distances where there are some."""
+    perceptual = () if result.lpips is None else (f"LPIPS ({result.lpips})",)
     yield Sheet(
         f"Model {result.model!r} against its float32 form: equal inputs, equal noise",
-        ("model", "eps SQNR dB", "median over t", "worst t", "image MSE", "PSNR dB", "SSIM"),
+        ("model", "eps SQNR dB", "median over t", "worst t", *IMAGE_ERRORS, "PSNR dB", "SSIM", *perceptual),
         tuple(_paired(row) for row in result.rows if row.eps is not None),
     )
     if result.network is not None:
@@ -78,8 +84,11 @@ def _paired(row: EvaluationRow) -> tuple[str, ...]:
         _interval(row.eps.median, ".2f"),
         f"{worst.value:.2f} at {t:g}",
         _interval(images.mse, ".2e"),
+        _interval(images.mse_geometric, ".2e"),
+        _interval(images.mse_median, ".2e"),
         _interval(images.psnr_db, ".2f"),
         _interval(images.ssim, ".4f"),
+        *(() if images.lpips is None else (_interval(images.lpips, ".4f"),)),
     )
 
 

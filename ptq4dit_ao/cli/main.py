@@ -19,7 +19,7 @@ from rich.markup import escape
 
 from ptq4dit_ao._paths import as_path, because
 from ptq4dit_ao._version import __version__
-from ptq4dit_ao.choices import FLOAT_DTYPES, LAYER_PRESETS, MODULE_FORMATS, SAMPLERS
+from ptq4dit_ao.choices import FLOAT_DTYPES, LAYER_PRESETS, LPIPS_NETWORKS, MODULE_FORMATS, SAMPLERS
 from ptq4dit_ao.cli.messages import with_flags
 from ptq4dit_ao.cli.noise import silence, silence_loading_bars
 from ptq4dit_ao.errors import ArgumentError, PTQ4DiTError
@@ -43,6 +43,8 @@ Recipes are YAML files; `ptq4dit-ao recipes` lists the shipped ones and `ptq4dit
 """
 
 BACKEND_HELP = "see 'ptq4dit-ao backends'; 'auto' is the fastest that can run here (default: %(default)s)"
+
+LPIPS_HELP = "also LPIPS by this network, for images of 64 pixels and more; torchvision's weights must be on disk"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -76,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--output", required=True, type=_path, metavar="DIR", help="folder to write")
     p.add_argument(
         "--model", metavar="MODEL",
-        help="'reference' or 'fashion' (the shipped DiTs), a diffusers folder, or package.module:function; "
+        help="'reference', 'fashion' or 'flow' (the shipped models), a diffusers folder, or package.module:function; "
         "default: what the recipe names",
     )  # fmt: skip
     p.add_argument(
@@ -115,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--backend", default="auto", help=BACKEND_HELP)
     p.add_argument("--output", type=_path, default=Path("samples.png"), metavar="PNG", help="default: %(default)s")
     p.add_argument("--steps", type=_positive, default=50, help="sampling steps (default: %(default)s)")
-    p.add_argument("--sampler", choices=SAMPLERS, help="default: what its recipe names, else ddim")
+    p.add_argument("--sampler", choices=SAMPLERS, help="default: what its recipe names, else the model's own")
     p.add_argument("--guidance", type=_scale, help="guidance scale; default: the recipe's")
     p.add_argument("--classes", type=_classes, metavar="N,...", help="what to draw, as 207,360; default: the first ten")
     p.add_argument(
@@ -145,17 +147,18 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--samples", type=_positive, default=200, metavar="N", help="images to draw (default: %(default)s)")
     p.add_argument("--steps", type=_positive, default=50, help="sampling steps (default: %(default)s)")
-    p.add_argument("--sampler", choices=SAMPLERS, help="default: what its recipe names, else ddim")
+    p.add_argument("--sampler", choices=SAMPLERS, help="default: what its recipe names, else the model's own")
     p.add_argument("--seed", type=_seed, default=3000, help="seed of noise and intervals (default: %(default)s)")
     p.add_argument(
         "--features", metavar="NETWORK",
-        help="what distances are measured in: 'digits' or 'fashion' (of the shipped DiTs, and their default), or "
-        "package.module:function",
+        help="what distances are measured in: 'digits', 'fashion' or 'flow' (of the shipped models, and their default), "
+        "or package.module:function",
     )  # fmt: skip
     p.add_argument(
         "--reference", type=_path, metavar="REAL",
         help="real images: a folder of PNG, an .npz like ADM's, or what --cache kept (.safetensors)",
     )  # fmt: skip
+    p.add_argument("--lpips", choices=LPIPS_NETWORKS, help=LPIPS_HELP)
     p.add_argument("--cache", type=_path, metavar="FILE", help="keep the reference's statistics here (safetensors)")
     p.add_argument("--json", type=_path, metavar="FILE", help="also write the figures as JSON")
     p.add_argument("--markdown", type=_path, metavar="FILE", help="also write the tables as Markdown")
@@ -177,8 +180,8 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--steps", type=_numbers, default=(100, 50), metavar="A,B", help="of the sampler (default: 100,50)")
     p.add_argument(
-        "--sampler", choices=SAMPLERS, default="ddpm",
-        help="of calibration and of images; the paper's is ddpm (default: %(default)s)",
+        "--sampler", choices=SAMPLERS,
+        help="of calibration and of images (default: ddpm, the paper's; flow for a model that predicts velocity)",
     )  # fmt: skip
     p.add_argument("--samples", type=_positive, default=2000, metavar="N", help="images to draw (default: %(default)s)")
     p.add_argument(
@@ -199,6 +202,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--features", metavar="NETWORK", help="as for evaluate")
     p.add_argument("--reference", type=_path, metavar="REAL", help="as for evaluate")
+    p.add_argument("--lpips", choices=LPIPS_NETWORKS, help=LPIPS_HELP)
     p.add_argument("--ablation", action="store_true", help="also the paper's parts: base, +CSB, +SSC, +ours")
     p.add_argument("--output", required=True, type=_path, metavar="DIR", help="folder of the table and its cells")
 

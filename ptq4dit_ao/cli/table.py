@@ -35,6 +35,7 @@ def table(args: argparse.Namespace, console: Console) -> None:
         backend=args.backend,
         features=args.features,
         reference=args.reference,
+        lpips=args.lpips,
         adaround_steps=args.adaround_steps,
         ablation=args.ablation,
     )

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ptq4dit_ao._progress import OnProgress, OnStage, ignore, of_stage
-from ptq4dit_ao.calibration import CalibrationSamples, as_denoiser
+from ptq4dit_ao.calibration import CalibrationSamples, as_denoiser, as_function
+from ptq4dit_ao.choices import LpipsNetwork
 from ptq4dit_ao.errors import ArgumentError, MissingDependencyError
 from ptq4dit_ao.evaluation.feature_networks import load_features
 from ptq4dit_ao.evaluation.reference_set import ReferenceFeatures, ReferenceSet, read_reference, reference_features
@@ -56,16 +57,23 @@ class Baseline:
         recorded: CalibrationSamples,
         correction: NoiseCorrection | None,
         on_progress: OnStage,
+        *,
+        lpips: LpipsNetwork | None = None,
     ) -> EvaluationRow:
-        """Compare a quantized model with the float model, by its predictions on recorded inputs and by its images."""
+        """Compare a quantized model with the float model, by its predictions on recorded inputs and by its images.
+
+        With a network for ``lpips``, images are compared by that, too.
+        """
         backend, integer = run.proof.backend, BACKENDS[run.proof.backend].integer
 
         def told(stage: str) -> OnProgress:
             return of_stage(on_progress, f"{stage} {backend}")
 
-        images = self.image_sampling.draw(run, told("sample"), correction)
+        sampling = self.image_sampling.sampling
+        images = self.image_sampling.draw(sampling.denoiser(run), told("sample"), correction)
         batches = _counted(recorded, recipe.calibration.rows, told("eps"))
-        eps = paired_error(as_denoiser(self.model.transformer), run, batches)
+        exact = as_function(self.model.transformer, sampling)
+        eps = paired_error(exact, run, batches, timestep_index=sampling.timestep_index)
         seed = self.image_sampling.seed
         return EvaluationRow(
             model=recipe.widths,
@@ -73,7 +81,7 @@ class Baseline:
             backend=backend,
             proof=str(run.proof) if integer else None,
             eps=SqnrEstimates.of(eps, seed),
-            images=image_errors(self.images, images, seed=seed),
+            images=image_errors(self.images, images, lpips=lpips, seed=seed),
             distances=None
             if self.reference_features is None
             else self.reference_features.distances(images, told("features")),
@@ -101,7 +109,8 @@ def baseline_of(
         on_progress: called with ``(stage, done, total)`` as stages advance.
     """
     if images is None:
-        images = image_sampling.draw(as_denoiser(model.transformer), of_stage(on_progress, "sample float32"))
+        denoiser = as_denoiser(model.transformer, image_sampling.sampling)
+        images = image_sampling.draw(denoiser, of_stage(on_progress, "sample float32"))
     if given is not None:
         distances = given.distances(images, of_stage(on_progress, "features float32"))
         return Baseline(

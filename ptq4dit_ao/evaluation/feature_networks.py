@@ -14,7 +14,7 @@ def load_features(spec: str) -> FeatureNetwork:
     """Load a feature network.
 
     Args:
-        spec: ``digits`` or ``fashion`` for the classifier that judges that shipped DiT; or ``package.module:function``,
+        spec: ``digits``, ``fashion`` or ``flow`` for the classifier that judges that shipped model; or ``package.module:function``,
             a function without arguments that returns a :class:`~ptq4dit_ao.metrics.FeatureNetwork`.
 
     Raises:
@@ -36,11 +36,11 @@ def classifier_features(reference: Reference) -> FeatureNetwork:
         if images.shape[1:] != shape:
             expected, got = (" x ".join(map(str, found)) for found in (shape, images.shape[1:]))
             raise ArgumentError(
-                f"the {reference.name} classifier reads images of {expected}, got {got}; give another feature network "
+                f"the {reference.judge} classifier reads images of {expected}, got {got}; give another feature network "
                 "(features=...)"
             )
         spatial = classifier.features(images)
         probabilities = classifier.head(spatial.flatten(1)).softmax(1)
         return Features(pooled=spatial.mean((2, 3)), spatial=spatial, probabilities=probabilities)
 
-    return FeatureNetwork(name=f"{reference.name} classifier", read=read)
+    return FeatureNetwork(name=f"{reference.judge} classifier", read=read)

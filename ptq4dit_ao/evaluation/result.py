@@ -65,6 +65,8 @@ class EvaluationResult:
     rows: tuple[EvaluationRow, ...]
     network: str | None
     """Name of the feature network for distances."""
+    lpips: str | None
+    """Name of the network of LPIPS, if that was measured."""
     is_inception: bool
     """Whether the network is Inception, so that distances are called FID and sFID."""
     reference: str | None

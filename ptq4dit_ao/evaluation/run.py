@@ -15,12 +15,14 @@ import torch
 from ptq4dit_ao._paths import as_path, check_file
 from ptq4dit_ao._progress import OnStage, ignore, of_stage
 from ptq4dit_ao.calibration import Sampling
+from ptq4dit_ao.choices import LpipsNetwork
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.evaluation.baseline import baseline_of, given_reference_features, network_for
 from ptq4dit_ao.evaluation.environment import environment
 from ptq4dit_ao.evaluation.result import EvaluationResult
 from ptq4dit_ao.lowering.backend import choose_backend
 from ptq4dit_ao.metrics import ReferenceStatistics
+from ptq4dit_ao.metrics.perceptual import check_lpips
 from ptq4dit_ao.workflow.correction import correction_for
 from ptq4dit_ao.workflow.image_sampling import NOISE_SEED, ImageSampling, decoder
 from ptq4dit_ao.workflow.models import LoadedModel, load_model
@@ -44,6 +46,7 @@ def evaluate(
     features: str | None = None,
     reference: str | Path | None = None,
     cache: str | Path | None = None,
+    lpips: LpipsNetwork | None = None,
     on_progress: OnStage = ignore,
 ) -> EvaluationResult:
     """Evaluate a saved quantized model that has a description of how to sample it.
@@ -54,7 +57,8 @@ def evaluate(
         backends: backends that execute the quantized model, with a result each.
         samples: number of images per model, of all classes in turn.
         steps: number of sampling steps.
-        sampler: ``ddim``, or ``ddpm`` as in the DiT authors' code. The default is the sampler of the recipe.
+        sampler: ``ddim``, or ``ddpm`` as in the DiT authors' code; ``flow`` for models that predict velocity. The
+            default is the sampler of the recipe.
         seed: seed of the images' noise and of the intervals. The predicted noise is compared on the recipe's evaluation
             samples.
         features: feature network, as for :func:`load_features`. By default the shipped models use their classifiers,
@@ -62,6 +66,7 @@ def evaluate(
         reference: reference set, as for :func:`read_reference`. By default it is scikit-learn's digits for the shipped
             digits model, if scikit-learn is installed, and the float model's images otherwise.
         cache: a file for the statistics of the reference set. It is read if it exists.
+        lpips: a network to compare images with, too, see :func:`~ptq4dit_ao.metrics.lpips`.
         on_progress: called with ``(stage, done, total)`` as stages advance.
 
     Raises:
@@ -92,6 +97,8 @@ def evaluate(
         seed=seed,
         decode=decoder(loaded, sampling),
     )
+    if lpips is not None:
+        check_lpips(lpips, image_sampling.pixels)
     network = network_for(loaded, features, reference or kept, samples)
     if kept is not None and kept.exists() and network is not None:
         ReferenceStatistics.load(kept).check(str(kept), network.name)
@@ -100,13 +107,14 @@ def evaluate(
     correction = correction_for(directory, loaded, quantized, steps, of_stage(on_progress, "fit correction"))
     recorded = recorded_samples(loaded, recipe, evaluate=True, on_progress=on_progress)
     baseline = baseline_of(loaded, image_sampling, network, given, kept, on_progress=on_progress)
-    rows = [baseline.row(run, recipe, recorded, correction, on_progress) for run in lowered]
+    rows = [baseline.row(run, recipe, recorded, correction, on_progress, lpips=lpips) for run in lowered]
     measure = baseline.reference_features
     return EvaluationResult(
         model=loaded.name,
         rows=(baseline.float_row, *rows),
         network=None if network is None else network.name,
         is_inception=network is not None and network.is_inception,
+        lpips=lpips,
         reference=None if measure is None else measure.name,
         reference_images=None if measure is None else len(measure.statistics.pooled),
         samples=samples,

@@ -7,6 +7,7 @@ from ptq4dit_ao.metrics.intervals import Estimate, bootstrap
 from ptq4dit_ao.metrics.latency import LatencyResult, measure_latency
 from ptq4dit_ao.metrics.layers import LeaveOneOut, layer_errors, leave_one_out, weight_errors
 from ptq4dit_ao.metrics.paired import PairedError, paired_error
+from ptq4dit_ao.metrics.perceptual import clip_score, lpips
 from ptq4dit_ao.metrics.statistics import Distances, ReferenceStatistics
 
 __all__ = [
@@ -21,12 +22,14 @@ __all__ = [
     "PairedError",
     "ReferenceStatistics",
     "bootstrap",
+    "clip_score",
     "extract",
     "frechet_distance",
     "image_errors",
     "inception_score",
     "layer_errors",
     "leave_one_out",
+    "lpips",
     "measure_latency",
     "paired_error",
     "precision_recall",

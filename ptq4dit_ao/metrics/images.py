@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ptq4dit_ao.choices import LpipsNetwork
 from ptq4dit_ao.errors import ArgumentError
-from ptq4dit_ao.metrics.intervals import Estimate, bootstrap_mean
+from ptq4dit_ao.metrics import perceptual
+from ptq4dit_ao.metrics.intervals import Estimate, bootstrap, bootstrap_mean
 
 DATA_RANGE = 2.0
 """Range of images in [-1, 1]."""
@@ -19,33 +22,65 @@ K1, K2 = 0.01, 0.03
 
 @dataclass(frozen=True, kw_only=True)
 class ImageErrors:
-    """Mean errors over images, with bootstrap intervals over images."""
+    """Errors over images, with bootstrap intervals over images.
+
+    The mean square error is large in the one or two images that become another object, and its mean is theirs. The
+    geometric mean and the median are of all images.
+    """
 
     mse: Estimate
+    """Mean of the images' mean square errors."""
+    mse_geometric: Estimate
+    """Geometric mean of them; 0 if an image is equal to its reference."""
+    mse_median: Estimate
     psnr_db: Estimate
     """Mean of the images' PSNR; infinite if an image is equal to its reference."""
     ssim: Estimate
+    lpips: Estimate | None = None
+    """LPIPS, if it was asked for."""
     images: int
     data_range: float
     """Range of the images, which PSNR and SSIM use."""
 
 
-def image_errors(reference: Tensor, images: Tensor, *, data_range: float = DATA_RANGE, seed: int = 0) -> ImageErrors:
+def image_errors(
+    reference: Tensor,
+    images: Tensor,
+    *,
+    data_range: float = DATA_RANGE,
+    lpips: LpipsNetwork | None = None,
+    seed: int = 0,
+) -> ImageErrors:
     """Compare images with their references, one by one.
 
     Args:
         reference: the reference images, (N, C, H, W).
         images: the images to compare, of the same shape.
         data_range: largest possible value minus smallest.
+        lpips: a network to measure LPIPS with, too, for images in [-1, 1]; see :func:`lpips`.
         seed: seed of the intervals.
 
     Raises:
-        ArgumentError: the shapes differ, or are not those of images.
+        ArgumentError: the shapes differ, or are not those of images; or see :func:`lpips`.
+        MissingDependencyError: see :func:`lpips`.
     """
     mse = (_images(reference, images) - images.double()).square().flatten(1).mean(1)
     values = {"mse": mse, "psnr_db": 10 * torch.log10(data_range**2 / mse), "ssim": ssim(reference, images, data_range)}
-    estimates = {name: bootstrap_mean(value.numpy(), seed=seed) for name, value in values.items()}
-    return ImageErrors(**estimates, images=len(images), data_range=data_range)
+    if lpips is not None:
+        values["lpips"] = perceptual.lpips(reference, images, lpips)
+    means = {name: bootstrap_mean(value.numpy(), seed=seed) for name, value in values.items()}
+    return ImageErrors(
+        **means,
+        mse_geometric=_estimate(mse, lambda drawn: drawn.log().mean().exp(), seed),
+        mse_median=_estimate(mse, lambda drawn: drawn.quantile(0.5), seed),
+        images=len(images),
+        data_range=data_range,
+    )
+
+
+def _estimate(values: Tensor, statistic: Callable[[Tensor], Tensor], seed: int) -> Estimate:
+    """Estimate of a statistic of (N,) values."""
+    return bootstrap(len(values), lambda rows: float(statistic(values[torch.from_numpy(rows)])), seed=seed)
 
 
 def ssim(reference: Tensor, images: Tensor, data_range: float = DATA_RANGE) -> Tensor:

@@ -390,8 +390,8 @@ class Calibration(_Section):
     steps: Count = Field(default=50, description="Number of steps of the sampler that generates the images.")
     sampler: Sampler | None = Field(
         default=None,
-        description="Sampler of class-conditional models: 'ddim' or 'ddpm'. Choose the one that the quantized model "
-        "will be used with. If left out, the pipeline's own.",
+        description="Sampler of class-conditional models: 'ddim' or 'ddpm', or 'flow' if they predict velocity. Choose "
+        "the one that the quantized model will be used with. If left out, the pipeline's own.",
     )
     guidance: float = Field(default=1.5, ge=0, description="Classifier-free guidance scale of the sampler, 0 or more.")
     prompts: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(as_tuple)] = Field(

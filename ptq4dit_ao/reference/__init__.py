@@ -3,6 +3,7 @@
 from ptq4dit_ao.reference.models import (
     DIGITS,
     FASHION,
+    FLOW,
     REFERENCES,
     SAMPLING,
     Reference,
@@ -13,6 +14,7 @@ from ptq4dit_ao.reference.models import (
 __all__ = [
     "DIGITS",
     "FASHION",
+    "FLOW",
     "REFERENCES",
     "SAMPLING",
     "Reference",

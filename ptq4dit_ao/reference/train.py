@@ -1,8 +1,9 @@
-"""Train a reference DiT and its judge: ``python -m ptq4dit_ao.reference.train --output DIR``.
+"""Train a reference model and its judge: ``python -m ptq4dit_ao.reference.train --output DIR``.
 
 Training is deterministic for a given ``--seed``, torch version and thread count. It takes about an hour on one CPU
-core, and never runs in CI. scikit-learn provides the digits. For ``--data fashion``, ``--images`` is a folder with the
-four files of Fashion-MNIST (``train-images-idx3-ubyte.gz`` and so on; Debian's package dataset-fashion-mnist has them).
+core, and never runs in CI. scikit-learn provides the digits. For ``--data fashion`` and ``flow``, ``--images`` is a
+folder with the four files of Fashion-MNIST (``train-images-idx3-ubyte.gz`` and so on; Debian's package
+dataset-fashion-mnist has them). After an interruption, the same command continues from the last saved step.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import gzip
 import math
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ptq4dit_ao._files import replacing_file
 from ptq4dit_ao._optional import require
-from ptq4dit_ao.calibration import as_denoiser, sample
+from ptq4dit_ao.calibration import Sampling, as_denoiser, sample
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.reference.models import (
     DIGITS,
@@ -31,7 +35,8 @@ from ptq4dit_ao.reference.models import (
     REFERENCES,
     ImageClassifier,
     Reference,
-    build_reference_dit,
+    build_reference,
+    load_reference_classifier,
 )
 
 EMA_DECAY = 0.9995
@@ -109,11 +114,57 @@ def sample_accuracy(
 ) -> float:
     """Fraction of samples (guidance 1.5, 50 steps) that the classifier assigns to the requested class."""
     labels = torch.arange(NUM_CLASSES).repeat(per_class)
-    images = sample(as_denoiser(model), reference.sampling, labels, generator=torch.Generator().manual_seed(seed))
+    denoiser, generator = as_denoiser(model, reference.sampling), torch.Generator().manual_seed(seed)
+    images = sample(denoiser, reference.sampling, labels, generator=generator)
     return (classifier(images).argmax(1) == labels).float().mean().item()
 
 
-def train_dit(
+Loss = Callable[[Any, Tensor, Tensor, torch.Generator], Tensor]
+"""Loss of a model on images and labels of a batch, with the generator of timesteps and noise."""
+
+
+def _slices(count: int, generator: torch.Generator) -> Tensor:
+    """Stratified draws from [0, 1): one from each of ``count`` equal slices."""
+    return (torch.arange(count) + torch.rand(count, generator=generator)) / count
+
+
+def noise_loss(sampling: Sampling) -> Loss:
+    """DDPM's loss of the predicted noise, with min-SNR-5 weights (arXiv 2303.09556)."""
+    alphas_bar = sampling.scheduler(50).alphas_cumprod
+    snr = alphas_bar / (1 - alphas_bar)
+    weight = snr.clamp(max=5) / snr
+
+    def loss(model: Any, x0: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        batch, timesteps = len(x0), sampling.train_timesteps
+        # Timesteps are stratified: one from each of `batch` equal slices of [0, T).
+        t = ((torch.arange(batch) + torch.rand(batch, generator=generator)) * timesteps / batch).long()
+        t = t.clamp(max=timesteps - 1)
+        noise = torch.randn(x0.shape, generator=generator)
+        a = alphas_bar[t].view(-1, 1, 1, 1)
+        predicted = model(a.sqrt() * x0 + (1 - a).sqrt() * noise, timestep=t, class_labels=labels).sample
+        return (weight[t] * (predicted - noise).square().mean((1, 2, 3))).mean()
+
+    return loss
+
+
+def velocity_loss(reference: Reference) -> Loss:
+    """Rectified flow's loss of the velocity, at logit-normal times (arXiv 2403.03206).
+
+    Products are in bfloat16, which is faster on a CPU than the compiled float32, if attention is written out.
+    """
+
+    def loss(model: Any, x0: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        sigma = torch.special.ndtri(_slices(len(x0), generator).clamp(1e-4, 1 - 1e-4)).sigmoid()
+        noise = torch.randn(x0.shape, generator=generator)
+        s = sigma.view(-1, 1, 1, 1)
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
+            predicted = as_denoiser(model, reference.sampling)((1 - s) * x0 + s * noise, 1000 * sigma, labels)
+        return (predicted.float() - (noise - x0)).square().mean()
+
+    return loss
+
+
+def train(
     reference: Reference,
     images: Tensor,
     labels: Tensor,
@@ -123,39 +174,48 @@ def train_dit(
     steps: int,
     stop: int,
     batch: int,
-    checkpoint: Path,
+    output: Path,
 ) -> nn.Module:
-    """Train a DiT with the DDPM noise-prediction loss, min-SNR-5 weights (arXiv 2303.09556) and an EMA of weights."""
+    """Train a transformer, and return the exponential moving average (EMA) of its weights.
+
+    Every 500 steps all that a run needs to continue is saved, and a run with equal settings begins there.
+
+    Raises:
+        ArgumentError: the folder holds the state of a run with other settings.
+    """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    model: Any = build_reference_dit(reference.name)
-    sampling = reference.sampling
+    model: Any = build_reference(reference.name)
     model.train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    compiled = torch.compile(model)
-    alphas_bar = sampling.scheduler(50).alphas_cumprod
-    snr = alphas_bar / (1 - alphas_bar)
-    weight = snr.clamp(max=5) / snr
+    if reference.flow:
+        called, loss_of = model, velocity_loss(reference)
+    else:
+        called, loss_of = torch.compile(model), noise_loss(reference.sampling)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2, betas=(0.9, 0.99))
     warmup = 500
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda i: min(1, (i + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * i / steps)),
     )
+    settings = {"seed": seed, "steps": steps, "batch": batch}
+    state = output / f"{reference.name}_training.pt"
+    stateful = {"model": model, "ema": ema, "optimizer": optimizer, "schedule": schedule}
+    first, running = 1, 0.0
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        if saved["settings"] != settings:
+            raise ArgumentError(f"{state} is of a run with {saved['settings']}, not {settings}; remove it to start anew")
+        for name, part in stateful.items():
+            part.load_state_dict(saved[name])
+        generator.set_state(saved["generator"])
+        first, running = saved["step"] + 1, saved["running"]
     start = time.monotonic()
-    running = 0.0
-    for step in range(1, stop + 1):
+    for step in range(first, stop + 1):
         index = torch.randint(len(images), (batch,), generator=generator)
-        x0 = images[index]
         dropped = torch.rand(batch, generator=generator) < LABEL_DROP
         y = labels[index].masked_fill(dropped, NUM_CLASSES)
-        # Timesteps are stratified: one from each of `batch` equal slices of [0, T).
-        t = ((torch.arange(batch) + torch.rand(batch, generator=generator)) * sampling.train_timesteps / batch).long()
-        t = t.clamp(max=sampling.train_timesteps - 1)
-        noise = torch.randn(x0.shape, generator=generator)
-        a = alphas_bar[t].view(-1, 1, 1, 1)
-        predicted = compiled(a.sqrt() * x0 + (1 - a).sqrt() * noise, timestep=t, class_labels=y).sample
-        loss = (weight[t] * (predicted - noise).square().mean((1, 2, 3))).mean()
+        loss = loss_of(called, images[index], y, generator)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -165,11 +225,15 @@ def train_dit(
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
         running = loss.item() if step == 1 else 0.99 * running + 0.01 * loss.item()
-        if step % 500 == 0:
-            left = (time.monotonic() - start) / step * (stop - step) / 60
+        if step % 500 == 0 or step == stop:
+            left = (time.monotonic() - start) / (step - first + 1) * (stop - step) / 60
             print(f"step {step}/{stop} loss {running:.4f} left {left:.1f} min", flush=True)
+            with replacing_file(state) as temporary:
+                parts = {name: part.state_dict() for name, part in stateful.items()}
+                more = {"settings": settings, "generator": generator.get_state(), "step": step, "running": running}
+                torch.save({**parts, **more}, temporary)
         if step % 2000 == 0 or step == stop:
-            save_half(ema, checkpoint)
+            save_half(ema, output / reference.weights)
             print(f"  sample accuracy {sample_accuracy(reference, ema, classifier):.3f}", flush=True)
     return ema
 
@@ -192,21 +256,23 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    if args.data == FASHION.name and args.images is None:
-        parser.error("--data fashion needs --images, a folder with Fashion-MNIST's files")
+    reference = REFERENCES[args.data]
+    if reference is not DIGITS and args.images is None:
+        parser.error(f"--data {args.data} needs --images, a folder with Fashion-MNIST's files")
     torch.set_num_threads(args.threads)
     args.output.mkdir(parents=True, exist_ok=True)
-    reference = REFERENCES[args.data]
     images, labels = load_digits() if reference is DIGITS else load_fashion(args.images)
-    classifier, accuracy = train_classifier(reference, images, labels, seed=args.seed, epochs=args.epochs)
-    save_half(classifier, args.output / f"{reference.name}_classifier.safetensors")
-    print(f"classifier: held-out accuracy {accuracy:.4f}", flush=True)
-    model = train_dit(
+    if reference.judge == reference.name:
+        classifier, accuracy = train_classifier(reference, images, labels, seed=args.seed, epochs=args.epochs)
+        save_half(classifier, args.output / f"{reference.name}_classifier.safetensors")
+        print(f"classifier: held-out accuracy {accuracy:.4f}", flush=True)
+    else:
+        classifier = load_reference_classifier(reference.judge)
+    model = train(
         reference, images, labels, classifier,
-        seed=args.seed, steps=args.steps, stop=args.stop, batch=args.batch,
-        checkpoint=args.output / f"{reference.name}_dit.safetensors",
+        seed=args.seed, steps=args.steps, stop=args.stop, batch=args.batch, output=args.output,
     )  # fmt: skip
-    print(f"DiT: sample accuracy {sample_accuracy(reference, model, classifier, per_class=100, seed=1):.4f}")
+    print(f"transformer: sample accuracy {sample_accuracy(reference, model, classifier, per_class=100, seed=1):.4f}")
 
 
 if __name__ == "__main__":

@@ -50,14 +50,17 @@ def check_correction(model: LoadedModel, recipe: Recipe) -> None:
     """Check before a long computation that the recipe's noise correction can be fitted.
 
     Raises:
-        ArgumentError: the model is not class-conditional.
+        ArgumentError: the model is not class-conditional, or does not predict noise.
     """
-    if recipe.noise_correction.images and model.sampling is None:
+    if not recipe.noise_correction.images:
+        return
+    asked = f"the recipe corrects the noise (noise_correction.images {recipe.noise_correction.images}), but {model.name}"
+    if model.sampling is None:
         raise ArgumentError(
-            f"the recipe corrects the noise (noise_correction.images {recipe.noise_correction.images}), but "
-            f"{model.name} is not class-conditional; fit one with ptq4dit_ao.ptqd for its own pipeline, and leave that "
-            "out"
+            f"{asked} is not class-conditional; fit one with ptq4dit_ao.ptqd for its own pipeline, and leave that out"
         )
+    if model.sampling.predicts != "noise":
+        raise ArgumentError(f"{asked} predicts {model.sampling.predicts}; leave that out")
 
 
 def correction_for(

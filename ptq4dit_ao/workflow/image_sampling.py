@@ -42,6 +42,11 @@ class ImageSampling:
     """Decoder of latents to images in [-1, 1]; None if the model samples pixels."""
 
     @property
+    def pixels(self) -> int | None:
+        """Height and width of the images; None if they are decoded from latents."""
+        return self.sampling.size if self.decode is None else None
+
+    @property
     def units(self) -> int:
         """Total number of progress units, as the last call of ``on_progress`` reports it."""
         return -(-self.samples // BATCH) * (self.steps + (self.decode is not None))

@@ -171,7 +171,8 @@ def _grids(
             on_progress=of_stage(on_progress, stage),
         )
 
-    return draw("sample float", as_denoiser(model.transformer)), draw("sample quantized", converted.graph, corrected)
+    exact, quantized = as_denoiser(model.transformer, sampling), sampling.denoiser(converted.graph)
+    return draw("sample float", exact), draw("sample quantized", quantized, corrected)
 
 
 def write_report(report: Report, folder: Path, images: tuple[Tensor, Tensor] | None) -> None:

@@ -18,12 +18,12 @@ from ptq4dit_ao._paths import as_path
 from ptq4dit_ao.artifact.manifest import MANIFEST, is_manifest
 from ptq4dit_ao.calibration import Sampling, SamplingPipeline
 from ptq4dit_ao.errors import ArgumentError, MissingDependencyError
-from ptq4dit_ao.reference import DIGITS, FASHION, Reference, load_reference_dit
+from ptq4dit_ao.reference import DIGITS, FASHION, FLOW, Reference, load_reference_dit
 from ptq4dit_ao.workflow.by_name import call_by_name
 
 _log = logging.getLogger(__name__)
 
-SHIPPED = {"reference": DIGITS, "fashion": FASHION}
+SHIPPED = {"reference": DIGITS, "fashion": FASHION, "flow": FLOW}
 """Names of the models that come with the package, as recipes write them."""
 
 
@@ -51,7 +51,7 @@ class LoadedModel:
         """The same model with another sampler (``sampling``); None keeps its own.
 
         Raises:
-            ArgumentError: there is no such sampler, or the model is not class-conditional.
+            ArgumentError: there is no such sampler, it does not fit the model, or the model is not class-conditional.
         """
         if sampler is None:
             return self
@@ -82,7 +82,7 @@ def load_model(spec: str) -> LoadedModel:
     """Load a diffusion transformer.
 
     Args:
-        spec: ``reference`` or ``fashion``, which come with the package; a folder with a diffusers pipeline
+        spec: ``reference``, ``fashion`` or ``flow``, which come with the package; a folder with a diffusers pipeline
             (``model_index.json``) or a bare transformer (``config.json``); or ``package.module:function``, a function
             without arguments that returns either.
 

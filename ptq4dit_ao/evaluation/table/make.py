@@ -48,6 +48,7 @@ def make_table(
     output = as_path(output, "output")
     _check_folder(output)
     runner = TableRunner(settings, output, on_progress)
+    settings = runner.settings
     paper = paper_figures(runner.model, runner.network, settings.reference is not None, settings)
     rows, failed = [], {}
     for cell in runner.cells():

@@ -15,6 +15,7 @@ from ptq4dit_ao._paths import check_room
 from ptq4dit_ao._progress import OnStage, of_stage
 from ptq4dit_ao._version import __version__, installed_version
 from ptq4dit_ao.calibration import Sampling
+from ptq4dit_ao.choices import Sampler
 from ptq4dit_ao.errors import ArgumentError, PTQ4DiTError
 from ptq4dit_ao.evaluation.baseline import OWN, Baseline, baseline_of, given_reference_features, network_for
 from ptq4dit_ao.evaluation.environment import environment
@@ -22,6 +23,7 @@ from ptq4dit_ao.evaluation.result import EvaluationRow, finite
 from ptq4dit_ao.evaluation.run import CORRECTED
 from ptq4dit_ao.evaluation.table.cells import MODELS, Json, as_key, model_digest, models_of, read_cell, write_cell
 from ptq4dit_ao.evaluation.table.settings import FLOAT, TableSettings, method_recipes
+from ptq4dit_ao.metrics.perceptual import check_lpips
 from ptq4dit_ao.recipe import Recipe
 from ptq4dit_ao.workflow.checks import check_dtype, check_overrides, least_bytes
 from ptq4dit_ao.workflow.correction import fit_correction
@@ -77,11 +79,13 @@ class TableRunner:
     """
 
     def __init__(self, settings: TableSettings, folder: Path, on_progress: OnStage) -> None:
-        self.settings, self.folder = settings, folder
         self._recipes = method_recipes(settings)
         model = load_model(settings.model)
         if model.sampling is None:
             raise ArgumentError(f"{model.name} is not class-conditional; a table compares class-conditional DiTs")
+        own: Sampler = "ddpm" if model.sampling.predicts == "noise" else model.sampling.sampler
+        self.settings = settings = dataclasses.replace(settings, sampler=settings.sampler or own)
+        self.folder = folder
         self.model = model.drawn_by(settings.sampler)
         assert self.model.sampling is not None
         self._sampling: Sampling = self.model.sampling
@@ -91,6 +95,8 @@ class TableRunner:
         self._decode = decoder(self.model, self._sampling)
         vae = getattr(self.model.pipeline, "vae", None)
         self._digest = model_digest(self.model.transformer, None if self._decode is None else vae)
+        if settings.lpips is not None:
+            check_lpips(settings.lpips, self._image_sampling(settings.steps[0]).pixels)
         check_room(folder, self._least_bytes())
         self.network = network_for(self.model, settings.features, settings.reference, settings.samples)
         kept = None
@@ -216,7 +222,8 @@ class TableRunner:
         fitting = of_stage(self._report_progress, "fit correction")
         correction = fit_correction(self.model, quantized.graph, recipe, cell.steps, fitting)
         recorded = recorded_samples(self.model, recipe, evaluate=True, on_progress=self._report_progress)
-        row = baseline.row(quantized.lower(self.settings.backend), recipe, recorded, correction, self._report_progress)
+        lowered, lpips = quantized.lower(self.settings.backend), self.settings.lpips
+        row = baseline.row(lowered, recipe, recorded, correction, self._report_progress, lpips=lpips)
         return row, correction is not None
 
     def _baseline_at(self, steps: int) -> Baseline:
@@ -258,6 +265,7 @@ class TableRunner:
             **{name: getattr(image_sampling, name) for name in ("samples", "steps", "guidance", "seed")},
             "network": None if self.network is None else self.network.name,
             "reference": self.reference if self.given is None else self.given.statistics.checksum,
+            **({} if self.settings.lpips is None else {"lpips": self.settings.lpips}),
         }
 
     def _made_of(self, recipe: Recipe | None) -> Json:

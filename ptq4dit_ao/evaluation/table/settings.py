@@ -7,7 +7,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from ptq4dit_ao.choices import LAYER_PRESETS, SAMPLERS, LayerPreset, Sampler
+from ptq4dit_ao.choices import LAYER_PRESETS, SAMPLERS, LayerPreset, LpipsNetwork, Sampler
 from ptq4dit_ao.errors import ArgumentError, check_choice
 from ptq4dit_ao.lowering.backend import BACKENDS, choose_backend
 from ptq4dit_ao.recipe import Recipe, Weights
@@ -45,8 +45,12 @@ class TableSettings:
     """Seed of calibration. That of images is larger by :data:`~ptq4dit_ao.workflow.image_sampling.NOISE_SEED`."""
     adaround_steps: int | None = None
     """Optimizer steps per block of methods that learn; None is the recipe's own."""
-    sampler: Sampler = "ddpm"
-    """Sampler of calibration and images. ``ddpm`` is that of the DiT authors' code and the paper."""
+    sampler: Sampler | None = None
+    """Sampler of calibration and images.
+
+    The default is ``ddpm``, that of the DiT authors' code and the paper, for models that predict noise, and the model's
+    own for others.
+    """
     guidance: float = 1.5
     """Classifier-free guidance scale of calibration and images."""
     layers: LayerPreset = "paper"
@@ -55,6 +59,8 @@ class TableSettings:
     """Feature network, as for :func:`~ptq4dit_ao.evaluation.run.evaluate`."""
     reference: Path | None = None
     """Reference set, as for :func:`~ptq4dit_ao.evaluation.run.evaluate`."""
+    lpips: LpipsNetwork | None = None
+    """Network to compare images with, too, see :func:`~ptq4dit_ao.metrics.lpips`."""
     backend: str = "reference"
     """Backend that executes the quantized models, as for :func:`~ptq4dit_ao.lower`."""
     ablation: bool = False
@@ -75,7 +81,8 @@ class TableSettings:
             raise ArgumentError(f"adaround_steps is {self.adaround_steps}; it must be at least 1")
         for bits in self.bits:
             _widths(bits)
-        check_choice("sampler", self.sampler, SAMPLERS)
+        if self.sampler is not None:
+            check_choice("sampler", self.sampler, SAMPLERS)
         check_choice("layers", self.layers, LAYER_PRESETS)
         check_choice("backend", self.backend, tuple(BACKENDS))  # "auto" could differ between cells
         choose_backend(self.backend)
@@ -87,8 +94,9 @@ class TableSettings:
         words += ["--bits", ",".join(self.bits), "--steps", ",".join(map(str, self.steps))]
         words += ["--samples", str(self.samples), "--calibration-images", str(self.calibration_images)]
         words += ["--seed", str(self.seed), "--guidance", f"{self.guidance:g}", "--layers", self.layers]
-        words += ["--sampler", self.sampler, "--backend", self.backend]
-        for name in ("adaround_steps", "features", "reference"):
+        words += [] if self.sampler is None else ["--sampler", self.sampler]
+        words += ["--backend", self.backend]
+        for name in ("adaround_steps", "features", "reference", "lpips"):
             if (value := getattr(self, name)) is not None:
                 words += [f"--{name.replace('_', '-')}", str(value)]
         return shlex.join(words + ["--ablation"] * self.ablation)

@@ -19,6 +19,8 @@ _PAIRED = {
     "eps SQNR dB": ("eps", "pooled", ".2f"),
     "median over t": ("eps", "median", ".2f"),
     "image MSE": ("images", "mse", ".2e"),
+    "MSE GM": ("images", "mse_geometric", ".2e"),
+    "MSE median": ("images", "mse_median", ".2e"),
     "PSNR dB": ("images", "psnr_db", ".2f"),
 }
 _DISTANCES = ("frechet", "spatial_frechet", "inception_score", "precision", "recall")
@@ -34,7 +36,7 @@ def write_table(result: TableResult, folder: Path) -> None:
 
 def columns(result: TableResult) -> tuple[str, ...]:
     """Names of the columns. Those measured with a feature network contain its name."""
-    names = ["steps", "bits", "method", *_PAIRED]
+    names = ["steps", "bits", "method", *_paired(result)]
     if result.network is not None:
         distances = ("FID", "sFID") if result.is_inception else ("Frechet distance", "spatial Frechet distance")
         names += [f"{name} ({result.network})" for name in (*distances, "Inception score", "precision", "recall")]
@@ -43,11 +45,17 @@ def columns(result: TableResult) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _paired(result: TableResult) -> dict[str, tuple[str, str, str]]:
+    """Columns of paired figures: header -> part of a row, figure in it, and format."""
+    network = result.settings.lpips
+    return _PAIRED if network is None else {**_PAIRED, f"LPIPS ({network})": ("images", "lpips", ".4f")}
+
+
 def lines(result: TableResult) -> Iterator[tuple[str, ...]]:
     """Texts of the cells of each row."""
     for row in result.rows:
         cells = [str(row.steps), (row.bits or "").upper() or NONE, row.method]
-        cells += [_interval((row.figures[part] or {}).get(name), form) for part, name, form in _PAIRED.values()]
+        cells += [_interval((row.figures[part] or {}).get(name), form) for part, name, form in _paired(result).values()]
         if result.network is not None:
             cells += [_number((row.figures["distances"] or {}).get(name)) for name in _DISTANCES]
         if result.paper is not None:
@@ -73,6 +81,7 @@ def remarks(result: TableResult) -> Iterator[str]:
     if paired is not None:
         over = f"{paired['eps']['rows']} rows of inputs and {settings.samples} images at equal seeds"
         yield f"[95 % bootstrap intervals] over {over}; eps SQNR is the same at any number of steps"
+    assert settings.sampler is not None
     drawn = f"{settings.sampler.upper()}, guidance {settings.guidance:g}, seed {settings.seed}"
     yield f"{drawn}, layers {settings.layers!r} for all methods"
     yield f"{settings.calibration_images} calibration images at each timestep; {result.seconds:.0f} s in all"
