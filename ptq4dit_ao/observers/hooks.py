@@ -16,10 +16,13 @@ from torchao.quantization.pt2e import ObserverBase
 from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.core import fake_quantize
 from ptq4dit_ao.core.int4 import INT4_MAX, INT4_MIN, pack_int4, unpack_int4
+from ptq4dit_ao.core.per_token import fake_quantize_tokens
 from ptq4dit_ao.errors import CalibrationError
+from ptq4dit_ao.graph.names import LINEAR
 from ptq4dit_ao.graph.pending import drop_unread, tensor_at
 from ptq4dit_ao.observers.clock import TimestepClock
 from ptq4dit_ao.observers.moments import Moments
+from ptq4dit_ao.observers.per_token import complete, insert_per_token
 from ptq4dit_ao.observers.qdq import QuantSpec, insert_bias, insert_qdq
 from ptq4dit_ao.observers.statistics import ChannelStatistics
 
@@ -93,11 +96,16 @@ class ActivationObserver(_HookedObserver):
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """The activation quantized and dequantized, of the shape and dtype of ``x``."""
+        if self.spec.dynamic:
+            return fake_quantize_tokens(x, self.spec.quant_min, self.spec.quant_max)
         scale, zero_point = self.qparams()
         return fake_quantize(x, float(scale), int(zero_point), self.spec.quant_min, self.spec.quant_max)
 
     def _convert(self, model: GraphModule, node: Node, source: Node) -> None:
-        insert_qdq(model, node, self.spec, *self.qparams())
+        if self.spec.dynamic:
+            insert_per_token(model, node, self.spec)
+        else:
+            insert_qdq(model, node, self.spec, *self.qparams())
 
 
 class RangeObserver(ActivationObserver):
@@ -233,16 +241,20 @@ class WeightObserver(_HookedObserver):
         return fake_quantize(weight, scale, zero_point, self.spec.quant_min, self.spec.quant_max).to(weight.dtype)
 
     def _convert(self, model: GraphModule, node: Node, source: Node) -> None:
+        readers = list(node.users)
         if self.rounded is None:
             weight = tensor_at(model, str(source.target)).detach()
             insert_qdq(model, node, self.spec, *self.qparams(str(source.target), weight))
         else:
-            (linear,) = node.users
+            (linear,) = readers
             if self.rounded.bias is not None:
                 insert_bias(model, linear, self.rounded.bias)
             scale = self.rounded.scale if self.spec.channel_axis is not None else self.rounded.scale[0]
             zero_point = torch.zeros_like(scale, dtype=torch.int64)
             insert_qdq(model, node, self.spec, scale, zero_point, self.rounded.integers)
+        for reader in readers:
+            if reader.target is LINEAR:
+                complete(model, reader)
         drop_unread(model)
 
 

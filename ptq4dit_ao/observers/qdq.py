@@ -33,6 +33,8 @@ class QuantSpec:
     symmetric: bool
     channel_axis: int | None
     eps: float
+    dynamic: bool = False
+    """Whether every token has a range of its own at run time."""
 
     @classmethod
     def of(cls, spec: QuantizationSpec, *, eps: float = DEFAULT_EPS) -> QuantSpec:
@@ -45,6 +47,7 @@ class QuantSpec:
             symmetric=spec.qscheme in _SYMMETRIC,
             channel_axis=spec.ch_axis if spec.qscheme in _PER_CHANNEL else None,
             eps=eps,
+            dynamic=spec.is_dynamic,
         )
 
     @property
@@ -64,8 +67,12 @@ def insert_qdq(
     scale: Tensor,
     zero_point: Tensor,
     integers: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
 ) -> None:
     """Replace an observer node by ``dequantize(quantize(x))``, in the form that torchao's own convert writes.
+
+    It dequantizes to ``out_dtype``; None is the dtype of x.
 
     A weight (an attribute) is quantized here, unless its integers are given, because torchao's own folding fails on
     graphs that write in place.
@@ -81,17 +88,19 @@ def insert_qdq(
             device = source.meta["val"].device if "val" in source.meta else "cpu"
             buffers = (("scale", scale), ("zero_point", zero_point))
             arguments = (
-                *(_buffer(model, f"_{observer.name}_{n}", v.to(device)) for n, v in buffers),
+                *(buffer(model, f"_{observer.name}_{n}", v.to(device)) for n, v in buffers),
                 spec.channel_axis,
             )
             kind = "per_channel"
         arguments = (*arguments, spec.quant_min, spec.quant_max, spec.dtype)
         value = source.meta.get("val")
-        kwargs = {} if value is None or value.dtype == torch.float32 else {"out_dtype": value.dtype}
+        if out_dtype is None:
+            out_dtype = torch.float32 if value is None else value.dtype
+        kwargs = {} if out_dtype == torch.float32 else {"out_dtype": out_dtype}
         if source.op == "get_attr":
             if integers is None:
                 integers = _integers(tensor_at(model, str(source.target)).detach(), spec, scale, zero_point)
-            q = _buffer(model, f"_{observer.name}_integers", integers)
+            q = buffer(model, f"_{observer.name}_integers", integers)
             if value is not None:
                 q.meta["val"] = value.fake_mode.from_tensor(integers, static_shapes=True)
         else:
@@ -106,7 +115,7 @@ def insert_bias(model: GraphModule, linear: Node, bias: Tensor) -> None:
     value = linear.meta.get("val")
     stored = bias if value is None else bias.to(value.device, value.dtype)
     with model.graph.inserting_before(linear):
-        node = _buffer(model, f"_{linear.name}_bias", stored)
+        node = buffer(model, f"_{linear.name}_bias", stored)
     if value is not None:
         node.meta["val"] = value.fake_mode.from_tensor(stored, static_shapes=True)
     linear.args = (*linear.args[:2], node, *linear.args[3:])
@@ -129,7 +138,8 @@ def _integers(tensor: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor
     return stored
 
 
-def _buffer(model: GraphModule, name: str, value: Tensor) -> Node:
+def buffer(model: GraphModule, name: str, value: Tensor) -> Node:
+    """Add a buffer to a graph; return the node that reads it, at the current place."""
     model.register_buffer(name, value)
     node = model.graph.get_attr(name)
     return node

@@ -11,15 +11,19 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e.observer import MinMaxObserver
 from torchao.quantization.pt2e.quantizer import QuantizationSpec
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
+from ptq4dit_ao.choices import Dynamic
 from ptq4dit_ao.errors import ArgumentError, OverrideError
 from ptq4dit_ao.graph.names import adapters, layer_name, linears
 
 logger = logging.getLogger(__name__)
 
 MIN_BITS, MAX_BITS = 2, 8
+FIELDS = ("skip", "weight_bits", "activation_bits", "dynamic", "balance")
+"""Fields of an :class:`Override` that change a :class:`LayerPlan`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,7 @@ class Override:
     skip: bool | None = None
     weight_bits: int | None = None
     activation_bits: int | None = None
+    dynamic: Dynamic | None = None
     balance: bool | None = None
     must_match: bool = True
     """Whether a model in which no layer matches is refused."""
@@ -42,29 +47,39 @@ class Override:
             raise OverrideError(
                 f"the pattern of an override is {self.pattern!r}; give the name of a layer, or 'blocks.0.*'"
             )
-        fields = (self.skip, self.weight_bits, self.activation_bits, self.balance)
+        fields = [getattr(self, name) for name in FIELDS]
         if all(value is None for value in fields):
-            raise OverrideError(f"override {self.pattern!r} changes nothing; set skip, bits or balance")
+            raise OverrideError(f"override {self.pattern!r} changes nothing; set skip, bits, dynamic or balance")
         if self.skip and any(value is not None for value in fields[1:]):
-            raise OverrideError(f"override {self.pattern!r} skips a layer and sets its bits or balance; do one of them")
+            raise OverrideError(
+                f"override {self.pattern!r} skips a layer and sets its bits, dynamic or balance; do one of them"
+            )
         for name in ("weight_bits", "activation_bits"):
             if (bits := getattr(self, name)) is not None:
                 check_bits(name, bits)
+        if self.dynamic is not None:
+            check_dynamic(self.dynamic)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPlan:
-    """Quantization of one linear: skipped or not, bit widths, balanced or not."""
+    """Quantization of one linear: skipped or not, bit widths, ranges of its input, balanced or not."""
 
     layer: str
     skip: bool = False
     weight_bits: int = 8
     activation_bits: int = 8
+    dynamic: Dynamic = False
     balance: bool = True
 
 
 def plan_layers(
-    model: GraphModule, *, weight_bits: int, activation_bits: int, overrides: Sequence[Override]
+    model: GraphModule,
+    *,
+    weight_bits: int,
+    activation_bits: int,
+    dynamic: Dynamic = False,
+    overrides: Sequence[Override],
 ) -> dict[str, LayerPlan]:
     """Plan of every linear by its node name. Linears of adapters that were not fused stay float.
 
@@ -78,7 +93,9 @@ def plan_layers(
         logger.info("%d linears of adapters stay float (%s, ...); fuse them to quantize them", len(names), names[0])
     matched: set[str] = set()
     for node in linears(model):
-        plan = LayerPlan(layer=layer_name(node), weight_bits=weight_bits, activation_bits=activation_bits)
+        plan = LayerPlan(
+            layer=layer_name(node), weight_bits=weight_bits, activation_bits=activation_bits, dynamic=dynamic
+        )
         for override in overrides if node not in beside else ():
             if fnmatchcase(plan.layer, override.pattern):
                 matched.add(override.pattern)
@@ -98,11 +115,11 @@ def plan_layers(
 def _apply(plan: LayerPlan, override: Override) -> LayerPlan:
     changes = {
         name: value
-        for name in ("skip", "weight_bits", "activation_bits", "balance")
+        for name in FIELDS
         if (value := getattr(override, name)) is not None
     }
-    if "skip" not in changes and not override.skip and any(k.endswith("bits") for k in changes):
-        changes["skip"] = False  # an override that sets bits undoes the skip of an earlier one
+    if "skip" not in changes and not changes.keys() <= {"balance"}:
+        changes["skip"] = False  # an override that says how to quantize undoes the skip of an earlier one
     return dataclasses.replace(plan, **changes)
 
 
@@ -119,6 +136,15 @@ def apply_plan(node: Node, plan: LayerPlan) -> None:
         spec = annotation.input_qspec_map.get(source)
         if isinstance(spec, QuantizationSpec):
             annotation.input_qspec_map[source] = with_bits(spec, bits)
+    activation = annotation.input_qspec_map.get(x)
+    if plan.dynamic and isinstance(activation, QuantizationSpec):
+        annotation.input_qspec_map[x] = as_dynamic(activation)
+
+
+def as_dynamic(spec: QuantizationSpec) -> QuantizationSpec:
+    """The spec of an activation whose tokens have ranges of their own."""
+    # Our observers replace that of the base quantizer, which may not allow a dynamic range.
+    return dataclasses.replace(spec, is_dynamic=True, observer_or_fake_quant_ctr=MinMaxObserver)
 
 
 def with_bits(spec: QuantizationSpec, bits: int) -> QuantizationSpec:
@@ -134,6 +160,12 @@ def check_bits(name: str, bits: int) -> None:
     """Raise ArgumentError unless ``bits`` is an integer from 2 to 8."""
     if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
         raise ArgumentError(f"{name} is {bits!r}; it must be an integer from {MIN_BITS} to {MAX_BITS}")
+
+
+def check_dynamic(value: object) -> None:
+    """Raise ArgumentError unless ``value`` is ``token`` or False."""
+    if value is not False and value != "token":
+        raise ArgumentError(f"dynamic is {value!r}; give 'token' for a range for each token at run time, or False")
 
 
 def _skip(*patterns: str) -> tuple[Override, ...]:

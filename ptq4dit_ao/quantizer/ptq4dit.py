@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -15,7 +16,7 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.capture.float_model import check_float_graph
-from ptq4dit_ao.choices import BALANCE_METHODS, BalanceMethod, FoldForm, RoundingMethod
+from ptq4dit_ao.choices import BALANCE_METHODS, BalanceMethod, Dynamic, FoldForm, RoundingMethod
 from ptq4dit_ao.errors import ArgumentError, BalanceError, check_choice, check_type, renamed
 from ptq4dit_ao.graph import Site, SitePolicy, find_sites, first_refusals, premultiplied_sites, refuse_sites
 from ptq4dit_ao.graph.attention import Attention, decompose_attention, find_attention
@@ -36,7 +37,7 @@ from ptq4dit_ao.passes import BalanceSettings
 from ptq4dit_ao.passes.offset import find_shifts
 from ptq4dit_ao.quantizer.attention import annotate_attention
 from ptq4dit_ao.quantizer.linear import LinearQuantizer
-from ptq4dit_ao.quantizer.overrides import SAFE_LAYERS, LayerPlan, Override, apply_plan, check_bits, plan_layers
+from ptq4dit_ao.quantizer.overrides import SAFE_LAYERS, LayerPlan, Override, apply_plan, check_bits, check_dynamic, plan_layers
 from ptq4dit_ao.quantizer.plan import BalancePlan
 from ptq4dit_ao.rounding import RoundingSettings
 
@@ -62,6 +63,8 @@ class PTQ4DiTQuantizer(Quantizer):
             :class:`LinearQuantizer`.
         weight_bits: 2 to 8, for every linear weight, per output channel.
         activation_bits: 2 to 8, for every linear input, per tensor.
+        dynamic: ``token`` gives every token (row of a linear's input) a range of its own, which is found at run time;
+            the graph then has a few more operations on rows for each of these inputs. ``False`` calibrates one range.
         attention_bits: 2 to 8, for attention's operands (q, k, v and the probabilities), per tensor; ``None`` leaves
             attention float. An attention that is a single op becomes matmul, softmax, matmul.
         balance: how salience over timesteps becomes one vector: ``ssc``, ``max`` (SmoothQuant) or ``mean``;
@@ -98,6 +101,7 @@ class PTQ4DiTQuantizer(Quantizer):
         *,
         weight_bits: int = 8,
         activation_bits: int = 8,
+        dynamic: Dynamic = False,
         attention_bits: int | None = None,
         balance: BalanceMethod | str = "ssc",
         alpha: float | Literal["auto"] = 0.5,
@@ -123,8 +127,10 @@ class PTQ4DiTQuantizer(Quantizer):
         if attention_bits is not None:
             check_bits("attention_bits", attention_bits)
         check_choice("balance", balance, BALANCE_METHODS)
+        check_dynamic(dynamic)
         self._base = LinearQuantizer() if base is None else base
         self._bits = {"weight_bits": weight_bits, "activation_bits": activation_bits}
+        self._dynamic: Dynamic = dynamic
         self._attention_bits = attention_bits
         self._settings = (
             None
@@ -158,9 +164,18 @@ class PTQ4DiTQuantizer(Quantizer):
         """Plan of every linear of an exported graph, by its node name.
 
         Raises:
+            ArgumentError: a layer is to have dynamic inputs, and the method is ``repq``.
             OverrideError: an override matches no layer.
         """
-        return plan_layers(model, **self._bits, overrides=self._overrides)
+        plans = plan_layers(model, **self._bits, dynamic=self._dynamic, overrides=self._overrides)
+        if self._settings is not None and self._settings.method == "repq":
+            for plan in plans.values():
+                if plan.dynamic and not plan.skip:
+                    raise ArgumentError(
+                        f"{plan.layer!r} is to have dynamic inputs, and balance='repq' gives all channels one static "
+                        "range; balance with another method, or leave dynamic out"
+                    )
+        return plans
 
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
         """Check a float graph and decompose its attention if that is quantized; called by ``prepare_pt2e``."""
@@ -208,7 +223,7 @@ class PTQ4DiTQuantizer(Quantizer):
             layers={name: layer.layer for name, layer in self._layers.items()},
             weights={node.name: weight_path(node) for node in linears(model)},
         )
-        swap = _Swap(model, plan, clock, edge_or_node_to_obs_or_fq)
+        swap = _Swap(model, plan, clock, edge_or_node_to_obs_or_fq, self._layers)
         for node in quantized:
             swap.linear(node)
         for attention in find_attention(model) if self._attention_bits is not None else ():
@@ -268,8 +283,9 @@ class _Swap:
         plan: BalancePlan,
         clock: TimestepClock,
         observers: dict[EdgeOrNode, ObserverOrFakeQuantize],
+        layers: Mapping[str, LayerPlan],
     ) -> None:
-        self.plan, self.clock, self.observers = plan, clock, observers
+        self.plan, self.clock, self.observers, self.layers = plan, clock, observers, layers
         self.ours: set[ObserverOrFakeQuantize] = set()
         self.site_input = {
             (consumer.node, consumer.input): (key, len(consumer.variables))
@@ -283,15 +299,17 @@ class _Swap:
     def linear(self, node: Node) -> None:
         x, weight = node.args[:2]
         assert isinstance(x, Node) and isinstance(weight, Node)
-        specs: Mapping[Node, object] = node.meta[Q_ANNOTATION_KEY].input_qspec_map
+        specs: dict[Node, object] = node.meta[Q_ANNOTATION_KEY].input_qspec_map
         activation = _activation_spec(node)
         assert activation is not None
-        if activation.is_dynamic:
+        if activation.is_dynamic and not self.layers[node.name].dynamic:
             raise ArgumentError(
                 f"{layer_name(node)!r}: the base quantizer asks for dynamic activations, which have no calibrated "
                 "range; balance first (collect_salience, balance), then use the base by itself"
             )
         self._swap((x, node), activation, lambda spec: self._activation_observer(node, x, spec))
+        if activation.is_dynamic:  # convert_pt2e would look for its own op that finds dynamic ranges
+            specs[x] = dataclasses.replace(activation, is_dynamic=False)
         weight_spec = specs.get(weight)
         if isinstance(weight_spec, QuantizationSpec):
             self._swap((weight, node), weight_spec, lambda spec: WeightObserver(spec, self.plan))

@@ -112,8 +112,9 @@ def fingerprint(
 
 
 def _tensors(prefix: str, group: Group) -> dict[str, Tensor]:
-    assert group.observer.chosen_range is not None
-    tensors = {f"{prefix}range": torch.tensor(group.observer.chosen_range, dtype=torch.float64)}
+    tensors = {}
+    if group.observer.chosen_range is not None:
+        tensors[f"{prefix}range"] = torch.tensor(group.observer.chosen_range, dtype=torch.float64)
     for i, layer in enumerate(group.layers):
         assert layer.observer.rounded is not None
         for part in PARTS:
@@ -122,14 +123,17 @@ def _tensors(prefix: str, group: Group) -> dict[str, Tensor]:
     return tensors
 
 
-def _read(tensors: Mapping[str, Tensor], prefix: str, group: Group) -> tuple[tuple[float, float], list[Rounded]]:
-    low, high = tensors[f"{prefix}range"].tolist()
+def _read(tensors: Mapping[str, Tensor], prefix: str, group: Group) -> tuple[tuple[float, float] | None, list[Rounded]]:
+    bounds = None
+    if not group.observer.spec.dynamic:
+        low, high = tensors[f"{prefix}range"].tolist()
+        bounds = low, high
     rounded = []
     for i in range(len(group.layers)):
         found = {part: name for part in PARTS if (name := f"{prefix}{i}.{part}") in tensors or part != "bias"}
         # A tensor that is not copied would keep the whole file in memory.
         rounded.append(Rounded(**{part: tensors[name].clone() for part, name in found.items()}))
-    return (low, high), rounded
+    return bounds, rounded
 
 
 def sums(x: Tensor) -> tuple[object, ...]:

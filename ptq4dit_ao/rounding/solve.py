@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from ptq4dit_ao.core.clipping import WEIGHT_RATIOS, clipped_activation_range, clipped_weight_range
 from ptq4dit_ao.core.gptq import gptq_and_scale, nearest
+from ptq4dit_ao.core.per_token import fake_quantize_tokens
 from ptq4dit_ao.core.qparams import fake_quantize
 from ptq4dit_ao.core.range_search import search_range
 from ptq4dit_ao.core.refit import corrected_bias, refit
@@ -65,8 +66,8 @@ def choose_range(
     high: Tensor,
     weight: Tensor,
     ranges: str,
-) -> tuple[float, float]:
-    """Quantization range of an activation.
+) -> tuple[float, float] | None:
+    """Quantization range of an activation; None if each token has its own.
 
     Args:
         spec: spec of the activation.
@@ -79,6 +80,8 @@ def choose_range(
     Returns:
         Minimum and maximum.
     """
+    if spec.dynamic:
+        return None
     if ranges == "minmax" or len(tokens) == 0:
         return float(low), float(high)
     quantizer = (spec.qparams, spec.quant_min, spec.quant_max)
@@ -89,8 +92,10 @@ def choose_range(
     return float(low), float(high)
 
 
-def quantize_tokens(spec: QuantSpec, tokens: Tensor, bounds: tuple[float, float]) -> Tensor:
-    """Tokens quantized and dequantized in a range."""
+def quantize_tokens(spec: QuantSpec, tokens: Tensor, bounds: tuple[float, float] | None) -> Tensor:
+    """Tokens quantized and dequantized in a range; None is each one's own."""
+    if bounds is None:
+        return fake_quantize_tokens(tokens, spec.quant_min, spec.quant_max)
     scale, zero_point = spec.qparams(torch.tensor(bounds[0]), torch.tensor(bounds[1]))
     return fake_quantize(tokens, scale, zero_point, spec.quant_min, spec.quant_max)
 
