@@ -1,6 +1,7 @@
 """Patterns that find quantized operations in a converted graph.
 
-Linears are ``linear(dq(q(x)), dq(int weight), bias)``. Products of attention are ``matmul(dq(q(x)), dq(q(y)))``.
+Linears are ``linear(dq(q(x)), dq(int weight), bias)``. Where tokens have ranges of their own, ops on rows stand before and
+after such a linear (:mod:`ptq4dit_ao.observers.per_token`), which no backend needs to know. Products of attention are ``matmul(dq(q(x)), dq(q(y)))``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.fx import GraphModule, Node
 
 from ptq4dit_ao.graph.attention import PRODUCTS
 from ptq4dit_ao.graph.names import LINEAR, get_attribute
+from ptq4dit_ao.observers.per_token import PerToken, per_token
 
 aten, quantized = torch.ops.aten, torch.ops.quantized_decomposed
 _QUANTIZE = quantized.quantize_per_tensor.default
@@ -36,7 +38,7 @@ class QuantizedLinear:
     quantize: Node
     """The activation's quantize node. Linears that read the same tensor may share it."""
     x: Node
-    """The float activation."""
+    """The float activation of the layer."""
     x_scale: float
     x_zero_point: int
     x_range: tuple[int, int]
@@ -46,6 +48,8 @@ class QuantizedLinear:
     bias_node: Node | None
     dtype: torch.dtype
     """Dtype of the float model around the linear."""
+    per_token: PerToken | None
+    """Nodes around the linear if its input is quantized per token, else None. The linear itself has no bias then."""
 
     @property
     def name(self) -> str:
@@ -69,8 +73,14 @@ class QuantizedLinear:
 
     @property
     def bias(self) -> Tensor | None:
-        """Float bias, (C_out,), or None."""
+        """Float bias of the linear, (C_out,), or None."""
         return None if self.bias_node is None else self._constant(self.bias_node)
+
+    @property
+    def layer_bias(self) -> Tensor | None:
+        """Float bias of the layer, (C_out,), or None. It is added after the linear if tokens are quantized on their own."""
+        node = self.bias_node if self.per_token is None else self.per_token.bias
+        return None if node is None else self._constant(node)
 
     def replace_by(self, node: Node) -> None:
         """Put ``node`` in the linear's place, and remove the nodes and tensors that nothing reads any more."""
@@ -170,11 +180,12 @@ def _match(graph_module: GraphModule, node: Node) -> QuantizedLinear | None:
     if not (_calls(q_x, _QUANTIZE) and constant and (bias is None or bias.op == "get_attr")):
         return None
     x, scale, zero_point, low, high, dtype = q_x.args
+    tokens = per_token(node)
     return QuantizedLinear(
         graph=graph_module,
         node=node,
         quantize=q_x,
-        x=x,
+        x=x if tokens is None else tokens.x,
         x_scale=scale,
         x_zero_point=zero_point,
         x_range=(low, high),
@@ -183,6 +194,7 @@ def _match(graph_module: GraphModule, node: Node) -> QuantizedLinear | None:
         weight_range=(dq_w.args[4], dq_w.args[5]),
         bias_node=bias,
         dtype=dq_x.kwargs.get("out_dtype") or torch.float32,
+        per_token=tokens,
     )
 
 

@@ -17,6 +17,7 @@ from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.graph.names import LINEAR, get_attribute, writes_in_place
 from ptq4dit_ao.metrics.paired import PairedError, energies, rows_of, timesteps_of
 from ptq4dit_ao.metrics.walk import Instead, Walk
+from ptq4dit_ao.observers.per_token import per_token
 from ptq4dit_ao.observers.qdq import quantized as ops
 
 
@@ -60,7 +61,11 @@ def layer_errors(
 
 
 def _linear_outputs(graph_module: GraphModule, inputs: tuple[Tensor, ...]) -> Iterator[tuple[str, Tensor]]:
-    return ((node.name, value) for node, value in Walk(graph_module, inputs).steps() if node.target is LINEAR)
+    outputs = {}
+    for node in graph_module.graph.find_nodes(op="call_function", target=LINEAR):
+        around = per_token(node)
+        outputs[node if around is None else around.output] = node.name
+    return ((outputs[node], value) for node, value in Walk(graph_module, inputs).steps() if node in outputs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +110,11 @@ def leave_one_out(
         ArgumentError: the quantized graph has no linear with a quantized input.
     """
     twins = _by_name(balanced)
-    changes = {}
+    changes: dict[Node, dict[Node, Callable[..., Tensor]]] = {}
     for source, linears in quantized_inputs(quantized).items():
-        instead = {node: _linear_with(balanced, twins[node.name]) for node in linears}
-        changes[source] = {**dict.fromkeys([source, *source.users], _as_it_is), **instead}
+        changes[source] = dict.fromkeys([source, *source.users], _as_it_is)
+        for node in linears:
+            changes[source] |= _restored(node, balanced, twins[node.name])
     *without, everything = _one_by_one(quantized, changes, balanced, batches, timestep_index, on_progress)
     return LeaveOneOut(quantized=everything, without=dict(zip(_names(quantized), without, strict=True)))
 
@@ -195,9 +201,36 @@ def _linear_with(graph_module: GraphModule, node: Node) -> Callable[..., Tensor]
     """A linear with the weight and bias of a node of this graph."""
 
     def linear(x: Tensor, *_: object) -> Tensor:
-        return functional.linear(x, *(_value(graph_module, source) for source in node.args[1:]))
+        return functional.linear(x, *_parameters(graph_module, node))
 
     return linear
+
+
+def _restored(linear: Node, balanced: GraphModule, twin: Node) -> Instead:
+    """A quantized graph's linear with the weight and bias of its twin in the float graph."""
+    around = per_token(linear)
+    if around is None:
+        return {linear: _linear_with(balanced, twin)}
+
+    def weight(x: Tensor) -> Tensor:
+        value: Tensor = _parameters(balanced, twin)[0].to(x.dtype)
+        return value
+
+    # Rows are shifted and scaled as before, and the shift is undone with the float weight's sums.
+    instead: dict[Node, Callable[..., Tensor]] = {
+        linear: lambda x, *_: functional.linear(x, weight(x)),
+        around.shift: lambda middle, _: middle * weight(middle).sum(1),
+    }
+    if around.biased is not None:
+        instead[around.biased] = lambda shift, bias: shift + _parameters(balanced, twin)[1] if len(twin.args) > 2 else shift
+    return instead
+
+
+def _parameters(graph_module: GraphModule, node: Node) -> list[Any]:
+    """Weight of a linear and, if it has one, its bias."""
+    around = per_token(node)
+    biases = node.args[2:] if around is None else [around.bias]
+    return [_value(graph_module, source) for source in (node.args[1], *biases) if source is not None]
 
 
 def _value(graph_module: GraphModule, source: object) -> Any:

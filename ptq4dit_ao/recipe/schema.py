@@ -30,6 +30,8 @@ from ptq4dit_ao.recipe.values import (
     BitsCandidates,
     BitsOrAuto,
     Count,
+    DynamicOrAuto,
+    DynamicOrNot,
     OnlyFalse,
     OnlyTrue,
     Seed,
@@ -101,6 +103,27 @@ class Activations(_Section):
     """Quantization of the activations."""
 
     bits: Bits = Field(default=8, description="Width of an activation in bits, 2 to 8.")
+    dynamic: DynamicOrAuto = Field(
+        default=False,
+        description="false: one range for each linear's input, from calibration. 'token': every token (row) of an input "
+        "has a range of its own, found at run time; closer, and some more time for each row. 'auto': 'token' for the "
+        "layers that gain most, within 'share'. Attention's own products are always static.",
+    )
+    share: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Upper limit of the part of all quantized linears' multiplications whose inputs 'auto' makes dynamic, "
+        "above 0, at most 1. Required by dynamic: auto.",
+    )
+
+    @model_validator(mode="after")
+    def _has_a_budget(self) -> Self:
+        if self.dynamic == "auto" and self.share is None:
+            raise _rule("dynamic: auto needs share; add the part of the linears that may be dynamic, such as 0.4")
+        if self.dynamic != "auto" and self.share is not None:
+            raise _rule("share is for dynamic: auto, and dynamic is {dynamic}; remove one of them", dynamic=show(self.dynamic))
+        return self
 
 
 class Attention(_Section):
@@ -245,7 +268,7 @@ class Distillation(_Section):
     )
 
 
-_NOT_WITH_SKIP = ("weight_bits", "activation_bits", "balance")
+_NOT_WITH_SKIP = ("weight_bits", "activation_bits", "dynamic", "balance")
 
 
 class Override(_Section):
@@ -272,6 +295,11 @@ class Override(_Section):
     activation_bits: Bits | None = Field(
         default=None,
         description="Width of these modules' activations in bits, 2 to 8. If left out, that of 'activations'.",
+    )
+    dynamic: DynamicOrNot | None = Field(
+        default=None,
+        description="'token': every token of these modules' inputs has a range of its own. false: they have one range. "
+        "If left out, as 'activations' says.",
     )
     balance: OnlyFalse | None = Field(default=None, description="false: quantize these modules without balancing them.")
 
@@ -482,6 +510,15 @@ class Recipe(_Section):
         return self
 
     @model_validator(mode="after")
+    def _balances_what_is_dynamic(self) -> Self:
+        if self.balance.method == "repq" and (self.activations.dynamic or any(o.dynamic for o in self.overrides)):
+            raise _rule(
+                "balance.method 'repq' gives all channels one static range, and activations are dynamic; balance with "
+                "another method, or leave dynamic out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _has_an_image_of_each_size(self) -> Self:
         sizes = len(self.calibration.sizes or ())
         for name, section in (("calibration", self.calibration), ("evaluation", self.evaluation)):
@@ -541,6 +578,10 @@ class RecipeFile(Recipe):
     @model_validator(mode="after")
     def _distills_what_was_rounded(self) -> Self:
         return self  # the base may have the other key
+
+    @model_validator(mode="after")
+    def _balances_what_is_dynamic(self) -> Self:
+        return self  # the same
 
     @model_validator(mode="after")
     def _has_an_image_of_each_size(self) -> Self:

@@ -80,3 +80,17 @@ BitsOrAuto = Annotated[
 ]
 OnlyTrue = Annotated[Literal[True], exactly(bool)]
 OnlyFalse = Annotated[Literal[False], exactly(bool)]
+
+
+def _flag_or_word(value: object) -> str:
+    return "word" if isinstance(value, str) else "flag"
+
+
+DynamicOrAuto = Annotated[
+    Annotated[OnlyFalse, Tag("flag")] | Annotated[Literal["token", "auto"], Tag("word")],
+    Discriminator(_flag_or_word),
+]
+DynamicOrNot = Annotated[
+    Annotated[OnlyFalse, Tag("flag")] | Annotated[Literal["token"], Tag("word")],
+    Discriminator(_flag_or_word),
+]

@@ -183,6 +183,7 @@ def _layer(
         "status": "float" if linear is None else "integer",
         "weight_bits": None if linear is None else _bits(linear.weight_range),
         "activation_bits": None if linear is None else _bits(linear.x_range),
+        "dynamic": "token" if linear is not None and linear.per_token is not None else False,
         "activation_clipping": _maybe(result.clipping.get(name)),
         "weight_clipping": None if diagnostics is None else _maybe(diagnostics.weight_clipping.get(name)),
         "sqnr_db": None if error is None else _float(error.sqnr_db),

@@ -334,7 +334,7 @@ def _layers(layers: Sequence[LayerEntry]) -> str:
             _code(layer["name"]),
             _status(layer["status"]),
             _number(layer["weight_bits"], "d"),
-            _number(layer["activation_bits"], "d"),
+            _number(layer["activation_bits"], "d") + (" per token" if layer.get("dynamic") else ""),
             _number(layer.get("weight_clipping"), ".0%"),
             _number(layer.get("activation_clipping"), ".0%"),
             _number(layer["sqnr_db"], ".1f"),

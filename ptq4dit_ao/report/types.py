@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, NotRequired, TypedDict
 
-from ptq4dit_ao.choices import BalanceMethod, FoldForm, SiteKind
+from ptq4dit_ao.choices import BalanceMethod, Dynamic, FoldForm, SiteKind
 
 Curve = list[tuple[float, float | None]]
 """``[timestep, dB]``; None for a value that is not finite."""
@@ -61,6 +61,8 @@ class LayerEntry(TypedDict):
     status: Literal["integer", "float"]
     weight_bits: int | None
     activation_bits: int | None
+    dynamic: NotRequired[Dynamic]
+    """Whether each token of the input has a range of its own; missing in reports from before there was a choice."""
     activation_clipping: float | None
     """Range of the input, as a part of the range from minimum to maximum."""
     weight_clipping: float | None

@@ -6,6 +6,7 @@ import logging
 
 from torchao.quantization.pt2e.quantizer import Quantizer
 
+from ptq4dit_ao.choices import Dynamic
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.graph import SitePolicy
 from ptq4dit_ao.passes import BalanceSettings
@@ -32,12 +33,13 @@ def quantizer_from_recipe(
     """The quantizer that a recipe describes, around any base quantizer.
 
     Raises:
-        ArgumentError: the recipe says ``weights.bits: auto``.
+        ArgumentError: the recipe says ``weights.bits: auto`` or ``activations.dynamic: auto``.
     """
     return PTQ4DiTQuantizer(
         base,
         weight_bits=weight_bits_of(recipe),
         activation_bits=recipe.activations.bits,
+        dynamic=dynamic_of(recipe),
         attention_bits=recipe.attention.bits if recipe.attention.quantize else None,
         balance=recipe.balance.method,
         alpha=recipe.balance.alpha,
@@ -71,6 +73,20 @@ def weight_bits_of(recipe: Recipe) -> int:
             "weights.bits is auto; apply_recipe and 'ptq4dit-ao quantize' choose them, elsewhere give a number"
         )
     return recipe.weights.bits
+
+
+def dynamic_of(recipe: Recipe) -> Dynamic:
+    """The recipe's word on ranges at run time.
+
+    Raises:
+        ArgumentError: it is ``auto``.
+    """
+    if recipe.activations.dynamic == "auto":
+        raise ArgumentError(
+            "activations.dynamic is auto; apply_recipe and 'ptq4dit-ao quantize' choose the layers, elsewhere give token "
+            "or false"
+        )
+    return recipe.activations.dynamic
 
 
 def with_chosen_bits(recipe: Recipe, choice: WeightBits) -> Recipe:
