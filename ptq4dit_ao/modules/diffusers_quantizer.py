@@ -331,6 +331,7 @@ def attach(module: Any, record: Record, method: ModuleFormat | None = None) -> N
             name: Stored(
                 bits=weight.bits,
                 x_bits=weight.x_bits,
+                dynamic=weight.dynamic,
                 x_ndim=weight.x_ndim,
                 balanced=weight.pre_scale is not None,
                 bias=module.get_submodule(name).bias is not None,

@@ -269,12 +269,13 @@ def _quantize(linear: nn.Linear, calls: Sequence[tuple[QuantizedLinear, ModuleLi
         zero_point - low,
         bits=(quantized.weight_range[1] - quantized.weight_range[0]).bit_length(),
         x_bits=(high - low).bit_length(),
+        dynamic=quantized.per_token is not None,
         x_ndim=ranks.pop() if len(ranks) == 1 else None,
         dtype=dtype,
         pre_scale=None if about.columns is None else 1 / about.columns,
     )
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    bias = quantized.bias
+    bias = quantized.layer_bias
     if bias is not None:
         if linear.bias is None:
             setattr(linear, ADDED_BIAS, True)

@@ -14,7 +14,7 @@ from ptq4dit_ao.core.int4 import pack_int4, packed_length, unpack_int4
 from ptq4dit_ao.errors import ArtifactError
 from ptq4dit_ao.modules.weight import StaticInt8Weight
 
-_ENTRY = re.compile(r"w([2-8])a([2-8])(?: (\d+)d)?( balanced)?( bias)?")
+_ENTRY = re.compile(r"w([2-8])a([2-8])( dynamic)?(?: (\d+)d)?( balanced)?( bias)?")
 
 PACKED_BITS = 4
 """Most bits at which two integers share a byte."""
@@ -26,6 +26,8 @@ class Stored:
 
     bits: int
     x_bits: int
+    dynamic: bool
+    """Whether each token of its input has a range of its own."""
     x_ndim: int | None
     balanced: bool
     """Whether its input is multiplied by a vector."""
@@ -45,13 +47,14 @@ class Stored:
             raise ArtifactError(
                 f"quantization_config has {entry!r} for {name!r}, which describes no quantized linear; save it again"
             )
-        bits, x_bits, ndim, balanced, bias = found.groups()
-        return cls(int(bits), int(x_bits), int(ndim) if ndim else None, bool(balanced), bool(bias))
+        bits, x_bits, dynamic, ndim, balanced, bias = found.groups()
+        return cls(int(bits), int(x_bits), bool(dynamic), int(ndim) if ndim else None, bool(balanced), bool(bias))
 
     def to_text(self) -> str:
         """The entry as text, such as ``w4a8 3d balanced bias``."""
         ndim = "" if self.x_ndim is None else f" {self.x_ndim}d"
-        return f"w{self.bits}a{self.x_bits}{ndim}{' balanced' * self.balanced}{' bias' * self.bias}"
+        widths = f"w{self.bits}a{self.x_bits}{' dynamic' * self.dynamic}"
+        return f"{widths}{ndim}{' balanced' * self.balanced}{' bias' * self.bias}"
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -95,6 +98,7 @@ def unpack(name: str, stored: Stored, parts: Mapping[str, Tensor], shape: Sequen
         int(about[1]),
         bits=stored.bits,
         x_bits=stored.x_bits,
+        dynamic=stored.dynamic,
         x_ndim=stored.x_ndim,
         dtype=torch.float32,
         pre_scale=pre_scale,

@@ -1,11 +1,12 @@
-"""``StaticInt8Weight``: the integer weight of an ``nn.Linear``, with the static quantization of the linear's input.
+"""``StaticInt8Weight``: the integer weight of an ``nn.Linear``, with the quantization of the linear's input.
 
 ``functional.linear(x, weight, bias)`` computes, with integers in the product,
 
     ``y = s_x s (clamp(round(x p / s_x) + z) - z) W^T + bias``
 
 where W are the integers, s the scale of each row, p = 1/b the balancing vector (``pre_scale``), and s_x and z scale and
-zero point of the balanced input. The tensor is a parameter like any other: modules that hold it can be moved, copied,
+zero point of the balanced input. If the weight is ``dynamic``, the same is computed for ``(x p - m) / s``, with middle m
+and scale s of each row, and both are undone afterwards (:mod:`ptq4dit_ao.core.per_token`). The tensor is a parameter like any other: modules that hold it can be moved, copied,
 compiled and extended by adapters.
 """
 
@@ -20,6 +21,7 @@ from torchao.quantization import Int8Tensor, MappingType, PerTensor
 from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
 from torchao.utils import TorchAOBaseTensor
 
+from ptq4dit_ao.core.per_token import middle_and_scale, to_units
 from ptq4dit_ao.errors import ArgumentError, LoweringError
 from ptq4dit_ao.modules.kernels import PACKED, linear_int8, saturates, takes_unsigned
 
@@ -55,6 +57,7 @@ class StaticInt8Weight(TorchAOBaseTensor):
         row_sums: sum of each row's integers, (C_out,) int32.
         bits: bits of the integers.
         x_bits: bits of the input.
+        dynamic: whether each row of the input is shifted and scaled first, in a range of its own.
         x_ndim: number of axes of the input; None if it is called with several.
         dtype: dtype that the weight has for the module around it.
         pre_scale: vector that the input is multiplied by, (C_in,) float32; None for ones.
@@ -62,7 +65,7 @@ class StaticInt8Weight(TorchAOBaseTensor):
 
     tensor_data_names = ["qdata", "scale", "x_scale", "x_zero_point", "row_sums"]  # noqa: RUF012  (read by torchao)
     optional_tensor_data_names = ["pre_scale"]  # noqa: RUF012
-    tensor_attribute_names = ["bits", "x_bits", "x_ndim", "dtype"]  # noqa: RUF012
+    tensor_attribute_names = ["bits", "x_bits", "dynamic", "x_ndim", "dtype"]  # noqa: RUF012
 
     qdata: Tensor
     scale: Tensor
@@ -72,6 +75,7 @@ class StaticInt8Weight(TorchAOBaseTensor):
     pre_scale: Tensor | None
     bits: int
     x_bits: int
+    dynamic: bool
     x_ndim: int | None
 
     @staticmethod
@@ -86,8 +90,8 @@ class StaticInt8Weight(TorchAOBaseTensor):
     def __init__(self, qdata: Tensor, *data: Any, **options: Any) -> None:
         super().__init__()
         if isinstance(qdata, StaticInt8Weight):  # accelerate makes a parameter of a parameter's class
-            self.qdata, names = qdata.qdata, (*self.tensor_data_names[1:], "pre_scale", "bits", "x_bits", "x_ndim")
-            parts = {name: getattr(qdata, name) for name in names}
+            self.qdata, names = qdata.qdata, (*self.tensor_data_names[1:], "pre_scale", *self.tensor_attribute_names)
+            parts = {name: getattr(qdata, name) for name in names if name != "dtype"}
         else:
             self.qdata, parts = qdata, _bind(*data, **options)
             del parts["dtype"]  # the tensor itself has it
@@ -106,6 +110,7 @@ class StaticInt8Weight(TorchAOBaseTensor):
         x_bits: int,
         x_ndim: int | None,
         dtype: torch.dtype,
+        dynamic: bool = False,
         pre_scale: Tensor | None = None,
     ) -> StaticInt8Weight:
         """Make a weight from numbers, on the device of its integers."""
@@ -117,6 +122,7 @@ class StaticInt8Weight(TorchAOBaseTensor):
             qdata.sum(1, dtype=torch.int32),
             bits,
             x_bits,
+            dynamic,
             x_ndim,
             dtype,
             None if pre_scale is None else pre_scale.to(qdata.device, torch.float32),
@@ -149,6 +155,8 @@ class StaticInt8Weight(TorchAOBaseTensor):
 
     def not_stock(self) -> str | None:
         """The reason why torchao's ``Int8Tensor`` cannot hold this weight; None if it can."""
+        if self.dynamic:
+            return "its input is quantized per token around the token's middle, and Int8Tensor's around 0"
         if self.x_bits != 8:
             return f"its input has {self.x_bits} bits, and Int8Tensor's have 8"
         return "it is called with inputs of several ranks" if self.x_ndim is None else None
@@ -168,10 +176,14 @@ class StaticInt8Weight(TorchAOBaseTensor):
             act_quant_kwargs=QuantizeTensorToInt8Kwargs(granularity=PerTensor(), mapping_type=MappingType.ASYMMETRIC),
         )
 
-    def quantize(self, x: Tensor) -> Tensor:
-        """Balance and quantize an input, (..., C_in) floats to uint8 or int8, as the device's kernel takes it."""
+    def balance(self, x: Tensor) -> Tensor:
+        """Balance an input, (..., C_in) floats to float32."""
         x = x.to(torch.float32)
-        q = x * (1 / self.x_scale) if self.pre_scale is None else (x * self.pre_scale).mul_(1 / self.x_scale)
+        return x if self.pre_scale is None else x * self.pre_scale
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Quantize a balanced input, (..., C_in) float32 to uint8 or int8, as the device's kernel takes it."""
+        q = x * (1 / self.x_scale)
         q = q.round_().add_(self.x_zero_point).clamp_(0, 2**self.x_bits - 1)
         return q.to(torch.uint8) if takes_unsigned(x.device) else q.sub_(SIGNED).to(torch.int8)
 
@@ -188,7 +200,8 @@ class StaticInt8Weight(TorchAOBaseTensor):
 
     def __repr__(self) -> str:  # type: ignore[override]
         balanced = "" if self.pre_scale is None else ", balanced"
-        return f"{type(self).__name__}({tuple(self.shape)}, W{self.bits}A{self.x_bits}{balanced}, {self.device})"
+        inputs = f"A{self.x_bits}{' per token' if self.dynamic else ''}"
+        return f"{type(self).__name__}({tuple(self.shape)}, W{self.bits}{inputs}{balanced}, {self.device})"
 
 
 def _bind(
@@ -198,6 +211,7 @@ def _bind(
     row_sums: Tensor,
     bits: int,
     x_bits: int,
+    dynamic: bool,
     x_ndim: int | None,
     dtype: torch.dtype,
     pre_scale: Tensor | None = None,
@@ -222,10 +236,20 @@ def _linear(func: Callable[..., Any], types: Sequence[type], args: Sequence[Any]
         raise ArgumentError(f"a quantized linear got an input of {x.dtype}; give float32, bfloat16 or float16")
     if (why := saturates(x.device, weight.x_bits, weight.bits)) is not None:
         raise LoweringError(f"a quantized linear would compute wrong products: {why}, or use another device")
-    zero_point = weight.x_zero_point if takes_unsigned(x.device) else weight.x_zero_point - SIGNED
-    y: Tensor = linear_int8(
-        weight.quantize(x), weight.x_scale, zero_point, weight.qdata, weight.scale, weight.row_sums, bias, x.dtype
-    )
+    rows = weight.balance(x)
+    if not weight.dynamic:
+        return _multiply(weight, rows, bias, x.dtype)
+    middle, scale = middle_and_scale(rows, 2**weight.x_bits - 1)
+    shift = middle * (weight.scale * weight.row_sums)
+    y = _multiply(weight, to_units(rows, middle, scale), None, torch.float32)
+    return (y * scale + (shift if bias is None else shift + bias)).to(x.dtype)
+
+
+def _multiply(weight: StaticInt8Weight, rows: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The integer linear of a balanced input."""
+    zero_point = weight.x_zero_point if takes_unsigned(rows.device) else weight.x_zero_point - SIGNED
+    parts = (weight.qdata, weight.scale, weight.row_sums)
+    y: Tensor = linear_int8(weight.quantize(rows), weight.x_scale, zero_point, *parts, bias, dtype)
     return y
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ptq4dit_ao.core.per_token import EPS, unit_zero_point
+from ptq4dit_ao.core.per_token import EPS, middle_step
 from ptq4dit_ao.graph.names import LINEAR
 from ptq4dit_ao.graph.pending import tensor_at
 from ptq4dit_ao.observers.qdq import QuantSpec, buffer, insert_qdq, quantized
@@ -58,17 +58,16 @@ def insert_per_token(model: GraphModule, observer: Node, spec: QuantSpec) -> Non
     assert isinstance(source, Node)
     value = source.meta.get("val")
     dtype = torch.float32 if value is None else value.dtype
-    call = model.graph.call_function
+    call, steps = model.graph.call_function, spec.quant_max - spec.quant_min
     with model.graph.inserting_before(observer):
         x = source if dtype in WIDE else call(aten.to.dtype, (source, torch.float32))
         low, high = call(aten.amin.default, (x, [-1], True)), call(aten.amax.default, (x, [-1], True))
-        middle = call(aten.mul.Tensor, (call(aten.add.Tensor, (low, high)), 0.5))
-        width = call(aten.sub.Tensor, (high, low))
-        step = call(aten.mul.Tensor, (width, 1 / (spec.quant_max - spec.quant_min)))
-        scale = call(aten.clamp_min.default, (step, EPS))
-        unit = call(aten.div.Tensor, (call(aten.sub.Tensor, (x, middle)), scale))
+        scale = call(aten.mul.Tensor, (call(aten.sub.Tensor, (high, low)), 1 / steps))
+        middle = call(aten.add.Tensor, (low, call(aten.mul.Tensor, (scale, middle_step(steps)))))
+        divisor = call(aten.clamp_min.default, (scale, EPS))
+        unit = call(aten.div.Tensor, (call(aten.sub.Tensor, (x, middle)), divisor))
     observer.args = (unit,)
-    zero_point = unit_zero_point(spec.quant_min, spec.quant_max)
+    zero_point = spec.quant_min + middle_step(steps)
     readers = [user for user in observer.users if user.target is LINEAR]
     insert_qdq(model, observer, spec, torch.tensor(1.0), torch.tensor(zero_point), out_dtype=dtype)
     for linear in readers:
@@ -123,10 +122,10 @@ def _unit(linear: Node) -> tuple[Node, Node, Node] | None:
     unit = quantize.args[0] if _calls(quantize, quantized.quantize_per_tensor.default) else None
     if not (_calls(unit, aten.div.Tensor) and _calls(unit.args[0], aten.sub.Tensor)):
         return None
-    (x, middle), scale = unit.args[0].args, unit.args[1]
-    if not (_calls(scale, aten.clamp_min.default) and scale.args[1] == EPS):
+    (x, middle), divisor = unit.args[0].args, unit.args[1]
+    if not (_calls(divisor, aten.clamp_min.default) and divisor.args[1] == EPS):
         return None
-    return (x if _dtype(dequantize) in WIDE else x.args[0]), middle, scale
+    return (x if _dtype(dequantize) in WIDE else x.args[0]), middle, divisor.args[0]
 
 
 def _rescaled(linear: Node) -> tuple[Node, Node] | None:

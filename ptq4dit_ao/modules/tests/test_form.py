@@ -25,7 +25,7 @@ from ptq4dit_ao.core import sqnr_db
 from ptq4dit_ao.errors import ArgumentError, ArtifactError, ExportError, LoweringError
 from ptq4dit_ao.lowering.match import quantized_linears
 from ptq4dit_ao.modules.form import integer_weights
-from ptq4dit_ao.recipe import Attention, Balance, Override, Recipe, Rounding, Weights
+from ptq4dit_ao.recipe import Activations, Attention, Balance, Override, Recipe, Rounding, Weights
 from ptq4dit_ao.testing.zoo import FAMILIES
 from ptq4dit_ao.workflow import QuantizedModel
 
@@ -34,7 +34,9 @@ GPTQ = Rounding(method="gptq", ranges="output", sequential=True)
 
 
 @functools.cache
-def case(name: str, bits: int = 8, sites: Any = "all", rounding: str = "nearest") -> tuple[nn.Module, QuantizedModel]:
+def case(
+    name: str, bits: int = 8, sites: Any = "all", rounding: str = "nearest", dynamic: Any = False
+) -> tuple[nn.Module, QuantizedModel]:
     """A family's tiny model and its quantized form. Not to be changed."""
     family = FAMILIES[name]
     model = family.model()
@@ -42,6 +44,7 @@ def case(name: str, bits: int = 8, sites: Any = "all", rounding: str = "nearest"
     recipe = Recipe(
         layers="paper",
         weights=Weights(bits=bits),
+        activations=Activations(dynamic=dynamic),
         balance=Balance(method="max", sites=sites),
         rounding=GPTQ if rounding == "gptq" else Rounding(),
     )
@@ -90,6 +93,25 @@ def test_a_module_computes_what_the_graph_of_its_artifact_does(name, bits, sites
         )
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(after[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize(("name", "sites"), [("dit", "folded"), ("sd3", "all")])
+@torch.no_grad()
+def test_a_module_quantizes_tokens_as_the_graph_does(name, sites, tmp_path):
+    model, quantized = case(name, 8, sites, dynamic="token")
+    module = to_module(quantized, model)
+    assert all(weight.dynamic for weight in integer_weights(module).values())
+    inputs = FAMILIES[name].inputs(2, seed=9)
+    batch = tuple(flatten_call(model, inputs)[1].values())
+    expected, found = outputs(quantized.graph(*batch)), outputs(Call(module, quantized.captured.call)(batch))
+    assert sqnr_db(expected, found) > 45
+    proof = prove_kernels(module, lambda: module(**inputs))
+    assert proof.integer_gemms == proof.promised == len(integer_weights(module))
+    with pytest.raises(ArgumentError, match="method 'torchao' cannot hold .* quantized per token around the token's"):
+        to_module(quantized, model, method="torchao")
+    module.save_pretrained(tmp_path / "module")
+    loaded = type(model).from_pretrained(tmp_path / "module")
+    assert torch.equal(outputs(loaded(**inputs)), outputs(module(**inputs)))
 
 
 @torch.no_grad()
