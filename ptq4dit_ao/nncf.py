@@ -131,7 +131,7 @@ class BalancedForNNCF:
 
     def _need_eight_bits(self, function: str, instead: str) -> None:
         plans = [plan for plan in self.plans.values() if not plan.skip]
-        if (dynamic := next((plan.layer for plan in plans if plan.dynamic), None)) is not None:
+        if (dynamic := next((plan.layer for plan in plans if plan.is_dynamic), None)) is not None:
             raise LoweringError(
                 f"{function} calibrates one range for each input, and the recipe gives {dynamic!r} dynamic ones; {instead}"
             )

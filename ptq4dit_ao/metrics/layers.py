@@ -112,7 +112,8 @@ def leave_one_out(
     twins = _by_name(balanced)
     changes: dict[Node, dict[Node, Callable[..., Tensor]]] = {}
     for source, linears in quantized_inputs(quantized).items():
-        changes[source] = dict.fromkeys([source, *source.users], _as_it_is)
+        quantizers = [] if source.target is LINEAR else [source, *source.users]
+        changes[source] = dict.fromkeys(quantizers, _as_it_is)
         for node in linears:
             changes[source] |= _restored(node, balanced, twins[node.name])
     *without, everything = _one_by_one(quantized, changes, balanced, batches, timestep_index, on_progress)
@@ -156,15 +157,22 @@ def weight_errors(
 
 
 def quantized_inputs(quantized: GraphModule) -> dict[Node, list[Node]]:
-    """Quantize node -> the linears that read its result, in execution order.
+    """First node of each quantized input -> the linears that read it, in execution order.
+
+    It is the quantize node. Of an input that stays float and is read by integer weights, it is the first linear.
 
     Raises:
         ArgumentError: there are none.
     """
-    groups = defaultdict(list)
+    groups: dict[Node, list[Node]] = defaultdict(list)
     for node in quantized.graph.nodes:
-        if node.target is LINEAR and _calls(node.args[0], ops.dequantize_per_tensor.default):
+        if node.target is not LINEAR:
+            continue
+        if _calls(node.args[0], ops.dequantize_per_tensor.default):
             groups[node.args[0].args[0]].append(node)
+        elif _calls(node.args[1], ops.dequantize_per_channel.default):
+            readers = (user for user in node.args[0].users if user in groups and user.args[0] is node.args[0])
+            groups[next(readers, node)].append(node)
     if not groups:
         raise ArgumentError("this graph has no linear with a quantized input; give one from convert_pt2e")
     return dict(groups)

@@ -14,7 +14,7 @@ from ptq4dit_ao.core.int4 import pack_int4, packed_length, unpack_int4
 from ptq4dit_ao.errors import ArtifactError
 from ptq4dit_ao.modules.weight import StaticInt8Weight
 
-_ENTRY = re.compile(r"w([2-8])a([2-8])( dynamic)?(?: (\d+)d)?( balanced)?( bias)?")
+_ENTRY = re.compile(r"w([2-8])a([2-8]|16)( dynamic)?(?: (\d+)d)?( balanced)?( bias)?")
 
 PACKED_BITS = 4
 """Most bits at which two integers share a byte."""

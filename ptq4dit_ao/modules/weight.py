@@ -23,9 +23,13 @@ from torchao.utils import TorchAOBaseTensor
 
 from ptq4dit_ao.core.per_token import middle_and_scale, to_units
 from ptq4dit_ao.errors import ArgumentError, LoweringError
+from ptq4dit_ao.lowering.weight_only import multiply
 from ptq4dit_ao.modules.kernels import PACKED, linear_int8, saturates, takes_unsigned
 
 aten = torch.ops.aten
+
+FLOAT_BITS = 16
+"""Bits of an input that stays float."""
 
 SIGNED = 128
 """Difference between the uint8 and the int8 form of an activation."""
@@ -56,7 +60,7 @@ class StaticInt8Weight(TorchAOBaseTensor):
         x_zero_point: zero point of the input as uint8, () int32.
         row_sums: sum of each row's integers, (C_out,) int32.
         bits: bits of the integers.
-        x_bits: bits of the input.
+        x_bits: bits of the input; 16 if it stays float, and the product is one of floats.
         dynamic: whether each row of the input is shifted and scaled first, in a range of its own.
         x_ndim: number of axes of the input; None if it is called with several.
         dtype: dtype that the weight has for the module around it.
@@ -157,19 +161,24 @@ class StaticInt8Weight(TorchAOBaseTensor):
         """The reason why torchao's ``Int8Tensor`` cannot hold this weight; None if it can."""
         if self.dynamic:
             return "its input is quantized per token around the token's middle, and Int8Tensor's around 0"
+        if self.x_bits == FLOAT_BITS:
+            if self.pre_scale is None or self.dtype == torch.float32:
+                return None
+            return f"its input is balanced in float32 and stays {self.dtype}, and Int8Tensor multiplies in one dtype"
         if self.x_bits != 8:
             return f"its input has {self.x_bits} bits, and Int8Tensor's have 8"
         return "it is called with inputs of several ranks" if self.x_ndim is None else None
 
     def as_int8_tensor(self) -> Int8Tensor:
         """The weight as torchao's own tensor, which computes the same."""
-        assert self.x_ndim is not None and self.not_stock() is None
+        assert self.not_stock() is None
+        stored = (self.qdata, self.scale.unsqueeze(1), [1, self.qdata.shape[1]], self.dtype)
+        if self.x_bits == FLOAT_BITS:
+            return Int8Tensor(*stored, act_pre_scale=self.pre_scale)
+        assert self.x_ndim is not None
         one = (1,) * self.x_ndim
         return Int8Tensor(
-            self.qdata,
-            self.scale.unsqueeze(1),
-            [1, self.qdata.shape[1]],
-            self.dtype,
+            *stored,
             act_quant_scale=self.x_scale.reshape(one),
             act_quant_zero_point=(self.x_zero_point - SIGNED).to(torch.int8).reshape(one),
             act_pre_scale=self.pre_scale,
@@ -234,9 +243,12 @@ def _linear(func: Callable[..., Any], types: Sequence[type], args: Sequence[Any]
         raise ArgumentError(UNCHANGEABLE.format("the input of another linear", ADAPTERS))
     if x.dtype not in DTYPES:
         raise ArgumentError(f"a quantized linear got an input of {x.dtype}; give float32, bfloat16 or float16")
-    if (why := saturates(x.device, weight.x_bits, weight.bits)) is not None:
+    why = None if weight.x_bits == FLOAT_BITS else saturates(x.device, weight.x_bits, weight.bits)
+    if why is not None:
         raise LoweringError(f"a quantized linear would compute wrong products: {why}, or use another device")
     rows = weight.balance(x)
+    if weight.x_bits == FLOAT_BITS:
+        return multiply(rows.to(x.dtype), weight.qdata, weight.scale, bias)
     if not weight.dynamic:
         return _multiply(weight, rows, bias, x.dtype)
     middle, scale = middle_and_scale(rows, 2**weight.x_bits - 1)

@@ -96,13 +96,18 @@ class ActivationObserver(_HookedObserver):
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """The activation quantized and dequantized, of the shape and dtype of ``x``."""
+        if self.spec.stays_float:
+            return x
         if self.spec.dynamic:
             return fake_quantize_tokens(x, self.spec.quant_min, self.spec.quant_max)
         scale, zero_point = self.qparams()
         return fake_quantize(x, float(scale), int(zero_point), self.spec.quant_min, self.spec.quant_max)
 
     def _convert(self, model: GraphModule, node: Node, source: Node) -> None:
-        if self.spec.dynamic:
+        if self.spec.stays_float:
+            node.replace_all_uses_with(source)
+            model.graph.erase_node(node)
+        elif self.spec.dynamic:
             insert_per_token(model, node, self.spec)
         else:
             insert_qdq(model, node, self.spec, *self.qparams())

@@ -16,6 +16,9 @@ from ptq4dit_ao.graph.pending import row_blocks, tensor_at
 
 quantized = torch.ops.quantized_decomposed
 
+FLOAT = torch.int16
+"""Dtype that stands for an activation of 16 bits: it stays float, and the weight alone is quantized."""
+
 DEFAULT_EPS = 2**-12
 """Smallest scale, as in torchao's x86 configuration."""
 
@@ -35,6 +38,16 @@ class QuantSpec:
     eps: float
     dynamic: bool = False
     """Whether every token has a range of its own at run time."""
+
+    @property
+    def stays_float(self) -> bool:
+        """Whether the tensor is observed, but not quantized (:data:`FLOAT`)."""
+        return self.dtype == FLOAT
+
+    @property
+    def ranged(self) -> bool:
+        """Whether the tensor is quantized in one range, which calibration finds."""
+        return not (self.dynamic or self.stays_float)
 
     @classmethod
     def of(cls, spec: QuantizationSpec, *, eps: float = DEFAULT_EPS) -> QuantSpec:

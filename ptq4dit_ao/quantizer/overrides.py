@@ -18,10 +18,13 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 from ptq4dit_ao.choices import Dynamic
 from ptq4dit_ao.errors import ArgumentError, OverrideError
 from ptq4dit_ao.graph.names import adapters, layer_name, linears
+from ptq4dit_ao.observers.qdq import FLOAT
 
 logger = logging.getLogger(__name__)
 
 MIN_BITS, MAX_BITS = 2, 8
+FLOAT_BITS = 16
+"""Bits of activations that stay float, so that weights alone are quantized."""
 FIELDS = ("skip", "weight_bits", "activation_bits", "dynamic", "balance")
 """Fields of an :class:`Override` that change a :class:`LayerPlan`."""
 
@@ -54,9 +57,14 @@ class Override:
             raise OverrideError(
                 f"override {self.pattern!r} skips a layer and sets its bits, dynamic or balance; do one of them"
             )
-        for name in ("weight_bits", "activation_bits"):
-            if (bits := getattr(self, name)) is not None:
-                check_bits(name, bits)
+        if self.weight_bits is not None:
+            check_bits("weight_bits", self.weight_bits)
+        if self.activation_bits is not None:
+            check_activation_bits(self.activation_bits)
+        if self.activation_bits == FLOAT_BITS and self.dynamic:
+            raise OverrideError(
+                f"override {self.pattern!r} keeps inputs float (activation_bits 16) and makes them dynamic; do one of them"
+            )
         if self.dynamic is not None:
             check_dynamic(self.dynamic)
 
@@ -71,6 +79,11 @@ class LayerPlan:
     activation_bits: int = 8
     dynamic: Dynamic = False
     balance: bool = True
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether each token of the input is quantized in a range of its own. Inputs of 16 bits stay float."""
+        return bool(self.dynamic) and self.activation_bits != FLOAT_BITS and not self.skip
 
 
 def plan_layers(
@@ -137,7 +150,7 @@ def apply_plan(node: Node, plan: LayerPlan) -> None:
         if isinstance(spec, QuantizationSpec):
             annotation.input_qspec_map[source] = with_bits(spec, bits)
     activation = annotation.input_qspec_map.get(x)
-    if plan.dynamic and isinstance(activation, QuantizationSpec):
+    if plan.is_dynamic and isinstance(activation, QuantizationSpec):
         annotation.input_qspec_map[x] = as_dynamic(activation)
 
 
@@ -148,7 +161,14 @@ def as_dynamic(spec: QuantizationSpec) -> QuantizationSpec:
 
 
 def with_bits(spec: QuantizationSpec, bits: int) -> QuantizationSpec:
-    """The spec with the integer range of ``bits`` in the same dtype; 8 bits keep the base quantizer's range."""
+    """The spec with the integer range of ``bits`` in the same dtype; 8 bits keep the base quantizer's range.
+
+    16 bits, for activations only, are the spec of one that is observed and stays float.
+    """
+    if bits == FLOAT_BITS:
+        return dataclasses.replace(
+            spec, dtype=FLOAT, quant_min=None, quant_max=None, observer_or_fake_quant_ctr=MinMaxObserver
+        )
     if bits == MAX_BITS or spec.dtype not in (torch.int8, torch.uint8):
         return spec
     half = 2 ** (bits - 1)
@@ -160,6 +180,15 @@ def check_bits(name: str, bits: int) -> None:
     """Raise ArgumentError unless ``bits`` is an integer from 2 to 8."""
     if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
         raise ArgumentError(f"{name} is {bits!r}; it must be an integer from {MIN_BITS} to {MAX_BITS}")
+
+
+def check_activation_bits(bits: int) -> None:
+    """Raise ArgumentError unless ``bits`` is an integer from 2 to 8, or 16 for inputs that stay float."""
+    if bits != FLOAT_BITS or isinstance(bits, bool):
+        try:
+            check_bits("activation_bits", bits)
+        except ArgumentError as error:
+            raise ArgumentError(f"{error}, or {FLOAT_BITS} to quantize weights only") from None
 
 
 def check_dynamic(value: object) -> None:

@@ -32,12 +32,22 @@ from ptq4dit_ao.observers import (
     TimestepClock,
     WeightObserver,
 )
-from ptq4dit_ao.observers.qdq import DEFAULT_EPS, QuantSpec
+from ptq4dit_ao.observers.qdq import DEFAULT_EPS, FLOAT, QuantSpec
 from ptq4dit_ao.passes import BalanceSettings
 from ptq4dit_ao.passes.offset import find_shifts
 from ptq4dit_ao.quantizer.attention import annotate_attention
 from ptq4dit_ao.quantizer.linear import LinearQuantizer
-from ptq4dit_ao.quantizer.overrides import SAFE_LAYERS, LayerPlan, Override, apply_plan, check_bits, check_dynamic, plan_layers
+from ptq4dit_ao.quantizer.overrides import (
+    FLOAT_BITS,
+    SAFE_LAYERS,
+    LayerPlan,
+    Override,
+    apply_plan,
+    check_activation_bits,
+    check_bits,
+    check_dynamic,
+    plan_layers,
+)
 from ptq4dit_ao.quantizer.plan import BalancePlan
 from ptq4dit_ao.rounding import RoundingSettings
 
@@ -62,7 +72,8 @@ class PTQ4DiTQuantizer(Quantizer):
         base: the quantizer that decides which tensors are quantized, and to which dtypes; ``None`` takes
             :class:`LinearQuantizer`.
         weight_bits: 2 to 8, for every linear weight, per output channel.
-        activation_bits: 2 to 8, for every linear input, per tensor.
+        activation_bits: 2 to 8, for every linear input, per tensor; or 16, with which inputs stay float and weights
+            alone are quantized.
         dynamic: ``token`` gives every token (row of a linear's input) a range of its own, which is found at run time;
             the graph then has a few more operations on rows for each of these inputs. ``False`` calibrates one range.
         attention_bits: 2 to 8, for attention's operands (q, k, v and the probabilities), per tensor; ``None`` leaves
@@ -123,7 +134,11 @@ class PTQ4DiTQuantizer(Quantizer):
             for override in given:
                 check_type(f"an item of {name}", override, Override, "an Override")
         check_bits("weight_bits", weight_bits)
-        check_bits("activation_bits", activation_bits)
+        check_activation_bits(activation_bits)
+        if activation_bits == FLOAT_BITS and dynamic:
+            raise ArgumentError(
+                "activation_bits is 16, which keeps inputs float, and dynamic is 'token'; leave one of them out"
+            )
         if attention_bits is not None:
             check_bits("attention_bits", attention_bits)
         check_choice("balance", balance, BALANCE_METHODS)
@@ -170,7 +185,7 @@ class PTQ4DiTQuantizer(Quantizer):
         plans = plan_layers(model, **self._bits, dynamic=self._dynamic, overrides=self._overrides)
         if self._settings is not None and self._settings.method == "repq":
             for plan in plans.values():
-                if plan.dynamic and not plan.skip:
+                if plan.is_dynamic:
                     raise ArgumentError(
                         f"{plan.layer!r} is to have dynamic inputs, and balance='repq' gives all channels one static "
                         "range; balance with another method, or leave dynamic out"
@@ -302,7 +317,7 @@ class _Swap:
         specs: dict[Node, object] = node.meta[Q_ANNOTATION_KEY].input_qspec_map
         activation = _activation_spec(node)
         assert activation is not None
-        if activation.is_dynamic and not self.layers[node.name].dynamic:
+        if activation.is_dynamic and not self.layers[node.name].is_dynamic:
             raise ArgumentError(
                 f"{layer_name(node)!r}: the base quantizer asks for dynamic activations, which have no calibrated "
                 "range; balance first (collect_salience, balance), then use the base by itself"
@@ -310,6 +325,8 @@ class _Swap:
         self._swap((x, node), activation, lambda spec: self._activation_observer(node, x, spec))
         if activation.is_dynamic:  # convert_pt2e would look for its own op that finds dynamic ranges
             specs[x] = dataclasses.replace(activation, is_dynamic=False)
+        elif activation.dtype == FLOAT:
+            del specs[x]
         weight_spec = specs.get(weight)
         if isinstance(weight_spec, QuantizationSpec):
             self._swap((weight, node), weight_spec, lambda spec: WeightObserver(spec, self.plan))

@@ -25,6 +25,7 @@ from ptq4dit_ao.choices import BalanceMethod, FoldForm, LayerPreset, Ranges, Rou
 from ptq4dit_ao.errors import RecipeError
 from ptq4dit_ao.recipe.problems import describe, show, version_problem
 from ptq4dit_ao.recipe.values import (
+    ActivationBits,
     Alpha,
     Bits,
     BitsCandidates,
@@ -102,7 +103,11 @@ class Weights(_Section):
 class Activations(_Section):
     """Quantization of the activations."""
 
-    bits: Bits = Field(default=8, description="Width of an activation in bits, 2 to 8.")
+    bits: ActivationBits = Field(
+        default=8,
+        description="Width of an activation in bits, 2 to 8; or 16, with which activations stay float and weights alone "
+        "are quantized (they are stored and held as integers).",
+    )
     dynamic: DynamicOrAuto = Field(
         default=False,
         description="false: one range for each linear's input, from calibration. 'token': every token (row) of an input "
@@ -119,6 +124,8 @@ class Activations(_Section):
 
     @model_validator(mode="after")
     def _has_a_budget(self) -> Self:
+        if self.bits == 16 and self.dynamic:
+            raise _rule("bits: 16 keeps activations float, and dynamic quantizes them; remove one of them")
         if self.dynamic == "auto" and self.share is None:
             raise _rule("dynamic: auto needs share; add the part of the linears that may be dynamic, such as 0.4")
         if self.dynamic != "auto" and self.share is not None:
@@ -292,9 +299,10 @@ class Override(_Section):
     weight_bits: Bits | None = Field(
         default=None, description="Width of these modules' weights in bits, 2 to 8. If left out, that of 'weights'."
     )
-    activation_bits: Bits | None = Field(
+    activation_bits: ActivationBits | None = Field(
         default=None,
-        description="Width of these modules' activations in bits, 2 to 8. If left out, that of 'activations'.",
+        description="Width of these modules' activations in bits, 2 to 8, or 16 to keep them float. If left out, that of "
+        "'activations'.",
     )
     dynamic: DynamicOrNot | None = Field(
         default=None,
@@ -317,6 +325,11 @@ class Override(_Section):
                 "pattern '{pattern}' asks for nothing; add one of skip, {others}",
                 pattern=self.pattern,
                 others=", ".join(_NOT_WITH_SKIP),
+            )
+        if self.activation_bits == 16 and self.dynamic:
+            raise _rule(
+                "pattern '{pattern}' keeps activations float (activation_bits: 16) and makes them dynamic; keep one of them",
+                pattern=self.pattern,
             )
         return self
 

@@ -61,6 +61,7 @@ class LayerEntry(TypedDict):
     status: Literal["integer", "float"]
     weight_bits: int | None
     activation_bits: int | None
+    """16 for an input that stays float, with integer weights."""
     dynamic: NotRequired[Dynamic]
     """Whether each token of the input has a range of its own; missing in reports from before there was a choice."""
     activation_clipping: float | None

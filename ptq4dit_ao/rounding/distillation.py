@@ -145,7 +145,7 @@ def distill(
     targets = list(_float_outputs(prepared, nodes, outputs, inputs))
     linears = {layer.node: LearnedLinear(prepared, layer) for layer in layers}
     ranges: dict[ActivationObserver, LearnedRange] = {
-        g.observer: LearnedRange(g.observer) for g in groups if not g.observer.spec.dynamic
+        g.observer: LearnedRange(g.observer) for g in groups if g.observer.spec.ranged
     }
     run = Run(prepared, nodes, outputs, {**linears}, ranges)
     pause = -(-len(inputs) // COMPARED)

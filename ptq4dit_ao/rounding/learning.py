@@ -51,7 +51,7 @@ class LearnedRange(nn.Module):
 
 def straight_through(observer: ActivationObserver) -> Callable[[Tensor], Tensor]:
     """The quantizer of an activation whose range is not learned, with a straight-through gradient."""
-    if not observer.spec.dynamic:
+    if observer.spec.ranged:
         return LearnedRange(observer).requires_grad_(False)
     return lambda x: x + (observer.fake_quantize(x) - x).detach()
 

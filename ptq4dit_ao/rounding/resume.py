@@ -125,7 +125,7 @@ def _tensors(prefix: str, group: Group) -> dict[str, Tensor]:
 
 def _read(tensors: Mapping[str, Tensor], prefix: str, group: Group) -> tuple[tuple[float, float] | None, list[Rounded]]:
     bounds = None
-    if not group.observer.spec.dynamic:
+    if group.observer.spec.ranged:
         low, high = tensors[f"{prefix}range"].tolist()
         bounds = low, high
     rounded = []

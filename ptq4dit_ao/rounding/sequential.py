@@ -124,7 +124,7 @@ def _round(prepared: GraphModule, group: Group, streams: Streams, settings: Roun
 
 
 def _has_no_range(observer: ActivationObserver) -> bool:
-    return observer.chosen_range is None and not observer.spec.dynamic
+    return observer.chosen_range is None and observer.spec.ranged
 
 
 def _look(streams: Streams, node: Node) -> tuple[Tensor, Tensor, Tensor]:

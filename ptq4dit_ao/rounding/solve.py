@@ -67,7 +67,7 @@ def choose_range(
     weight: Tensor,
     ranges: str,
 ) -> tuple[float, float] | None:
-    """Quantization range of an activation; None if each token has its own.
+    """Quantization range of an activation; None if each token has its own, or it stays float.
 
     Args:
         spec: spec of the activation.
@@ -80,7 +80,7 @@ def choose_range(
     Returns:
         Minimum and maximum.
     """
-    if spec.dynamic:
+    if not spec.ranged:
         return None
     if ranges == "minmax" or len(tokens) == 0:
         return float(low), float(high)
@@ -93,7 +93,9 @@ def choose_range(
 
 
 def quantize_tokens(spec: QuantSpec, tokens: Tensor, bounds: tuple[float, float] | None) -> Tensor:
-    """Tokens quantized and dequantized in a range; None is each one's own."""
+    """Tokens quantized and dequantized in a range; None for those that have their own, or stay float."""
+    if spec.stays_float:
+        return tokens
     if bounds is None:
         return fake_quantize_tokens(tokens, spec.quant_min, spec.quant_max)
     scale, zero_point = spec.qparams(torch.tensor(bounds[0]), torch.tensor(bounds[1]))

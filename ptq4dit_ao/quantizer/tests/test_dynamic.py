@@ -14,7 +14,8 @@ from ptq4dit_ao.capture import export_transformer
 from ptq4dit_ao.core.metrics import sqnr_db
 from ptq4dit_ao.errors import ArgumentError, OverrideError
 from ptq4dit_ao.lowering import lower, quantized_linears
-from ptq4dit_ao.lowering.match import is_quantizer
+from ptq4dit_ao.lowering.backend import BACKENDS as BACKENDS_BY_NAME
+from ptq4dit_ao.lowering.match import is_quantizer, weight_only_linears
 from ptq4dit_ao.lowering.tests.batches import batch_of
 from ptq4dit_ao.metrics import leave_one_out, weight_errors
 from ptq4dit_ao.metrics.layers import layer_errors
@@ -166,3 +167,83 @@ def test_what_needs_static_ranges_is_refused(tiny_exported, duplicate):
         Override(pattern="*", dynamic=True)
     with pytest.raises(OverrideError, match="skips a layer and sets its bits, dynamic or balance"):
         Override(pattern="*", skip=True, dynamic="token")
+
+
+# -- weights alone -------------------------------------------------------------------------------------------------
+
+
+def test_weights_alone_are_integers_and_inputs_stay(quantized, tiny_exported, tiny_samples):
+    converted = quantized(activation_bits=16, rounding="gptq")
+    assert len(weight_only_linears(converted)) == LINEARS and not quantized_linears(converted)
+    assert not any("per_tensor" in str(node.target) for node in converted.graph.nodes)
+    expected = torch.cat([tiny_exported(*s) for s in tiny_samples])
+    weights, both = (
+        sqnr_db(expected, torch.cat([m(*s) for s in tiny_samples])) for m in (converted, quantized(rounding="gptq"))
+    )
+    assert weights > both + 3
+    four = quantized(activation_bits=16, rounding="gptq", weight_bits=4)
+    nearest = quantized(activation_bits=16, weight_bits=4)
+    four, nearest = (sqnr_db(expected, torch.cat([m(*s) for s in tiny_samples])) for m in (four, nearest))
+    assert four > nearest + 1  # rounded with the moments of inputs that are not quantized
+
+
+def test_one_layer_of_integer_weights_among_others(quantized, tiny_exported, tiny_samples):
+    converted = quantized(overrides=(Override(pattern="*norm1.linear", activation_bits=16),), weight_bits=4)
+    names = balance_result(converted).layers
+    assert [names[linear.name] for linear in weight_only_linears(converted)] == [
+        f"transformer_blocks.{i}.norm1.linear" for i in range(2)
+    ]
+    assert len(quantized_linears(converted)) == LINEARS - 2
+    balanced = balanced_as(tiny_exported, balance_result(converted))
+    found = leave_one_out(balanced, converted, tiny_samples)
+    assert len(found.without) == 10 and len(weight_errors(balanced, converted, tiny_samples)) == 10
+    only = (Override(pattern="*", skip=True), Override(pattern="transformer_blocks.0.norm1.linear", activation_bits=16))
+    alone = quantized(overrides=only, balance="none", weight_bits=4)
+    (without,) = leave_one_out(balanced_as(tiny_exported, balance_result(alone)), alone, tiny_samples).without.values()
+    assert without.sqnr_db > 110
+
+
+def test_weights_alone_are_learned_layer_by_layer(duplicate, tiny_exported, tiny_samples, tmp_path):
+    quantizer = PTQ4DiTQuantizer(weight_bits=3, activation_bits=16, rounding="gptq", sequential=True)
+    prepared = prepare_pt2e(duplicate(tiny_exported), quantizer)
+    for sample in tiny_samples:
+        prepared(*sample)
+    round_sequentially(prepared, tiny_samples, resume=tmp_path / "rounding")
+    rounded = convert_pt2e(copy.deepcopy(prepared))
+    distill(prepared, tiny_samples, steps=40)
+    expected = torch.cat([tiny_exported(*s) for s in tiny_samples])
+    before, after = (
+        sqnr_db(expected, torch.cat([m(*s) for s in tiny_samples])) for m in (rounded, convert_pt2e(prepared))
+    )
+    assert after > before
+
+
+BACKENDS = ["reference", "fbgemm", "openvino", "onnx", pytest.param("x86_inductor", marks=pytest.mark.x86)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("whole", [True, False])
+def test_backends_keep_integers_of_float_inputs(backend, whole, quantized):
+    if BACKENDS_BY_NAME[backend].unavailable():
+        pytest.skip(f"{backend}: {BACKENDS_BY_NAME[backend].unavailable()}")
+    overrides = () if whole else (Override(pattern="*norm1.linear", activation_bits=16),)
+    converted = quantized(activation_bits=16 if whole else 8, overrides=overrides)
+    lowered = lower(converted, backend)
+    count = LINEARS if whole else 2
+    assert lowered.proof.weight_only == count
+    assert lowered.proof.promised == (0 if backend == "reference" else LINEARS - count)
+    assert f"; {count} linears of integer weights and float inputs" in str(lowered.proof)
+    for rows in (4, 1, 7):
+        db = sqnr_db(converted(*batch_of(rows)), lowered(*batch_of(rows)))
+        assert db > (90 if whole else 45)
+
+
+def test_what_contradicts_weights_alone_is_refused():
+    with pytest.raises(ArgumentError, match="activation_bits is 9; it must be an integer from 2 to 8, or 16 to quantize"):
+        PTQ4DiTQuantizer(activation_bits=9)
+    with pytest.raises(ArgumentError, match="activation_bits is 16, which keeps inputs float, and dynamic is 'token'"):
+        PTQ4DiTQuantizer(activation_bits=16, dynamic="token")
+    with pytest.raises(OverrideError, match="keeps inputs float .activation_bits 16. and makes them dynamic"):
+        Override(pattern="*", activation_bits=16, dynamic="token")
+    with pytest.raises(ArgumentError, match="weight_bits is 16"):
+        PTQ4DiTQuantizer(weight_bits=16)
