@@ -13,6 +13,8 @@ from torch.nn import functional
 
 from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao._progress import OnProgress, ignore
+from ptq4dit_ao.core import fake_quantize
+from ptq4dit_ao.core.per_token import fake_quantize_tokens
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.graph.names import LINEAR, get_attribute, writes_in_place
 from ptq4dit_ao.metrics.paired import PairedError, energies, rows_of, timesteps_of
@@ -154,6 +156,64 @@ def weight_errors(
             names.append(tuple(node.name for node in linears))
     *alone, _ = _one_by_one(balanced, changes, balanced, batches, timestep_index, on_progress)
     return dict(zip(names, alone, strict=True))
+
+
+@own_modes()
+def input_errors(
+    balanced: GraphModule,
+    quantized: GraphModule,
+    batches: Iterable[tuple[Tensor, ...]],
+    *,
+    only: Container[str] | None = None,
+    timestep_index: int | None = 1,
+    on_progress: OnProgress = ignore,
+) -> dict[tuple[str, ...], tuple[PairedError, PairedError]]:
+    """Errors of the output when one input alone is quantized, and all else is float: in its static range, and per token.
+
+    Args:
+        balanced, quantized, batches, timestep_index, on_progress: as for :func:`leave_one_out`. The quantized graph's
+            inputs have static ranges.
+        only: names of the linears whose inputs are measured; None is all.
+
+    Returns:
+        Node names of the linears that read one quantized input -> both errors, in execution order.
+
+    Raises:
+        ArgumentError: the quantized graph has no linear with a quantized input.
+    """
+    twins, batches = _by_name(balanced), list(batches)
+    groups = {
+        source: [node for node in linears if only is None or node.name in only]
+        for source, linears in quantized_inputs(quantized).items()
+        if source.target is not LINEAR
+    }
+    groups = {source: linears for source, linears in groups.items() if linears}
+    errors = []
+    for part, per_row in enumerate((False, True)):
+        changes = {
+            twins[linears[0].name]: {twins[node.name]: _with_input(source, per_row) for node in linears}
+            for source, linears in groups.items()
+        }
+        progress = _half(on_progress, part)
+        errors.append(_one_by_one(balanced, changes, balanced, batches, timestep_index, progress)[:-1])
+    names = (tuple(node.name for node in linears) for linears in groups.values())
+    return dict(zip(names, zip(*errors, strict=True), strict=True))
+
+
+def _half(on_progress: OnProgress, part: int) -> OnProgress:
+    return lambda done, total: on_progress(part * total + done, 2 * total)
+
+
+def _with_input(quantize: Node, per_row: bool) -> Callable[..., Tensor]:
+    """A linear whose input is quantized as by a node, or with a range for each row."""
+    arguments: Any = quantize.args
+    _, scale, zero_point, low, high, _ = arguments
+
+    def linear(x: Tensor, *parameters: Tensor) -> Tensor:
+        q = fake_quantize_tokens(x, low, high) if per_row else fake_quantize(x, scale, zero_point, low, high)
+        return functional.linear(q, *parameters)
+
+    return linear
 
 
 def quantized_inputs(quantized: GraphModule) -> dict[Node, list[Node]]:

@@ -168,11 +168,19 @@ class PTQ4DiTQuantizer(Quantizer):
         self._policy, self._verify = policy, verify
         self._layers: dict[str, LayerPlan] = {}
 
-    def variant(self, *, weight_bits: int, sequential: bool) -> PTQ4DiTQuantizer:
-        """The same quantizer with other ``weight_bits`` and ``sequential``."""
-        check_bits("weight_bits", weight_bits)
+    def variant(
+        self, *, weight_bits: int | None = None, dynamic: Dynamic | None = None, sequential: bool | None = None
+    ) -> PTQ4DiTQuantizer:
+        """The same quantizer with another value of what is not None."""
         other = copy.copy(self)
-        other._bits, other._sequential = {**self._bits, "weight_bits": weight_bits}, sequential
+        if weight_bits is not None:
+            check_bits("weight_bits", weight_bits)
+            other._bits = {**self._bits, "weight_bits": weight_bits}
+        if dynamic is not None:
+            check_dynamic(dynamic)
+            other._dynamic = dynamic
+        if sequential is not None:
+            other._sequential = sequential
         return other
 
     def plan(self, model: GraphModule) -> dict[str, LayerPlan]:

@@ -23,6 +23,7 @@ from ptq4dit_ao.passes import BalanceResult, SiteOutcome, balance_result
 from ptq4dit_ao.quantizer.overrides import FLOAT_BITS
 from ptq4dit_ao.report.types import (
     AttentionEntry,
+    DynamicEntry,
     EvaluationEntry,
     InputSizesEntry,
     LayerEntry,
@@ -63,6 +64,7 @@ def build_report(
     evaluation: EvaluationEntry | None = None,
     diagnostics: Diagnostics | None = None,
     weight_bits: WeightBitsEntry | None = None,
+    dynamic: DynamicEntry | None = None,
 ) -> Report:
     """Everything that is known of one quantized model; its size is added when it is saved.
 
@@ -75,6 +77,7 @@ def build_report(
         evaluation: error of its output.
         diagnostics: of its layers.
         weight_bits: how they were chosen, if they were.
+        dynamic: how inputs with ranges at run time were chosen, if they were.
     """
     result = balance_result(converted)
     settings = result.settings
@@ -96,6 +99,7 @@ def build_report(
         "layers": _layers(converted, result, diagnostics),
         "attention": _attention(converted),
         "weight_bits": weight_bits,
+        "dynamic": dynamic,
         "leave_one_out": None if diagnostics is None else _leave_one_out(result, diagnostics),
         "evaluation": evaluation,
         "size": None,

@@ -147,6 +147,24 @@ class WeightBitsEntry(TypedDict):
     inputs: list[ChosenBitsEntry]
 
 
+class ChosenInputEntry(TypedDict):
+    """The decision on one quantized input."""
+
+    name: str
+    layers: list[str]
+    share: float
+    noise: list[float]
+    """With a static range, and per token."""
+    dynamic: bool
+
+
+class DynamicEntry(TypedDict):
+    """Decision of ``dynamic: auto``."""
+
+    share: float
+    inputs: list[ChosenInputEntry]
+
+
 class Report(TypedDict):
     """Everything that is known of one quantized model."""
 
@@ -161,6 +179,7 @@ class Report(TypedDict):
     layers: list[LayerEntry]
     attention: AttentionEntry | None
     weight_bits: WeightBitsEntry | None
+    dynamic: NotRequired[DynamicEntry | None]
     leave_one_out: LeaveOneOutEntry | None
     evaluation: EvaluationEntry | None
     size: SizeEntry | None

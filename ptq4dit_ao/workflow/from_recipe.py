@@ -17,8 +17,9 @@ from ptq4dit_ao.quantizer import (
     PTQ4DiTQuantizer,
 )
 from ptq4dit_ao.recipe import Override as RecipeOverride
-from ptq4dit_ao.recipe import Recipe, Weights
+from ptq4dit_ao.recipe import Activations, Recipe, Weights
 from ptq4dit_ao.rounding import RoundingSettings
+from ptq4dit_ao.workflow.dynamic import ChosenDynamic
 from ptq4dit_ao.workflow.weight_bits import WeightBits
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,13 @@ def with_chosen_bits(recipe: Recipe, choice: WeightBits) -> Recipe:
     more = (RecipeOverride(pattern=o.pattern, weight_bits=o.weight_bits) for o in choice.overrides)
     weights = Weights(bits=choice.candidates[0])
     return recipe.model_copy(update={"weights": weights, "overrides": (*more, *recipe.overrides)})
+
+
+def with_chosen_dynamic(recipe: Recipe, choice: ChosenDynamic) -> Recipe:
+    """The recipe with ``dynamic: auto`` replaced by an override for each layer whose input is quantized per token."""
+    token = (RecipeOverride(pattern=layer.replace("[", "[[]"), dynamic="token") for layer in choice.layers)
+    activations = Activations(bits=recipe.activations.bits)
+    return recipe.model_copy(update={"activations": activations, "overrides": (*token, *recipe.overrides)})
 
 
 def overrides_of(recipe: Recipe) -> tuple[Override, ...]:
