@@ -133,7 +133,8 @@ class BalancedForNNCF:
         plans = [plan for plan in self.plans.values() if not plan.skip]
         if (dynamic := next((plan.layer for plan in plans if plan.is_dynamic), None)) is not None:
             raise LoweringError(
-                f"{function} calibrates one range for each input, and the recipe gives {dynamic!r} dynamic ones; {instead}"
+                f"{function} calibrates one range for each input, and the recipe gives {dynamic!r} dynamic ones; "
+                f"{instead}"
             )
         attention = self.recipe.attention.quantize and self.recipe.attention.bits != 8
         if attention or any((plan.weight_bits, plan.activation_bits) != (8, 8) for plan in plans):

@@ -1,7 +1,7 @@
 """Time of ranges at run time: ``python integration_tests/measure/dynamic_speed.py [--width dit-xl] [--blocks 1]``.
 
-A DiT of random weights is quantized to W8A8 with static ranges, per token everywhere, per token at FC1 and FC2, and with
-adaLN's modulation weight-only. All are lowered to every backend, and timed in interleaved rounds in one process.
+A DiT of random weights is quantized to W8A8 with static ranges, per token everywhere, per token at FC1 and FC2, and
+with adaLN's modulation weight-only. All are lowered to every backend, and timed in interleaved rounds in one process.
 The columns are the median latency in ms, and its ratio to the static form on the same backend.
 """
 

@@ -6,8 +6,8 @@ static, with a scale of 1, and
 
     ``x W^T = s (u W^T) + m sum_j W_j``.
 
-A linear of dynamic inputs is thus one of static inputs between operations on rows. The middle, and not ``low``, is taken
-out because the two terms would otherwise cancel, which costs digits in 16 bits. A row of equal values is exact.
+A linear of dynamic inputs is thus one of static inputs between operations on rows. The middle, and not ``low``, is
+taken out because the two terms would otherwise cancel, which costs digits in 16 bits. A row of equal values is exact.
 """
 
 from __future__ import annotations

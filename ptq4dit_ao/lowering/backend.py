@@ -72,7 +72,7 @@ class Request:
     attention: int = 0
     """Number of attention's quantized matrix products in ``graph``."""
     weight_only: Sequence[IntegerLinear] = ()
-    """Linears of float inputs and integer weights. A backend that leaves them as they are must not keep float copies."""
+    """Linears of float inputs and integer weights. A backend must not keep float copies of these weights."""
 
 
 @dataclass(frozen=True, kw_only=True)

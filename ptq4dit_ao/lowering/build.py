@@ -31,7 +31,13 @@ from ptq4dit_ao.graph.shapes import tensor_of
 from ptq4dit_ao.graph.ties import merge_equal_computations
 from ptq4dit_ao.lowering.backend import BACKENDS, Backend, Request, Runnable, choose_backend
 from ptq4dit_ao.lowering.lowered_model import LoweredModel
-from ptq4dit_ao.lowering.match import integer_linears, quantized_linears, quantized_products, unread_linears, weight_only_linears
+from ptq4dit_ao.lowering.match import (
+    integer_linears,
+    quantized_linears,
+    quantized_products,
+    unread_linears,
+    weight_only_linears,
+)
 from ptq4dit_ao.lowering.parity import Parity, Rebuild, idle_linears
 from ptq4dit_ao.lowering.proof import KernelProof, check_proof
 

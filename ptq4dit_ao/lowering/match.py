@@ -1,7 +1,9 @@
 """Patterns that find quantized operations in a converted graph.
 
-Linears are ``linear(dq(q(x)), dq(int weight), bias)``. Where tokens have ranges of their own, ops on rows stand before and
-after such a linear (:mod:`ptq4dit_ao.observers.per_token`), which no backend needs to know. Products of attention are ``matmul(dq(q(x)), dq(q(y)))``.
+Linears are ``linear(dq(q(x)), dq(int weight), bias)``, or ``linear(x, dq(int weight), bias)`` if the input stays float.
+Where tokens have ranges of their own, ops on rows stand before and after a linear
+(:mod:`ptq4dit_ao.observers.per_token`), which no backend needs to know. Products of attention are
+``matmul(dq(q(x)), dq(q(y)))``.
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ class IntegerLinear:
 
     @property
     def layer_bias(self) -> Tensor | None:
-        """Float bias of the layer, (C_out,), or None. It is added after the linear if tokens are quantized on their own."""
+        """Float bias of the layer, (C_out,), or None. Behind a linear of tokens with ranges of their own it is added."""
         node = self.bias_node if self.per_token is None else self.per_token.bias
         return None if node is None else self._constant(node)
 

@@ -168,7 +168,7 @@ def input_errors(
     timestep_index: int | None = 1,
     on_progress: OnProgress = ignore,
 ) -> dict[tuple[str, ...], tuple[PairedError, PairedError]]:
-    """Errors of the output when one input alone is quantized, and all else is float: in its static range, and per token.
+    """Errors of the output when one input alone is quantized, and all else is float: statically, and per token.
 
     Args:
         balanced, quantized, batches, timestep_index, on_progress: as for :func:`leave_one_out`. The quantized graph's
@@ -290,7 +290,9 @@ def _restored(linear: Node, balanced: GraphModule, twin: Node) -> Instead:
         around.shift: lambda middle, _: middle * weight(middle).sum(1),
     }
     if around.biased is not None:
-        instead[around.biased] = lambda shift, bias: shift + _parameters(balanced, twin)[1] if len(twin.args) > 2 else shift
+        instead[around.biased] = lambda shift, bias: (
+            shift + _parameters(balanced, twin)[1] if len(twin.args) > 2 else shift
+        )
     return instead
 
 

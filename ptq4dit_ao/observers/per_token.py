@@ -1,8 +1,8 @@
 """Nodes of linears whose input is quantized per token, as :mod:`ptq4dit_ao.core.per_token` derives them.
 
-Before the quantizer, each row is shifted and scaled to ``u = (x - middle) / scale``. After the linear, which has no bias,
-this is undone: ``y = u W^T * scale + (middle * sums + bias)``. Between them is a static linear as any other, so every
-backend has kernels for it. Linears that read one tensor share the nodes before it.
+Before the quantizer, each row is shifted and scaled to ``u = (x - middle) / scale``. After the linear, which has no
+bias, this is undone: ``y = u W^T * scale + (middle * sums + bias)``. Between them is a static linear as any other, so
+every backend has kernels for it. Linears that read one tensor share the nodes before it.
 """
 
 from __future__ import annotations

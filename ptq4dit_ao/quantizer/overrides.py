@@ -63,7 +63,8 @@ class Override:
             check_activation_bits(self.activation_bits)
         if self.activation_bits == FLOAT_BITS and self.dynamic:
             raise OverrideError(
-                f"override {self.pattern!r} keeps inputs float (activation_bits 16) and makes them dynamic; do one of them"
+                f"override {self.pattern!r} keeps inputs float (activation_bits 16) and makes them dynamic; do one of "
+                "them"
             )
         if self.dynamic is not None:
             check_dynamic(self.dynamic)
@@ -126,11 +127,7 @@ def plan_layers(
 
 
 def _apply(plan: LayerPlan, override: Override) -> LayerPlan:
-    changes = {
-        name: value
-        for name in FIELDS
-        if (value := getattr(override, name)) is not None
-    }
+    changes = {name: value for name in FIELDS if (value := getattr(override, name)) is not None}
     if "skip" not in changes and not changes.keys() <= {"balance"}:
         changes["skip"] = False  # an override that says how to quantize undoes the skip of an earlier one
     return dataclasses.replace(plan, **changes)

@@ -105,21 +105,21 @@ class Activations(_Section):
 
     bits: ActivationBits = Field(
         default=8,
-        description="Width of an activation in bits, 2 to 8; or 16, with which activations stay float and weights alone "
-        "are quantized (they are stored and held as integers).",
+        description="Width of an activation in bits, 2 to 8; or 16, with which activations stay float and weights "
+        "alone are quantized (they are stored and held as integers).",
     )
     dynamic: DynamicOrAuto = Field(
         default=False,
-        description="false: one range for each linear's input, from calibration. 'token': every token (row) of an input "
-        "has a range of its own, found at run time; closer, and some more time for each row. 'auto': 'token' for the "
-        "layers that gain most, within 'share'. Attention's own products are always static.",
+        description="false: one range for each linear's input, from calibration. 'token': every token (row) of an "
+        "input has a range of its own, found at run time; closer, and some more time for each row. 'auto': 'token' for "
+        "the layers that gain most, within 'share'. Attention's own products are always static.",
     )
     share: float | None = Field(
         default=None,
         gt=0,
         le=1,
-        description="Upper limit of the part of all quantized linears' multiplications whose inputs 'auto' makes dynamic, "
-        "above 0, at most 1. Required by dynamic: auto.",
+        description="Upper limit of the part of all quantized linears' multiplications whose inputs 'auto' makes "
+        "dynamic, above 0, at most 1. Required by dynamic: auto.",
     )
 
     @model_validator(mode="after")
@@ -129,7 +129,9 @@ class Activations(_Section):
         if self.dynamic == "auto" and self.share is None:
             raise _rule("dynamic: auto needs share; add the part of the linears that may be dynamic, such as 0.4")
         if self.dynamic != "auto" and self.share is not None:
-            raise _rule("share is for dynamic: auto, and dynamic is {dynamic}; remove one of them", dynamic=show(self.dynamic))
+            raise _rule(
+                "share is for dynamic: auto, and dynamic is {dynamic}; remove one of them", dynamic=show(self.dynamic)
+            )
         return self
 
 
@@ -301,8 +303,8 @@ class Override(_Section):
     )
     activation_bits: ActivationBits | None = Field(
         default=None,
-        description="Width of these modules' activations in bits, 2 to 8, or 16 to keep them float. If left out, that of "
-        "'activations'.",
+        description="Width of these modules' activations in bits, 2 to 8, or 16 to keep them float. If left out, that "
+        "of 'activations'.",
     )
     dynamic: DynamicOrNot | None = Field(
         default=None,
@@ -328,7 +330,8 @@ class Override(_Section):
             )
         if self.activation_bits == 16 and self.dynamic:
             raise _rule(
-                "pattern '{pattern}' keeps activations float (activation_bits: 16) and makes them dynamic; keep one of them",
+                "pattern '{pattern}' keeps activations float (activation_bits: 16) and makes them dynamic; keep one of "
+                "them",
                 pattern=self.pattern,
             )
         return self

@@ -77,8 +77,8 @@ def apply_recipe(
         timestep_input: name of the input that holds the timestep, where it cannot be found by its name.
         name: name of the model in the report.
         on_progress: called with ``(stage, done, total)``. The stages are ``choose dynamic`` and ``choose bits`` (count
-            quantized inputs), ``calibrate (batches), ``round`` (parts of a sequential rounding) and ``distill`` (steps), those that the
-            recipe has. ``total`` is 0 where ``samples`` has no length.
+            quantized inputs), ``calibrate`` (batches), ``round`` (parts of a sequential rounding) and ``distill``
+            (steps), those that the recipe has. ``total`` is 0 where ``samples`` has no length.
         resume: a folder for checkpoints of sequential rounding and distillation. Work that is found there is not
             repeated.
 
@@ -198,8 +198,12 @@ def convert(
     captured, folded = captured_module(exported), folded_sources(exported)
     choice, dynamic = None, None
     if recipe.activations.dynamic == "auto":
-        batches = [check_batch(exported, _on(device, b), "a calibration batch") for b in itertools.chain([first], iterator)]
-        dynamic = _choose_dynamic(exported, recipe, batches, base, timestep_input, of_stage(on_progress, "choose dynamic"))
+        batches = [
+            check_batch(exported, _on(device, b), "a calibration batch") for b in itertools.chain([first], iterator)
+        ]
+        dynamic = _choose_dynamic(
+            exported, recipe, batches, base, timestep_input, of_stage(on_progress, "choose dynamic")
+        )
         recipe, first, iterator = with_chosen_dynamic(recipe, dynamic), batches[0], iter(batches[1:])
         clock.lap("choose dynamic")
     if recipe.weights.bits == "auto":

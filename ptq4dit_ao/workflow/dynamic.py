@@ -103,8 +103,8 @@ def choose_dynamic(
     free = {node for node, plan in plans[0].items() if plan.is_dynamic and not plans[1][node].is_dynamic}
     if not free:
         raise ArgumentError(
-            "overrides decide on the ranges of all quantized layers; there is none to choose: take out overrides, or say "
-            "dynamic: token or false"
+            "overrides decide on the ranges of all quantized layers; there is none to choose: take out overrides, or "
+            "say dynamic: token or false"
         )
     calibrated, measured = held_out(exported, batches)
     prepared = prepare_pt2e(
@@ -130,12 +130,14 @@ def choose_dynamic(
     budget = math.floor(share * total) - spent
     if budget < 0:
         raise ArgumentError(
-            f"share is {share:g}, but overrides make {spent / total:.3g} of the multiplications dynamic; raise it, or take "
-            "out overrides"
+            f"share is {share:g}, but overrides make {spent / total:.3g} of the multiplications dynamic; raise it, or "
+            "take out overrides"
         )
     picks = allocate([[0, cost] for cost in costs.values()], list(noise.values()), budget)
     chosen = tuple(
-        ChosenInput(layers=layers, share=costs[layers] / total, noise=(noise[layers][0], noise[layers][1]), dynamic=pick == 1)
+        ChosenInput(
+            layers=layers, share=costs[layers] / total, noise=(noise[layers][0], noise[layers][1]), dynamic=pick == 1
+        )
         for layers, pick in zip(costs, picks, strict=True)
     )
     taken = spent / total + sum(inputs.share for inputs in chosen if inputs.dynamic)

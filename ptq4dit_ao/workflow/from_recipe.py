@@ -16,8 +16,8 @@ from ptq4dit_ao.quantizer import (
     Override,
     PTQ4DiTQuantizer,
 )
-from ptq4dit_ao.recipe import Override as RecipeOverride
 from ptq4dit_ao.recipe import Activations, Recipe, Weights
+from ptq4dit_ao.recipe import Override as RecipeOverride
 from ptq4dit_ao.rounding import RoundingSettings
 from ptq4dit_ao.workflow.dynamic import ChosenDynamic
 from ptq4dit_ao.workflow.weight_bits import WeightBits
@@ -84,8 +84,8 @@ def dynamic_of(recipe: Recipe) -> Dynamic:
     """
     if recipe.activations.dynamic == "auto":
         raise ArgumentError(
-            "activations.dynamic is auto; apply_recipe and 'ptq4dit-ao quantize' choose the layers, elsewhere give token "
-            "or false"
+            "activations.dynamic is auto; apply_recipe and 'ptq4dit-ao quantize' choose the layers, elsewhere give "
+            "token or false"
         )
     return recipe.activations.dynamic
 

@@ -38,4 +38,3 @@ def test_half_precision_does_not_overflow():
     x = torch.tensor([[-6e4, 6e4, 0.0]], dtype=torch.float16)
     assert fake_quantize_tokens(x, 0, 255).isfinite().all()
     assert middle_and_scale(x, 255)[1].dtype == torch.float32
-

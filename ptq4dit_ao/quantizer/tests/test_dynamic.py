@@ -1,4 +1,4 @@
-"""Activations quantized per token: an exact rewrite, whose integers every backend computes; what cannot be is refused."""
+"""Inputs quantized per token, by an exact rewrite that every backend computes; inputs that stay float; refusals."""
 
 from __future__ import annotations
 
@@ -159,7 +159,9 @@ def test_what_learns_leaves_dynamic_ranges_alone(duplicate, tiny_exported, tiny_
 
 def test_what_needs_static_ranges_is_refused(tiny_exported, duplicate):
     for options in ({"dynamic": "token"}, {"overrides": (Override(pattern="*to_q", dynamic="token"),)}):
-        with pytest.raises(ArgumentError, match=r"'transformer_blocks.0.* is to have dynamic inputs, and balance='repq'"):
+        with pytest.raises(
+            ArgumentError, match=r"'transformer_blocks.0.* is to have dynamic inputs, and balance='repq'"
+        ):
             prepare_pt2e(duplicate(tiny_exported), PTQ4DiTQuantizer(balance="repq", **options))
     with pytest.raises(ArgumentError, match="dynamic is 'row'; give 'token'"):
         PTQ4DiTQuantizer(dynamic="row")
@@ -239,7 +241,9 @@ def test_backends_keep_integers_of_float_inputs(backend, whole, quantized):
 
 
 def test_what_contradicts_weights_alone_is_refused():
-    with pytest.raises(ArgumentError, match="activation_bits is 9; it must be an integer from 2 to 8, or 16 to quantize"):
+    with pytest.raises(
+        ArgumentError, match="activation_bits is 9; it must be an integer from 2 to 8, or 16 to quantize"
+    ):
         PTQ4DiTQuantizer(activation_bits=9)
     with pytest.raises(ArgumentError, match="activation_bits is 16, which keeps inputs float, and dynamic is 'token'"):
         PTQ4DiTQuantizer(activation_bits=16, dynamic="token")

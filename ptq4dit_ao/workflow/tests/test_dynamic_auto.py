@@ -17,7 +17,6 @@ from ptq4dit_ao.workflow import apply_recipe, load_quantized, quantizer_from_rec
 from ptq4dit_ao.workflow.dynamic import choose_dynamic
 
 
-
 @pytest.fixture(scope="module")
 def samples(tiny_samples):
     """Samples of very different sizes, which one range does not fit."""
@@ -56,7 +55,9 @@ def test_a_recipe_is_followed_and_reported(tiny_exported, samples, tmp_path):
     layers = {layer for inputs in entry["inputs"] if inputs["dynamic"] for layer in inputs["layers"]}
     assert layers == chosen(model) and 0 < entry["share"] <= 0.6 and "choose dynamic" in stages
     assert not any("to_out" in layer for inputs in entry["inputs"] for layer in inputs["layers"])
-    assert model.recipe.activations.dynamic is False and sum(x["noise"][0] for x in entry["inputs"]) == pytest.approx(1, 1e-2)
+    assert model.recipe.activations.dynamic is False and sum(x["noise"][0] for x in entry["inputs"]) == pytest.approx(
+        1, 1e-2
+    )
     static = apply_recipe(tiny_exported, Recipe(), samples)
     expected = torch.cat([tiny_exported(*s) for s in samples])
     db = [sqnr_db(expected, torch.cat([m.graph(*s) for s in samples])) for m in (static, model)]
@@ -67,7 +68,7 @@ def test_a_recipe_is_followed_and_reported(tiny_exported, samples, tmp_path):
     assert chosen_names(loaded) == chosen_names(model)
     assert torch.equal(loaded.graph(*samples[0]), model.graph(*samples[0]))
     assert loaded.lower("fbgemm").proof.integer_gemms == 14
-    write_html(tmp_path / "report.html", model.report)
+    write_html(model.report, tmp_path / "report.html")
     assert "Ranges at run time" in (tmp_path / "report.html").read_text()
 
 
