@@ -21,13 +21,13 @@ from ptq4dit_ao.errors import LoweringError
 from ptq4dit_ao.evaluation.environment import has_native_bfloat16
 from ptq4dit_ao.lowering import LoweredModel, export_to
 from ptq4dit_ao.lowering.backend import BACKENDS
-from ptq4dit_ao.recipe import Recipe, Weights
+from ptq4dit_ao.recipe import Activations, Recipe, Weights
 from ptq4dit_ao.reference import SAMPLING
 
 MARKS = {"reference": (), "x86_inductor": ("x86",), "aoti": ("x86", "aoti")}
 """Where the mark is not the backend's name; what compiles C++ is marked x86, too."""
 
-CASES = {"tiny W8A8": 14, "tiny W4A8": 14, "digits W8A8": 42}
+CASES = {"tiny W8A8": 14, "tiny W4A8": 14, "tiny W8A8-per-token": 14, "digits W8A8": 42}
 """Model and bits -> quantized linears."""
 
 PARITY_DB = 45
@@ -57,7 +57,8 @@ def saved(tiny_dit, tiny_samples, tmp_path_factory) -> Callable[[str], Path]:
     @functools.cache
     def make(case: str) -> Path:
         model, bits = case.split()
-        recipe = Recipe(weights=Weights(bits=int(bits[1])))
+        dynamic = "token" if bits.endswith("per-token") else False
+        recipe = Recipe(weights=Weights(bits=int(bits[1])), activations=Activations(dynamic=dynamic))
         if model == "tiny":
             quantized = apply_recipe(tiny_dit, recipe, tiny_samples)
         else:

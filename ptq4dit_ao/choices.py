@@ -52,6 +52,9 @@ FloatDtype = Literal["bfloat16", "float16"]
 FLOAT_DTYPES: tuple[FloatDtype, ...] = get_args(FloatDtype)
 """Dtypes that the float part of a lowered model may compute in, besides the model's own."""
 
+Dynamic = Literal["token", False]
+"""Ranges of activations at run time: each token has its own; or False, as they were calibrated."""
+
 Sites = Literal["free", "folded", "all"]
 SITES: tuple[Sites, ...] = get_args(Sites)
 """Linears that are balanced: those that cost nothing in the form that is made, those that a fold reaches, or all."""

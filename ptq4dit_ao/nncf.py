@@ -33,6 +33,7 @@ from ptq4dit_ao.workflow.apply import SHUFFLE_SEED
 from ptq4dit_ao.workflow.exported import export_for
 from ptq4dit_ao.workflow.from_recipe import (
     balance_settings,
+    dynamic_of,
     overrides_of,
     quantizer_from_recipe,
     site_policy,
@@ -131,6 +132,11 @@ class BalancedForNNCF:
 
     def _need_eight_bits(self, function: str, instead: str) -> None:
         plans = [plan for plan in self.plans.values() if not plan.skip]
+        if (dynamic := next((plan.layer for plan in plans if plan.is_dynamic), None)) is not None:
+            raise LoweringError(
+                f"{function} calibrates one range for each input, and the recipe gives {dynamic!r} dynamic ones; "
+                f"{instead}"
+            )
         attention = self.recipe.attention.quantize and self.recipe.attention.bits != 8
         if attention or any((plan.weight_bits, plan.activation_bits) != (8, 8) for plan in plans):
             raise LoweringError(
@@ -174,6 +180,7 @@ def balance_for_nncf(
         exported,
         weight_bits=weight_bits_of(recipe),
         activation_bits=recipe.activations.bits,
+        dynamic=dynamic_of(recipe),
         overrides=overrides_of(recipe),
     )
     exclude = [plan.layer for plan in plans.values() if not plan.balance]

@@ -245,6 +245,7 @@ def _print_reasons(console: Console, what: str, refusals: Iterable[tuple[str, st
 
 def _layer_line(layer: LayerEntry) -> tuple[str, ...]:
     bits = f"W{layer['weight_bits']}A{layer['activation_bits']}" if layer["status"] == "integer" else "float"
+    bits += " per token" if layer.get("dynamic") else ""
     return layer["name"], bits, "-" if layer["sqnr_db"] is None else f"{layer['sqnr_db']:.1f}"
 
 

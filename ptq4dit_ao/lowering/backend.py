@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 
 from ptq4dit_ao._optional import missing_package
 from ptq4dit_ao.errors import ArgumentError, LoweringError, check_type
-from ptq4dit_ao.lowering.match import QuantizedLinear
+from ptq4dit_ao.lowering.match import IntegerLinear, QuantizedLinear
 from ptq4dit_ao.lowering.proof import count_kernels
 
 logger = logging.getLogger(__name__)
@@ -71,6 +71,8 @@ class Request:
     """Dtype of the float part; None for the model's own dtype."""
     attention: int = 0
     """Number of attention's quantized matrix products in ``graph``."""
+    weight_only: Sequence[IntegerLinear] = ()
+    """Linears of float inputs and integer weights. A backend must not keep float copies of these weights."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,13 @@ from ptq4dit_ao.graph.shapes import tensor_of
 from ptq4dit_ao.graph.ties import merge_equal_computations
 from ptq4dit_ao.lowering.backend import BACKENDS, Backend, Request, Runnable, choose_backend
 from ptq4dit_ao.lowering.lowered_model import LoweredModel
-from ptq4dit_ao.lowering.match import quantized_linears, quantized_products, unread_linears
+from ptq4dit_ao.lowering.match import (
+    integer_linears,
+    quantized_linears,
+    quantized_products,
+    unread_linears,
+    weight_only_linears,
+)
 from ptq4dit_ao.lowering.parity import Parity, Rebuild, idle_linears
 from ptq4dit_ao.lowering.proof import KernelProof, check_proof
 
@@ -130,7 +136,7 @@ def export_to(
     if path.suffix != chosen.suffix:
         path = path.with_name(path.name + chosen.suffix)
     check_file(path)
-    check_room(path, sum(linear.weight.numel() for linear in quantized_linears(converted)) // 2)  # if all have 4 bits
+    check_room(path, sum(linear.weight.numel() for linear in integer_linears(converted)) // 2)  # if all have 4 bits
     job = _Job(
         converted,
         chosen,
@@ -192,6 +198,7 @@ class _Job:
             kernels=backend.integer_gemms(run, inputs) if backend.integer else {},
             float_layers=tuple(self.refused),
             attention=self.request.attention,
+            weight_only=len(self.request.weight_only),
             attention_kernels=backend.count_attention(run, inputs),
         )
         if backend.prunes and self.converted is not None and proof.integer_gemms < proof.promised:
@@ -238,7 +245,7 @@ def _of_rows(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def _computes_in(graph: GraphModule, float_dtype: torch.dtype | None) -> torch.dtype:
     """The coarsest dtype that the float part computes in."""
-    own = (linear.dtype for linear in quantized_linears(graph))
+    own = (linear.dtype for linear in integer_linears(graph))
     return max((torch.float32, *own, *([float_dtype] if float_dtype else [])), key=lambda dtype: torch.finfo(dtype).eps)
 
 
@@ -298,12 +305,13 @@ def _request(
         example_inputs=example_inputs,
         float_dtype=float_dtype,
         attention=len(quantized_products(graph)),
+        weight_only=weight_only_linears(graph),
     )
     return request, refused, promised
 
 
 def _check_quantized(backend: Backend, request: Request, promised: int) -> None:
-    if backend.integer and not promised and not request.attention:
+    if backend.integer and not (promised or request.attention or request.weight_only):
         raise LoweringError(
             f"the graph has no quantized layer that backend {backend.name!r} could run on integers; quantize it first "
             "(apply_recipe), or use 'reference'"

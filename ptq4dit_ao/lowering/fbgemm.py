@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from ptq4dit_ao.lowering.backend import Backend, Capabilities, Request, register
 from ptq4dit_ao.lowering.machine import has_onednn, no_x86, saturates
 from ptq4dit_ao.lowering.match import QuantizedLinear
+from ptq4dit_ao.lowering.weight_only import replace_weight_only
 
 aten = torch.ops.aten
 
@@ -93,6 +94,7 @@ def refuse(linear: QuantizedLinear) -> str | None:
 def build(request: Request) -> GraphModule:
     """Replace every linear by a kernel call, and free its unpacked weight."""
     graph, onednn = request.graph, has_onednn()
+    replace_weight_only(request, torch.device("cpu"))
     quantizers: dict[Node, Node] = {}
     for i, linear in enumerate(request.linears):
         source = linear.quantize.args[0]  # linear.x may be a linear that has been replaced by now

@@ -1,6 +1,9 @@
 """Patterns that find quantized operations in a converted graph.
 
-Linears are ``linear(dq(q(x)), dq(int weight), bias)``. Products of attention are ``matmul(dq(q(x)), dq(q(y)))``.
+Linears are ``linear(dq(q(x)), dq(int weight), bias)``, or ``linear(x, dq(int weight), bias)`` if the input stays float.
+Where tokens have ranges of their own, ops on rows stand before and after a linear
+(:mod:`ptq4dit_ao.observers.per_token`), which no backend needs to know. Products of attention are
+``matmul(dq(q(x)), dq(q(y)))``.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from ptq4dit_ao.core.expansion import EXPANDED_BITS, Expansion
 from ptq4dit_ao.graph.attention import PRODUCTS
 from ptq4dit_ao.graph.expansions import expansions
 from ptq4dit_ao.graph.names import LINEAR, get_attribute
+from ptq4dit_ao.observers.per_token import PerToken, per_token
 
 aten, quantized = torch.ops.aten, torch.ops.quantized_decomposed
 _QUANTIZE = quantized.quantize_per_tensor.default
@@ -26,8 +30,8 @@ _DEQUANTIZE_WEIGHT = quantized.dequantize_per_channel.default
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizedLinear:
-    """One quantized linear of a converted graph, with everything that an integer kernel needs.
+class IntegerLinear:
+    """One linear of a converted graph whose weight consists of integers, and whose input may be float.
 
     Tensors are read from the graph on access. A backend that removes each one when it has been packed thus never holds
     two copies of all weights.
@@ -35,19 +39,15 @@ class QuantizedLinear:
 
     graph: GraphModule
     node: Node
-    quantize: Node
-    """The activation's quantize node. Linears that read the same tensor may share it."""
     x: Node
-    """The float activation."""
-    x_scale: float
-    x_zero_point: int
-    x_range: tuple[int, int]
-    x_dtype: torch.dtype
+    """The float activation of the layer."""
     dequantize_weight: Node
     weight_range: tuple[int, int]
     bias_node: Node | None
     dtype: torch.dtype
     """Dtype of the float model around the linear."""
+    per_token: PerToken | None = None
+    """Nodes around the linear if its input is quantized per token, else None. The linear itself has no bias then."""
 
     @property
     def name(self) -> str:
@@ -92,8 +92,14 @@ class QuantizedLinear:
 
     @property
     def bias(self) -> Tensor | None:
-        """Float bias, (C_out,), or None."""
+        """Float bias of the linear, (C_out,), or None."""
         return None if self.bias_node is None else self._constant(self.bias_node)
+
+    @property
+    def layer_bias(self) -> Tensor | None:
+        """Float bias of the layer, (C_out,), or None; it follows the linear if tokens have ranges of their own."""
+        node = self.bias_node if self.per_token is None else self.per_token.bias
+        return None if node is None else self._constant(node)
 
     def replace_by(self, node: Node) -> None:
         """Put ``node`` in the linear's place, and remove the nodes and tensors that nothing reads any more."""
@@ -113,16 +119,45 @@ class QuantizedLinear:
         return get_attribute(self.graph, str(node.target)).detach()
 
 
+@dataclass(frozen=True, kw_only=True)
+class QuantizedLinear(IntegerLinear):
+    """One linear whose input is quantized, too, with everything that an integer kernel needs."""
+
+    quantize: Node
+    """The activation's quantize node. Linears that read the same tensor may share it."""
+    x_scale: float
+    x_zero_point: int
+    x_range: tuple[int, int]
+    x_dtype: torch.dtype
+
+
+def integer_linears(graph_module: GraphModule) -> list[IntegerLinear]:
+    """Every linear whose weight consists of integers, with a quantized input or a float one, in execution order."""
+    found: list[IntegerLinear] = []
+    for node in _linears(graph_module):
+        linear: IntegerLinear | None = _match(graph_module, node)
+        if linear is None and not _calls(node.args[0], _DEQUANTIZE):
+            linear = _match_weight(graph_module, node)
+        if linear is not None:
+            found.append(linear)
+    return found
+
+
+def weight_only_linears(graph_module: GraphModule) -> list[IntegerLinear]:
+    """Every linear of a float input whose weight consists of integers, in execution order."""
+    return [linear for linear in integer_linears(graph_module) if not isinstance(linear, QuantizedLinear)]
+
+
 def quantized_linears(graph_module: GraphModule) -> list[QuantizedLinear]:
     """Every linear whose input and weight come from dequantize nodes, in execution order."""
-    found = (_match(graph_module, node) for node in graph_module.graph.nodes if node.target is LINEAR)
+    found = (_match(graph_module, node) for node in _linears(graph_module))
     return [linear for linear in found if linear is not None]
 
 
 def float_linears(graph_module: GraphModule) -> list[Node]:
-    """Every linear that :func:`quantized_linears` does not find."""
-    matched = {linear.node for linear in quantized_linears(graph_module)}
-    return [node for node in graph_module.graph.nodes if node.target is LINEAR and node not in matched]
+    """Every linear whose input and weight are float."""
+    matched = {linear.node for linear in integer_linears(graph_module)}
+    return [node for node in _linears(graph_module) if node not in matched]
 
 
 def unread_linears(graph_module: GraphModule) -> list[Node]:
@@ -185,28 +220,51 @@ def make_unsigned(quantizers: Iterable[Node]) -> None:
 def _match(graph_module: GraphModule, node: Node) -> QuantizedLinear | None:
     # fx types arguments as Any, so the checks below verify the types.
     arguments: tuple[Any, ...] = node.args
-    dq_x, dq_w, *rest = arguments
-    if not (_calls(dq_x, _DEQUANTIZE) and _calls(dq_w, _DEQUANTIZE_WEIGHT)):
-        return None
-    q_x, weight, bias = dq_x.args[0], dq_w.args[0], rest[0] if rest else None
-    constant = isinstance(weight, Node) and weight.op == "get_attr" and dq_w.args[3] == 0
-    if not (_calls(q_x, _QUANTIZE) and constant and (bias is None or bias.op == "get_attr")):
+    dq_x = arguments[0]
+    weight = _match_weight(graph_module, node)
+    if weight is None or not _calls(dq_x, _DEQUANTIZE) or not _calls(q_x := dq_x.args[0], _QUANTIZE):
         return None
     x, scale, zero_point, low, high, dtype = q_x.args
+    tokens = per_token(node)
     return QuantizedLinear(
         graph=graph_module,
         node=node,
         quantize=q_x,
-        x=x,
+        x=x if tokens is None else tokens.x,
         x_scale=scale,
         x_zero_point=zero_point,
         x_range=(low, high),
         x_dtype=dtype,
-        dequantize_weight=dq_w,
-        weight_range=(dq_w.args[4], dq_w.args[5]),
-        bias_node=bias,
+        dequantize_weight=weight.dequantize_weight,
+        weight_range=weight.weight_range,
+        bias_node=weight.bias_node,
         dtype=dq_x.kwargs.get("out_dtype") or torch.float32,
+        per_token=tokens,
     )
+
+
+def _match_weight(graph_module: GraphModule, node: Node) -> IntegerLinear | None:
+    arguments: tuple[Any, ...] = node.args
+    x, dequantize, *rest = arguments
+    bias = rest[0] if rest else None
+    if not _calls(dequantize, _DEQUANTIZE_WEIGHT) or dequantize.args[3] != 0:
+        return None
+    weight = dequantize.args[0]
+    if not (isinstance(weight, Node) and weight.op == "get_attr" and (bias is None or bias.op == "get_attr")):
+        return None
+    return IntegerLinear(
+        graph=graph_module,
+        node=node,
+        x=x,
+        dequantize_weight=dequantize,
+        weight_range=(dequantize.args[4], dequantize.args[5]),
+        bias_node=bias,
+        dtype=dequantize.kwargs.get("out_dtype") or torch.float32,
+    )
+
+
+def _linears(graph_module: GraphModule) -> list[Node]:
+    return [node for node in graph_module.graph.nodes if node.target is LINEAR]
 
 
 def _calls(node: object, target: object) -> bool:

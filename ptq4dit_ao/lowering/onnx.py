@@ -42,6 +42,8 @@ class Session:
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.enable_profiling, options.profile_file_prefix = True, f"{self.profile.name}/run"
+        # By default, onnxruntime would quantize the inputs of linears whose weights alone are integers.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         self.session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self.names = [value.name for value in self.session.get_inputs()]
         self.result = result

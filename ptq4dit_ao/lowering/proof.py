@@ -32,6 +32,8 @@ class KernelProof:
     """Number of attention's quantized matrix products in the graph. Those without an integer kernel are simulated."""
     attention_kernels: dict[str, int] = field(default_factory=dict)
     """Integer kernel -> number of attention's matrix products that it computes."""
+    weight_only: int = 0
+    """Number of linears of float inputs and integer weights, whose products are float."""
     difference: float | None = None
     """Largest difference from the quantized graph run in float, relative to the output; None if not compared."""
 
@@ -44,7 +46,8 @@ class KernelProof:
         kernels = _listed(self.kernels) or "no integer kernels"
         linears = f"{self.integer_gemms}/{self.promised} quantized linears on integer GEMMs ({kernels})"
         idle = f"; {len(self.idle)} that no output depends on left out" if self.idle else ""
-        return f"{self.backend}: {linears}{idle}{self._attention()}"
+        float_inputs = f"; {self.weight_only} linears of integer weights and float inputs" if self.weight_only else ""
+        return f"{self.backend}: {linears}{idle}{float_inputs}{self._attention()}"
 
     @property
     def parity(self) -> str:

@@ -13,10 +13,13 @@ from torch.nn import functional
 
 from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao._progress import OnProgress, ignore
+from ptq4dit_ao.core import fake_quantize
+from ptq4dit_ao.core.per_token import fake_quantize_tokens
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.graph.names import LINEAR, get_attribute, writes_in_place
 from ptq4dit_ao.metrics.paired import PairedError, energies, rows_of, timesteps_of
 from ptq4dit_ao.metrics.walk import Instead, Walk
+from ptq4dit_ao.observers.per_token import per_token
 from ptq4dit_ao.observers.qdq import quantized as ops
 
 
@@ -60,7 +63,11 @@ def layer_errors(
 
 
 def _linear_outputs(graph_module: GraphModule, inputs: tuple[Tensor, ...]) -> Iterator[tuple[str, Tensor]]:
-    return ((node.name, value) for node, value in Walk(graph_module, inputs).steps() if node.target is LINEAR)
+    outputs = {}
+    for node in graph_module.graph.find_nodes(op="call_function", target=LINEAR):
+        around = per_token(node)
+        outputs[node if around is None else around.output] = node.name
+    return ((outputs[node], value) for node, value in Walk(graph_module, inputs).steps() if node in outputs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +112,12 @@ def leave_one_out(
         ArgumentError: the quantized graph has no linear with a quantized input.
     """
     twins = _by_name(balanced)
-    changes = {}
+    changes: dict[Node, dict[Node, Callable[..., Tensor]]] = {}
     for source, linears in quantized_inputs(quantized).items():
-        instead = {node: _linear_with(balanced, twins[node.name]) for node in linears}
-        changes[source] = {**dict.fromkeys([source, *source.users], _as_it_is), **instead}
+        quantizers = [] if source.target is LINEAR else [source, *source.users]
+        changes[source] = dict.fromkeys(quantizers, _as_it_is)
+        for node in linears:
+            changes[source] |= _restored(node, balanced, twins[node.name])
     *without, everything = _one_by_one(quantized, changes, balanced, batches, timestep_index, on_progress)
     return LeaveOneOut(quantized=everything, without=dict(zip(_names(quantized), without, strict=True)))
 
@@ -149,16 +158,81 @@ def weight_errors(
     return dict(zip(names, alone, strict=True))
 
 
+@own_modes()
+def input_errors(
+    balanced: GraphModule,
+    quantized: GraphModule,
+    batches: Iterable[tuple[Tensor, ...]],
+    *,
+    only: Container[str] | None = None,
+    timestep_index: int | None = 1,
+    on_progress: OnProgress = ignore,
+) -> dict[tuple[str, ...], tuple[PairedError, PairedError]]:
+    """Errors of the output when one input alone is quantized, and all else is float: statically, and per token.
+
+    Args:
+        balanced, quantized, batches, timestep_index, on_progress: as for :func:`leave_one_out`. The quantized graph's
+            inputs have static ranges.
+        only: names of the linears whose inputs are measured; None is all.
+
+    Returns:
+        Node names of the linears that read one quantized input -> both errors, in execution order.
+
+    Raises:
+        ArgumentError: the quantized graph has no linear with a quantized input.
+    """
+    twins, batches = _by_name(balanced), list(batches)
+    groups = {
+        source: [node for node in linears if only is None or node.name in only]
+        for source, linears in quantized_inputs(quantized).items()
+        if source.target is not LINEAR
+    }
+    groups = {source: linears for source, linears in groups.items() if linears}
+    errors = []
+    for part, per_row in enumerate((False, True)):
+        changes = {
+            twins[linears[0].name]: {twins[node.name]: _with_input(source, per_row) for node in linears}
+            for source, linears in groups.items()
+        }
+        progress = _half(on_progress, part)
+        errors.append(_one_by_one(balanced, changes, balanced, batches, timestep_index, progress)[:-1])
+    names = (tuple(node.name for node in linears) for linears in groups.values())
+    return dict(zip(names, zip(*errors, strict=True), strict=True))
+
+
+def _half(on_progress: OnProgress, part: int) -> OnProgress:
+    return lambda done, total: on_progress(part * total + done, 2 * total)
+
+
+def _with_input(quantize: Node, per_row: bool) -> Callable[..., Tensor]:
+    """A linear whose input is quantized as by a node, or with a range for each row."""
+    arguments: Any = quantize.args
+    _, scale, zero_point, low, high, _ = arguments
+
+    def linear(x: Tensor, *parameters: Tensor) -> Tensor:
+        q = fake_quantize_tokens(x, low, high) if per_row else fake_quantize(x, scale, zero_point, low, high)
+        return functional.linear(q, *parameters)
+
+    return linear
+
+
 def quantized_inputs(quantized: GraphModule) -> dict[Node, list[Node]]:
-    """Quantize node -> the linears that read its result, in execution order.
+    """First node of each quantized input -> the linears that read it, in execution order.
+
+    It is the quantize node. Of an input that stays float and is read by integer weights, it is the first linear.
 
     Raises:
         ArgumentError: there are none.
     """
-    groups = defaultdict(list)
+    groups: dict[Node, list[Node]] = defaultdict(list)
     for node in quantized.graph.nodes:
-        if node.target is LINEAR and _calls(node.args[0], ops.dequantize_per_tensor.default):
+        if node.target is not LINEAR:
+            continue
+        if _calls(node.args[0], ops.dequantize_per_tensor.default):
             groups[node.args[0].args[0]].append(node)
+        elif _calls(node.args[1], ops.dequantize_per_channel.default):
+            readers = (user for user in node.args[0].users if user in groups and user.args[0] is node.args[0])
+            groups[next(readers, node)].append(node)
     if not groups:
         raise ArgumentError("this graph has no linear with a quantized input; give one from convert_pt2e")
     return dict(groups)
@@ -195,9 +269,38 @@ def _linear_with(graph_module: GraphModule, node: Node) -> Callable[..., Tensor]
     """A linear with the weight and bias of a node of this graph."""
 
     def linear(x: Tensor, *_: object) -> Tensor:
-        return functional.linear(x, *(_value(graph_module, source) for source in node.args[1:]))
+        return functional.linear(x, *_parameters(graph_module, node))
 
     return linear
+
+
+def _restored(linear: Node, balanced: GraphModule, twin: Node) -> Instead:
+    """A quantized graph's linear with the weight and bias of its twin in the float graph."""
+    around = per_token(linear)
+    if around is None:
+        return {linear: _linear_with(balanced, twin)}
+
+    def weight(x: Tensor) -> Tensor:
+        value: Tensor = _parameters(balanced, twin)[0].to(x.dtype)
+        return value
+
+    # Rows are shifted and scaled as before, and the shift is undone with the float weight's sums.
+    instead: dict[Node, Callable[..., Tensor]] = {
+        linear: lambda x, *_: functional.linear(x, weight(x)),
+        around.shift: lambda middle, _: middle * weight(middle).sum(1),
+    }
+    if around.biased is not None:
+        instead[around.biased] = lambda shift, bias: (
+            shift + _parameters(balanced, twin)[1] if len(twin.args) > 2 else shift
+        )
+    return instead
+
+
+def _parameters(graph_module: GraphModule, node: Node) -> list[Any]:
+    """Weight of a linear and, if it has one, its bias."""
+    around = per_token(node)
+    biases = node.args[2:] if around is None else [around.bias]
+    return [_value(graph_module, source) for source in (node.args[1], *biases) if source is not None]
 
 
 def _value(graph_module: GraphModule, source: object) -> Any:

@@ -80,8 +80,8 @@ def check_lpips(network: str, pixels: int | None = None) -> None:
     path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
     if not path.is_file():
         raise ArgumentError(
-            f"LPIPS by {network!r} needs torchvision's weights as {path}, and nothing is downloaded; put {url} there, or "
-            "set TORCH_HOME to where they are"
+            f"LPIPS by {network!r} needs torchvision's weights as {path}, and nothing is downloaded; put {url} there, "
+            "or set TORCH_HOME to where they are"
         )
 
 
@@ -102,7 +102,8 @@ def clip_score(images: Tensor, prompts: Sequence[str], folder: str | Path, *, se
     if isinstance(prompts, str) or len(prompts) != len(images) or images.ndim != 4 or images.shape[1] not in (1, 3):
         what = "a text" if isinstance(prompts, str) else f"{len(prompts)} texts"
         raise ArgumentError(
-            f"there are {what} for images of shape {tuple(images.shape)}; give images (N, 3, H, W) and a list of N texts"
+            f"there are {what} for images of shape {tuple(images.shape)}; give images (N, 3, H, W) and a list of N "
+            "texts"
         )
     model, tokenizer = _clip(as_path(folder, "folder"))
     size = model.config.vision_config.image_size

@@ -332,6 +332,7 @@ def attach(module: Any, record: Record, method: ModuleFormat | None = None) -> N
                 bits=weight.bits,
                 x_bits=weight.x_bits,
                 expansion=weight.expansion,
+                dynamic=weight.dynamic,
                 x_ndim=weight.x_ndim,
                 balanced=weight.pre_scale is not None,
                 centred=weight.pre_offset is not None,

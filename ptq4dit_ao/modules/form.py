@@ -18,11 +18,11 @@ from ptq4dit_ao.capture.float_model import check_float_module
 from ptq4dit_ao.errors import ArgumentError, ArtifactError, LoweringError, check_type
 from ptq4dit_ao.graph.names import WRAPPED
 from ptq4dit_ao.lowering.machine import saturates
-from ptq4dit_ao.lowering.match import QuantizedLinear, quantized_linears, quantized_products
+from ptq4dit_ao.lowering.match import IntegerLinear, QuantizedLinear, integer_linears, quantized_products
 from ptq4dit_ao.lowering.proof import KernelProof, check_proof
 from ptq4dit_ao.modules.kernels import KERNELS, OP
 from ptq4dit_ao.modules.linears import ModuleLinear
-from ptq4dit_ao.modules.weight import StaticInt8Weight
+from ptq4dit_ao.modules.weight import FLOAT_BITS, StaticInt8Weight
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +55,11 @@ def quantized_module(
             "this model's attention is quantized, which a module cannot hold, as its processors compute it in float; "
             "quantize without attention.quantize for a module, or lower the graph"
         )
-    found = quantized_linears(graph)
+    found = integer_linears(graph)
     if [linear.name for linear in found] != [about.node for about in linears]:
         raise ArtifactError("the balancing vectors of this quantized model belong to another graph; quantize it again")
     tied = _tied(model)
-    groups: dict[str, list[tuple[QuantizedLinear, ModuleLinear]]] = {}
+    groups: dict[str, list[tuple[IntegerLinear, ModuleLinear]]] = {}
     for linear, about in zip(found, linears, strict=True):
         path = tied.get(about.weight, [about.weight])[0]
         groups.setdefault(path, []).append((linear, about))
@@ -107,8 +107,9 @@ def _odd_bias(module: nn.Module, names: Sequence[str]) -> str | None:
 def joint_ranges(graph: GraphModule, linears: Sequence[ModuleLinear]) -> list[str]:
     """Names of the linears whose calls have different ranges in a graph, and have one for all in a module."""
     ranges: dict[str, set[tuple[float, int]]] = {}
-    for linear, about in zip(quantized_linears(graph), linears, strict=True):
-        ranges.setdefault(about.weight, set()).add((linear.x_scale, linear.x_zero_point))
+    for linear, about in zip(integer_linears(graph), linears, strict=True):
+        if isinstance(linear, QuantizedLinear):
+            ranges.setdefault(about.weight, set()).add((linear.x_scale, linear.x_zero_point))
     return [path.removesuffix(".weight") for path, found in ranges.items() if len(found) > 1]
 
 
@@ -189,7 +190,7 @@ def prove_kernels(
     """
     check_type("module", module, nn.Module, "a quantized module")
     check_type("call", call, Callable, "a function that calls the module")  # type: ignore[arg-type]
-    linears = integer_weights(module)
+    linears = {name: weight for name, weight in integer_weights(module).items() if weight.x_bits != FLOAT_BITS}
     calls = 0
 
     def count(*_: object) -> None:
@@ -213,13 +214,13 @@ def prove_kernels(
     promised = max(len(linears), products) if compiled else ran
     proof = KernelProof(backend="module", promised=promised, kernels=kernels)
     check_proof(proof, allow_float_fallback=allow_float_fallback)
-    if not proof.promised:
+    if not proof.promised and not integer_weights(module):
         raise LoweringError("no quantized linear was called; call the quantized module")
     return proof
 
 
 def _is_static(weight: Int8Tensor) -> bool:
-    """Whether a tensor of torchao is one that :meth:`StaticInt8Weight.as_int8_tensor` makes."""
+    """Whether a tensor of torchao is one with a static range that :meth:`StaticInt8Weight.as_int8_tensor` makes."""
     scale, zeros = weight.act_quant_scale, weight.zero_point
     whole = scale is not None and scale.numel() == 1 and not weight.reduce_range
     return whole and weight.scale.numel() == len(weight.qdata) and (zeros is None or not zeros.any())
@@ -231,7 +232,7 @@ def _linear_of(module: nn.Module, path: str) -> nn.Linear:
     return linear
 
 
-def _misfit(module: nn.Module, path: str, quantized: QuantizedLinear) -> str | None:
+def _misfit(module: nn.Module, path: str, quantized: IntegerLinear) -> str | None:
     """The reason why a module cannot hold a linear's weight; None if it can."""
     name = path.removesuffix(".weight")
     if not path.endswith(".weight"):
@@ -245,7 +246,7 @@ def _misfit(module: nn.Module, path: str, quantized: QuantizedLinear) -> str | N
         return f"{name} is a {type(linear).__name__}, which is no nn.Linear"
     if quantized.weight.dtype != torch.int8 or quantized.weight_zero_point.any():
         return "its weight is not of int8 with zero points of 0"
-    if (why := saturates(quantized)) is not None:
+    if isinstance(quantized, QuantizedLinear) and (why := saturates(quantized)) is not None:
         return why
     shape = tuple(quantized.weight.shape)
     if tuple(linear.weight.shape) != shape:
@@ -253,22 +254,22 @@ def _misfit(module: nn.Module, path: str, quantized: QuantizedLinear) -> str | N
     return None
 
 
-def _quantize(linear: nn.Linear, calls: Sequence[tuple[QuantizedLinear, ModuleLinear]]) -> None:
+def _quantize(linear: nn.Linear, calls: Sequence[tuple[IntegerLinear, ModuleLinear]]) -> None:
     """Give a linear the integers of its calls in a graph, which share a weight."""
     quantized, about = calls[0]
     integers = quantized.weight
     rows = torch.ones(len(integers), dtype=torch.float64) if about.rows is None else about.rows
     device, dtype = linear.weight.device, linear.weight.dtype
-    low, high = quantized.x_range
-    scale, zero_point = _joint_range([call for call, _ in calls])
+    scale, zero_point, x_bits = _input([call for call, _ in calls])
     ranks = {call.ndim for _, call in calls}
     weight = StaticInt8Weight.of(
         integers.to(device),
         quantized.weight_scale.to("cpu", torch.float64) * rows,
         scale,
-        zero_point - low,
+        zero_point,
         bits=(quantized.weight_range[1] - quantized.weight_range[0]).bit_length(),
-        x_bits=(high - low).bit_length(),
+        x_bits=x_bits,
+        dynamic=quantized.per_token is not None,
         x_ndim=ranks.pop() if len(ranks) == 1 else None,
         dtype=dtype,
         expansion=None if quantized.expansion is None else quantized.expansion.to_text(),
@@ -276,7 +277,7 @@ def _quantize(linear: nn.Linear, calls: Sequence[tuple[QuantizedLinear, ModuleLi
         pre_offset=about.offset,
     )
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    bias = quantized.bias
+    bias = quantized.layer_bias
     if bias is not None:
         if linear.bias is None:
             setattr(linear, ADDED_BIAS, True)
@@ -284,6 +285,15 @@ def _quantize(linear: nn.Linear, calls: Sequence[tuple[QuantizedLinear, ModuleLi
         if about.shift is not None:
             bias = bias + about.shift
         linear.bias = nn.Parameter(bias.to(device, dtype), requires_grad=False)
+
+
+def _input(calls: Sequence[IntegerLinear]) -> tuple[float, int, int]:
+    """Scale, zero point as an unsigned number, and bits of the input of a linear's calls."""
+    quantized = [call for call in calls if isinstance(call, QuantizedLinear)]
+    if not quantized:
+        return 1.0, 0, FLOAT_BITS
+    (low, high), (scale, zero_point) = quantized[0].x_range, _joint_range(quantized)
+    return scale, zero_point - low, (high - low).bit_length()
 
 
 def _joint_range(calls: Sequence[QuantizedLinear]) -> tuple[float, int]:

@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ptq4dit_ao.errors import ArtifactError
-from ptq4dit_ao.lowering.match import quantized_linears
+from ptq4dit_ao.lowering.match import integer_linears
 from ptq4dit_ao.passes import BalanceResult
 from ptq4dit_ao.passes.edit import scale_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleLinear:
-    """A quantized linear of a graph, as a part of the module that the graph was captured from."""
+    """A linear of integer weights of a graph, as a part of the module that the graph was captured from."""
 
     node: str
     """Name of the linear's node in the graph."""
@@ -48,7 +48,7 @@ VECTORS = ("columns", "rows", "offset", "shift")
 
 
 def module_linears(graph: GraphModule, result: BalanceResult, folded: Collection[str] = ()) -> tuple[ModuleLinear, ...]:
-    """The quantized linears of a converted graph, in execution order.
+    """The linears of integer weights of a converted graph, in execution order.
 
     Args:
         graph: a graph that ``convert_pt2e`` has just made.
@@ -66,7 +66,7 @@ def module_linears(graph: GraphModule, result: BalanceResult, folded: Collection
             **{name: by_path[path] for name, by_path in vectors.items() if path in by_path},
             refusal=refusals.get(path),
         )
-        for linear in quantized_linears(graph)
+        for linear in integer_linears(graph)
     )
 
 

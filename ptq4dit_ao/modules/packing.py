@@ -15,7 +15,7 @@ from ptq4dit_ao.core.int4 import pack_int4, packed_length, unpack_int4
 from ptq4dit_ao.errors import ArtifactError
 from ptq4dit_ao.modules.weight import StaticInt8Weight
 
-_ENTRY = re.compile(r"w([2-8])a([2-8])(?: \[([a-z0-9 ]+)\])?(?: (\d+)d)?( balanced)?( centred)?( bias)?")
+_ENTRY = re.compile(r"w([2-8])a([2-8]|16)( dynamic)?(?: \[([a-z0-9 ]+)\])?(?: (\d+)d)?( balanced)?( centred)?( bias)?")
 
 PACKED_BITS = 4
 """Most bits at which two integers share a byte."""
@@ -27,6 +27,8 @@ class Stored:
 
     bits: int
     x_bits: int
+    dynamic: bool
+    """Whether each token of its input has a range of its own."""
     x_ndim: int | None
     expansion: str | None
     """Rule by which the integers expand from 4 bits, as text."""
@@ -50,12 +52,13 @@ class Stored:
             raise ArtifactError(
                 f"quantization_config has {entry!r} for {name!r}, which describes no quantized linear; save it again"
             )
-        bits, x_bits, expansion, ndim, balanced, centred, bias = found.groups()
+        bits, x_bits, dynamic, expansion, ndim, balanced, centred, bias = found.groups()
         if expansion is not None:
             Expansion.from_text(expansion)
         return cls(
             bits=int(bits),
             x_bits=int(x_bits),
+            dynamic=bool(dynamic),
             x_ndim=int(ndim) if ndim else None,
             expansion=expansion,
             balanced=bool(balanced),
@@ -68,7 +71,7 @@ class Stored:
         ndim = "" if self.x_ndim is None else f" {self.x_ndim}d"
         expansion = "" if self.expansion is None else f" [{self.expansion}]"
         flags = " balanced" * self.balanced + " centred" * self.centred + " bias" * self.bias
-        return f"w{self.bits}a{self.x_bits}{expansion}{ndim}{flags}"
+        return f"w{self.bits}a{self.x_bits}{' dynamic' * self.dynamic}{expansion}{ndim}{flags}"
 
     @property
     def rule(self) -> Expansion | None:
@@ -131,6 +134,7 @@ def unpack(name: str, stored: Stored, parts: Mapping[str, Tensor], shape: Sequen
         int(about[1]),
         bits=stored.bits,
         x_bits=stored.x_bits,
+        dynamic=stored.dynamic,
         x_ndim=stored.x_ndim,
         dtype=torch.float32,
         expansion=stored.expansion,

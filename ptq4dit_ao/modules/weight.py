@@ -1,13 +1,15 @@
-"""``StaticInt8Weight``: the integer weight of an ``nn.Linear``, with the static quantization of the linear's input.
+"""``StaticInt8Weight``: the integer weight of an ``nn.Linear``, with the quantization of the linear's input.
 
 ``functional.linear(x, weight, bias)`` computes, with integers in the product,
 
     ``y = s_x s (clamp(round((x - o) p / s_x) + z) - z) W^T + bias``
 
 where W are the integers, s the scale of each row, o the offset of the input (``pre_offset``), p = 1/b the balancing
-vector (``pre_scale``), and s_x and z scale and zero point of the balanced input. The bias makes up for the offset. The
-tensor is a parameter like any other: modules that hold it can be moved, copied,
-compiled and extended by adapters.
+vector (``pre_scale``), and s_x and z scale and zero point of the balanced input. The bias makes up for the offset. If
+the weight is ``dynamic``, the same is computed for ``((x - o) p - m) / t``, with middle m and scale t of each row of
+the input, and both are undone afterwards (:mod:`ptq4dit_ao.core.per_token`). If the input stays float (16 bits), so
+does the product. The tensor is a parameter like any other: modules that hold it can be moved, copied, compiled and
+extended by adapters.
 """
 
 from __future__ import annotations
@@ -22,10 +24,15 @@ from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
 from torchao.utils import TorchAOBaseTensor
 
 from ptq4dit_ao.core.expansion import EXPANDED_BITS
+from ptq4dit_ao.core.per_token import middle_and_scale, to_units
 from ptq4dit_ao.errors import ArgumentError, LoweringError
+from ptq4dit_ao.lowering.weight_only import multiply
 from ptq4dit_ao.modules.kernels import PACKED, linear_int8, saturates, takes_unsigned
 
 aten = torch.ops.aten
+
+FLOAT_BITS = 16
+"""Bits of an input that stays float."""
 
 SIGNED = 128
 """Difference between the uint8 and the int8 form of an activation."""
@@ -56,7 +63,8 @@ class StaticInt8Weight(TorchAOBaseTensor):
         x_zero_point: zero point of the input as uint8, () int32.
         row_sums: sum of each row's integers, (C_out,) int32.
         bits: bits of the integers.
-        x_bits: bits of the input.
+        x_bits: bits of the input; 16 if it stays float, and the product is one of floats.
+        dynamic: whether each row of the input is shifted and scaled first, in a range of its own.
         x_ndim: number of axes of the input; None if it is called with several.
         dtype: dtype that the weight has for the module around it.
         expansion: rule by which the integers expand from 4 bits, as text; None if they do not.
@@ -66,7 +74,7 @@ class StaticInt8Weight(TorchAOBaseTensor):
 
     tensor_data_names = ["qdata", "scale", "x_scale", "x_zero_point", "row_sums"]  # noqa: RUF012  (read by torchao)
     optional_tensor_data_names = ["pre_scale", "pre_offset"]  # noqa: RUF012
-    tensor_attribute_names = ["bits", "x_bits", "x_ndim", "dtype", "expansion"]  # noqa: RUF012
+    tensor_attribute_names = ["bits", "x_bits", "dynamic", "x_ndim", "dtype", "expansion"]  # noqa: RUF012
 
     qdata: Tensor
     scale: Tensor
@@ -77,6 +85,7 @@ class StaticInt8Weight(TorchAOBaseTensor):
     pre_offset: Tensor | None
     bits: int
     x_bits: int
+    dynamic: bool
     x_ndim: int | None
     expansion: str | None
 
@@ -92,11 +101,8 @@ class StaticInt8Weight(TorchAOBaseTensor):
     def __init__(self, qdata: Tensor, *data: Any, **options: Any) -> None:
         super().__init__()
         if isinstance(qdata, StaticInt8Weight):  # accelerate makes a parameter of a parameter's class
-            self.qdata, names = (
-                qdata.qdata,
-                (*self.tensor_data_names[1:], "pre_scale", "pre_offset", "bits", "x_bits", "x_ndim", "expansion"),
-            )
-            parts = {name: getattr(qdata, name) for name in names}
+            names = (*self.tensor_data_names[1:], *self.optional_tensor_data_names, *self.tensor_attribute_names)
+            self.qdata, parts = qdata.qdata, {name: getattr(qdata, name) for name in names if name != "dtype"}
         else:
             self.qdata, parts = qdata, _bind(*data, **options)
             del parts["dtype"]  # the tensor itself has it
@@ -115,6 +121,7 @@ class StaticInt8Weight(TorchAOBaseTensor):
         x_bits: int,
         x_ndim: int | None,
         dtype: torch.dtype,
+        dynamic: bool = False,
         expansion: str | None = None,
         pre_scale: Tensor | None = None,
         pre_offset: Tensor | None = None,
@@ -128,6 +135,7 @@ class StaticInt8Weight(TorchAOBaseTensor):
             qdata.sum(1, dtype=torch.int32),
             bits,
             x_bits,
+            dynamic,
             x_ndim,
             dtype,
             expansion,
@@ -172,31 +180,42 @@ class StaticInt8Weight(TorchAOBaseTensor):
         """The reason why torchao's ``Int8Tensor`` cannot hold this weight; None if it can."""
         if self.pre_offset is not None:
             return "its input is centred (balance.center), and Int8Tensor has no offset"
+        if self.dynamic:
+            return "its input is quantized per token around the token's middle, and Int8Tensor's around 0"
+        if self.x_bits == FLOAT_BITS:
+            if self.pre_scale is None or self.dtype == torch.float32:
+                return None
+            return f"its input is balanced in float32 and stays {self.dtype}, and Int8Tensor multiplies in one dtype"
         if self.x_bits != 8:
             return f"its input has {self.x_bits} bits, and Int8Tensor's have 8"
         return "it is called with inputs of several ranks" if self.x_ndim is None else None
 
     def as_int8_tensor(self) -> Int8Tensor:
         """The weight as torchao's own tensor, which computes the same."""
-        assert self.x_ndim is not None and self.not_stock() is None
+        assert self.not_stock() is None
+        stored = (self.qdata, self.scale.unsqueeze(1), [1, self.qdata.shape[1]], self.dtype)
+        if self.x_bits == FLOAT_BITS:
+            return Int8Tensor(*stored, act_pre_scale=self.pre_scale)
+        assert self.x_ndim is not None
         one = (1,) * self.x_ndim
         return Int8Tensor(
-            self.qdata,
-            self.scale.unsqueeze(1),
-            [1, self.qdata.shape[1]],
-            self.dtype,
+            *stored,
             act_quant_scale=self.x_scale.reshape(one),
             act_quant_zero_point=(self.x_zero_point - SIGNED).to(torch.int8).reshape(one),
             act_pre_scale=self.pre_scale,
             act_quant_kwargs=QuantizeTensorToInt8Kwargs(granularity=PerTensor(), mapping_type=MappingType.ASYMMETRIC),
         )
 
-    def quantize(self, x: Tensor) -> Tensor:
-        """Balance and quantize an input, (..., C_in) floats to uint8 or int8, as the device's kernel takes it."""
+    def balance(self, x: Tensor) -> Tensor:
+        """Balance an input, (..., C_in) floats to float32."""
         x = x.to(torch.float32)
         if self.pre_offset is not None:
             x = x - self.pre_offset
-        q = x * (1 / self.x_scale) if self.pre_scale is None else (x * self.pre_scale).mul_(1 / self.x_scale)
+        return x if self.pre_scale is None else x * self.pre_scale
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Quantize a balanced input, (..., C_in) float32 to uint8 or int8, as the device's kernel takes it."""
+        q = x * (1 / self.x_scale)
         q = q.round_().add_(self.x_zero_point).clamp_(0, 2**self.x_bits - 1)
         return q.to(torch.uint8) if takes_unsigned(x.device) else q.sub_(SIGNED).to(torch.int8)
 
@@ -212,8 +231,9 @@ class StaticInt8Weight(TorchAOBaseTensor):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def __repr__(self) -> str:  # type: ignore[override]
-        about = f"W{self.stored_bits}A{self.x_bits}" + ("" if self.pre_scale is None else ", balanced")
-        return f"{type(self).__name__}({tuple(self.shape)}, {about}, {self.device})"
+        balanced = "" if self.pre_scale is None else ", balanced"
+        inputs = f"A{self.x_bits}{' per token' if self.dynamic else ''}"
+        return f"{type(self).__name__}({tuple(self.shape)}, W{self.stored_bits}{inputs}{balanced}, {self.device})"
 
     @property
     def stored_bits(self) -> int:
@@ -228,6 +248,7 @@ def _bind(
     row_sums: Tensor,
     bits: int,
     x_bits: int,
+    dynamic: bool,
     x_ndim: int | None,
     dtype: torch.dtype,
     expansion: str | None,
@@ -252,12 +273,25 @@ def _linear(func: Callable[..., Any], types: Sequence[type], args: Sequence[Any]
         raise ArgumentError(UNCHANGEABLE.format("the input of another linear", ADAPTERS))
     if x.dtype not in DTYPES:
         raise ArgumentError(f"a quantized linear got an input of {x.dtype}; give float32, bfloat16 or float16")
-    if (why := saturates(x.device, weight.x_bits, weight.bits)) is not None:
+    why = None if weight.x_bits == FLOAT_BITS else saturates(x.device, weight.x_bits, weight.bits)
+    if why is not None:
         raise LoweringError(f"a quantized linear would compute wrong products: {why}, or use another device")
-    zero_point = weight.x_zero_point if takes_unsigned(x.device) else weight.x_zero_point - SIGNED
-    y: Tensor = linear_int8(
-        weight.quantize(x), weight.x_scale, zero_point, weight.qdata, weight.scale, weight.row_sums, bias, x.dtype
-    )
+    rows = weight.balance(x)
+    if weight.x_bits == FLOAT_BITS:
+        return multiply(rows.to(x.dtype), weight.qdata, weight.scale, bias)
+    if not weight.dynamic:
+        return _multiply(weight, rows, bias, x.dtype)
+    middle, scale = middle_and_scale(rows, 2**weight.x_bits - 1)
+    shift = middle * (weight.scale * weight.row_sums)
+    y = _multiply(weight, to_units(rows, middle, scale), None, torch.float32)
+    return (y * scale + (shift if bias is None else shift + bias)).to(x.dtype)
+
+
+def _multiply(weight: StaticInt8Weight, rows: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The integer linear of a balanced input."""
+    zero_point = weight.x_zero_point if takes_unsigned(rows.device) else weight.x_zero_point - SIGNED
+    parts = (weight.qdata, weight.scale, weight.row_sums)
+    y: Tensor = linear_int8(weight.quantize(rows), weight.x_scale, zero_point, *parts, bias, dtype)
     return y
 
 

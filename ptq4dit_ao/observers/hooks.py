@@ -17,11 +17,14 @@ from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.core import fake_quantize
 from ptq4dit_ao.core.expansion import Codebook, Expansion, fit_codebooks
 from ptq4dit_ao.core.int4 import INT4_MAX, INT4_MIN, pack_int4, unpack_int4
+from ptq4dit_ao.core.per_token import fake_quantize_tokens
 from ptq4dit_ao.errors import CalibrationError
 from ptq4dit_ao.graph.expansions import expansions
+from ptq4dit_ao.graph.names import LINEAR
 from ptq4dit_ao.graph.pending import drop_unread, tensor_at
 from ptq4dit_ao.observers.clock import TimestepClock
 from ptq4dit_ao.observers.moments import Moments
+from ptq4dit_ao.observers.per_token import complete, insert_per_token
 from ptq4dit_ao.observers.qdq import QuantSpec, insert_bias, insert_qdq
 from ptq4dit_ao.observers.statistics import ChannelStatistics
 
@@ -95,11 +98,21 @@ class ActivationObserver(_HookedObserver):
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """The activation quantized and dequantized, of the shape and dtype of ``x``."""
+        if self.spec.stays_float:
+            return x
+        if self.spec.dynamic:
+            return fake_quantize_tokens(x, self.spec.quant_min, self.spec.quant_max)
         scale, zero_point = self.qparams()
         return fake_quantize(x, float(scale), int(zero_point), self.spec.quant_min, self.spec.quant_max)
 
     def _convert(self, model: GraphModule, node: Node, source: Node) -> None:
-        insert_qdq(model, node, self.spec, *self.qparams())
+        if self.spec.stays_float:
+            node.replace_all_uses_with(source)
+            model.graph.erase_node(node)
+        elif self.spec.dynamic:
+            insert_per_token(model, node, self.spec)
+        else:
+            insert_qdq(model, node, self.spec, *self.qparams())
 
 
 class RangeObserver(ActivationObserver):
@@ -278,13 +291,14 @@ class WeightObserver(_HookedObserver):
         return expanded(weight.to(torch.float32), torch.ones_like(weight[0]), self.spec.expansion, several=False)
 
     def _convert(self, model: GraphModule, node: Node, source: Node) -> None:
+        readers = list(node.users)
         weight = tensor_at(model, str(source.target)).detach()
         rounded = self._rounded(str(source.target), weight)
         if rounded is None:
             insert_qdq(model, node, self.spec, *self.qparams(str(source.target), weight))
         else:
             if rounded.bias is not None:
-                (linear,) = node.users
+                (linear,) = readers
                 insert_bias(model, linear, rounded.bias)
             scale = rounded.scale if self.spec.channel_axis is not None else rounded.scale[0]
             zero_point = torch.zeros_like(scale, dtype=torch.int64)
@@ -292,6 +306,9 @@ class WeightObserver(_HookedObserver):
             if self.spec.expansion is not None:
                 expansions(model)[str(stored.target)] = self.spec.expansion
         del weight
+        for reader in readers:
+            if reader.target is LINEAR:
+                complete(model, reader)
         drop_unread(model)
 
 

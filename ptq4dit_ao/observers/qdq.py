@@ -17,6 +17,9 @@ from ptq4dit_ao.graph.pending import row_blocks, tensor_at
 
 quantized = torch.ops.quantized_decomposed
 
+FLOAT = torch.int16
+"""Dtype that stands for an activation of 16 bits: it stays float, and the weight alone is quantized."""
+
 DEFAULT_EPS = 2**-12
 """Smallest scale, as in torchao's x86 configuration."""
 
@@ -36,6 +39,18 @@ class QuantSpec:
     eps: float
     expansion: Expansion | None = None
     """Rule by which 4-bit codes expand to these integers, for a weight; None if every integer is allowed."""
+    dynamic: bool = False
+    """Whether every token has a range of its own at run time."""
+
+    @property
+    def stays_float(self) -> bool:
+        """Whether the tensor is observed, but not quantized (:data:`FLOAT`)."""
+        return self.dtype == FLOAT
+
+    @property
+    def ranged(self) -> bool:
+        """Whether the tensor is quantized in one range, which calibration finds."""
+        return not (self.dynamic or self.stays_float)
 
     @classmethod
     def of(cls, spec: QuantizationSpec, *, eps: float = DEFAULT_EPS, expansion: Expansion | None = None) -> QuantSpec:
@@ -49,6 +64,7 @@ class QuantSpec:
             channel_axis=spec.ch_axis if spec.qscheme in _PER_CHANNEL else None,
             eps=eps,
             expansion=expansion,
+            dynamic=spec.is_dynamic,
         )
 
     @property
@@ -68,8 +84,12 @@ def insert_qdq(
     scale: Tensor,
     zero_point: Tensor,
     integers: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
 ) -> Node:
     """Replace an observer node by ``dequantize(quantize(x))``, in the form that torchao's own convert writes.
+
+    It dequantizes to ``out_dtype``; None is the dtype of x.
 
     A weight (an attribute) is quantized here, unless its integers are given, because torchao's own folding fails on
     graphs that write in place.
@@ -88,17 +108,19 @@ def insert_qdq(
             device = source.meta["val"].device if "val" in source.meta else "cpu"
             buffers = (("scale", scale), ("zero_point", zero_point))
             arguments = (
-                *(_buffer(model, f"_{observer.name}_{n}", v.to(device)) for n, v in buffers),
+                *(buffer(model, f"_{observer.name}_{n}", v.to(device)) for n, v in buffers),
                 spec.channel_axis,
             )
             kind = "per_channel"
         arguments = (*arguments, spec.quant_min, spec.quant_max, spec.dtype)
         value = source.meta.get("val")
-        kwargs = {} if value is None or value.dtype == torch.float32 else {"out_dtype": value.dtype}
+        if out_dtype is None:
+            out_dtype = torch.float32 if value is None else value.dtype
+        kwargs = {} if out_dtype == torch.float32 else {"out_dtype": out_dtype}
         if source.op == "get_attr":
             if integers is None:
                 integers = _integers(tensor_at(model, str(source.target)).detach(), spec, scale, zero_point)
-            q = _buffer(model, f"_{observer.name}_integers", integers)
+            q = buffer(model, f"_{observer.name}_integers", integers)
             if value is not None:
                 q.meta["val"] = value.fake_mode.from_tensor(integers, static_shapes=True)
         else:
@@ -114,7 +136,7 @@ def insert_bias(model: GraphModule, linear: Node, bias: Tensor) -> None:
     value = linear.meta.get("val")
     stored = bias if value is None else bias.to(value.device, value.dtype)
     with model.graph.inserting_before(linear):
-        node = _buffer(model, f"_{linear.name}_bias", stored)
+        node = buffer(model, f"_{linear.name}_bias", stored)
     if value is not None:
         node.meta["val"] = value.fake_mode.from_tensor(stored, static_shapes=True)
     linear.args = (*linear.args[:2], node, *linear.args[3:])
@@ -137,7 +159,8 @@ def _integers(tensor: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor
     return stored
 
 
-def _buffer(model: GraphModule, name: str, value: Tensor) -> Node:
+def buffer(model: GraphModule, name: str, value: Tensor) -> Node:
+    """Add a buffer to a graph; return the node that reads it, at the current place."""
     model.register_buffer(name, value)
     node = model.graph.get_attr(name)
     return node

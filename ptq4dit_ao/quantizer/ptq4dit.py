@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -16,7 +16,7 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.capture.float_model import check_float_graph
-from ptq4dit_ao.choices import BALANCE_METHODS, BalanceMethod, FoldForm, RoundingMethod
+from ptq4dit_ao.choices import BALANCE_METHODS, BalanceMethod, Dynamic, FoldForm, RoundingMethod
 from ptq4dit_ao.core.expansion import Expansion
 from ptq4dit_ao.errors import ArgumentError, BalanceError, check_choice, check_type, renamed
 from ptq4dit_ao.graph import Site, SitePolicy, find_sites, first_refusals, premultiplied_sites, refuse_sites
@@ -33,12 +33,22 @@ from ptq4dit_ao.observers import (
     TimestepClock,
     WeightObserver,
 )
-from ptq4dit_ao.observers.qdq import DEFAULT_EPS, QuantSpec
+from ptq4dit_ao.observers.qdq import DEFAULT_EPS, FLOAT, QuantSpec
 from ptq4dit_ao.passes import BalanceSettings
 from ptq4dit_ao.passes.offset import find_shifts
 from ptq4dit_ao.quantizer.attention import annotate_attention
 from ptq4dit_ao.quantizer.linear import LinearQuantizer
-from ptq4dit_ao.quantizer.overrides import SAFE_LAYERS, LayerPlan, Override, apply_plan, check_bits, plan_layers
+from ptq4dit_ao.quantizer.overrides import (
+    FLOAT_BITS,
+    SAFE_LAYERS,
+    LayerPlan,
+    Override,
+    apply_plan,
+    check_activation_bits,
+    check_bits,
+    check_dynamic,
+    plan_layers,
+)
 from ptq4dit_ao.quantizer.plan import BalancePlan
 from ptq4dit_ao.rounding import RoundingSettings
 
@@ -63,9 +73,12 @@ class PTQ4DiTQuantizer(Quantizer):
         base: the quantizer that decides which tensors are quantized, and to which dtypes; ``None`` takes
             :class:`LinearQuantizer`.
         weight_bits: 2 to 8, for every linear weight, per output channel.
-        activation_bits: 2 to 8, for every linear input, per tensor.
-        expansion: rule by which weights of 4 bits expand to integers of 8 bits, with steps for groups of input channels
-            or other levels; ``None`` gives weights of 4 bits the integers -8 to 7 and one scale per output channel.
+        activation_bits: 2 to 8, for every linear input, per tensor; or 16, with which inputs stay float and weights
+            alone are quantized.
+        expansion: rule by which weights of 4 bits expand to integers of 8 bits, with levels as for a normal
+            distribution; ``None`` gives weights of 4 bits the integers -8 to 7.
+        dynamic: ``token`` gives every token (row of a linear's input) a range of its own, which is found at run time;
+            the graph then has a few more operations on rows for each of these inputs. ``False`` calibrates one range.
         attention_bits: 2 to 8, for attention's operands (q, k, v and the probabilities), per tensor; ``None`` leaves
             attention float. An attention that is a single op becomes matmul, softmax, matmul.
         balance: how salience over timesteps becomes one vector: ``ssc``, ``max`` (SmoothQuant) or ``mean``;
@@ -105,6 +118,7 @@ class PTQ4DiTQuantizer(Quantizer):
         weight_bits: int = 8,
         activation_bits: int = 8,
         expansion: Expansion | None = None,
+        dynamic: Dynamic = False,
         attention_bits: int | None = None,
         balance: BalanceMethod | str = "ssc",
         alpha: float | Literal["auto"] = 0.5,
@@ -128,15 +142,21 @@ class PTQ4DiTQuantizer(Quantizer):
             for override in given:
                 check_type(f"an item of {name}", override, Override, "an Override")
         check_bits("weight_bits", weight_bits)
-        check_bits("activation_bits", activation_bits)
+        check_activation_bits(activation_bits)
+        if activation_bits == FLOAT_BITS and dynamic:
+            raise ArgumentError(
+                "activation_bits is 16, which keeps inputs float, and dynamic is 'token'; leave one of them out"
+            )
         if attention_bits is not None:
             check_bits("attention_bits", attention_bits)
         check_choice("balance", balance, BALANCE_METHODS)
         check_type("center", center, bool, "true or false")
         if center and balance == "none":
             raise ArgumentError("center is on, but balance is 'none'; leave one of them out")
+        check_dynamic(dynamic)
         self._base = LinearQuantizer() if base is None else base
         self._bits = {"weight_bits": weight_bits, "activation_bits": activation_bits}
+        self._dynamic: Dynamic = dynamic
         self._attention_bits = attention_bits
         self._expansion = expansion
         self._settings = (
@@ -161,20 +181,37 @@ class PTQ4DiTQuantizer(Quantizer):
         self._policy, self._verify = policy, verify
         self._layers: dict[str, LayerPlan] = {}
 
-    def variant(self, *, weight_bits: int, sequential: bool) -> PTQ4DiTQuantizer:
-        """The same quantizer with other ``weight_bits`` and ``sequential``."""
-        check_bits("weight_bits", weight_bits)
+    def variant(
+        self, *, weight_bits: int | None = None, dynamic: Dynamic | None = None, sequential: bool | None = None
+    ) -> PTQ4DiTQuantizer:
+        """The same quantizer with another value of what is not None."""
         other = copy.copy(self)
-        other._bits, other._sequential = {**self._bits, "weight_bits": weight_bits}, sequential
+        if weight_bits is not None:
+            check_bits("weight_bits", weight_bits)
+            other._bits = {**self._bits, "weight_bits": weight_bits}
+        if dynamic is not None:
+            check_dynamic(dynamic)
+            other._dynamic = dynamic
+        if sequential is not None:
+            other._sequential = sequential
         return other
 
     def plan(self, model: GraphModule) -> dict[str, LayerPlan]:
         """Plan of every linear of an exported graph, by its node name.
 
         Raises:
+            ArgumentError: a layer is to have dynamic inputs, and the method is ``repq``.
             OverrideError: an override matches no layer.
         """
-        return plan_layers(model, **self._bits, overrides=self._overrides)
+        plans = plan_layers(model, **self._bits, dynamic=self._dynamic, overrides=self._overrides)
+        if self._settings is not None and self._settings.method == "repq":
+            for plan in plans.values():
+                if plan.is_dynamic:
+                    raise ArgumentError(
+                        f"{plan.layer!r} is to have dynamic inputs, and balance='repq' gives all channels one static "
+                        "range; balance with another method, or leave dynamic out"
+                    )
+        return plans
 
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
         """Check a float graph and decompose its attention if that is quantized; called by ``prepare_pt2e``."""
@@ -222,8 +259,7 @@ class PTQ4DiTQuantizer(Quantizer):
             layers={name: layer.layer for name, layer in self._layers.items()},
             weights={node.name: weight_path(node) for node in linears(model)},
         )
-        expanding = {name for name, layer in self._layers.items() if layer.expands(self._expansion)}
-        swap = _Swap(model, plan, clock, edge_or_node_to_obs_or_fq, dict.fromkeys(expanding, self._expansion))
+        swap = _Swap(model, plan, clock, edge_or_node_to_obs_or_fq, self._layers, self._expansion)
         for node in quantized:
             swap.linear(node)
         for attention in find_attention(model) if self._attention_bits is not None else ():
@@ -285,9 +321,11 @@ class _Swap:
         plan: BalancePlan,
         clock: TimestepClock,
         observers: dict[EdgeOrNode, ObserverOrFakeQuantize],
-        expansions: Mapping[str, Expansion | None],
+        layers: Mapping[str, LayerPlan],
+        expansion: Expansion | None,
     ) -> None:
-        self.plan, self.clock, self.observers, self.expansions = plan, clock, observers, expansions
+        self.plan, self.clock, self.observers = plan, clock, observers
+        self.layers, self.expansion = layers, expansion
         self.ours: set[ObserverOrFakeQuantize] = set()
         self.site_input = {
             (consumer.node, consumer.input): (key, len(consumer.variables))
@@ -301,20 +339,26 @@ class _Swap:
     def linear(self, node: Node) -> None:
         x, weight = node.args[:2]
         assert isinstance(x, Node) and isinstance(weight, Node)
-        specs: Mapping[Node, object] = node.meta[Q_ANNOTATION_KEY].input_qspec_map
+        specs: dict[Node, object] = node.meta[Q_ANNOTATION_KEY].input_qspec_map
         activation = _activation_spec(node)
         assert activation is not None
-        if activation.is_dynamic:
+        if activation.is_dynamic and not self.layers[node.name].is_dynamic:
             raise ArgumentError(
                 f"{layer_name(node)!r}: the base quantizer asks for dynamic activations, which have no calibrated "
                 "range; balance first (collect_salience, balance), then use the base by itself"
             )
         self._swap((x, node), activation, lambda spec: self._activation_observer(node, x, spec))
+        if activation.is_dynamic:  # convert_pt2e would look for its own op that finds dynamic ranges
+            specs[x] = dataclasses.replace(activation, is_dynamic=False)
+        elif activation.dtype == FLOAT:
+            del specs[x]
         weight_spec = specs.get(weight)
         if isinstance(weight_spec, QuantizationSpec):
-            expansion = self.expansions.get(node.name)
+            expansion = self.expansion if self.layers[node.name].expands(self.expansion) else None
             self._swap(
-                (weight, node), weight_spec, lambda spec: WeightObserver(replace(spec, expansion=expansion), self.plan)
+                (weight, node),
+                weight_spec,
+                lambda spec: WeightObserver(dataclasses.replace(spec, expansion=expansion), self.plan),
             )
 
     def attention(self, attention: Attention) -> None:

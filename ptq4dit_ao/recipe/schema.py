@@ -35,11 +35,14 @@ from ptq4dit_ao.choices import (
 from ptq4dit_ao.errors import RecipeError
 from ptq4dit_ao.recipe.problems import describe, show, version_problem
 from ptq4dit_ao.recipe.values import (
+    ActivationBits,
     Alpha,
     Bits,
     BitsCandidates,
     BitsOrAuto,
     Count,
+    DynamicOrAuto,
+    DynamicOrNot,
     OnlyFalse,
     OnlyTrue,
     Seed,
@@ -122,7 +125,36 @@ class Weights(_Section):
 class Activations(_Section):
     """Quantization of the activations."""
 
-    bits: Bits = Field(default=8, description="Width of an activation in bits, 2 to 8.")
+    bits: ActivationBits = Field(
+        default=8,
+        description="Width of an activation in bits, 2 to 8; or 16, with which activations stay float and weights "
+        "alone are quantized (they are stored and held as integers).",
+    )
+    dynamic: DynamicOrAuto = Field(
+        default=False,
+        description="false: one range for each linear's input, from calibration. 'token': every token (row) of an "
+        "input has a range of its own, found at run time; closer, and some more time for each row. 'auto': 'token' for "
+        "the layers that gain most, within 'share'. Attention's own products are always static.",
+    )
+    share: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Upper limit of the part of all quantized linears' multiplications whose inputs 'auto' makes "
+        "dynamic, above 0, at most 1. Required by dynamic: auto.",
+    )
+
+    @model_validator(mode="after")
+    def _has_a_budget(self) -> Self:
+        if self.bits == 16 and self.dynamic:
+            raise _rule("bits: 16 keeps activations float, and dynamic quantizes them; remove one of them")
+        if self.dynamic == "auto" and self.share is None:
+            raise _rule("dynamic: auto needs share; add the part of the linears that may be dynamic, such as 0.4")
+        if self.dynamic != "auto" and self.share is not None:
+            raise _rule(
+                "share is for dynamic: auto, and dynamic is {dynamic}; remove one of them", dynamic=show(self.dynamic)
+            )
+        return self
 
 
 class Attention(_Section):
@@ -279,7 +311,7 @@ class Distillation(_Section):
     )
 
 
-_NOT_WITH_SKIP = ("weight_bits", "activation_bits", "balance")
+_NOT_WITH_SKIP = ("weight_bits", "activation_bits", "dynamic", "balance")
 
 
 class Override(_Section):
@@ -303,9 +335,15 @@ class Override(_Section):
     weight_bits: Bits | None = Field(
         default=None, description="Width of these modules' weights in bits, 2 to 8. If left out, that of 'weights'."
     )
-    activation_bits: Bits | None = Field(
+    activation_bits: ActivationBits | None = Field(
         default=None,
-        description="Width of these modules' activations in bits, 2 to 8. If left out, that of 'activations'.",
+        description="Width of these modules' activations in bits, 2 to 8, or 16 to keep them float. If left out, that "
+        "of 'activations'.",
+    )
+    dynamic: DynamicOrNot | None = Field(
+        default=None,
+        description="'token': every token of these modules' inputs has a range of its own. false: they have one range. "
+        "If left out, as 'activations' says.",
     )
     balance: OnlyFalse | None = Field(default=None, description="false: quantize these modules without balancing them.")
 
@@ -323,6 +361,12 @@ class Override(_Section):
                 "pattern '{pattern}' asks for nothing; add one of skip, {others}",
                 pattern=self.pattern,
                 others=", ".join(_NOT_WITH_SKIP),
+            )
+        if self.activation_bits == 16 and self.dynamic:
+            raise _rule(
+                "pattern '{pattern}' keeps activations float (activation_bits: 16) and makes them dynamic; keep one of "
+                "them",
+                pattern=self.pattern,
             )
         return self
 
@@ -516,6 +560,15 @@ class Recipe(_Section):
         return self
 
     @model_validator(mode="after")
+    def _balances_what_is_dynamic(self) -> Self:
+        if self.balance.method == "repq" and (self.activations.dynamic or any(o.dynamic for o in self.overrides)):
+            raise _rule(
+                "balance.method 'repq' gives all channels one static range, and activations are dynamic; balance with "
+                "another method, or leave dynamic out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _has_an_image_of_each_size(self) -> Self:
         sizes = len(self.calibration.sizes or ())
         for name, section in (("calibration", self.calibration), ("evaluation", self.evaluation)):
@@ -603,6 +656,10 @@ class RecipeFile(Recipe):
     @model_validator(mode="after")
     def _distills_what_was_rounded(self) -> Self:
         return self  # the base may have the other key
+
+    @model_validator(mode="after")
+    def _balances_what_is_dynamic(self) -> Self:
+        return self  # the same
 
     @model_validator(mode="after")
     def _has_an_image_of_each_size(self) -> Self:

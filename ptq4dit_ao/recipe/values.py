@@ -44,6 +44,15 @@ def count_or_list(value: object) -> str:
 
 Version = Annotated[Literal[1], exactly(int)]
 Bits = Annotated[int, Field(ge=2, le=8)]
+
+
+def _quantized_or_float(value: object) -> str:
+    return "float" if value == 16 and type(value) is int else "quantized"
+
+
+ActivationBits = Annotated[
+    Annotated[Bits, Tag("quantized")] | Annotated[Literal[16], Tag("float")], Discriminator(_quantized_or_float)
+]
 Count = Annotated[int, Field(ge=1)]
 # The widest seed that both torch and numpy take has 32 bits.
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
@@ -80,3 +89,17 @@ BitsOrAuto = Annotated[
 ]
 OnlyTrue = Annotated[Literal[True], exactly(bool)]
 OnlyFalse = Annotated[Literal[False], exactly(bool)]
+
+
+def _flag_or_word(value: object) -> str:
+    return "word" if isinstance(value, str) else "flag"
+
+
+DynamicOrAuto = Annotated[
+    Annotated[OnlyFalse, Tag("flag")] | Annotated[Literal["token", "auto"], Tag("word")],
+    Discriminator(_flag_or_word),
+]
+DynamicOrNot = Annotated[
+    Annotated[OnlyFalse, Tag("flag")] | Annotated[Literal["token"], Tag("word")],
+    Discriminator(_flag_or_word),
+]

@@ -16,12 +16,14 @@ from ptq4dit_ao.capture import free_sizes
 from ptq4dit_ao.capture.sizes import FreeSizes
 from ptq4dit_ao.graph import Site
 from ptq4dit_ao.graph.names import joint_name
-from ptq4dit_ao.lowering import QuantizedLinear, float_linears, quantized_linears
+from ptq4dit_ao.lowering import IntegerLinear, QuantizedLinear, float_linears, integer_linears
 from ptq4dit_ao.lowering.match import quantized_products, quantizers_of
 from ptq4dit_ao.metrics import LeaveOneOut, PairedError
 from ptq4dit_ao.passes import BalanceResult, SiteOutcome, balance_result
+from ptq4dit_ao.quantizer.overrides import FLOAT_BITS
 from ptq4dit_ao.report.types import (
     AttentionEntry,
+    DynamicEntry,
     EvaluationEntry,
     InputSizesEntry,
     LayerEntry,
@@ -62,6 +64,7 @@ def build_report(
     evaluation: EvaluationEntry | None = None,
     diagnostics: Diagnostics | None = None,
     weight_bits: WeightBitsEntry | None = None,
+    dynamic: DynamicEntry | None = None,
 ) -> Report:
     """Everything that is known of one quantized model; its size is added when it is saved.
 
@@ -74,6 +77,7 @@ def build_report(
         evaluation: error of its output.
         diagnostics: of its layers.
         weight_bits: how they were chosen, if they were.
+        dynamic: how inputs with ranges at run time were chosen, if they were.
     """
     result = balance_result(converted)
     settings = result.settings
@@ -95,6 +99,7 @@ def build_report(
         "layers": _layers(converted, result, diagnostics),
         "attention": _attention(converted),
         "weight_bits": weight_bits,
+        "dynamic": dynamic,
         "leave_one_out": None if diagnostics is None else _leave_one_out(result, diagnostics),
         "evaluation": evaluation,
         "size": None,
@@ -122,7 +127,7 @@ def summary(report: Report) -> Report:
 def size_entry(report: Report, converted: GraphModule, artifact_bytes: int) -> SizeEntry:
     """Bytes before and after, of a model whose graph and weights take so many on disk."""
     float32 = 4 * report["model"]["parameters"]
-    linears = quantized_linears(converted)
+    linears = integer_linears(converted)
     weights = {linear.weight.data_ptr(): linear for linear in linears}.values()
     before = sum(4 * (w.weight.numel() + len(w.weight)) for w in weights)
     stored = sum(w.weight.numel() * w.bits_per_weight / 8 for w in weights)
@@ -170,14 +175,14 @@ def _site(site: Site, outcome: SiteOutcome | None) -> SiteEntry:
 
 
 def _layers(converted: GraphModule, result: BalanceResult, diagnostics: Diagnostics | None) -> list[LayerEntry]:
-    integer = {linear.name: linear for linear in quantized_linears(converted)}
+    integer = {linear.name: linear for linear in integer_linears(converted)}
     names = [*integer, *(node.name for node in float_linears(converted))]
     order = {node.name: i for i, node in enumerate(converted.graph.nodes)}
     return [_layer(name, result, integer.get(name), diagnostics) for name in sorted(names, key=order.__getitem__)]
 
 
 def _layer(
-    name: str, result: BalanceResult, linear: QuantizedLinear | None, diagnostics: Diagnostics | None
+    name: str, result: BalanceResult, linear: IntegerLinear | None, diagnostics: Diagnostics | None
 ) -> LayerEntry:
     error = None if diagnostics is None else diagnostics.layer_errors.get(name)
     return {
@@ -185,12 +190,17 @@ def _layer(
         "node": name,
         "status": "float" if linear is None else "integer",
         "weight_bits": None if linear is None else linear.weight_bits,
-        "activation_bits": None if linear is None else _bits(linear.x_range),
+        "activation_bits": None if linear is None else _activation_bits(linear),
+        "dynamic": "token" if linear is not None and linear.per_token is not None else False,
         "activation_clipping": _maybe(result.clipping.get(name)),
         "weight_clipping": None if diagnostics is None else _maybe(diagnostics.weight_clipping.get(name)),
         "sqnr_db": None if error is None else _float(error.sqnr_db),
         "sqnr_db_t": [] if error is None else [(t, _float(db)) for t, db in error.per_timestep.items()],
     }
+
+
+def _activation_bits(linear: IntegerLinear) -> int:
+    return _bits(linear.x_range) if isinstance(linear, QuantizedLinear) else FLOAT_BITS
 
 
 def _attention(converted: GraphModule) -> AttentionEntry | None:

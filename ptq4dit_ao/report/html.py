@@ -21,6 +21,7 @@ from ptq4dit_ao.report.plots import Entry
 from ptq4dit_ao.report.reasons import by_reason
 from ptq4dit_ao.report.types import (
     AttentionEntry,
+    DynamicEntry,
     EvaluationEntry,
     InputSizesEntry,
     LayerEntry,
@@ -70,6 +71,7 @@ def write_html(
         _balancing(report),
         _layers(report["layers"]),
         _weight_bits(report["weight_bits"]),
+        _dynamic(report.get("dynamic")),
         _costs(report["leave_one_out"]),
         _input_sizes(report["inputs"]),
         _provenance(report),
@@ -334,7 +336,7 @@ def _layers(layers: Sequence[LayerEntry]) -> str:
             _code(layer["name"]),
             _status(layer["status"]),
             _number(layer["weight_bits"], "d"),
-            _number(layer["activation_bits"], "d"),
+            _number(layer["activation_bits"], "d") + (" per token" if layer.get("dynamic") else ""),
             _number(layer.get("weight_clipping"), ".0%"),
             _number(layer.get("activation_clipping"), ".0%"),
             _number(layer["sqnr_db"], ".1f"),
@@ -385,6 +387,27 @@ def _weight_bits(choice: WeightBitsEntry | None) -> str:
         for entry in sorted(inputs, key=lambda entry: (-entry["bits"], -entry["noise"][0]))
     ]
     return _section("Bits of the weights", intro, _table("choice", columns, rows))
+
+
+def _dynamic(choice: DynamicEntry | None) -> str:
+    if choice is None:
+        return ""
+    intro = (
+        f"Chosen for each quantized input: {choice['share']:.0%} of the linears' multiplications have inputs whose "
+        "tokens get ranges of their own at run time. The shares of noise are what the input's quantization alone adds "
+        "to the output's error, of what all add with static ranges."
+    )
+    columns = ("Layers that read one input", "#Multiplications", "#Noise, static", "#Noise, per token", "Range")
+    rows = [
+        (
+            _code(entry["name"]),
+            f"{entry['share']:.1%}",
+            *(_number(noise, ".1%") for noise in entry["noise"]),
+            "per token" if entry["dynamic"] else "static",
+        )
+        for entry in sorted(choice["inputs"], key=lambda entry: (not entry["dynamic"], -entry["noise"][0]))
+    ]
+    return _section("Ranges at run time", intro, _table("choice", columns, rows))
 
 
 def _costs(left_out: LeaveOneOutEntry | None) -> str:

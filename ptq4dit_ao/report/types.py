@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, NotRequired, TypedDict
 
-from ptq4dit_ao.choices import BalanceMethod, FoldForm, SiteKind
+from ptq4dit_ao.choices import BalanceMethod, Dynamic, FoldForm, SiteKind
 
 Curve = list[tuple[float, float | None]]
 """``[timestep, dB]``; None for a value that is not finite."""
@@ -63,6 +63,9 @@ class LayerEntry(TypedDict):
     status: Literal["integer", "float"]
     weight_bits: int | None
     activation_bits: int | None
+    """16 for an input that stays float, with integer weights."""
+    dynamic: NotRequired[Dynamic]
+    """Whether each token of the input has a range of its own; missing in reports from before there was a choice."""
     activation_clipping: float | None
     """Range of the input, as a part of the range from minimum to maximum."""
     weight_clipping: float | None
@@ -148,6 +151,24 @@ class WeightBitsEntry(TypedDict):
     inputs: list[ChosenBitsEntry]
 
 
+class ChosenInputEntry(TypedDict):
+    """The decision on one quantized input."""
+
+    name: str
+    layers: list[str]
+    share: float
+    noise: list[float]
+    """With a static range, and per token."""
+    dynamic: bool
+
+
+class DynamicEntry(TypedDict):
+    """Decision of ``dynamic: auto``."""
+
+    share: float
+    inputs: list[ChosenInputEntry]
+
+
 class Report(TypedDict):
     """Everything that is known of one quantized model."""
 
@@ -162,6 +183,7 @@ class Report(TypedDict):
     layers: list[LayerEntry]
     attention: AttentionEntry | None
     weight_bits: WeightBitsEntry | None
+    dynamic: NotRequired[DynamicEntry | None]
     leave_one_out: LeaveOneOutEntry | None
     evaluation: EvaluationEntry | None
     size: SizeEntry | None

@@ -152,7 +152,9 @@ def distill(
     inputs = [dict(zip(placeholders(prepared), batch, strict=True)) for batch in batches]
     targets = list(_float_outputs(prepared, nodes, outputs, inputs))
     linears = {layer.node: LearnedLinear(prepared, layer) for layer in layers}
-    ranges: dict[ActivationObserver, LearnedRange] = {g.observer: LearnedRange(g.observer) for g in groups}
+    ranges: dict[ActivationObserver, LearnedRange] = {
+        g.observer: LearnedRange(g.observer) for g in groups if g.observer.spec.ranged
+    }
     run = Run(prepared, nodes, outputs, {**linears}, ranges)
     pause = -(-len(inputs) // COMPARED)
     some = [index for found in batches_by_size(prepared, batches) for index in found[::pause]]

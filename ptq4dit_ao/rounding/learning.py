@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,13 @@ class LearnedRange(nn.Module):
             self.observer.chosen_range = low, high
 
 
+def straight_through(observer: ActivationObserver) -> Callable[[Tensor], Tensor]:
+    """The quantizer of an activation whose range is not learned, with a straight-through gradient."""
+    if observer.spec.ranged:
+        return LearnedRange(observer).requires_grad_(False)
+    return lambda x: x + (observer.fake_quantize(x) - x).detach()
+
+
 class Run:
     """A runnable part of the quantized network, in which learned modules replace some nodes.
 
@@ -74,7 +81,7 @@ class Run:
         for node in nodes:
             observer = module_of(prepared, node)
             if isinstance(observer, ActivationObserver):  # plain rounding has no gradient
-                self._instead[node] = ranges.get(observer) or LearnedRange(observer).requires_grad_(False)
+                self._instead[node] = ranges.get(observer) or straight_through(observer)
 
     def __call__(self, inputs: Values) -> Values:
         """The part's outputs for the values that it reads."""

@@ -113,8 +113,9 @@ def fingerprint(
 
 
 def _tensors(prefix: str, group: Group) -> dict[str, Tensor]:
-    assert group.observer.chosen_range is not None
-    tensors = {f"{prefix}range": torch.tensor(group.observer.chosen_range, dtype=torch.float64)}
+    tensors = {}
+    if group.observer.chosen_range is not None:
+        tensors[f"{prefix}range"] = torch.tensor(group.observer.chosen_range, dtype=torch.float64)
     for i, layer in enumerate(group.layers):
         assert layer.observer.rounded is not None
         for part in PARTS:
@@ -125,8 +126,11 @@ def _tensors(prefix: str, group: Group) -> dict[str, Tensor]:
     return tensors
 
 
-def _read(tensors: Mapping[str, Tensor], prefix: str, group: Group) -> tuple[tuple[float, float], list[Rounded]]:
-    low, high = tensors[f"{prefix}range"].tolist()
+def _read(tensors: Mapping[str, Tensor], prefix: str, group: Group) -> tuple[tuple[float, float] | None, list[Rounded]]:
+    bounds = None
+    if group.observer.spec.ranged:
+        low, high = tensors[f"{prefix}range"].tolist()
+        bounds = low, high
     rounded = []
     for i, layer in enumerate(group.layers):
         found = {part: name for part in PARTS if (name := f"{prefix}{i}.{part}") in tensors or part != "bias"}
@@ -137,7 +141,7 @@ def _read(tensors: Mapping[str, Tensor], prefix: str, group: Group) -> tuple[tup
             step, channels = tensors[f"{prefix}{i}.step"].clone(), parts["integers"].shape[1]
             codebook = Codebook(expansion=expansion, step=step, channels=channels)
         rounded.append(Rounded(codebook=codebook, **parts))
-    return (low, high), rounded
+    return bounds, rounded
 
 
 def sums(x: Tensor) -> tuple[object, ...]:

@@ -92,7 +92,7 @@ def _learn(
 ) -> None:
     held = streams.held(block.nodes)
     here = set(block.layers)
-    new = [g.observer for g in block.groups if g.observer.chosen_range is None and not here.isdisjoint(g.layers)]
+    new = [g.observer for g in block.groups if _has_no_range(g.observer) and not here.isdisjoint(g.layers)]
     for group in block.groups:
         streams.advance(group.node)
         _round(prepared, group, streams, settings)
@@ -115,12 +115,16 @@ def _reported(progress: Iterator[float], block: int, blocks: int, on_progress: O
 def _round(prepared: GraphModule, group: Group, streams: Streams, settings: RoundingSettings) -> None:
     observer = group.observer
     weights = {layer: layer.weight(prepared) for layer in group.layers}
-    if observer.chosen_range is None:  # a shared observer has its range from an earlier group
+    if _has_no_range(observer):  # a shared observer has its range from an earlier group
         tokens, low, high = _look(streams, group.node)
         weight = torch.cat(list(weights.values()))
         observer.chosen_range = choose_range(observer.spec, tokens, low, high, weight, settings)
     inputs = _inputs(streams, group.node, observer)
     solve_group(prepared, group, weights, inputs, settings)
+
+
+def _has_no_range(observer: ActivationObserver) -> bool:
+    return observer.chosen_range is None and observer.spec.ranged
 
 
 def _look(streams: Streams, node: Node) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from ptq4dit_ao.core.clipping import WEIGHT_RATIOS, clipped_activation_range, clipped_weight_range
 from ptq4dit_ao.core.expansion import Codebook, fit_codebooks
 from ptq4dit_ao.core.gptq import gptq_and_codebook, gptq_and_scale, nearest
+from ptq4dit_ao.core.per_token import fake_quantize_tokens
 from ptq4dit_ao.core.qparams import fake_quantize
 from ptq4dit_ao.core.range_search import search_range
 from ptq4dit_ao.core.refit import corrected_bias, refit
@@ -66,8 +67,8 @@ def choose_range(
     high: Tensor,
     weight: Tensor,
     settings: RoundingSettings,
-) -> tuple[float, float]:
-    """Quantization range of an activation.
+) -> tuple[float, float] | None:
+    """Quantization range of an activation; None if each token has its own, or it stays float.
 
     Args:
         spec: spec of the activation.
@@ -80,6 +81,8 @@ def choose_range(
     Returns:
         Minimum and maximum.
     """
+    if not spec.ranged:
+        return None
     ranges = settings.ranges
     if ranges == "minmax" or len(tokens) == 0:
         return float(low), float(high)
@@ -91,8 +94,12 @@ def choose_range(
     return float(low), float(high)
 
 
-def quantize_tokens(spec: QuantSpec, tokens: Tensor, bounds: tuple[float, float]) -> Tensor:
-    """Tokens quantized and dequantized in a range."""
+def quantize_tokens(spec: QuantSpec, tokens: Tensor, bounds: tuple[float, float] | None) -> Tensor:
+    """Tokens quantized and dequantized in a range; None for those that have their own, or stay float."""
+    if spec.stays_float:
+        return tokens
+    if bounds is None:
+        return fake_quantize_tokens(tokens, spec.quant_min, spec.quant_max)
     scale, zero_point = spec.qparams(torch.tensor(bounds[0]), torch.tensor(bounds[1]))
     return fake_quantize(tokens, scale, zero_point, spec.quant_min, spec.quant_max)
 

@@ -39,10 +39,11 @@ from ptq4dit_ao.quantizer import (
     round_sequentially,
     tokens_seen,
 )
-from ptq4dit_ao.recipe import Recipe, Weights
+from ptq4dit_ao.recipe import Activations, Recipe, Weights
 from ptq4dit_ao.report import Diagnostics, EvaluationEntry, build_report
+from ptq4dit_ao.workflow.dynamic import ChosenDynamic, choose_dynamic
 from ptq4dit_ao.workflow.exported import export_for, first_refused
-from ptq4dit_ao.workflow.from_recipe import quantizer_from_recipe, with_chosen_bits
+from ptq4dit_ao.workflow.from_recipe import quantizer_from_recipe, with_chosen_bits, with_chosen_dynamic
 from ptq4dit_ao.workflow.quantized_model import QuantizedModel
 from ptq4dit_ao.workflow.weight_bits import WeightBits, choose_weight_bits
 
@@ -75,9 +76,9 @@ def apply_recipe(
         base: the torchao quantizer to wrap; the default is this package's own.
         timestep_input: name of the input that holds the timestep, where it cannot be found by its name.
         name: name of the model in the report.
-        on_progress: called with ``(stage, done, total)``. The stages are ``choose bits`` (counts quantized inputs),
-            ``calibrate`` (batches), ``round`` (parts of a sequential rounding) and ``distill`` (steps), those that the
-            recipe has. ``total`` is 0 where ``samples`` has no length.
+        on_progress: called with ``(stage, done, total)``. The stages are ``choose dynamic`` and ``choose bits`` (count
+            quantized inputs), ``calibrate`` (batches), ``round`` (parts of a sequential rounding) and ``distill``
+            (steps), those that the recipe has. ``total`` is 0 where ``samples`` has no length.
         resume: a folder for checkpoints of sequential rounding and distillation. Work that is found there is not
             repeated.
 
@@ -114,6 +115,7 @@ class Converted:
     folded: frozenset[str]
     """Paths of the parameters that weights in the graph were computed from."""
     weight_bits: WeightBits | None
+    dynamic: ChosenDynamic | None
 
     def quantized(
         self,
@@ -140,6 +142,7 @@ class Converted:
             evaluation=evaluation,
             diagnostics=diagnostics,
             weight_bits=None if self.weight_bits is None else self.weight_bits.to_dict(),
+            dynamic=None if self.dynamic is None else self.dynamic.to_dict(),
         )
         return QuantizedModel(
             graph=self.graph,
@@ -193,7 +196,16 @@ def convert(
     else:
         exported = export_transformer(model, _on(device, first)) if recorded is None else export_for(model, recorded)
     captured, folded = captured_module(exported), folded_sources(exported)
-    choice = None
+    choice, dynamic = None, None
+    if recipe.activations.dynamic == "auto":
+        batches = [
+            check_batch(exported, _on(device, b), "a calibration batch") for b in itertools.chain([first], iterator)
+        ]
+        dynamic = _choose_dynamic(
+            exported, recipe, batches, base, timestep_input, of_stage(on_progress, "choose dynamic")
+        )
+        recipe, first, iterator = with_chosen_dynamic(recipe, dynamic), batches[0], iter(batches[1:])
+        clock.lap("choose dynamic")
     if recipe.weights.bits == "auto":
         batches = [_on(device, tuple(batch)) for batch in itertools.chain([first], iterator)]
         choice = _choose_bits(exported, recipe, batches, base, timestep_input, of_stage(on_progress, "choose bits"))
@@ -242,6 +254,27 @@ def convert(
         captured=captured,
         folded=folded,
         weight_bits=choice,
+        dynamic=dynamic,
+    )
+
+
+def _choose_dynamic(
+    exported: GraphModule,
+    recipe: Recipe,
+    batches: list[tuple[Tensor, ...]],
+    base: Quantizer | None,
+    timestep_input: str | None,
+    on_progress: OnProgress,
+) -> ChosenDynamic:
+    assert recipe.activations.share is not None
+    weights = Weights(bits=max(recipe.weights.widths)) if recipe.weights.bits == "auto" else recipe.weights
+    static = recipe.model_copy(update={"weights": weights, "activations": Activations(bits=recipe.activations.bits)})
+    return choose_dynamic(
+        exported,
+        batches,
+        share=recipe.activations.share,
+        quantizer=quantizer_from_recipe(static, base, timestep_input=timestep_input),
+        on_progress=on_progress,
     )
 
 

@@ -9,7 +9,7 @@ from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao._progress import OnStage, ignore, of_stage
 from ptq4dit_ao.calibration import CalibrationSamples
 from ptq4dit_ao.graph.names import get_attribute, placeholders, timestep_placeholder, weight_path
-from ptq4dit_ao.lowering import quantized_linears
+from ptq4dit_ao.lowering import integer_linears
 from ptq4dit_ao.metrics import LeaveOneOut, layer_errors, leave_one_out
 from ptq4dit_ao.metrics.layers import quantized_inputs
 from ptq4dit_ao.passes import balance_result, balanced_as
@@ -92,7 +92,7 @@ def weight_clipping(balanced: GraphModule, quantized: GraphModule) -> dict[str, 
     """Node name of a quantized linear -> range of its weight over the largest absolute weight, mean over channels."""
     twins = {node.name: node for node in balanced.graph.nodes}
     ratios = {}
-    for linear in quantized_linears(quantized):
+    for linear in integer_linears(quantized):
         weight = get_attribute(balanced, weight_path(twins[linear.name]))
         low, high = torch.aminmax(weight, dim=1)
         largest = torch.maximum(-low, high).double()

@@ -6,6 +6,7 @@ import logging
 
 from torchao.quantization.pt2e.quantizer import Quantizer
 
+from ptq4dit_ao.choices import Dynamic
 from ptq4dit_ao.core.expansion import Expansion
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.graph import SitePolicy
@@ -16,9 +17,10 @@ from ptq4dit_ao.quantizer import (
     Override,
     PTQ4DiTQuantizer,
 )
+from ptq4dit_ao.recipe import Activations, Recipe
 from ptq4dit_ao.recipe import Override as RecipeOverride
-from ptq4dit_ao.recipe import Recipe
 from ptq4dit_ao.rounding import RoundingSettings
+from ptq4dit_ao.workflow.dynamic import ChosenDynamic
 from ptq4dit_ao.workflow.weight_bits import WeightBits
 
 logger = logging.getLogger(__name__)
@@ -33,13 +35,14 @@ def quantizer_from_recipe(
     """The quantizer that a recipe describes, around any base quantizer.
 
     Raises:
-        ArgumentError: the recipe says ``weights.bits: auto``.
+        ArgumentError: the recipe says ``weights.bits: auto`` or ``activations.dynamic: auto``.
     """
     return PTQ4DiTQuantizer(
         base,
         weight_bits=weight_bits_of(recipe),
         activation_bits=recipe.activations.bits,
         expansion=expansion_of(recipe),
+        dynamic=dynamic_of(recipe),
         attention_bits=recipe.attention.bits if recipe.attention.quantize else None,
         balance=recipe.balance.method,
         alpha=recipe.balance.alpha,
@@ -82,12 +85,33 @@ def expansion_of(recipe: Recipe) -> Expansion | None:
     return Expansion(group=recipe.weights.group) if recipe.weights.levels == "normal" else None
 
 
+def dynamic_of(recipe: Recipe) -> Dynamic:
+    """The recipe's word on ranges at run time.
+
+    Raises:
+        ArgumentError: it is ``auto``.
+    """
+    if recipe.activations.dynamic == "auto":
+        raise ArgumentError(
+            "activations.dynamic is auto; apply_recipe and 'ptq4dit-ao quantize' choose the layers, elsewhere give "
+            "token or false"
+        )
+    return recipe.activations.dynamic
+
+
 def with_chosen_bits(recipe: Recipe, choice: WeightBits) -> Recipe:
     """The recipe with ``bits: auto`` replaced by the lowest width and an override for each layer with more bits."""
     more = (RecipeOverride(pattern=o.pattern, weight_bits=o.weight_bits) for o in choice.overrides)
     fixed = {"bits": choice.candidates[0], "candidates": None, "average_bits": None}
     weights = recipe.weights.model_copy(update=fixed)
     return recipe.model_copy(update={"weights": weights, "overrides": (*more, *recipe.overrides)})
+
+
+def with_chosen_dynamic(recipe: Recipe, choice: ChosenDynamic) -> Recipe:
+    """The recipe with ``dynamic: auto`` replaced by an override for each layer whose input is quantized per token."""
+    token = (RecipeOverride(pattern=layer.replace("[", "[[]"), dynamic="token") for layer in choice.layers)
+    activations = Activations(bits=recipe.activations.bits)
+    return recipe.model_copy(update={"activations": activations, "overrides": (*token, *recipe.overrides)})
 
 
 def overrides_of(recipe: Recipe) -> tuple[Override, ...]:

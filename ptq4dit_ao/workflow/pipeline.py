@@ -185,12 +185,14 @@ def _balance(name: str, recipe: Recipe, method: ModuleFormat | None) -> Balance:
 def _check_held(name: str, module: nn.Module, recipe: Recipe, method: ModuleFormat | None) -> None:
     """Refuse, before the work, what a quantized module cannot hold and what is not done for whole pipelines."""
     bits = recipe.activation_widths
+    dynamic = bool(recipe.activations.dynamic) or any(o.dynamic for o in recipe.overrides)
     problems = {
         "attention.quantize is true": recipe.attention.quantize,
         f"balance.fold_form is {recipe.balance.fold_form!r}": recipe.balance.fold_form == "bias",
         f"calibration.sampler is {recipe.calibration.sampler!r}": recipe.calibration.sampler is not None,
         f"noise_correction.images is {recipe.noise_correction.images}": recipe.noise_correction.images > 0,
-        f"activations have {min(bits)} bits and the format is torchao": method == "torchao" and bits != {8},
+        f"activations have {min(bits)} bits and the format is torchao": method == "torchao" and not bits <= {8, 16},
+        "activations are dynamic and the format is torchao": method == "torchao" and dynamic,
     }
     problem = next((text for text, wrong in problems.items() if wrong), None)
     if problem is not None:

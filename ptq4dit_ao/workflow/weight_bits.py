@@ -130,7 +130,7 @@ def choose_weight_bits(
     samples = [check_batch(exported, batch, f"calibration batch {number}") for number, batch in enumerate(batches, 1)]
     if not samples:
         raise CalibrationError("there are no calibration samples; pass at least one tuple of inputs")
-    rounded, measured = _parts(exported, samples)
+    rounded, measured = held_out(exported, samples)
     low, high = (_planned_bits(exported, quantizer, bits) for bits in (widths[0], widths[-1]))
     free = {layer for layer, bits in low.items() if high[layer] != bits}
     if not free:
@@ -147,7 +147,7 @@ def choose_weight_bits(
     return _choose(exported, noise, widths, average_bits, {layer: low[layer] for layer in low.keys() - free})
 
 
-def _parts(
+def held_out(
     exported: GraphModule, samples: Sequence[tuple[Tensor, ...]]
 ) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
     """The batches to round with, and those to measure on. A single batch of a size is among both."""

@@ -18,6 +18,7 @@ from ptq4dit_ao.lowering.backend import Backend, Capabilities, Request, Runnable
 from ptq4dit_ao.lowering.cuda.ops import expanded_linear, has_triton, int4_linear, int8_linear, pack_halves
 from ptq4dit_ao.lowering.match import QuantizedLinear
 from ptq4dit_ao.lowering.mixed import compute_in
+from ptq4dit_ao.lowering.weight_only import replace_weight_only
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +169,7 @@ def replace_linears(request: Request, device: torch.device) -> GraphModule:
         module = IntegerLinear(linear, narrowed or linear.dtype).to(device)
         node = _call(graph, f"_integer_linear_{i}", module, quantizers[linear.quantize], linear.node)
         linear.replace_by(node)
+    replace_weight_only(request, device)
     _move(graph, device)
     graph.graph.lint()
     graph.recompile()

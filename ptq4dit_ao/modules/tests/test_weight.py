@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
 from ptq4dit_ao.core import sqnr_db
+from ptq4dit_ao.core.per_token import fake_quantize_tokens
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.modules import weight as weight_module
 from ptq4dit_ao.modules.kernels import PACKED, takes_unsigned
@@ -25,18 +26,23 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def made(c_out: int = 24, c_in: int = 32, *, balanced: bool = True, bits: int = 8, x_bits: int = 8) -> StaticInt8Weight:
-    g, top = generator(0), 2 ** (bits - 1) - 1
+def made(c_out: int = 24, c_in: int = 32, *, balanced: bool = True, bits: int = 8, **options) -> StaticInt8Weight:
+    g, top, x_bits = generator(0), 2 ** (bits - 1) - 1, options.pop("x_bits", 8)
+    if options.get("dynamic"):
+        x_scale, zero_point = 1.0, 2 ** (x_bits - 1)
+    else:
+        x_scale, zero_point = 6.0 / (2**x_bits - 1), 2 ** (x_bits - 1) - 3
     return StaticInt8Weight.of(
         torch.randint(-top, top + 1, (c_out, c_in), generator=g, dtype=torch.int8),
         torch.rand(c_out, generator=g) / 100 + 0.001,
-        6.0 / (2**x_bits - 1),
-        2 ** (x_bits - 1) - 3,
+        x_scale,
+        zero_point,
         bits=bits,
         x_bits=x_bits,
         x_ndim=3,
         dtype=torch.float32,
         pre_scale=0.5 + torch.rand(c_in, generator=g) if balanced else None,
+        **options,
     )
 
 
@@ -47,6 +53,23 @@ def expected(weight: StaticInt8Weight, x: Tensor, bias: Tensor | None) -> Tensor
     x_back = (q.clamp(0, 2**weight.x_bits - 1) - weight.x_zero_point).double() * weight.x_scale.double()
     y = x_back @ (weight.qdata.double() * weight.scale.double().unsqueeze(1)).T
     return y if bias is None else y + bias
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("balanced", "x_bits"), [(True, 8), (False, 8), (True, 6)])
+def test_tokens_with_ranges_of_their_own(balanced, x_bits, dtype):
+    weight, g = made(balanced=balanced, x_bits=x_bits, dynamic=True), generator(1)
+    x = torch.randn(2, 7, 32, generator=g) * torch.logspace(-3, 3, 7).unsqueeze(1) + 1
+    x[0, :3] = torch.tensor([0.0, 2.0, -5.0]).unsqueeze(1)
+    x, bias = x.to(dtype), torch.randn(24, generator=g)
+    rows = x.float() if weight.pre_scale is None else x.float() * weight.pre_scale
+    weights = weight.qdata.double() * weight.scale.double().unsqueeze(1)
+    y = functional.linear(x, weight, bias)
+    assert y.dtype == dtype and y.isfinite().all()
+    exact = fake_quantize_tokens(rows, 0, 2**x_bits - 1).double() @ weights.T + bias
+    for token in range(7):
+        assert sqnr_db(exact[:, token], y[:, token].double()) > (95 if dtype == torch.float32 else 40)
+    assert repr(weight).startswith(f"StaticInt8Weight((24, 32), W8A{x_bits} per token")
 
 
 @pytest.mark.parametrize("shape", [(5, 32), (1, 32), (2, 7, 32), (2, 3, 4, 32)])
