@@ -35,7 +35,7 @@ from ptq4dit_ao import CalibrationSamples, collect_from_pipeline, load_recipe, l
 from ptq4dit_ao.calibration import Sampling, SamplingPipeline, sample
 from ptq4dit_ao.choices import SAMPLERS
 from ptq4dit_ao.metrics import image_errors, paired_error
-from ptq4dit_ao.recipe import Activations, Balance, Distillation, NormalDraw, Recipe, Rounding, Weights
+from ptq4dit_ao.recipe import Activations, Balance, Distillation, NormalDraw, Recipe, Rounding
 from ptq4dit_ao.reference import DIGITS, REFERENCES
 from ptq4dit_ao.testing.outliers import inject_outliers
 from ptq4dit_ao.workflow import apply_recipe
@@ -104,7 +104,7 @@ def with_method(recipe: Recipe, bits: str, method: str, steps: int = 500) -> Rec
         distillation = distillation.model_copy(update={"steps": steps})
     return recipe.model_copy(
         update={
-            "weights": Weights(bits=weights),
+            "weights": METHODS[method].weights.with_bits(weights),
             "activations": Activations(bits=activations),
             "balance": METHODS[method].balance,
             "rounding": rounding,

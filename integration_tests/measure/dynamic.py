@@ -17,7 +17,7 @@ from accuracy import BATCH, draw_images, draw_samples
 
 from ptq4dit_ao import export_transformer, load_recipe, load_reference_dit
 from ptq4dit_ao.metrics import paired_error
-from ptq4dit_ao.recipe import Activations, Override, Recipe, Weights
+from ptq4dit_ao.recipe import Activations, Override, Recipe
 from ptq4dit_ao.reference import DIGITS, REFERENCES
 from ptq4dit_ao.workflow import apply_recipe
 
@@ -63,7 +63,7 @@ def main() -> None:
         for seed in range(args.draws):
             start = time.perf_counter()
             samples = draw_samples(model, base, count=base.calibration.samples, seed=seed).shuffled(0).batches(BATCH)
-            changes = {"weights": Weights(bits=args.bits), "balance": auto.balance, "rounding": auto.rounding}
+            changes = {"weights": auto.weights.with_bits(args.bits), "balance": auto.balance, "rounding": auto.rounding}
             quantized = apply_recipe(exported, base.model_copy(update={**changes, **variants()[name]}), samples).graph
             seconds = time.perf_counter() - start
             error = paired_error(exported, quantized, evaluation)

@@ -41,6 +41,7 @@ from ptq4dit_ao.recipe.values import (
     BitsCandidates,
     BitsOrAuto,
     Count,
+    Cutting,
     DynamicOrAuto,
     DynamicOrNot,
     OnlyFalse,
@@ -115,6 +116,10 @@ class Weights(_Section):
                     high=high,
                 )
         return self
+
+    def with_bits(self, bits: int) -> Self:
+        """The same with one width for all weights."""
+        return self.model_copy(update={"bits": bits, "candidates": None, "average_bits": None})
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -251,11 +256,11 @@ class Rounding(_Section):
         "that reduces the error of the layer's output. 'percentile' (PTQ4DiT, RepQ-ViT) and 'lp' (PTQ4DM, Q-Diffusion) "
         "search for the range with the least error of the values.",
     )
-    cutting: float = Field(
+    cutting: Cutting = Field(
         default=1.0,
-        ge=1,
         description="Weight of the square error of activations that ranges: output cuts off, 1 or more. Errors of "
-        "rounding count once.",
+        "rounding count once. 'auto': 16 where weights and activations have 8 bits, 1 where only weights have fewer, "
+        "and 4 where activations have fewer.",
     )
     sequential: bool = Field(
         default=False,

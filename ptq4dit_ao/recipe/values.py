@@ -83,6 +83,10 @@ Alpha = Annotated[
     Annotated[float, Field(ge=0, le=1), Tag("number")] | Annotated[Literal["auto"], Tag("auto")],
     Discriminator(_number_or_auto),
 ]
+Cutting = Annotated[
+    Annotated[float, Field(ge=1), Tag("number")] | Annotated[Literal["auto"], Tag("auto")],
+    Discriminator(_number_or_auto),
+]
 BitsOrAuto = Annotated[
     Annotated[Bits, Tag("number")] | Annotated[Literal["auto"], Tag("auto")],
     Discriminator(_number_or_auto),

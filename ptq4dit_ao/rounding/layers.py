@@ -47,6 +47,11 @@ class Group:
         """Name of the group's first layer."""
         return layer_name(self.layers[0].node)
 
+    @property
+    def weight_levels(self) -> int:
+        """Number of different values of an element of the weights, the least of all layers."""
+        return min(layer.observer.spec.levels for layer in self.layers)
+
     def by_spec(self) -> dict[QuantSpec, list[Layer]]:
         """Layers by the spec of their weights."""
         layers = defaultdict(list)

@@ -41,8 +41,9 @@ def _round(prepared: GraphModule, group: Group, moments: Moments, settings: Roun
     tokens, second, mean = balanced_moments(moments, observer.balance, observer.offset)
     weights = {layer: layer.weight(prepared) for layer in group.layers}
     if observer.chosen_range is None:
+        weight = torch.cat(list(weights.values()))
         observer.chosen_range = choose_range(
-            observer.spec, tokens, *observer.range(), torch.cat(list(weights.values())), settings
+            observer.spec, tokens, *observer.range(), weight, group.weight_levels, settings
         )
     shift = (quantize_tokens(observer.spec, tokens, observer.chosen_range) - tokens).mean(0)
     inputs = Inputs.from_moments(mean, mean + shift, second)

@@ -60,7 +60,7 @@ class PostRoundingScore:
             weight = torch.cat([layer.weight(model) for layer in layers])
             weight = weight[:: -(-len(weight) // ROWS)] * scale.to(weight)
             low, high = observer.statistics.range(scale, offset)
-            bounds = choose_range(observer.spec, tokens[::STEP], low, high, weight, self._settings)
+            bounds = choose_range(observer.spec, tokens[::STEP], low, high, weight, spec.levels, self._settings)
             quantized = quantize_tokens(observer.spec, tokens, bounds)
             inputs = Inputs.from_moments(mean, mean + (quantized - tokens).mean(0), second.clone())
             (rounded,) = solve([weight], [None], spec, inputs, self._settings, try_scales=False)

@@ -118,7 +118,8 @@ def _round(prepared: GraphModule, group: Group, streams: Streams, settings: Roun
     if _has_no_range(observer):  # a shared observer has its range from an earlier group
         tokens, low, high = _look(streams, group.node)
         weight = torch.cat(list(weights.values()))
-        observer.chosen_range = choose_range(observer.spec, tokens, low, high, weight, settings)
+        levels = group.weight_levels
+        observer.chosen_range = choose_range(observer.spec, tokens, low, high, weight, levels, settings)
     inputs = _inputs(streams, group.node, observer)
     solve_group(prepared, group, weights, inputs, settings)
 

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Literal
 
 from ptq4dit_ao.choices import RANGES, ROUNDING_METHODS, STARTS, Ranges, RoundingMethod, Start
 from ptq4dit_ao.errors import ArgumentError, check_choice, check_type
+
+EIGHT_BITS = 256
+"""Number of levels of 8 bits."""
+
+CUTTING = {"8 bits, and 8 of the weights": 16.0, "8 bits": 1.0, "fewer bits": 4.0}
+"""Weight of the error of cutting by the bits of an activation (docs/results.md, Fidelity)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +26,7 @@ class RoundingSettings:
         ranges: ``minmax``; ``output``, which clips if that reduces the error of the layer's output; or a search of the
             papers, ``percentile`` or ``lp`` (:mod:`ptq4dit_ao.core.range_search`).
         cutting: weight of the square error of values that ``output`` cuts, 1 or more; that of rounding counts once.
+            ``auto`` takes :data:`CUTTING` by the widths of each layer.
         damping: term that GPTQ adds to the diagonal of the inputs' second moment, as a fraction of its mean.
         start: start of learning: the float weight (``nearest``), or close to GPTQ's solution (``gptq``).
         steps: number of updates of each block, with one batch each.
@@ -31,7 +39,7 @@ class RoundingSettings:
 
     rounding: RoundingMethod = "nearest"
     ranges: Ranges = "minmax"
-    cutting: float = 1.0
+    cutting: float | Literal["auto"] = 1.0
     damping: float = 0.01
     start: Start = "nearest"
     steps: int = 20_000
@@ -41,11 +49,21 @@ class RoundingSettings:
         check_choice("rounding", self.rounding, ROUNDING_METHODS)
         check_choice("ranges", self.ranges, RANGES)
         check_choice("start", self.start, STARTS)
-        if not self.cutting >= 1:
+        if isinstance(self.cutting, str):
+            check_choice("cutting", self.cutting, ("auto",))
+        elif not self.cutting >= 1:
             raise ArgumentError(f"cutting is {self.cutting}; it must be at least 1, where cutting counts as rounding")
         if not 0 < self.damping <= 1:
             raise ArgumentError(f"damping is {self.damping}; it must lie in (0, 1] (0.01 is GPTQ's)")
         _check_budget(self.steps, self.minutes, "the paper's is 20000")
+
+    def cutting_of(self, levels: int, weight_levels: int) -> float:
+        """Weight of the error of cutting an activation of so many levels, whose weights have so many."""
+        if not isinstance(self.cutting, str):
+            return self.cutting
+        if levels < EIGHT_BITS:
+            return CUTTING["fewer bits"]
+        return CUTTING["8 bits, and 8 of the weights" if weight_levels >= EIGHT_BITS else "8 bits"]
 
     @property
     def learned(self) -> bool:

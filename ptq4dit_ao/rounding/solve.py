@@ -66,6 +66,7 @@ def choose_range(
     low: Tensor,
     high: Tensor,
     weight: Tensor,
+    levels: int,
     settings: RoundingSettings,
 ) -> tuple[float, float] | None:
     """Quantization range of an activation; None if each token has its own, or it stays float.
@@ -76,6 +77,7 @@ def choose_range(
         low: smallest value of the whole activation.
         high: largest value of the whole activation.
         weight: weights of the layers that read it, (C_out, C_in).
+        levels: number of different values of an element of these weights, the least of all layers.
         settings: method, and weight of errors of cutting.
 
     Returns:
@@ -88,7 +90,8 @@ def choose_range(
         return float(low), float(high)
     quantizer = (spec.qparams, spec.quant_min, spec.quant_max)
     if ranges == "output":
-        return clipped_activation_range(tokens, float(low), float(high), weight, *quantizer, cutting=settings.cutting)
+        cutting = settings.cutting_of(spec.levels, levels)
+        return clipped_activation_range(tokens, float(low), float(high), weight, *quantizer, cutting=cutting)
     low, high = low.reshape(1).to(tokens), high.reshape(1).to(tokens)
     low, high = search_range(tokens.reshape(1, -1), low, high, ranges, *quantizer)
     return float(low), float(high)

@@ -39,7 +39,7 @@ from ptq4dit_ao.quantizer import (
     round_sequentially,
     tokens_seen,
 )
-from ptq4dit_ao.recipe import Activations, Recipe, Weights
+from ptq4dit_ao.recipe import Activations, Recipe
 from ptq4dit_ao.report import Diagnostics, EvaluationEntry, build_report
 from ptq4dit_ao.workflow.dynamic import ChosenDynamic, choose_dynamic
 from ptq4dit_ao.workflow.exported import export_for, first_refused
@@ -267,7 +267,7 @@ def _choose_dynamic(
     on_progress: OnProgress,
 ) -> ChosenDynamic:
     assert recipe.activations.share is not None
-    weights = Weights(bits=max(recipe.weights.widths)) if recipe.weights.bits == "auto" else recipe.weights
+    weights = recipe.weights.with_bits(max(recipe.weights.widths)) if recipe.weights.bits == "auto" else recipe.weights
     static = recipe.model_copy(update={"weights": weights, "activations": Activations(bits=recipe.activations.bits)})
     return choose_dynamic(
         exported,
@@ -288,7 +288,7 @@ def _choose_bits(
 ) -> WeightBits:
     settings = recipe.weights
     assert settings.average_bits is not None
-    lowest = recipe.model_copy(update={"weights": Weights(bits=settings.widths[0])})
+    lowest = recipe.model_copy(update={"weights": settings.with_bits(settings.widths[0])})
     return choose_weight_bits(
         exported,
         batches,

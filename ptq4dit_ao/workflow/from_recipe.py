@@ -102,8 +102,7 @@ def dynamic_of(recipe: Recipe) -> Dynamic:
 def with_chosen_bits(recipe: Recipe, choice: WeightBits) -> Recipe:
     """The recipe with ``bits: auto`` replaced by the lowest width and an override for each layer with more bits."""
     more = (RecipeOverride(pattern=o.pattern, weight_bits=o.weight_bits) for o in choice.overrides)
-    fixed = {"bits": choice.candidates[0], "candidates": None, "average_bits": None}
-    weights = recipe.weights.model_copy(update=fixed)
+    weights = recipe.weights.with_bits(choice.candidates[0])
     return recipe.model_copy(update={"weights": weights, "overrides": (*more, *recipe.overrides)})
 
 

@@ -26,7 +26,8 @@ from ptq4dit_ao.modules.card import is_pipeline_card, pipeline_card
 from ptq4dit_ao.modules.packing import PACKED_BITS
 from ptq4dit_ao.modules.saving import CARD, cannot_save
 from ptq4dit_ao.modules.text_encoders import quantized_text_encoder
-from ptq4dit_ao.recipe import Balance, Recipe, load_recipe
+from ptq4dit_ao.modules.weight import FLOAT_BITS
+from ptq4dit_ao.recipe import Recipe, load_recipe
 from ptq4dit_ao.workflow.apply import convert
 from ptq4dit_ao.workflow.exported import export_for
 from ptq4dit_ao.workflow.main_job import evaluation_of
@@ -61,8 +62,9 @@ def quantize_pipeline(
             ``text_encoder``, take ``int8_weight_only``, or ``int8_dynamic``, which also quantizes their inputs, per
             token. Denoisers' recipes agree in their ``calibration`` but for its ``timesteps``, which are out of a
             denoiser's own steps, and at most as many. ``balance.sites`` ``free`` is ``all`` here if the recipe chooses
-            its balancing by the error. ``balance.center`` is off where torchao's format will hold the weights, which
-            has no place for offsets: give ``method="ptq4dit"`` for centred inputs of weights of 8 bits.
+            its balancing by the error. Where torchao's format will hold the weights, ``balance.center`` is off, and
+            single layers that are ``dynamic`` keep their inputs in float, because it has no place for either: give
+            ``method="ptq4dit"`` to have both with weights of 8 bits.
         prompts: class numbers or texts to record; by default the recipe's ``calibration.prompts``. The error of
             the result is measured on the same samples.
         call: more arguments for each call of the pipeline, beside those of the recipe.
@@ -167,32 +169,43 @@ def _recipe(name: str, module: nn.Module, recipe: Recipe | str, method: ModuleFo
     check_type(f"the recipe of {name}", loaded, Recipe, "what load_recipe returned, or a name")
     check_float_module(module)
     check_in_memory(module)
-    return loaded.model_copy(update={"balance": _balance(name, loaded, method)})
+    return _for_modules(name, loaded, method)
 
 
-def _balance(name: str, recipe: Recipe, method: ModuleFormat | None) -> Balance:
-    """The balancing of a recipe for a quantized module in a format."""
-    changes: dict[str, object] = {}
-    if recipe.balance.sites == "free" and "auto" in (recipe.balance.method, recipe.balance.alpha):
-        changes["sites"] = "all"
-    few = min(recipe.weight_widths) <= PACKED_BITS or recipe.activation_widths != {8}
-    if recipe.balance.center and method != "ptq4dit" and not (few and method is None):
-        logger.info("%s: inputs are not centred, because torchao's format has no offsets (method 'ptq4dit' has)", name)
-        changes["center"] = False
-    return recipe.balance.model_copy(update=changes)
+def _for_modules(name: str, recipe: Recipe, method: ModuleFormat | None) -> Recipe:
+    """The recipe for quantized modules in a format.
+
+    All sites can be balanced there at no cost. torchao's format has no offsets, and no ranges per token beside static
+    ones, so that single layers with such ranges keep their inputs in float.
+    """
+    balance, overrides = recipe.balance, recipe.overrides
+    if balance.sites == "free" and "auto" in (balance.method, balance.alpha):
+        balance = balance.model_copy(update={"sites": "all"})
+    few = min(recipe.weight_widths) <= PACKED_BITS or not recipe.activation_widths <= {8, 16}
+    if method == "torchao" or (method is None and not few and not recipe.activations.dynamic):
+        if balance.center:
+            balance = balance.model_copy(update={"center": False})
+            logger.info("%s: inputs are not centred: torchao's format has no offsets (method 'ptq4dit' has)", name)
+        overrides = tuple(
+            o.model_copy(update={"dynamic": None, "activation_bits": FLOAT_BITS}) if o.dynamic else o for o in overrides
+        )
+        if overrides != recipe.overrides:
+            logger.info(
+                "%s: inputs with ranges per token stay float in torchao's format (method 'ptq4dit' has them)", name
+            )
+    return recipe.model_copy(update={"balance": balance, "overrides": overrides})
 
 
 def _check_held(name: str, module: nn.Module, recipe: Recipe, method: ModuleFormat | None) -> None:
     """Refuse, before the work, what a quantized module cannot hold and what is not done for whole pipelines."""
     bits = recipe.activation_widths
-    dynamic = bool(recipe.activations.dynamic) or any(o.dynamic for o in recipe.overrides)
     problems = {
         "attention.quantize is true": recipe.attention.quantize,
         f"balance.fold_form is {recipe.balance.fold_form!r}": recipe.balance.fold_form == "bias",
         f"calibration.sampler is {recipe.calibration.sampler!r}": recipe.calibration.sampler is not None,
         f"noise_correction.images is {recipe.noise_correction.images}": recipe.noise_correction.images > 0,
         f"activations have {min(bits)} bits and the format is torchao": method == "torchao" and not bits <= {8, 16},
-        "activations are dynamic and the format is torchao": method == "torchao" and dynamic,
+        "activations are dynamic and the format is torchao": method == "torchao" and bool(recipe.activations.dynamic),
     }
     problem = next((text for text, wrong in problems.items() if wrong), None)
     if problem is not None:

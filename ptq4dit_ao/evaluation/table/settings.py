@@ -10,7 +10,7 @@ from pathlib import Path
 from ptq4dit_ao.choices import LAYER_PRESETS, SAMPLERS, LayerPreset, LpipsNetwork, Sampler
 from ptq4dit_ao.errors import ArgumentError, check_choice
 from ptq4dit_ao.lowering.backend import BACKENDS, choose_backend
-from ptq4dit_ao.recipe import Recipe, Weights
+from ptq4dit_ao.recipe import Recipe
 from ptq4dit_ao.recipe.load import load_method
 
 FLOAT = "float32"
@@ -115,7 +115,7 @@ class TableSettings:
             update={
                 "model": self.model,
                 "layers": self.layers,
-                "weights": Weights(bits=weights),
+                "weights": base.weights.with_bits(weights),
                 "activations": base.activations.model_copy(update={"bits": activations}),
                 "rounding": base.rounding.model_copy(update=learned if base.rounding.method == "adaround" else {}),
                 "calibration": base.calibration.model_copy(update=calibration),
@@ -145,7 +145,7 @@ def method_recipes(settings: TableSettings) -> dict[str, Recipe]:
 
 
 def ablation() -> dict[str, Recipe]:
-    """Recipes of the parts of the paper's method, one by one, and of ``auto``'s balancing and rounding.
+    """Recipes of the parts of the paper's method, one by one, and of ``auto``'s levels, balancing and rounding.
 
     The rest is equal.
     """
@@ -155,7 +155,7 @@ def ablation() -> dict[str, Recipe]:
         balance = paper.balance.model_copy(update={"method": method, "alpha": 0.5})
         return paper.model_copy(update={"balance": balance})
 
-    ours = paper.model_copy(update={"balance": auto.balance, "rounding": auto.rounding})
+    ours = paper.model_copy(update={"weights": auto.weights, "balance": auto.balance, "rounding": auto.rounding})
     return {"base": balanced("none"), "+CSB": balanced("mean"), "+SSC": balanced("ssc"), "+ours": ours}
 
 
