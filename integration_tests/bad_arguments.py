@@ -18,6 +18,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from ptq4dit_ao import (
     BalanceSettings,
     CalibrationSamples,
+    Expansion,
     Override,
     PTQ4DiTQuantizer,
     QuantizedModel,
@@ -264,6 +265,15 @@ BAD: dict[str, list[Bad]] = {
         (lambda w: w.statistics.save("/proc/no/x"), CalibrationError, "cannot write salience .*; choose a place"),
         (lambda w: w.statistics.merge(SalienceStatistics()), CalibrationError, "statistics of different models"),
         (lambda w: w.statistics.merge(None), ArgumentError, f"other {NOTHING} SalienceStatistics"),
+    ],
+    "Expansion": [
+        (lambda w: Expansion(group=8), ArgumentError, "group is 8; it must be at least 16 channels, or None"),
+        (lambda w: Expansion(group="32"), ArgumentError, r"group is '32' \(str\); give a number of channels"),
+        (
+            lambda w: PTQ4DiTQuantizer(expansion=32),
+            ArgumentError,
+            r"expansion is 32 \(int\); give an Expansion, or None",
+        ),
     ],
     "SitePolicy": [
         (lambda w: SitePolicy(min_variables=-1), ArgumentError, "min_variables is -1; it must be at least 1"),

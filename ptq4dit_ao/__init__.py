@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     from ptq4dit_ao.modules.form import as_fast_module, prove_kernels
     from ptq4dit_ao.observers import SalienceStatistics
     from ptq4dit_ao.passes import BalanceSettings, balance, balance_module, balance_result, collect_salience
-    from ptq4dit_ao.quantizer import Override, PTQ4DiTQuantizer, distill, round_sequentially, salience_statistics
+    from ptq4dit_ao.quantizer import (
+        Expansion,
+        Override,
+        PTQ4DiTQuantizer,
+        distill,
+        round_sequentially,
+        salience_statistics,
+    )
     from ptq4dit_ao.recipe import Recipe, load_recipe, recipe_json_schema
     from ptq4dit_ao.reference import load_reference_classifier, load_reference_dit
     from ptq4dit_ao.workflow import (
@@ -44,7 +51,14 @@ _HOMES = {
     "modules.form": ("as_fast_module", "prove_kernels"),
     "observers": ("SalienceStatistics",),
     "passes": ("BalanceSettings", "balance", "balance_module", "balance_result", "collect_salience"),
-    "quantizer": ("Override", "PTQ4DiTQuantizer", "distill", "round_sequentially", "salience_statistics"),
+    "quantizer": (
+        "Expansion",
+        "Override",
+        "PTQ4DiTQuantizer",
+        "distill",
+        "round_sequentially",
+        "salience_statistics",
+    ),
     "recipe": ("Recipe", "load_recipe", "recipe_json_schema"),
     "reference": ("load_reference_classifier", "load_reference_dit"),
     "workflow": (
@@ -63,6 +77,7 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "BalanceSettings",
     "CalibrationSamples",
+    "Expansion",
     "Override",
     "PTQ4DiTError",
     "PTQ4DiTQuantizer",
