@@ -1,8 +1,8 @@
 """Linears of float inputs and integer weights, for backends that run their graph as modules.
 
 The product is float: ``y = (x Q^T) s + bias``. The integers Q stay in memory as int8, and a float copy of them lives
-for one call. torch's ``_weight_int8pack_mm`` makes no copy, but takes 4 to 40 times as long as a float product in float32,
-and crashes at some sizes in bfloat16 (torch 2.13).
+for one call. torch's ``_weight_int8pack_mm`` makes no copy, but takes 4 to 40 times as long as a float product in
+float32, and crashes at some sizes in bfloat16 (torch 2.13).
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     ``y = s_x s (clamp(round(x p / s_x) + z) - z) W^T + bias``
 
 where W are the integers, s the scale of each row, p = 1/b the balancing vector (``pre_scale``), and s_x and z scale and
-zero point of the balanced input. If the weight is ``dynamic``, the same is computed for ``(x p - m) / t``, with middle m
-and scale t of each row of the input, and both are undone afterwards (:mod:`ptq4dit_ao.core.per_token`). If the input
+zero point of the balanced input. If the weight is ``dynamic``, the same is computed for ``(x p - m) / t``, with middle
+m and scale t of each row of the input, and both are undone afterwards (:mod:`ptq4dit_ao.core.per_token`). If the input
 stays float (16 bits), so does the product. The tensor is a parameter like any other: modules that hold it can be moved,
 copied, compiled and extended by adapters.
 """

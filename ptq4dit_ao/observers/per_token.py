@@ -118,8 +118,8 @@ def per_token(linear: Node) -> PerToken | None:
 def _unit(linear: Node) -> tuple[Node, Node, Node] | None:
     """The float activation, its middle and its scale; None if a linear's input is not quantized per token."""
     dequantize: Any = linear.args[0]
-    quantize = dequantize.args[0] if _calls(dequantize, quantized.dequantize_per_tensor.default) else None
-    unit = quantize.args[0] if _calls(quantize, quantized.quantize_per_tensor.default) else None
+    quantize: Any = dequantize.args[0] if _calls(dequantize, quantized.dequantize_per_tensor.default) else None
+    unit: Any = quantize.args[0] if _calls(quantize, quantized.quantize_per_tensor.default) else None
     if not (_calls(unit, aten.div.Tensor) and _calls(unit.args[0], aten.sub.Tensor)):
         return None
     (x, middle), divisor = unit.args[0].args, unit.args[1]

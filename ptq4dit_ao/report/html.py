@@ -394,8 +394,8 @@ def _dynamic(choice: DynamicEntry | None) -> str:
         return ""
     intro = (
         f"Chosen for each quantized input: {choice['share']:.0%} of the linears' multiplications have inputs whose "
-        "tokens get ranges of their own at run time. The shares of noise are what the input's quantization alone adds to the "
-        "output's error, of what all add with static ranges."
+        "tokens get ranges of their own at run time. The shares of noise are what the input's quantization alone adds "
+        "to the output's error, of what all add with static ranges."
     )
     columns = ("Layers that read one input", "#Multiplications", "#Noise, static", "#Noise, per token", "Range")
     rows = [

@@ -72,7 +72,7 @@ def find_groups(prepared: GraphModule) -> list[Group]:
 def activation_clipping(prepared: GraphModule) -> dict[str, float]:
     """Width of the quantization range of each linear's input, by node name, as a fraction of the float network's range.
 
-    The fraction is above 1 if the range was chosen in the quantized network and is wider there. Inputs that have not one
+    The fraction is above 1 if the range was chosen in the quantized network and is wider there. Inputs without one
     range are left out.
     """
     groups = (group for group in find_groups(prepared) if group.observer.spec.ranged)
