@@ -21,14 +21,13 @@ from ptq4dit_ao.lowering.backend import (
 )
 from ptq4dit_ao.lowering.build import export_to, lower
 from ptq4dit_ao.lowering.lowered_model import LoweredModel
-from ptq4dit_ao.lowering.match import IntegerLinear, QuantizedLinear, float_linears, integer_linears, quantized_linears
+from ptq4dit_ao.lowering.match import QuantizedLinear, float_linears, quantized_linears
 from ptq4dit_ao.lowering.proof import KernelProof
 
 __all__ = [
     "BACKENDS",
     "Backend",
     "Capabilities",
-    "IntegerLinear",
     "KernelProof",
     "LoweredModel",
     "QuantizedLinear",
@@ -37,7 +36,6 @@ __all__ = [
     "backends_for",
     "export_to",
     "float_linears",
-    "integer_linears",
     "lower",
     "missing_backends",
     "quantized_linears",

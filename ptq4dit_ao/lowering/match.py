@@ -97,7 +97,7 @@ class IntegerLinear:
 
     @property
     def layer_bias(self) -> Tensor | None:
-        """Float bias of the layer, (C_out,), or None; it follows the linear if tokens have ranges of their own."""
+        """Float bias of the layer, (C_out,), or None. Behind tokens with ranges of their own it is added later."""
         node = self.bias_node if self.per_token is None else self.per_token.bias
         return None if node is None else self._constant(node)
 

@@ -5,7 +5,7 @@ from ptq4dit_ao.metrics.features import FeatureNetwork, Features, extract
 from ptq4dit_ao.metrics.images import ImageErrors, image_errors, ssim
 from ptq4dit_ao.metrics.intervals import Estimate, bootstrap
 from ptq4dit_ao.metrics.latency import LatencyResult, measure_latency
-from ptq4dit_ao.metrics.layers import LeaveOneOut, input_errors, layer_errors, leave_one_out, weight_errors
+from ptq4dit_ao.metrics.layers import LeaveOneOut, layer_errors, leave_one_out, weight_errors
 from ptq4dit_ao.metrics.paired import PairedError, paired_error
 from ptq4dit_ao.metrics.perceptual import clip_score, lpips
 from ptq4dit_ao.metrics.statistics import Distances, ReferenceStatistics
@@ -27,7 +27,6 @@ __all__ = [
     "frechet_distance",
     "image_errors",
     "inception_score",
-    "input_errors",
     "layer_errors",
     "leave_one_out",
     "lpips",

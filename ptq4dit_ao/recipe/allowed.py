@@ -56,7 +56,8 @@ def allowed(node: Node) -> str:
     if "enum" in node:
         return f"one of {', '.join(choices(node))}"
     if "type" not in node:
-        return " or ".join(allowed(branch) for branch in _branches(node))
+        branches = _branches(node)
+        return " or ".join(str(b["const"]).lower() if "const" in b else allowed(b) for b in branches)
     return _TYPES[str(node["type"])](node)
 
 

@@ -3,11 +3,10 @@
 from ptq4dit_ao.report.build import Diagnostics, build_report, size_entry, summary
 from ptq4dit_ao.report.html import write_html
 from ptq4dit_ao.report.plots import image_grid, save_image_grid
-from ptq4dit_ao.report.types import DynamicEntry, EvaluationEntry, Report, WeightBitsEntry
+from ptq4dit_ao.report.types import EvaluationEntry, Report, WeightBitsEntry
 
 __all__ = [
     "Diagnostics",
-    "DynamicEntry",
     "EvaluationEntry",
     "Report",
     "WeightBitsEntry",

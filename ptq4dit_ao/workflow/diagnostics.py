@@ -9,7 +9,7 @@ from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao._progress import OnStage, ignore, of_stage
 from ptq4dit_ao.calibration import CalibrationSamples
 from ptq4dit_ao.graph.names import get_attribute, placeholders, timestep_placeholder, weight_path
-from ptq4dit_ao.lowering import integer_linears
+from ptq4dit_ao.lowering.match import integer_linears
 from ptq4dit_ao.metrics import LeaveOneOut, layer_errors, leave_one_out
 from ptq4dit_ao.metrics.layers import quantized_inputs
 from ptq4dit_ao.passes import balance_result, balanced_as

@@ -24,10 +24,10 @@ from ptq4dit_ao._progress import OnProgress, ignore
 from ptq4dit_ao.core import allocate
 from ptq4dit_ao.errors import ArgumentError
 from ptq4dit_ao.graph.names import is_linear, joint_name
-from ptq4dit_ao.metrics import input_errors
+from ptq4dit_ao.metrics.layers import input_errors
 from ptq4dit_ao.passes import balance_result, balanced_as
 from ptq4dit_ao.quantizer import PTQ4DiTQuantizer
-from ptq4dit_ao.report import DynamicEntry
+from ptq4dit_ao.report.types import DynamicEntry
 from ptq4dit_ao.workflow.weight_bits import held_out
 
 logger = logging.getLogger(__name__)

@@ -28,7 +28,10 @@ WRONG = {
     ),
     "former name": ("balance: {aggregation: ssc}", "balance: the key 'aggregation' is called 'method' now; rename it"),
     "text for a number": ("weights: {bits: '8'}", f"weights.bits: '8' (text) is not allowed; it must be {WIDTH}"),
-    "boolean for a number": ("activations: {bits: true}", f"activations.bits: true is not allowed; it must be {BITS}"),
+    "boolean for a number": (
+        "activations: {bits: true}",
+        f"activations.bits: true is not allowed; it must be {BITS} or 16",
+    ),
     "fraction for a count": ("weights: {bits: 8.0}", f"weights.bits: 8.0 is not allowed; it must be {WIDTH}"),
     "on for a boolean": (
         "overrides: [{pattern: a, skip: on}]",
@@ -99,7 +102,39 @@ WRONG = {
         f"weights.bits: 'atuo' (text) is not allowed; it must be {WIDTH}",
     ),
     "bits too few": ("weights: {bits: 1}", f"weights.bits: 1 is not allowed; it must be {WIDTH}"),
-    "bits too many": ("activations: {bits: 9}", f"activations.bits: 9 is not allowed; it must be {BITS}"),
+    "bits too many": ("activations: {bits: 9}", f"activations.bits: 9 is not allowed; it must be {BITS} or 16"),
+    "dynamic": (
+        "activations: {dynamic: row}",
+        "activations.dynamic: 'row' (text) is not allowed; it must be false or one of token, auto",
+    ),
+    "dynamic true": (
+        "activations: {dynamic: true}",
+        "activations.dynamic: true is not allowed; it must be false or one of token, auto",
+    ),
+    "dynamic auto without a share": (
+        "activations: {dynamic: auto}",
+        "activations: dynamic: auto needs share; add the part of the linears that may be dynamic, such as 0.4",
+    ),
+    "share without auto": (
+        "activations: {share: 0.4}",
+        "activations: share is for dynamic: auto, and dynamic is false; remove one of them",
+    ),
+    "share of nothing": (
+        "activations: {dynamic: auto, share: 0}",
+        "activations.share: 0 is not allowed; it must be a number > 0 and <= 1",
+    ),
+    "dynamic and float": (
+        "activations: {bits: 16, dynamic: token}",
+        "activations: bits: 16 keeps activations float, and dynamic quantizes them; remove one of them",
+    ),
+    "override dynamic auto": (
+        "overrides: [{pattern: a, dynamic: auto}]",
+        "overrides[0].dynamic: 'auto' (text) is not allowed; it must be false or token",
+    ),
+    "override dynamic and float": (
+        "overrides: [{pattern: a, activation_bits: 16, dynamic: token}]",
+        "overrides[0]: pattern 'a' keeps activations float (activation_bits: 16) and makes them dynamic; keep one of them",
+    ),
     "alpha": ("balance: {alpha: 1.5}", "balance.alpha: 1.5 is not allowed; it must be a number from 0 to 1 or auto"),
     "negative alpha": (
         "balance: {alpha: -1e-5}",
@@ -202,7 +237,7 @@ WRONG = {
     ),
     "override with nothing": (
         "overrides: [{pattern: a.*}]",
-        "overrides[0]: pattern 'a.*' asks for nothing; add one of skip, weight_bits, activation_bits, balance",
+        "overrides[0]: pattern 'a.*' asks for nothing; add one of skip, weight_bits, activation_bits, dynamic, balance",
     ),
     "override with both": (
         "overrides: [{pattern: a, skip: true, weight_bits: 4, balance: false}]",
@@ -263,6 +298,11 @@ def test_missing_version(refusal: Refusal) -> None:
 
 
 FROM_DICT = {
+    "repq and dynamic": (
+        {"version": 1, "balance": {"method": "repq"}, "activations": {"dynamic": "token"}},
+        "recipe: balance.method 'repq' gives all channels one static range, and activations are dynamic; balance with "
+        "another method, or leave dynamic out",
+    ),
     "version": ({}, "recipe: version: missing; add 'version: 1' on a line of its own"),
     "range": ({"version": 1, "weights": {"bits": 9}}, f"recipe: weights.bits: 9 is not allowed; it must be {WIDTH}"),
     "key type": ({"version": 1, "weights": {8: 1}}, "recipe: weights[8]: a key must be text"),

@@ -57,7 +57,9 @@ RECIPES = st.builds(
     model=st.none() | NON_EMPTY | st.sampled_from(["on", "1e-5", "true", "08", "null"]),
     weights=st.builds(Weights, bits=BITS)
     | st.builds(Weights, bits=st.just("auto"), candidates=st.none() | st.just((8, 4, 5)), average_bits=st.floats(4, 8)),
-    activations=st.builds(Activations, bits=BITS),
+    activations=st.builds(Activations, bits=BITS | st.just(16))
+    | st.builds(Activations, bits=BITS, dynamic=st.sampled_from(["token", False]))
+    | st.builds(Activations, dynamic=st.just("auto"), share=st.floats(0.01, 1)),
     attention=st.builds(Attention, quantize=st.booleans(), bits=BITS),
     balance=st.builds(
         Balance,
@@ -102,7 +104,7 @@ def test_to_dict_holds_every_default_and_no_null() -> None:
         "version": 1,
         "description": "",
         "weights": {"bits": 8},
-        "activations": {"bits": 8},
+        "activations": {"bits": 8, "dynamic": False},
         "attention": {"quantize": False, "bits": 8},
         "balance": {
             "method": "ssc",
@@ -183,6 +185,7 @@ def test_wrong_values_are_refused_when_built(model: type[BaseModel], values: dic
         ({"weights": {"bits": 4}, "overrides": [{"pattern": "a", "weight_bits": 8}]}, "W4-8A8"),
         ({"overrides": [{"pattern": "a", "activation_bits": 4}, {"pattern": "b", "skip": True}]}, "W8A4-8"),
         ({"weights": {"bits": "auto", "average_bits": 5}}, "W4-8A8"),
+        ({"overrides": [{"pattern": "a", "activation_bits": 16}]}, "W8A8-16"),
     ],
 )
 def test_widths_name_the_whole_span(data: dict[str, Any], widths: str) -> None:
