@@ -369,8 +369,7 @@ class Override(_Section):
             )
         if self.activation_bits == 16 and self.dynamic:
             raise _rule(
-                "pattern '{pattern}' keeps activations float (activation_bits: 16) and makes them dynamic; keep one of "
-                "them",
+                "pattern '{pattern}' keeps activations float (activation_bits: 16) and dynamic; keep one of them",
                 pattern=self.pattern,
             )
         return self

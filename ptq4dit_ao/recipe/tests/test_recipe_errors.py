@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from ptq4dit_ao.errors import RecipeError
-from ptq4dit_ao.recipe import Recipe
+from ptq4dit_ao.recipe import Recipe, load_recipe
 
 Refusal = Callable[[str], list[str]]
 
@@ -23,7 +25,7 @@ WRONG = {
     "unknown key": ("balance: {alfa: 0.5}", "balance.alfa: unknown key; did you mean 'alpha'?"),
     "unknown key near nothing": (
         "balance: {q: 0.5}",
-        "balance.q: unknown key; the keys here are method, alpha, max_scale, fold_form, sites, couple_blocks, "
+        "balance.q: unknown key; the keys here are method, alpha, center, max_scale, fold_form, sites, couple_blocks, "
         "vector_multiply, min_variables, verify",
     ),
     "former name": ("balance: {aggregation: ssc}", "balance: the key 'aggregation' is called 'method' now; rename it"),
@@ -48,7 +50,7 @@ WRONG = {
     "number for text": ("description: 8", "description: 8 is not allowed; it must be text, in quotes where needed"),
     "number for a section": (
         "weights: 8",
-        "weights: 8 is not allowed; it must be a mapping (keys: bits, candidates, average_bits)",
+        "weights: 8 is not allowed; it must be a mapping (keys: bits, candidates, average_bits, group, levels)",
     ),
     "mapping for a list": (
         "overrides: {pattern: a}",
@@ -88,6 +90,14 @@ WRONG = {
     "a budget above the candidates": (
         "weights: {bits: auto, average_bits: 8, candidates: [6, 4]}",
         "weights: average_bits is 8, and the candidates go from 4 to 6; choose it between them, or other candidates",
+    ),
+    "a small group": (
+        "weights: {levels: normal, group: 8}",
+        "weights.group: 8 is not allowed; it must be a whole number >= 16",
+    ),
+    "cutting below 1": (
+        "rounding: {ranges: output, cutting: 0.5}",
+        "rounding.cutting: 0.5 is not allowed; it must be a number >= 1 or auto",
     ),
     "one candidate": (
         "weights: {bits: auto, average_bits: 5, candidates: [4]}",
@@ -133,7 +143,7 @@ WRONG = {
     ),
     "override dynamic and float": (
         "overrides: [{pattern: a, activation_bits: 16, dynamic: token}]",
-        "overrides[0]: pattern 'a' keeps activations float (activation_bits: 16) and makes them dynamic; keep one of them",
+        "overrides[0]: pattern 'a' keeps activations float (activation_bits: 16) and dynamic; keep one of them",
     ),
     "alpha": ("balance: {alpha: 1.5}", "balance.alpha: 1.5 is not allowed; it must be a number from 0 to 1 or auto"),
     "negative alpha": (
@@ -247,7 +257,7 @@ WRONG = {
     "override of a wrong type": (
         "overrides: [skip]",
         "overrides[0]: 'skip' (text) is not allowed; it must be a mapping "
-        + "(keys: pattern, skip, weight_bits, activation_bits, balance)",
+        + "(keys: pattern, skip, weight_bits, activation_bits, dynamic, balance)",
     ),
     "override skip false": (
         "overrides: [{pattern: a, skip: false}]",
@@ -326,3 +336,21 @@ def test_each_size_needs_an_image(refusal: Refusal) -> None:
     assert refusal(f"version: 1\ncalibration: {{{sizes}}}\nevaluation: {{samples: 1}}\n") == [
         f"x.yaml: evaluation.samples is 1, {after}"
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("weights: {bits: 4, group: 32}", "weights.group is for levels: normal, and levels is uniform; change one"),
+        ("balance: {method: none, center: true}", "balance.center is true, and method 'none' balances nothing; set"),
+        ("balance: {method: repq, center: true}", "balance.center is true, and method 'repq' shifts inputs itself"),
+        ("rounding: {cutting: 16}", "rounding.cutting is for ranges: output, and ranges is minmax; change one of them"),
+    ],
+)
+def test_keys_that_need_others(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(f"version: 1\n{text}\n")
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_recipe(path)
+    path.write_text("version: 1\nextends: auto\nrounding: {cutting: 4}\nweights: {bits: 4, group: 32}\n")
+    assert load_recipe(path).weights.group == 32  # the base has the others

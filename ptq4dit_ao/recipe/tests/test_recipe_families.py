@@ -13,7 +13,7 @@ from torch import nn
 
 from ptq4dit_ao.graph.names import layer_name, linears
 from ptq4dit_ao.quantizer.overrides import SAFE_LAYERS
-from ptq4dit_ao.recipe import load_recipe, shipped_recipes
+from ptq4dit_ao.recipe import Override, load_recipe, shipped_recipes
 from ptq4dit_ao.testing.zoo import FAMILIES
 
 pytest.importorskip("diffusers")
@@ -79,8 +79,13 @@ SAFE = [override.pattern for override in SAFE_LAYERS]
 
 
 def skips(recipe: str) -> list[str]:
-    overrides = load_recipe(f"{recipe}_w8a8").overrides
-    assert all(override.skip for override in overrides)
+    return [override.pattern for override in load_recipe(f"{recipe}_w8a8").overrides if override.skip]
+
+
+def modulations(recipe: str) -> list[str]:
+    """Patterns of layers of one row a sample, which have ranges for each row."""
+    overrides = [override for override in load_recipe(f"{recipe}_w8a8").overrides if not override.skip]
+    assert all(override == Override(pattern=override.pattern, dynamic="token") for override in overrides)
     return [override.pattern for override in overrides]
 
 
@@ -92,18 +97,21 @@ def test_every_family_recipe_is_tested() -> None:
 
 
 @pytest.mark.parametrize(("recipe", "family", "options"), VARIANTS)
-def test_attention_and_feed_forward_are_quantized_and_nothing_else(
+def test_attention_feed_forward_and_modulation_are_quantized_and_nothing_else(
     recipe: str, family: str, options: dict[str, Any]
 ) -> None:
     names = layer_names(family, tuple(options.items()))
     skipped = matches([*SAFE, *skips(recipe)], names)
-    assert set(names) - skipped == {name for name in names if QUANTIZED.match(name)} != set()
+    rows = matches(modulations(recipe), names) - matches(skips(recipe), names)
+    assert all(re.match(BLOCK, name) and not QUANTIZED.match(name) for name in rows)
+    assert set(names) - skipped == {name for name in names if QUANTIZED.match(name)} | rows != rows
 
 
 @pytest.mark.parametrize(("recipe", "family", "options"), VARIANTS)
 def test_every_pattern_matches(recipe: str, family: str, options: dict[str, Any]) -> None:
     names = layer_names(family, tuple(options.items()))
-    assert [pattern for pattern in skips(recipe) if not matches([pattern], names)] == []
+    patterns = [*skips(recipe), *modulations(recipe)]
+    assert [pattern for pattern in patterns if not matches([pattern], names)] == []
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -118,7 +126,8 @@ def test_every_pattern_is_needed(recipe: str) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_four_bits_differ_in_bits_only(recipe: str) -> None:
     low, high = (load_recipe(f"{recipe}_{bits}").to_dict() for bits in ("w4a8", "w8a8"))
-    assert (low.pop("weights"), high.pop("weights")) == ({"bits": 4}, {"bits": 8})
+    levels = {"levels": "normal", "group": 16}
+    assert (low.pop("weights"), high.pop("weights")) == ({"bits": 4, **levels}, {"bits": 8, **levels})
     assert low.pop("description") != high.pop("description")
     assert low == high
 

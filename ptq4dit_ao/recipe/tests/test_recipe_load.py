@@ -27,11 +27,11 @@ def test_every_key_reaches_the_recipe(write: Write) -> None:
         version: 1
         description: all keys
         model: package.module:function
-        weights: {bits: auto, candidates: [3, 8, 5], average_bits: 4}
+        weights: {bits: auto, candidates: [3, 8, 5], average_bits: 4, levels: normal, group: 32}
         activations: {bits: 6}
-        balance: {method: none, alpha: 1e-5, max_scale: 10, fold_form: bias, couple_blocks: true,
+        balance: {method: max, alpha: 1e-5, center: true, max_scale: 10, fold_form: bias, couple_blocks: true,
                   vector_multiply: false, min_variables: 2, verify: false}
-        rounding: {method: gptq, sequential: true}
+        rounding: {method: gptq, ranges: output, cutting: 4, sequential: true}
         distillation: {steps: 11, minutes: 1.5}
         layers: paper
         overrides:
@@ -44,11 +44,18 @@ def test_every_key_reaches_the_recipe(write: Write) -> None:
     )
     recipe = load_recipe(str(path))
     assert (recipe.description, recipe.model, recipe.layers) == ("all keys", "package.module:function", "paper")
-    assert recipe.weights.model_dump() == {"bits": "auto", "candidates": (3, 8, 5), "average_bits": 4.0}
+    assert recipe.weights.model_dump() == {
+        "bits": "auto",
+        "candidates": (3, 8, 5),
+        "average_bits": 4.0,
+        "group": 32,
+        "levels": "normal",
+    }
     assert recipe.weights.widths == (3, 5, 8) and recipe.activations.bits == 6
     assert recipe.balance == Balance(
-        method="none",
+        method="max",
         alpha=1e-5,
+        center=True,
         max_scale=10.0,
         fold_form="bias",
         couple_blocks=True,

@@ -56,6 +56,7 @@ RECIPES = st.builds(
     description=TEXTS,
     model=st.none() | NON_EMPTY | st.sampled_from(["on", "1e-5", "true", "08", "null"]),
     weights=st.builds(Weights, bits=BITS)
+    | st.builds(Weights, bits=BITS, levels=st.just("normal"), group=st.none() | st.integers(16, 128))
     | st.builds(Weights, bits=st.just("auto"), candidates=st.none() | st.just((8, 4, 5)), average_bits=st.floats(4, 8)),
     activations=st.builds(Activations, bits=BITS | st.just(16))
     | st.builds(Activations, bits=BITS, dynamic=st.sampled_from(["token", False]))
@@ -69,7 +70,10 @@ RECIPES = st.builds(
         fold_form=st.sampled_from(["constant", "bias"]),
         sites=st.sampled_from(SITES),
     ),
-    rounding=st.builds(Rounding, method=st.just("gptq"), sequential=st.just(True)),
+    rounding=st.builds(Rounding, method=st.just("gptq"), sequential=st.just(True))
+    | st.builds(
+        Rounding, ranges=st.just("output"), cutting=st.just("auto") | st.floats(1, 99), sequential=st.just(True)
+    ),
     distillation=st.builds(Distillation, steps=st.integers(0, 9), minutes=st.none() | st.floats(0.1, 9)),
     layers=st.sampled_from(["safe", "paper"]),
     overrides=st.lists(SKIPS | CHANGES, max_size=3),
@@ -103,12 +107,13 @@ def test_to_dict_holds_every_default_and_no_null() -> None:
     assert Recipe(overrides=(Override(pattern="a", skip=True),)).to_dict() == {
         "version": 1,
         "description": "",
-        "weights": {"bits": 8},
+        "weights": {"bits": 8, "levels": "uniform"},
         "activations": {"bits": 8, "dynamic": False},
         "attention": {"quantize": False, "bits": 8},
         "balance": {
             "method": "ssc",
             "alpha": 0.5,
+            "center": False,
             "max_scale": 1000.0,
             "fold_form": "constant",
             "sites": "free",
@@ -120,6 +125,7 @@ def test_to_dict_holds_every_default_and_no_null() -> None:
         "rounding": {
             "method": "nearest",
             "ranges": "minmax",
+            "cutting": 1.0,
             "sequential": False,
             "tokens": 32768,
             "damping": 0.01,
@@ -144,7 +150,7 @@ def test_to_dict_holds_every_default_and_no_null() -> None:
 
 
 def test_yaml_keeps_the_order_of_the_model() -> None:
-    assert Recipe().to_yaml().startswith("version: 1\ndescription: ''\nweights:\n  bits: 8\nactivations:\n")
+    assert Recipe().to_yaml().startswith("version: 1\ndescription: ''\nweights:\n  bits: 8\n  levels: uniform\n")
 
 
 def test_lists_stand_for_tuples() -> None:
