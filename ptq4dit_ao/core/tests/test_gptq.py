@@ -175,6 +175,26 @@ def test_a_tail_stays_where_the_weights_listen_to_it():
     assert low >= float(x.min())
 
 
+def test_cutting_that_counts_more_cuts_less():
+    x, weight = torch.randn(2000, 16, generator=torch.Generator().manual_seed(0)), torch.eye(16)
+    ends = float(x.min()), float(x.max())
+    widths = []
+    for cutting in (1.0, 4.0, 64.0):
+        low, high = clipped_activation_range(x, *ends, weight, qparams, 0, 15, cutting=cutting)
+        widths.append(high - low)
+    assert widths[0] < widths[1] < widths[2] <= ends[1] - ends[0]
+
+    def noise(low: float, high: float) -> Tensor:
+        """The noise that is to be small, with 4 times the square error for what is cut."""
+        scale, zero_point = qparams(torch.tensor(low), torch.tensor(high))
+        inside = x.clamp(float((0 - zero_point) * scale), float((15 - zero_point) * scale))
+        return fake_quantize(x, scale, zero_point, 0, 15) - x + (inside - x)
+
+    chosen = clipped_activation_range(x, *ends, weight, qparams, 0, 15, cutting=4.0)
+    tried = [noise(*ends), noise(0.9 * ends[0], 0.9 * ends[1]), noise(0.7 * ends[0], 0.7 * ends[1])]
+    assert noise(*chosen).square().sum() <= min(float(each.square().sum()) for each in tried)
+
+
 def test_a_weight_is_cut_where_the_large_ones_do_not_matter():
     weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
     weight[2, 0] = 8.0

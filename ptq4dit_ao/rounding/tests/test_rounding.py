@@ -117,6 +117,37 @@ def test_a_search_takes_the_least_error(quantized):
             assert (outcome.b == 1).all()
 
 
+def test_a_search_tries_each_candidate_with_and_without_centring(quantized):
+    result = balance_result(quantized(**W4, rounding="gptq", alpha="auto", balance="auto", center=True))
+    centred = 0
+    for outcome in result.outcomes.values():
+        assert len(outcome.scores) == (25 if outcome.site.shift is not None else 13)
+        name = "none" if outcome.method == "none" else f"{outcome.method} {outcome.alpha:g}"
+        name += "" if outcome.offset is None else " centred"
+        assert outcome.scores[name] == min(outcome.scores.values())
+        centred += outcome.offset is not None
+    assert centred > 0
+
+
+def test_centred_inputs_reach_as_far_down_as_up(quantized, error_db):
+    converted = quantized(center=True)
+    shifted = [o for o in balance_result(converted).outcomes.values() if o.site.shift is not None]
+    assert len(shifted) == 4 and all(outcome.offset is not None for outcome in shifted)
+    inputs = {consumer.node for outcome in shifted for consumer in outcome.site.consumers}
+    for linear in quantized_linears(converted):
+        if linear.name in inputs:
+            assert linear.x_zero_point in (127, 128)
+    assert error_db(converted) > error_db(quantized()) - 0.5
+
+
+@pytest.mark.parametrize(
+    ("levels", "weight_levels", "cutting"), [(256, 256, 16), (256, 16, 1), (64, 64, 4), (16, 256, 4)]
+)
+def test_the_weight_of_cutting_follows_the_bits(levels, weight_levels, cutting):
+    assert RoundingSettings(cutting="auto").cutting_of(levels, weight_levels) == cutting
+    assert RoundingSettings(cutting=3.0).cutting_of(levels, weight_levels) == 3
+
+
 def test_a_search_is_as_good_as_the_fixed_choices(quantized, error_db):
     found = error_db(quantized(weight_bits=4, activation_bits=4, rounding="gptq", alpha="auto", balance="auto"))
     fixed = [error_db(quantized(weight_bits=4, activation_bits=4, rounding="gptq", alpha=a)) for a in (0.3, 0.5, 0.9)]
@@ -321,6 +352,10 @@ def test_wrong_settings_are_named():
         RoundingSettings(ranges="max")
     with pytest.raises(ArgumentError, match=r"damping is 0; it must lie in \(0, 1\]"):
         RoundingSettings(damping=0)
+    with pytest.raises(ArgumentError, match="cutting is 0.5; it must be at least 1"):
+        RoundingSettings(cutting=0.5)
+    with pytest.raises(ArgumentError, match="cutting is 'much'"):
+        RoundingSettings(cutting="much")
     with pytest.raises(ArgumentError, match="alpha is 'best'; choose one of auto"):
         BalanceSettings(alpha="best")
 
