@@ -134,7 +134,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--bits", nargs="+", choices=BITS, default=list(BITS))
     parser.add_argument("--model", choices=REFERENCES, default=DIGITS.name)
-    parser.add_argument("--sampler", choices=SAMPLERS, help="default: ddpm, and flow for a model that predicts velocity")
+    parser.add_argument(
+        "--sampler", choices=SAMPLERS, help="default: ddpm, and flow for a model that predicts velocity"
+    )
     parser.add_argument("--image-steps", nargs="+", type=int, default=[10], metavar="N", help="default: 10")
     parser.add_argument(
         "--steps", type=int, default=500, help="optimizer steps of methods that learn (default: %(default)s)"
@@ -159,7 +161,9 @@ def main() -> None:
 
     draw = functools.partial(draw_samples, model, sampling=sampling)
     used = {float(t) for t in calibration_of(recipe)[0].inputs["timestep"]}
-    other = tuple(t for t in draw(recipe, count=1, seed=0, timesteps=STEPS).timesteps.unique().tolist() if t not in used)
+    other = tuple(
+        t for t in draw(recipe, count=1, seed=0, timesteps=STEPS).timesteps.unique().tolist() if t not in used
+    )
     samples = draw(recipe, count=recipe.evaluation.samples, seed=1000)
     off_grid = draw(recipe, count=recipe.evaluation.samples, seed=1000, timesteps=other)
     exported = export_for(model, samples)

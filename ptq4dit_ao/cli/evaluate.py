@@ -18,7 +18,6 @@ from ptq4dit_ao.evaluation.result import EvaluationResult, EvaluationRow
 from ptq4dit_ao.evaluation.run import evaluate as measure
 from ptq4dit_ao.metrics import Estimate
 
-
 IMAGE_ERRORS = ("image MSE", "MSE GM", "MSE median")
 """Columns of the mean square error of images: its mean, geometric mean and median over images."""
 

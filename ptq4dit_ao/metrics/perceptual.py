@@ -80,8 +80,8 @@ def check_lpips(network: str, pixels: int | None = None) -> None:
     path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
     if not path.is_file():
         raise ArgumentError(
-            f"LPIPS by {network!r} needs torchvision's weights as {path}, and nothing is downloaded; put {url} there, or "
-            "set TORCH_HOME to where they are"
+            f"LPIPS by {network!r} needs torchvision's weights as {path}, and nothing is downloaded; put {url} there, "
+            "or set TORCH_HOME to where they are"
         )
 
 

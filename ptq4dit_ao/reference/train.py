@@ -205,7 +205,9 @@ def train(
     if state.exists():
         saved = torch.load(state, weights_only=True)
         if saved["settings"] != settings:
-            raise ArgumentError(f"{state} is of a run with {saved['settings']}, not {settings}; remove it to start anew")
+            raise ArgumentError(
+                f"{state} is of a run with {saved['settings']}, not {settings}; remove it to start anew"
+            )
         for name, part in stateful.items():
             part.load_state_dict(saved[name])
         generator.set_state(saved["generator"])

@@ -54,7 +54,9 @@ def check_correction(model: LoadedModel, recipe: Recipe) -> None:
     """
     if not recipe.noise_correction.images:
         return
-    asked = f"the recipe corrects the noise (noise_correction.images {recipe.noise_correction.images}), but {model.name}"
+    asked = (
+        f"the recipe corrects the noise (noise_correction.images {recipe.noise_correction.images}), but {model.name}"
+    )
     if model.sampling is None:
         raise ArgumentError(
             f"{asked} is not class-conditional; fit one with ptq4dit_ao.ptqd for its own pipeline, and leave that out"

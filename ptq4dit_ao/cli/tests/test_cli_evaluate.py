@@ -77,8 +77,8 @@ def result(network: str, is_inception: bool) -> EvaluationResult:
         distances=Distances(frechet=9.5, spatial_frechet=8, inception_score=7, precision=0.5, recall=0.25),
     )
     return EvaluationResult(
-        model="m", rows=(row,), lpips=None, network=network, is_inception=is_inception, reference="real", reference_images=5,
-        samples=2, steps=1, sampler="ddpm", guidance=1.5, seed=4, eps_seed=6, notes=("said",),
+        model="m", rows=(row,), network=network, is_inception=is_inception, reference="real", reference_images=5,
+        lpips=None, samples=2, steps=1, sampler="ddpm", guidance=1.5, seed=4, eps_seed=6, notes=("said",),
         environment={"cpu": "c", "versions": {}},
     )  # fmt: skip
 
@@ -109,7 +109,8 @@ def test_the_page_says_what_it_must_be_read_with():
     page = cli_evaluate.markdown(result("toy", False)).splitlines()
     assert page[0] == "Model 'm' against its float32 form: equal inputs, equal noise"
     one, two = "1.00 [0.50, 2.00]", "1.00e+00 [5.00e-01, 2.00e+00]"
-    assert rf"| W8A8 simulated, a\|b | {one} | {one} | 1.00 at 7 | {two} | {two} | {two} | {one} | 1.0000 [0.5000, 2.0000] |" in page
+    figures = f"{one} | {one} | 1.00 at 7 | {two} | {two} | {two} | {one} | 1.0000 [0.5000, 2.0000]"
+    assert rf"| W8A8 simulated, a\|b | {figures} |" in page
     assert "2 images of each against 5: real" in page
     assert page[-4:] == [
         "* said",

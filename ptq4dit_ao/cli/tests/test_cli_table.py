@@ -37,8 +37,8 @@ def asked(monkeypatch):
             seconds={"measure": 2.0, "quantize": 1.0}, environment={"cpu": "c", "versions": {"torch": "2"}},
         )  # fmt: skip
         return TableResult(
-            settings=dataclasses.replace(settings, sampler="ddpm"), model="m", network=None, is_inception=False, reference=None, rows=(row,),
-            failed=failed, paper=None, environment={},
+            settings=dataclasses.replace(settings, sampler="ddpm"), model="m", network=None, is_inception=False,
+            reference=None, rows=(row,), failed=failed, paper=None, environment={},
         )  # fmt: skip
 
     monkeypatch.setattr(cli_table, "make_table", make_table)

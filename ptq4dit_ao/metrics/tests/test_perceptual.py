@@ -53,7 +53,9 @@ def test_grey_images_have_three_equal_channels(squeeze):
 
 
 def test_weights_are_never_downloaded(squeeze):
-    with pytest.raises(ArgumentError, match="LPIPS by 'alex' needs torchvision's weights as .*/alexnet-owt-7be5be79.pth"):
+    with pytest.raises(
+        ArgumentError, match="LPIPS by 'alex' needs torchvision's weights as .*/alexnet-owt-7be5be79.pth"
+    ):
         lpips(*pictures())
 
 

@@ -75,5 +75,7 @@ def test_training_that_was_interrupted_ends_as_if_it_had_not_been(monkeypatch, t
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
     names = {path.name for path in (tmp_path / "parts").iterdir()}
     assert names == {"flow_training.pt", "flow_transformer.safetensors"}
-    with pytest.raises(ArgumentError, match="flow_training.pt is of a run with .*'batch': 2}, not .*'batch': 1}; remove"):
+    with pytest.raises(
+        ArgumentError, match="flow_training.pt is of a run with .*'batch': 2}, not .*'batch': 1}; remove"
+    ):
         train("parts", 4, batch=1)
