@@ -15,7 +15,8 @@ def load_features(spec: str) -> FeatureNetwork:
 
     Args:
         spec: ``digits``, ``fashion`` or ``flow`` for the classifier that judges that shipped model; or
-            ``package.module:function``, a function without arguments that returns a :class:`~ptq4dit_ao.metrics.FeatureNetwork`.
+            ``package.module:function``, a function without arguments that returns a
+            :class:`~ptq4dit_ao.metrics.FeatureNetwork`.
 
     Raises:
         ArgumentError: it is neither.

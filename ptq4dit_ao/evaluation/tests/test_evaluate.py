@@ -189,9 +189,7 @@ def test_wrong_options_are_found_before_the_work(saved, options, error, message)
 
 
 def test_another_float_model_is_refused(saved):
-    message = (
-        r"model was quantized from a model of 1 x 8 x 8 and 10 classes; fashion is one of 1 x 28 x 28 and 10 classes"
-    )
+    message = r"model was quantized from a model of 1 x 8 x 8 and 10 classes .*; fashion is one of 1 x 28 x 28 and 10"
     with pytest.raises(ArgumentError, match=message):
         evaluate(saved / "model", "fashion", on_progress=lambda *_: pytest.fail("began"))
 

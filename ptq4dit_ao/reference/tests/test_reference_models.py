@@ -71,7 +71,8 @@ def test_training_that_was_interrupted_ends_as_if_it_had_not_been(monkeypatch, t
 
     whole = train("whole", 3).state_dict()
     train("parts", 1)
-    parts = train("parts", 3).state_dict()
+    train("parts", 3)
+    parts = train("parts", 3).state_dict()  # nothing is left to do
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
     names = {path.name for path in (tmp_path / "parts").iterdir()}
     assert names == {"flow_training.pt", "flow_transformer.safetensors"}
@@ -79,3 +80,5 @@ def test_training_that_was_interrupted_ends_as_if_it_had_not_been(monkeypatch, t
         ArgumentError, match="flow_training.pt is of a run with .*'batch': 2}, not .*'batch': 1}; remove"
     ):
         train("parts", 4, batch=1)
+    with pytest.raises(ArgumentError, match="flow_training.pt is at step 3, beyond 2; remove it"):
+        train("parts", 2)
