@@ -13,7 +13,7 @@ from ptq4dit_ao.calibration import as_denoiser, sample
 from ptq4dit_ao.cli.main import main
 from ptq4dit_ao.core import sqnr_db
 from ptq4dit_ao.recipe import Calibration, Evaluation, load_recipe
-from ptq4dit_ao.reference import FASHION, SAMPLING
+from ptq4dit_ao.reference import FASHION, FLOW, SAMPLING
 
 FBGEMM = ("--backend", "fbgemm")
 
@@ -88,3 +88,26 @@ def test_the_other_float_model_draws_clothes():
     images = sample(as_denoiser(load_reference_dit("fashion")), FASHION.sampling, labels, steps=10, generator=generator)
     judged = load_reference_classifier("fashion")(images).argmax(1)
     assert (judged == labels).float().mean() >= 0.75  # of held-out photographs the judge knows 90 %
+
+
+def test_the_flow_model_draws_clothes():
+    labels, generator = torch.arange(10).repeat(5), torch.Generator().manual_seed(7)
+    denoiser = as_denoiser(load_reference_dit("flow"), FLOW.sampling)
+    images = sample(denoiser, FLOW.sampling, labels, steps=10, generator=generator)
+    assert (load_reference_classifier("flow")(images).argmax(1) == labels).float().mean() >= 0.75
+
+
+@pytest.mark.slow
+def test_the_flow_model_is_quantized_and_evaluated(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    few = "{samples: 3, timesteps: 3}"
+    recipe.write_text(f"version: 1\nmodel: flow\ncalibration: {few}\nevaluation: {few}\n")
+    assert main(["quantize", str(recipe), "--output", str(tmp_path / "w8a8")]) == 0
+    sampled = ["--samples", "10", "--steps", "4"]
+    assert main(["evaluate", str(tmp_path / "w8a8"), *sampled, "--json", str(tmp_path / "figures.json")]) == 0
+    row = json.loads((tmp_path / "figures.json").read_text())["rows"][1]
+    assert row["eps"]["pooled"]["value"] > 30 and row["images"]["psnr_db"]["value"] > 30
+    assert max(t for t, _ in row["eps"]["per_timestep"]) <= 1
+    table = ["--model", "flow", "--methods", "minmax", "--bits", "w8a8", "--steps", "4", "--samples", "10"]
+    assert main(["table", *table, "--calibration-images", "3", "--output", str(tmp_path / "table")]) == 0
+    assert "--sampler flow" in (tmp_path / "table" / "table.md").read_text()

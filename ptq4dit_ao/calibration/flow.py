@@ -50,7 +50,7 @@ def to_images(tokens: Tensor, patch: int, shape: torch.Size) -> Tensor:
 
 def flow_inputs(x: Tensor, t: Tensor, labels: Tensor, patch: int) -> tuple[Tensor, ...]:
     """Tensors of a ``FluxTransformer2DModel``, in its order: x (N, C, H, W), t (N,) in [0, 1000], labels (N,)."""
-    _, _, h, w = x.shape
+    h, w = x.shape[2:]
     rows, columns = torch.meshgrid(torch.arange(h // patch), torch.arange(w // patch), indexing="ij")
     places = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).view(-1, 3).to(x.dtype)
     text, pooled = class_text(labels)

@@ -148,7 +148,7 @@ class Sampling:
 
     @property
     def predicts(self) -> str:
-        """What the model predicts: ``noise``, or flow matching's ``velocity``."""
+        """Name of what the model predicts: ``noise``, or flow matching's ``velocity``."""
         return "velocity" if self.sampler == "flow" else "noise"
 
     @property

@@ -151,8 +151,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=_seed, default=3000, help="seed of noise and intervals (default: %(default)s)")
     p.add_argument(
         "--features", metavar="NETWORK",
-        help="what distances are measured in: 'digits', 'fashion' or 'flow' (of the shipped models, and their "
-        "default), or package.module:function",
+        help="what distances are measured in: 'digits', 'fashion' or 'flow' (the shipped models' own, and default), or "
+        "package.module:function",
     )  # fmt: skip
     p.add_argument(
         "--reference", type=_path, metavar="REAL",

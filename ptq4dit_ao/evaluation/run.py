@@ -150,4 +150,5 @@ def _float_model(
 
 
 def _shape(sampling: Sampling) -> str:
-    return f"{sampling.channels} x {sampling.size} x {sampling.size} and {sampling.null_label} classes"
+    shape = f"{sampling.channels} x {sampling.size} x {sampling.size} and {sampling.null_label} classes"
+    return f"{shape} that predicts {sampling.predicts}"

@@ -100,10 +100,9 @@ def clip_score(images: Tensor, prompts: Sequence[str], folder: str | Path, *, se
         MissingDependencyError: transformers is not installed.
     """
     if isinstance(prompts, str) or len(prompts) != len(images) or images.ndim != 4 or images.shape[1] not in (1, 3):
-        what = "a text" if isinstance(prompts, str) else f"{len(prompts)} texts"
+        what = "is a text" if isinstance(prompts, str) else f"are {len(prompts)} texts"
         raise ArgumentError(
-            f"there are {what} for images of shape {tuple(images.shape)}; give images (N, 3, H, W) and a list of N "
-            "texts"
+            f"there {what} for images of shape {tuple(images.shape)}; give images (N, 3, H, W) and a list of N texts"
         )
     model, tokenizer = _clip(as_path(folder, "folder"))
     size = model.config.vision_config.image_size

@@ -531,8 +531,8 @@ class Recipe(_Section):
     description: str = Field(default="", description="One line on the purpose of the recipe.")
     model: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,
-        description="Model to quantize: 'reference' or 'fashion' (both come with the package), the path of a diffusers "
-        "model folder, or 'package.module:function'.",
+        description="Model to quantize: 'reference', 'fashion' or 'flow' (they come with the package), the path of a "
+        "diffusers model folder, or 'package.module:function'.",
     )
     weights: Weights = Weights()
     activations: Activations = Activations()

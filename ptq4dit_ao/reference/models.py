@@ -1,4 +1,4 @@
-"""Reference models: three small diffusion transformers of diffusers' classes, with classifiers for their samples.
+"""Reference models: three small transformers of diffusers' classes, with classifiers that judge their samples.
 
 * ``digits``: a DiT (adaLN-Zero) that predicts noise, trained on scikit-learn's digits (1797 real 8x8 grey images, UCI
   "Optical Recognition of Handwritten Digits").
@@ -141,9 +141,9 @@ def _from_zero(model: M) -> M:
 def load_reference_dit(name: str = "digits") -> Any:
     """Load a trained reference model in float32 eval mode.
 
-    ``digits`` and ``fashion`` are a ``DiTTransformer2DModel``: ``model(x, timestep=t, class_labels=y).sample``. ``x``
-    is (N, 1, S, S) with S = 8 for ``digits`` and 28 for ``fashion``, ``t`` is (N,) in [0, 1000) of the linear DDPM
-    schedule, and ``y`` is (N,) in [0, 10], where 10 is the null label. The result is the predicted noise, (N, 1, S, S).
+    ``digits`` and ``fashion`` are DiTs: ``model(x, timestep=t, class_labels=y).sample``. ``x`` is (N, 1, S, S) with S =
+    8 for ``digits`` and 28 for ``fashion``, ``t`` is (N,) in [0, 1000) of the linear DDPM schedule, and ``y`` is (N,)
+    in [0, 10], where 10 is the null label. The result is the predicted noise, (N, 1, S, S).
 
     ``flow`` is a ``FluxTransformer2DModel``: ``model(*flow_inputs(x, t, y, patch=4)).sample``, with ``flow_inputs`` of
     :mod:`ptq4dit_ao.calibration.flow` and ``t`` in [0, 1000]. The result is the predicted velocity in patches, (N, 49,

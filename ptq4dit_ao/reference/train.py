@@ -181,7 +181,7 @@ def train(
     Every 500 steps all that a run needs to continue is saved, and a run with equal settings begins there.
 
     Raises:
-        ArgumentError: the folder holds the state of a run with other settings.
+        ArgumentError: the folder holds the state of a run with other settings, or of a later step.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -208,6 +208,8 @@ def train(
             raise ArgumentError(
                 f"{state} is of a run with {saved['settings']}, not {settings}; remove it to start anew"
             )
+        if saved["step"] > stop:
+            raise ArgumentError(f"{state} is at step {saved['step']}, beyond {stop}; remove it to start anew")
         for name, part in stateful.items():
             part.load_state_dict(saved[name])
         generator.set_state(saved["generator"])
@@ -234,9 +236,9 @@ def train(
                 parts = {name: part.state_dict() for name, part in stateful.items()}
                 more = {"settings": settings, "generator": generator.get_state(), "step": step, "running": running}
                 torch.save({**parts, **more}, temporary)
-        if step % 2000 == 0 or step == stop:
-            save_half(ema, output / reference.weights)
+        if step % 2000 == 0:
             print(f"  sample accuracy {sample_accuracy(reference, ema, classifier):.3f}", flush=True)
+    save_half(ema, output / reference.weights)
     return ema
 
 

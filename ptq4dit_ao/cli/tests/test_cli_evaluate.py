@@ -73,12 +73,12 @@ def result(network: str, is_inception: bool) -> EvaluationResult:
         execution="simulated",
         backend="a|b",
         eps=eps,
-        images=ImageErrors(mse=one, psnr_db=one, ssim=one, images=2, data_range=2.0),
+        images=ImageErrors(mse=one, mse_geometric=one, mse_median=one, psnr_db=one, ssim=one, images=2, data_range=2.0),
         distances=Distances(frechet=9.5, spatial_frechet=8, inception_score=7, precision=0.5, recall=0.25),
     )
     return EvaluationResult(
         model="m", rows=(row,), network=network, is_inception=is_inception, reference="real", reference_images=5,
-        samples=2, steps=1, sampler="ddpm", guidance=1.5, seed=4, eps_seed=6, notes=("said",),
+        lpips=None, samples=2, steps=1, sampler="ddpm", guidance=1.5, seed=4, eps_seed=6, notes=("said",),
         environment={"cpu": "c", "versions": {}},
     )  # fmt: skip
 
@@ -109,7 +109,8 @@ def test_the_page_says_what_it_must_be_read_with():
     page = cli_evaluate.markdown(result("toy", False)).splitlines()
     assert page[0] == "Model 'm' against its float32 form: equal inputs, equal noise"
     one, two = "1.00 [0.50, 2.00]", "1.00e+00 [5.00e-01, 2.00e+00]"
-    assert rf"| W8A8 simulated, a\|b | {one} | {one} | 1.00 at 7 | {two} | {one} | 1.0000 [0.5000, 2.0000] |" in page
+    figures = f"{one} | {one} | 1.00 at 7 | {two} | {two} | {two} | {one} | 1.0000 [0.5000, 2.0000]"
+    assert rf"| W8A8 simulated, a\|b | {figures} |" in page
     assert "2 images of each against 5: real" in page
     assert page[-4:] == [
         "* said",
@@ -149,8 +150,8 @@ def test_a_folder_that_is_not_there_is_told_before_the_work(run, monkeypatch, tm
             {"backends": ["a", "b"], "samples": 9, "steps": 3, "sampler": "ddpm", "seed": 2, "features": "f:g"},
         ),
         (
-            ("--model", "m", "--reference", "r.npz", "--cache", "c"),
-            {"model": "m", "reference": Path("r.npz"), "cache": Path("c")},
+            ("--model", "m", "--reference", "r.npz", "--cache", "c", "--lpips", "alex"),
+            {"model": "m", "reference": Path("r.npz"), "cache": Path("c"), "lpips": "alex"},
         ),
     ],
 )
@@ -165,7 +166,7 @@ def test_options_arrive(run, monkeypatch, options, changes):
     assert run("evaluate", "out", *options)[0] == 1
     defaults = {
         "directory": Path("out"), "model": None, "backends": ["reference"], "samples": 200, "steps": 50,
-        "sampler": None, "seed": NOISE_SEED, "features": None, "reference": None, "cache": None,
+        "sampler": None, "seed": NOISE_SEED, "features": None, "reference": None, "cache": None, "lpips": None,
     }  # fmt: skip
     assert seen == [{**defaults, **changes}]
 

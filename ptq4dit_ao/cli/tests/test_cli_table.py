@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -36,8 +37,8 @@ def asked(monkeypatch):
             seconds={"measure": 2.0, "quantize": 1.0}, environment={"cpu": "c", "versions": {"torch": "2"}},
         )  # fmt: skip
         return TableResult(
-            settings=settings, model="m", network=None, is_inception=False, reference=None, rows=(row,),
-            failed=failed, paper=None, environment={},
+            settings=dataclasses.replace(settings, sampler="ddpm"), model="m", network=None, is_inception=False,
+            reference=None, rows=(row,), failed=failed, paper=None, environment={},
         )  # fmt: skip
 
     monkeypatch.setattr(cli_table, "make_table", make_table)
@@ -64,7 +65,7 @@ def test_options_reach_the_settings(run, asked):
     run(
         "table", "--model", "x", "--methods", "", "--bits", "w3a8, w4a4", "--steps", "7", "--samples", 9,
         "--calibration-images", 3, "--seed", 2, "--guidance", 4, "--layers", "safe", "--features", "f:g",
-        "--reference", "r.npz", "--ablation", "--output", "b",
+        "--reference", "r.npz", "--lpips", "vgg", "--ablation", "--output", "b",
     )  # fmt: skip
     defaults = TableSettings(
         model="reference", methods=("minmax", "smoothquant", "paper", "ptqd", "fast", "auto"),
@@ -72,7 +73,7 @@ def test_options_reach_the_settings(run, asked):
     )  # fmt: skip
     changed = TableSettings(
         model="x", methods=(), bits=("w3a8", "w4a4"), steps=(7,), samples=9, calibration_images=3, seed=2,
-        guidance=4.0, layers="safe", features="f:g", reference=Path("r.npz"), ablation=True,
+        guidance=4.0, layers="safe", features="f:g", reference=Path("r.npz"), lpips="vgg", ablation=True,
     )  # fmt: skip
     assert asked == [(defaults, Path("a")), (changed, Path("b"))]
 

@@ -12,11 +12,12 @@ import torch
 from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
 
 from ptq4dit_ao.calibration import Sampling, as_denoiser, sample
+from ptq4dit_ao.cli.evaluate import sheets
 from ptq4dit_ao.errors import ArgumentError, LoweringError, MissingDependencyError
-from ptq4dit_ao.evaluation import baseline
+from ptq4dit_ao.evaluation import baseline, run
 from ptq4dit_ao.evaluation.bench.random_dit import randomize_
 from ptq4dit_ao.evaluation.run import evaluate
-from ptq4dit_ao.metrics import ReferenceStatistics, image_errors, paired_error
+from ptq4dit_ao.metrics import ReferenceStatistics, image_errors, paired_error, perceptual
 from ptq4dit_ao.recipe import Calibration, Evaluation, Recipe
 from ptq4dit_ao.reference.models import DIT_CONFIG, SAMPLING
 from ptq4dit_ao.workflow import apply_recipe, image_sampling, load_model, load_quantized, quantize
@@ -73,6 +74,15 @@ def test_figures_are_those_of_the_same_inputs_and_noise(result, saved):
     assert row.images.mse.value == pytest.approx(images.mse.value) and row.images.images == SAMPLES
     assert row.images.ssim.low == pytest.approx(images.ssim.low)
     assert (result.samples, result.steps, result.guidance, result.seed, result.eps_seed) == (SAMPLES, STEPS, 1.5, 3, 5)
+
+
+def test_lpips_is_measured_where_it_is_asked_for(result, saved, monkeypatch):
+    monkeypatch.setattr(run, "check_lpips", lambda *_: None)
+    monkeypatch.setattr(perceptual, "lpips", lambda x, y, network: (x - y).abs().double().flatten(1).mean(1))
+    asked = evaluate(saved / "model", str(saved / "float"), samples=SAMPLES, steps=STEPS, seed=3, lpips="vgg")
+    assert (asked.lpips, result.lpips) == ("vgg", None) and result.rows[1].images.lpips is None
+    assert 0 < asked.rows[1].images.lpips.value < 2 * math.sqrt(asked.rows[1].images.mse.value)
+    assert next(sheets(asked)).columns[-1] == "LPIPS (vgg)" and "LPIPS" not in str(next(sheets(result)).columns)
 
 
 def test_without_a_reference_the_float_model_is_one_and_that_is_said(result):
@@ -164,6 +174,7 @@ def test_infinite_figures_are_null_in_json(result):
         ({"reference": "real.npz"}, ArgumentError, "real.npz: a reference set is measured with a feature network"),
         ({"cache": "kept"}, ArgumentError, "kept: a reference set is measured with a feature network"),
         ({"features": "digits", "samples": 3}, ArgumentError, "3 images are too few for distances; sample at least 4"),
+        ({"lpips": "alex"}, ArgumentError, "images have 8 pixels a side, and LPIPS is for 64 and more; leave it out"),
         ({"features": "didgits"}, ArgumentError, "feature network 'didgits' is none of 'digits', 'fashion'"),
         (
             {"features": "digits", "reference": "missing.npz"},
@@ -178,9 +189,7 @@ def test_wrong_options_are_found_before_the_work(saved, options, error, message)
 
 
 def test_another_float_model_is_refused(saved):
-    message = (
-        r"model was quantized from a model of 1 x 8 x 8 and 10 classes; fashion is one of 1 x 28 x 28 and 10 classes"
-    )
+    message = r"model was quantized from a model of 1 x 8 x 8 and 10 classes .*; fashion is one of 1 x 28 x 28 and 10"
     with pytest.raises(ArgumentError, match=message):
         evaluate(saved / "model", "fashion", on_progress=lambda *_: pytest.fail("began"))
 
@@ -201,6 +210,7 @@ def test_kept_statistics_are_of_one_network_and_have_no_cache(saved, tmp_path):
     [
         (None, "was saved without the way to sample it, so no images can be compared; compare predictions with"),
         ({"channels": 4}, "quantized from a model of 4 x 8 x 8 and 10 classes"),
+        ({"sampler": "flow", "patch": 2}, "10 classes that predicts velocity; .*/float is one of 1 .* predicts noise"),
         ({}, r"does not know its float model; say which \(model=\.\.\.\)"),
     ],
 )

@@ -62,15 +62,25 @@ def test_psnr_is_the_mean_of_the_images_own():
     assert image_errors(reference, images, data_range=1.0).psnr_db.value == pytest.approx(30 - 20 * math.log10(2))
 
 
+def test_one_odd_image_makes_the_mean_and_not_the_geometric_mean_or_the_median():
+    reference = torch.zeros(3, 1, 8, 8)
+    images = torch.stack([torch.full((1, 8, 8), value) for value in (0.01, 0.1, 1.0)])
+    errors = image_errors(reference, images)
+    assert errors.mse.value == pytest.approx((1e-4 + 1e-2 + 1) / 3)
+    assert errors.mse_geometric.value == pytest.approx(1e-2) and errors.mse_median.value == pytest.approx(1e-2)
+    assert errors.psnr_db.value == pytest.approx(10 * math.log10(4 / errors.mse_geometric.value))
+
+
 def test_equal_images_have_no_error():
     x, _ = pictures()
     errors = image_errors(x, x)
+    assert errors.mse_geometric.high == 0 == errors.mse_median.high
     assert errors.mse.high == 0 and errors.psnr_db.low == errors.psnr_db.high == math.inf
 
 
 def test_intervals_hold_the_mean():
     errors = image_errors(*pictures(n=20))
-    for estimate in (errors.mse, errors.psnr_db, errors.ssim):
+    for estimate in (errors.mse, errors.mse_geometric, errors.mse_median, errors.psnr_db, errors.ssim):
         assert estimate.low < estimate.value < estimate.high
 
 

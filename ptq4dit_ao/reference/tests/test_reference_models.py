@@ -7,8 +7,10 @@ import gzip
 import pytest
 import torch
 
+from ptq4dit_ao.calibration import as_denoiser
 from ptq4dit_ao.errors import ArgumentError
-from ptq4dit_ao.reference import REFERENCES, load_reference_classifier, load_reference_dit
+from ptq4dit_ao.reference import FLOW, REFERENCES, load_reference_classifier, load_reference_dit
+from ptq4dit_ao.reference import train as training
 from ptq4dit_ao.reference.train import load_fashion, main
 
 
@@ -22,8 +24,9 @@ def test_models_and_judges_fit_their_images(name):
     reference = REFERENCES[name]
     images = torch.zeros(2, 1, reference.size, reference.size)
     with torch.no_grad():
-        noise = load_reference_dit(name)(images, timestep=torch.tensor([0, 999]), class_labels=torch.tensor([3, 10]))
-        assert noise.sample.shape == images.shape and noise.sample.isfinite().all()
+        denoiser = as_denoiser(load_reference_dit(name), reference.sampling)
+        found = denoiser(images, torch.tensor([0, 999]), torch.tensor([3, 10]))
+        assert found.shape == images.shape and found.isfinite().all()
         assert load_reference_classifier(name)(images).shape == (2, 10)
 
 
@@ -47,8 +50,35 @@ def test_other_files_are_refused(tmp_path):
             load_fashion(tmp_path)
 
 
-def test_training_on_fashion_asks_for_its_images(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["train", "--data", "fashion"])
+@pytest.mark.parametrize("name", ["fashion", "flow"])
+def test_training_on_fashion_asks_for_its_images(name, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train", "--data", name])
     with pytest.raises(SystemExit):
         main()
-    assert "--data fashion needs --images" in capsys.readouterr().err
+    assert f"--data {name} needs --images" in capsys.readouterr().err
+
+
+def test_training_that_was_interrupted_ends_as_if_it_had_not_been(monkeypatch, tmp_path):
+    monkeypatch.setattr(training, "sample_accuracy", lambda *_, **__: 0.0)
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.rand(8, 1, 28, 28, generator=generator), torch.arange(8)
+
+    def train(folder, stop, **changes):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        settings = {"seed": 3, "steps": 4, "batch": 2} | changes
+        nothing = torch.nn.Identity()
+        return training.train(FLOW, images, labels, nothing, **settings, stop=stop, output=tmp_path / folder)
+
+    whole = train("whole", 3).state_dict()
+    train("parts", 1)
+    train("parts", 3)
+    parts = train("parts", 3).state_dict()  # nothing is left to do
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+    names = {path.name for path in (tmp_path / "parts").iterdir()}
+    assert names == {"flow_training.pt", "flow_transformer.safetensors"}
+    with pytest.raises(
+        ArgumentError, match="flow_training.pt is of a run with .*'batch': 2}, not .*'batch': 1}; remove"
+    ):
+        train("parts", 4, batch=1)
+    with pytest.raises(ArgumentError, match="flow_training.pt is at step 3, beyond 2; remove it"):
+        train("parts", 2)

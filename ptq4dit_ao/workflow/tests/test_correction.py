@@ -16,7 +16,7 @@ from ptq4dit_ao.metrics import image_errors
 from ptq4dit_ao.ptqd import NoiseCorrection, PTQDScheduler
 from ptq4dit_ao.recipe import Activations, Calibration, Evaluation, Recipe, Weights
 from ptq4dit_ao.recipe import NoiseCorrection as Asked
-from ptq4dit_ao.reference.models import DIT_CONFIG, SAMPLING
+from ptq4dit_ao.reference.models import DIT_CONFIG, FLOW, SAMPLING
 from ptq4dit_ao.workflow import correction, load_model, load_quantized, quantize
 
 STEPS = 4
@@ -101,6 +101,9 @@ def test_a_sampler_that_it_does_not_serve_is_refused(saved, tmp_path):
 def test_models_that_are_not_drawn_by_class_have_none(saved, tmp_path):
     model = dataclasses.replace(load_model(str(saved / "float")), sampling=None)
     recipe = Recipe(noise_correction=Asked(images=12))
+    flow = dataclasses.replace(load_model(str(saved / "float")), sampling=FLOW.sampling)
+    with pytest.raises(ArgumentError, match=r"corrects the noise .*, but float predicts velocity; leave that out"):
+        correction.check_correction(flow, recipe)
     with pytest.raises(ArgumentError, match=r"corrects the noise \(noise_correction.images 12\), but float is not"):
         quantize(model, recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()

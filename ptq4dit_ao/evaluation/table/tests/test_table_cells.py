@@ -231,11 +231,12 @@ def test_what_is_written(filled):
     folder, result = filled
     page, data = (folder / "table.md").read_text(), json.loads((folder / "table.json").read_text())
     lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("|")]
-    assert lines[0][7] == "Frechet distance (digits classifier)" and "FID" not in page and "paper" not in lines[0]
+    assert lines[0][9] == "Frechet distance (digits classifier)" and "FID" not in page and "paper" not in lines[0]
     assert lines[2][:4] == ["2", "-", "float32", "-"] and lines[3][:3] == ["2", "W4A8", "plain"]
     mse = result.rows[1].figures["images"]["mse"]
     assert lines[3][5] == f"{mse['value']:.2e} [{mse['low']:.2e}, {mse['high']:.2e}]"
-    assert lines[3][7] == f"{result.rows[1].figures['distances']['frechet']:#.4g}"
+    assert lines[0][5:8] == ["image MSE", "MSE GM", "MSE median"]
+    assert lines[3][9] == f"{result.rows[1].figures['distances']['frechet']:#.4g}"
     assert page.startswith("Model 'float', simulated (Q/DQ): integers computed in float\n") and "integer," not in page
     assert data["rows"][1]["figures"] == result.rows[1].figures
     assert data["execution"] == "simulated (Q/DQ): integers computed in float" and "GEMM" not in page

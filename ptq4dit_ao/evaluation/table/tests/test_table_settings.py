@@ -176,9 +176,9 @@ def test_the_page_has_them_only_then(same_setting):
         failed={}, paper=paper, environment={},
     )  # fmt: skip
     head, _, line = (text.strip("| ").split(" | ") for text in markdown(result).splitlines() if text.startswith("|"))
-    assert head[7] == "FID (inception-2015-12-05)" and line[7:9] == ["9.000", "8.000"]
+    assert head[9] == "FID (inception-2015-12-05)" and line[9:11] == ["9.000", "8.000"]
     if same_setting:
-        assert head[12:] == [f"{name}, the paper (DDPM)" for name in ("FID", "sFID", "IS", "precision")]
-        assert line[12:] == ["9.170", "24.29", "179.9", "0.7052"] and "* DDPM, guidance" in markdown(result)
+        assert head[14:] == [f"{name}, the paper (DDPM)" for name in ("FID", "sFID", "IS", "precision")]
+        assert line[14:] == ["9.170", "24.29", "179.9", "0.7052"] and "* DDPM, guidance" in markdown(result)
     else:
-        assert len(head) == len(line) == 12 and "the paper (DDPM)" not in markdown(result)
+        assert len(head) == len(line) == 14 and "the paper (DDPM)" not in markdown(result)
