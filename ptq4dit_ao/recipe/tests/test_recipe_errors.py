@@ -133,7 +133,8 @@ WRONG = {
     ),
     "override dynamic and float": (
         "overrides: [{pattern: a, activation_bits: 16, dynamic: token}]",
-        "overrides[0]: pattern 'a' keeps activations float (activation_bits: 16) and makes them dynamic; keep one of them",
+        "overrides[0]: pattern 'a' keeps activations float (activation_bits: 16) and makes them dynamic; keep one of "
+        "them",
     ),
     "alpha": ("balance: {alpha: 1.5}", "balance.alpha: 1.5 is not allowed; it must be a number from 0 to 1 or auto"),
     "negative alpha": (
@@ -247,7 +248,7 @@ WRONG = {
     "override of a wrong type": (
         "overrides: [skip]",
         "overrides[0]: 'skip' (text) is not allowed; it must be a mapping "
-        + "(keys: pattern, skip, weight_bits, activation_bits, balance)",
+        + "(keys: pattern, skip, weight_bits, activation_bits, dynamic, balance)",
     ),
     "override skip false": (
         "overrides: [{pattern: a, skip: false}]",
