@@ -18,12 +18,13 @@ from ptq4dit_ao.errors import ArgumentError, OverrideError
 from ptq4dit_ao.graph.names import get_attribute
 from ptq4dit_ao.lowering import float_linears, lower, quantized_linears
 from ptq4dit_ao.lowering.backend import BACKENDS as BACKENDS_BY_NAME
-from ptq4dit_ao.lowering.match import is_quantizer, weight_only_linears
+from ptq4dit_ao.lowering.match import is_quantizer, quantized_products, weight_only_linears
 from ptq4dit_ao.lowering.tests.batches import batch_of
 from ptq4dit_ao.metrics import leave_one_out, weight_errors
 from ptq4dit_ao.metrics.layers import layer_errors
 from ptq4dit_ao.passes import balance_result, balanced_as
 from ptq4dit_ao.quantizer import Override, PTQ4DiTQuantizer, distill, round_sequentially
+from ptq4dit_ao.quantizer.tests.test_quantizer import x86
 from ptq4dit_ao.rounding.layers import find_groups
 
 LINEARS = 14
@@ -120,6 +121,15 @@ def test_overrides_choose_layers_and_mixed_readers_are_quantized_apart(quantized
         assert (linear.per_token is not None) == ("ff.net" in name or name.endswith("to_k"))
     back = quantized(dynamic="token", overrides=(Override(pattern="*attn*", dynamic=False),))
     assert sum(dynamic_layers(back)) == 6  # adaLN, FC1, FC2
+
+
+@pytest.mark.parametrize("options", [{"attention_bits": 8}, {"base": x86()}, {"activation_bits": 7}])
+def test_attention_stays_static_and_any_base_is_wrapped(options, quantized, tiny_exported, tiny_samples):
+    converted = quantized(dynamic="token", **options)
+    assert dynamic_layers(converted) == [True] * LINEARS
+    assert len(quantized_products(converted)) == (4 if "attention_bits" in options else 0)
+    expected = torch.cat([tiny_exported(*s) for s in tiny_samples])
+    assert sqnr_db(expected, torch.cat([converted(*s) for s in tiny_samples])) > 30
 
 
 def test_a_single_dynamic_layer_is_what_is_left_out(quantized, tiny_exported, tiny_samples):
