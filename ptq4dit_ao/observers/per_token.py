@@ -66,7 +66,7 @@ def insert_per_token(model: GraphModule, observer: Node, spec: QuantSpec) -> Non
         middle = call(aten.add.Tensor, (low, call(aten.mul.Tensor, (scale, middle_step(steps)))))
         divisor = call(aten.clamp_min.default, (scale, EPS))
         unit = call(aten.div.Tensor, (call(aten.sub.Tensor, (x, middle)), divisor))
-    observer.args = (unit,)
+    observer.update_arg(0, unit)
     zero_point = spec.quant_min + middle_step(steps)
     readers = [user for user in observer.users if user.target is LINEAR]
     insert_qdq(model, observer, spec, torch.tensor(1.0), torch.tensor(zero_point), out_dtype=dtype)

@@ -118,7 +118,8 @@ def test_a_module_quantizes_tokens_as_the_graph_does(name, sites, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_a_module_multiplies_floats_by_integers_as_the_graph_does(method, dtype, tmp_path):
-    model, quantized = case("sd3", 8, "all", x_bits=16)
+    bits = 8 if method == "torchao" else 4
+    model, quantized = case("sd3", bits, "all", x_bits=16)
     narrow = copy.deepcopy(model).to(dtype)
     if (method, dtype) == ("torchao", torch.bfloat16):
         with pytest.raises(ArgumentError, match="its input is balanced in float32 and stays torch.bfloat16"):
@@ -126,6 +127,7 @@ def test_a_module_multiplies_floats_by_integers_as_the_graph_does(method, dtype,
         return
     module = to_module(quantized, narrow, method=method)
     weights = integer_weights(module)
+    assert min(weight.bits for weight in weights.values()) == bits
     assert len(weights) > 5 and all(weight.x_bits == 16 for weight in weights.values())
     inputs = FAMILIES["sd3"].inputs(2, seed=9, dtype=dtype)
     batch = tuple(flatten_call(model, FAMILIES["sd3"].inputs(2, seed=9))[1].values())

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 from torch.fx import GraphModule, Interpreter
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from ptq4dit_ao.capture import export_transformer
 from ptq4dit_ao.core.metrics import sqnr_db
 from ptq4dit_ao.errors import ArgumentError, OverrideError
-from ptq4dit_ao.lowering import lower, quantized_linears
+from ptq4dit_ao.graph.names import get_attribute
+from ptq4dit_ao.lowering import float_linears, lower, quantized_linears
 from ptq4dit_ao.lowering.backend import BACKENDS as BACKENDS_BY_NAME
-from ptq4dit_ao.lowering.match import is_quantizer, weight_only_linears
+from ptq4dit_ao.lowering.match import is_quantizer, quantized_products, weight_only_linears
 from ptq4dit_ao.lowering.tests.batches import batch_of
 from ptq4dit_ao.metrics import leave_one_out, weight_errors
 from ptq4dit_ao.metrics.layers import layer_errors
 from ptq4dit_ao.passes import balance_result, balanced_as
 from ptq4dit_ao.quantizer import Override, PTQ4DiTQuantizer, distill, round_sequentially
+from ptq4dit_ao.quantizer.tests.test_quantizer import x86
 from ptq4dit_ao.rounding.layers import find_groups
 
 LINEARS = 14
@@ -117,6 +121,15 @@ def test_overrides_choose_layers_and_mixed_readers_are_quantized_apart(quantized
         assert (linear.per_token is not None) == ("ff.net" in name or name.endswith("to_k"))
     back = quantized(dynamic="token", overrides=(Override(pattern="*attn*", dynamic=False),))
     assert sum(dynamic_layers(back)) == 6  # adaLN, FC1, FC2
+
+
+@pytest.mark.parametrize("options", [{"attention_bits": 8}, {"base": x86()}, {"activation_bits": 7}])
+def test_attention_stays_static_and_any_base_is_wrapped(options, quantized, tiny_exported, tiny_samples):
+    converted = quantized(dynamic="token", **options)
+    assert dynamic_layers(converted) == [True] * LINEARS
+    assert len(quantized_products(converted)) == (4 if "attention_bits" in options else 0)
+    expected = torch.cat([tiny_exported(*s) for s in tiny_samples])
+    assert sqnr_db(expected, torch.cat([converted(*s) for s in tiny_samples])) > 30
 
 
 def test_a_single_dynamic_layer_is_what_is_left_out(quantized, tiny_exported, tiny_samples):
@@ -220,7 +233,8 @@ def test_weights_alone_are_learned_layer_by_layer(duplicate, tiny_exported, tiny
     assert after > before
 
 
-BACKENDS = ["reference", "fbgemm", "openvino", "onnx", pytest.param("x86_inductor", marks=pytest.mark.x86)]
+MARKED = {"openvino": pytest.mark.openvino, "onnx": pytest.mark.onnx, "x86_inductor": pytest.mark.x86}
+BACKENDS = ["reference", "fbgemm", *(pytest.param(name, marks=mark) for name, mark in MARKED.items())]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -238,6 +252,41 @@ def test_backends_keep_integers_of_float_inputs(backend, whole, quantized):
     for rows in (4, 1, 7):
         db = sqnr_db(converted(*batch_of(rows)), lowered(*batch_of(rows)))
         assert db > (90 if whole else 45)
+
+
+def _openvino_weights(lowered) -> list[str]:
+    """Types of the weights of all linears in OpenVINO's runtime."""
+    nodes = lowered.run.request.get_compiled_model().get_runtime_model().get_ordered_ops()
+    linears = [n for n in nodes if str(n.get_rt_info()["layerType"].value) == "FullyConnected"]
+    return [node.input(1).get_element_type().get_type_name() for node in linears]
+
+
+@pytest.mark.openvino
+def test_openvino_multiplies_by_compressed_weights(quantized):
+    pytest.importorskip("openvino")
+    lowered = lower(quantized(activation_bits=16), "openvino", verify=False)
+    assert _openvino_weights(lowered).count("i8") == LINEARS
+    plain = lower(quantized(overrides=(Override(pattern="*attn*", skip=True),)), "openvino", verify=False)
+    assert _openvino_weights(plain).count("f32") > 4  # what is skipped has float weights, which the count sees
+
+
+@pytest.mark.onnx
+def test_onnxruntime_multiplies_by_compressed_weights(quantized):
+    pytest.importorskip("onnxruntime")
+    lowered = lower(quantized(activation_bits=16), "onnx", verify=False)
+    assert sum(operator in ("MatMulNBits", "DequantizeLinear") for _, operator in lowered.run.ran) == LINEARS
+
+
+@pytest.mark.x86
+def test_inductor_freezes_no_float_copy(quantized):
+    whole = quantized(activation_bits=16)
+    shapes = {str(tuple(linear.weight.shape)) for linear in weight_only_linears(whole)}
+    shapes -= {str(tuple(get_attribute(whole, str(node.args[1].target)).shape)) for node in float_linears(whole)}
+    assert len(shapes) >= 3
+    _, codes = run_and_get_code(lower, whole, "x86_inductor", verify=False)
+    frozen = re.findall(r"_frozen_param\d+ = rand_strided\((\([^)]*\)), .*dtype=(torch\.\w+)\)", "\n".join(codes))
+    kinds = {(shape, dtype) for shape, dtype in frozen if shape in shapes}
+    assert {dtype for _, dtype in kinds} == {"torch.int8"} and {shape for shape, _ in kinds} == shapes
 
 
 def test_what_contradicts_weights_alone_is_refused():
