@@ -27,7 +27,7 @@ def main() -> None:
                 weights[form] = StaticInt8Weight.of(
                     integers,
                     torch.full((c_out,), 0.01),
-                    1.0 if form == "token" else 0.03,
+                    1 / 128 if form == "token" else 0.03,
                     128,
                     bits=8,
                     x_bits=x_bits,
