@@ -1,8 +1,8 @@
 """Quantization per token: every row of C numbers has a range of its own, which is known at run time only.
 
 A row x whose values lie in [low, high] is ``x = s u + m``: of n steps between its values, h = (n + 1) / 2 lie below
-the middle m, ``s = (high - low) h / n`` and ``m = low + s``, so that u lies in [-1, 1]. The quantizer of u is static, with a
-scale of 1 / h, and ``low`` and ``high`` are its outermost integers. Then
+the middle m, ``s = (high - low) h / n`` and ``m = low + s``, so that u lies in [-1, 1]. The quantizer of u is static,
+with a scale of 1 / h, and ``low`` and ``high`` are its outermost integers. Then
 
     ``x W^T = s (u W^T) + m sum_j W_j``.
 
