@@ -208,7 +208,11 @@ BAD: dict[str, list[Bad]] = {
         (lambda w: samples().spread(0), ArgumentError, "rows is 0; give a whole number of rows, at least 1"),
     ],
     "Override": [
-        (lambda w: Override(pattern="a"), OverrideError, "override 'a' changes nothing; set skip, bits or balance"),
+        (
+            lambda w: Override(pattern="a"),
+            OverrideError,
+            "override 'a' changes nothing; set skip, bits, dynamic or balance",
+        ),
         (lambda w: Override(pattern="a", weight_bits=3.5), ArgumentError, "weight_bits is 3.5; it must be an integer"),
         (lambda w: Override(pattern="a", weight_bits=9), ArgumentError, "weight_bits is 9; it must be an integer"),
         (lambda w: Override(pattern="a", activation_bits=True), ArgumentError, "activation_bits is True; it must be"),
@@ -219,8 +223,9 @@ BAD: dict[str, list[Bad]] = {
     "PTQ4DiTQuantizer": [
         (lambda w: PTQ4DiTQuantizer(weight_bits=1), ArgumentError, "weight_bits is 1; it must be an integer from 2"),
         (lambda w: PTQ4DiTQuantizer(weight_bits="8"), ArgumentError, "weight_bits is '8'; it must be an integer"),
-        (lambda w: PTQ4DiTQuantizer(activation_bits=16), ArgumentError, "activation_bits is 16; it must be"),
+        (lambda w: PTQ4DiTQuantizer(activation_bits=9), ArgumentError, "activation_bits is 9; it must be"),
         (lambda w: PTQ4DiTQuantizer(attention_bits=0), ArgumentError, "attention_bits is 0; it must be"),
+        (lambda w: PTQ4DiTQuantizer(dynamic="row"), ArgumentError, "dynamic is 'row'; give 'token'"),
         (lambda w: PTQ4DiTQuantizer(balance="x"), ArgumentError, "balance is 'x'; choose one of"),
         (lambda w: PTQ4DiTQuantizer(alpha=-1), ArgumentError, "alpha is -1; it must lie in"),
         (lambda w: PTQ4DiTQuantizer(rounding="x"), ArgumentError, "rounding is 'x'; choose one of nearest, gptq"),

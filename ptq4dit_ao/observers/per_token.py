@@ -59,17 +59,17 @@ def insert_per_token(model: GraphModule, observer: Node, spec: QuantSpec) -> Non
     value = source.meta.get("val")
     dtype = torch.float32 if value is None else value.dtype
     call, steps = model.graph.call_function, spec.quant_max - spec.quant_min
+    half = middle_step(steps)
     with model.graph.inserting_before(observer):
         x = source if dtype in WIDE else call(aten.to.dtype, (source, torch.float32))
         low, high = call(aten.amin.default, (x, [-1], True)), call(aten.amax.default, (x, [-1], True))
-        scale = call(aten.mul.Tensor, (call(aten.sub.Tensor, (high, low)), 1 / steps))
-        middle = call(aten.add.Tensor, (low, call(aten.mul.Tensor, (scale, middle_step(steps)))))
+        scale = call(aten.mul.Tensor, (call(aten.sub.Tensor, (high, low)), half / steps))
+        middle = call(aten.add.Tensor, (low, scale))
         divisor = call(aten.clamp_min.default, (scale, EPS))
         unit = call(aten.div.Tensor, (call(aten.sub.Tensor, (x, middle)), divisor))
     observer.update_arg(0, unit)
-    zero_point = spec.quant_min + middle_step(steps)
     readers = [user for user in observer.users if user.target is LINEAR]
-    insert_qdq(model, observer, spec, torch.tensor(1.0), torch.tensor(zero_point), out_dtype=dtype)
+    insert_qdq(model, observer, spec, torch.tensor(1 / half), torch.tensor(spec.quant_min + half), out_dtype=dtype)
     for linear in readers:
         complete(model, linear)
 

@@ -29,7 +29,7 @@ def generator(seed: int) -> torch.Generator:
 def made(c_out: int = 24, c_in: int = 32, *, balanced: bool = True, bits: int = 8, **options) -> StaticInt8Weight:
     g, top, x_bits = generator(0), 2 ** (bits - 1) - 1, options.pop("x_bits", 8)
     if options.get("dynamic"):
-        x_scale, zero_point = 1.0, 2 ** (x_bits - 1)
+        x_scale, zero_point = 2.0 ** (1 - x_bits), 2 ** (x_bits - 1)
     else:
         x_scale, zero_point = 6.0 / (2**x_bits - 1), 2 ** (x_bits - 1) - 3
     return StaticInt8Weight.of(

@@ -351,9 +351,9 @@ def test_paper_layers_quantize_embedders_and_keep_eight_bits_at_the_end(quantize
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "changes nothing; set skip, bits or balance"),
-        ({"skip": True, "weight_bits": 4}, "skips a layer and sets its bits or balance"),
-        ({"activation_bits": 16}, "activation_bits is 16; it must be an integer from 2 to 8"),
+        ({}, "changes nothing; set skip, bits, dynamic or balance"),
+        ({"skip": True, "weight_bits": 4}, "skips a layer and sets its bits, dynamic or balance"),
+        ({"activation_bits": 9}, "activation_bits is 9; it must be an integer from 2 to 8, or 16"),
     ],
 )
 def test_overrides_that_make_no_sense(options, message):

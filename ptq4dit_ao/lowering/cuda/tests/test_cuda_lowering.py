@@ -64,6 +64,17 @@ def test_a_lowered_graph_computes_what_the_converted_one_says(on_cpu, converted)
         assert sqnr_db(expected, actual.cpu()) > 100  # the same integers, so only rounding differs
 
 
+@pytest.mark.parametrize("float_dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("options", "linears"), [({"dynamic": "token"}, LINEARS), ({"activation_bits": 16}, 0)])
+def test_inputs_of_tokens_with_ranges_of_their_own_and_float_ones(on_cpu, quantized, options, linears, float_dtype):
+    converted = quantized(**options)
+    lowered = lower(converted, "cuda", float_dtype=float_dtype)
+    assert lowered.proof.integer_gemms == linears and lowered.proof.weight_only == LINEARS - linears
+    for rows in (4, 1, 7):
+        db = sqnr_db(converted(*batch_of(rows)), lowered(*batch_of(rows)).cpu())
+        assert db > (90 if float_dtype is None else 30)
+
+
 @pytest.mark.x86
 def test_what_compiles_is_what_runs_eagerly(quantized):
     graph = replace_linears(request_for(quantized(weight_bits=4, activation_bits=8)), CPU)
