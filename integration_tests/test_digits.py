@@ -101,7 +101,7 @@ def test_the_flow_model_draws_clothes():
 def test_the_flow_model_is_quantized_and_evaluated(tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     few = "{samples: 3, timesteps: 3}"
-    recipe.write_text(f"version: 1\nmodel: flow\ncalibration: {few}\nevaluation: {few}\n")
+    recipe.write_text(f"version: 1\nextends: minmax\nmodel: flow\ncalibration: {few}\nevaluation: {few}\n")
     assert main(["quantize", str(recipe), "--output", str(tmp_path / "w8a8")]) == 0
     sampled = ["--samples", "10", "--steps", "4"]
     assert main(["evaluate", str(tmp_path / "w8a8"), *sampled, "--json", str(tmp_path / "figures.json")]) == 0

@@ -30,7 +30,8 @@ class Walk(Interpreter):
 
     def steps(self, stop: Node | None = None) -> Iterator[tuple[Node, Any]]:
         """Resume the run up to a node or to the end, and yield each node with its value."""
-        self.args_iter = (x.clone() for x in self._inputs)  # the graph may write into its inputs
+        taken = sum(node.op == "placeholder" for node in self._nodes[: self._done])
+        self.args_iter = (x.clone() for x in self._inputs[taken:])  # the graph may write into its inputs
         while self._done < len(self._nodes) and (node := self._nodes[self._done]) is not stop:
             value = self.env[node] = self.run_node(node)
             for unread in self.user_to_last_uses.get(node, ()):

@@ -9,7 +9,7 @@ import torch
 from torch.fx import GraphModule
 
 from ptq4dit_ao.errors import ArgumentError
-from ptq4dit_ao.graph.names import get_attribute
+from ptq4dit_ao.graph.names import get_attribute, placeholders
 from ptq4dit_ao.lowering import quantized_linears
 from ptq4dit_ao.metrics import layer_errors, leave_one_out, paired_error, weight_errors
 from ptq4dit_ao.metrics.walk import Walk
@@ -146,4 +146,10 @@ def test_a_walk_can_be_gone_on_with_in_two_ways(tiny_exported, tiny_samples):
     walk.advance(last)
     doubled = walk.fork({last: lambda x, *rest: 2 * x})
     assert isinstance(doubled.finish(), torch.Tensor)
+    assert torch.equal(walk.finish(), tiny_exported(*tiny_samples[0]))
+
+
+def test_a_walk_that_stops_among_the_inputs_goes_on_with_those_that_are_left(tiny_exported, tiny_samples):
+    walk = Walk(tiny_exported, tiny_samples[0])
+    walk.advance(placeholders(tiny_exported)[1])
     assert torch.equal(walk.finish(), tiny_exported(*tiny_samples[0]))
