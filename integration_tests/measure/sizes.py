@@ -1,7 +1,7 @@
 """Sizes on disk at DiT-XL/2: ``python integration_tests/measure/sizes.py [--blocks 28] [--recipes dit_xl_2_w4a8]``.
 
-A diffusers DiT of DiT-XL/2's shape with random weights, whose embedders are equal in all blocks as in the checkpoint, is
-quantized with the layers, bits and levels of each recipe, but rounded to nearest without balancing, which does not
+A diffusers DiT of DiT-XL/2's shape with random weights, whose embedders are equal in all blocks as in the checkpoint,
+is quantized with the layers, bits and levels of each recipe, but rounded to nearest without balancing, which does not
 change sizes. The script saves it as an artifact and as a module, and prints the bytes of both as multiples of float32,
 the bits of a quantized weight, and the seconds that loading takes.
 """

@@ -131,6 +131,6 @@ def _check_format(path: Path, doc: dict[str, Any]) -> None:
     version = doc.get("format_version")
     if version not in READ_VERSIONS or type(version) is not int:
         raise ArtifactError(
-            f"{path} has format_version {version!r}, this version reads {' and '.join(map(str, READ_VERSIONS))}; "
+            f"{path} has format_version {version!r}, this version reads {', '.join(map(str, READ_VERSIONS))}; "
             f"install the {FORMAT} that saved it, or quantize the model again with this one"
         )

@@ -288,13 +288,13 @@ def test_a_short_file_is_found(saved: Path, name: str) -> None:
 
 
 MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "version": (lambda d: d.update(format_version=6), r"has format_version 6, this version reads 3, 4 and 5; install"),
+    "version": (lambda d: d.update(format_version=6), r"has format_version 6, this version reads 3, 4, 5; install"),
     "former": (
         lambda d: d.update(format_version=2),
-        r"has format_version 2, this version reads 3, 4 and 5; .* quantize the",
+        r"has format_version 2, this version reads 3, 4, 5; .* quantize the",
     ),
-    "true": (lambda d: d.update(format_version=True), r"has format_version True, this version reads 3, 4 and 5"),
-    "no version": (lambda d: d.pop("format_version"), r"has format_version None, this version reads 3, 4 and 5"),
+    "true": (lambda d: d.update(format_version=True), r"has format_version True, this version reads 3, 4, 5"),
+    "no version": (lambda d: d.pop("format_version"), r"has format_version None, this version reads 3, 4, 5"),
     "format": (lambda d: d.update(format="onnx"), r"is of format 'onnx', not 'ptq4dit-ao'; point to a model saved"),
     "unknown": (lambda d: d.update(hook="x"), r"manifest.json has the unknown 'hook'; it is damaged or of a newer"),
     "lacking": (lambda d: d.pop("tensors"), r"manifest.json lacks 'tensors'"),
