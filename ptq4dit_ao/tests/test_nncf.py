@@ -76,6 +76,7 @@ def test_quantize_runs_the_layers_of_the_recipe_on_integers_and_smooths_nothing(
     assert not [op for op in quantized.get_ops() if "smooth_quant" in op.get_friendly_name()]
 
 
+@pytest.mark.slow
 def test_quantize_pt2e_gives_a_graph_for_any_backend(ready):
     code = ready.graph.code
     converted = quantize_pt2e(**ready.quantize_pt2e())
@@ -87,6 +88,7 @@ def test_quantize_pt2e_gives_a_graph_for_any_backend(ready):
     assert ready.graph.code == code
 
 
+@pytest.mark.slow
 def test_weights_are_compressed_to_the_bits_of_their_layer(ready, mixed):
     for source, bits, count in ((mixed, 4, LINEARS - 2), (mixed, 8, 2), (ready, 8, LINEARS)):
         arguments = source.compress_weights(bits=bits)

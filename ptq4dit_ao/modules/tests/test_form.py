@@ -64,8 +64,8 @@ def slow(*values: Any) -> Any:
     [
         ("dit", 8, "folded", "gptq"),
         ("dit", 4, "all", "gptq"),
-        ("sd3", 8, "all", "nearest"),
         ("pixart_sigma", 4, "folded", "nearest"),
+        slow("sd3", 8, "all", "nearest"),
         *(
             slow(name, 8, "all", "gptq")
             for name in ("flux", "wan", "wan22", "auraflow", "lumina2", "sana", "hunyuan_video")
@@ -95,7 +95,7 @@ def test_a_module_computes_what_the_graph_of_its_artifact_does(name, bits, sites
     assert before.keys() == after.keys() and all(torch.equal(after[key], value) for key, value in before.items())
 
 
-@pytest.mark.parametrize(("name", "sites"), [("dit", "folded"), ("sd3", "all")])
+@pytest.mark.parametrize(("name", "sites"), [("dit", "folded"), slow("sd3", "all")])
 @torch.no_grad()
 def test_a_module_quantizes_tokens_as_the_graph_does(name, sites, tmp_path):
     model, quantized = case(name, 8, sites, dynamic="token")

@@ -64,6 +64,7 @@ def load(models: list[Any], state: dict[str, Tensor], name: str) -> None:
         model.load_lora_adapter(dict(state), adapter_name=name, prefix="transformer")
 
 
+@pytest.mark.slow
 def test_adapters_of_the_float_model_are_loaded_switched_scaled_and_unloaded():
     float_model, module = pair()
     plain, quantized = call(float_model), call(module)

@@ -43,7 +43,12 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+LONG = ("flux", "auraflow", "lumina2")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in EXPECTED]
+)
 def test_a_balanced_module_computes_the_same_in_float64(name):
     family, (count, left) = FAMILIES[name], EXPECTED[name]
     model = family.model(dtype=torch.float64)
@@ -205,7 +210,7 @@ def test_nothing_to_fold_is_an_error():
 # -- parameters that the captured call does not read ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd3", pytest.param("flux", marks=pytest.mark.slow)])
 def test_what_was_fused_is_balanced_as_the_fused_weight_is(name, tmp_path):
     family = FAMILIES[name]
     model = family.model()

@@ -238,7 +238,7 @@ BACKENDS = ["reference", "fbgemm", *(pytest.param(name, marks=mark) for name, ma
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("whole", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_backends_keep_integers_of_float_inputs(backend, whole, quantized):
     if BACKENDS_BY_NAME[backend].unavailable():
         pytest.skip(f"{backend}: {BACKENDS_BY_NAME[backend].unavailable()}")
