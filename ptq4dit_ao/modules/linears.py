@@ -83,7 +83,7 @@ def _vectors(
     refusals: dict[str, str] = {}
     for outcome in reversed(result.outcomes.values()):  # in the order in which the graph was changed
         if outcome.offset is not None:
-            offsets |= dict.fromkeys((consumer.weight for consumer in outcome.site.consumers), outcome.offset)
+            offsets |= {consumer.weight: outcome.offset.clone() for consumer in outcome.site.consumers}
             assert outcome.site.shift is not None
             elements = torch.as_tensor(outcome.site.shift.elements)
             for path in outcome.site.shift.paths:

@@ -146,5 +146,7 @@ def test_a_network_of_the_users(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("spec", ["inception", "path/to/weights.pt", "a b:c"])
 def test_networks_that_are_not(spec):
-    with pytest.raises(ArgumentError, match=f"network '{spec}' is none of 'digits', 'fashion', 'package.module:func"):
+    with pytest.raises(
+        ArgumentError, match=f"network '{spec}' is none of 'digits', 'fashion', 'flow', 'package.module"
+    ):
         load_features(spec)

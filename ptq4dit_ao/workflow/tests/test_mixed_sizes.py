@@ -116,10 +116,10 @@ def test_a_part_of_the_batches_is_a_part_of_each_size(exported, both):
     for tokens, counts in ((1, [1, 1]), (50, [2, 4]), (100, [4, 8])):
         some = enough(exported, batches, tokens, 100)
         assert sorted(map(len, batches_by_size(exported, some))) == counts
-    rounded, measured = weight_bits._parts(exported, batches)
+    rounded, measured = weight_bits.held_out(exported, batches)
     assert len(rounded) == 10 and [len(found) for found in batches_by_size(exported, measured)] == [1, 1]
     single = list(both.batches(16))
-    assert [len(part) for part in weight_bits._parts(exported, single)] == [2, 2]
+    assert [len(part) for part in weight_bits.held_out(exported, single)] == [2, 2]
 
 
 def test_distillation_compares_on_both_sizes(exported, both, monkeypatch):

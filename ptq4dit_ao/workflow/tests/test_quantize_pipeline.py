@@ -132,7 +132,7 @@ def test_components_are_recorded_as_each_alone_would_be():
         ({"transformer": "no_such"}, RecipeError, "no_such"),
         ({"text_encoder": "int8_dynamic"}, ArgumentError, "recipes names no denoiser"),
         (7, ArgumentError, "recipes is 7"),
-        (recipe().model_copy(update={"balance": Balance(method="repq")}), RecipeError, "balance.method is 'repq'"),
+        (recipe().model_copy(update={"balance": Balance(fold_form="bias")}), RecipeError, "fold_form is 'bias'"),
         (
             recipe().model_copy(update={"attention": Attention(quantize=True)}),
             RecipeError,

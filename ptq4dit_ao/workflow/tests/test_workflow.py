@@ -211,8 +211,8 @@ def test_the_report_lists_every_layer_and_site(apply):
     }
     assert layers["proj_out_2"] == {
         "name": "proj_out_2", "node": "linear_21", "status": "float",
-        "weight_bits": None, "activation_bits": None, "activation_clipping": None, "weight_clipping": None,
-        "sqnr_db": None, "sqnr_db_t": [],
+        "weight_bits": None, "activation_bits": None, "dynamic": False, "activation_clipping": None,
+        "weight_clipping": None, "sqnr_db": None, "sqnr_db_t": [],
     }  # fmt: skip
     assert {layer["activation_clipping"] for layer in report["layers"] if layer["status"] == "integer"} == {1}
     sites = {site["name"]: site for site in report["sites"]}
@@ -523,7 +523,10 @@ def test_a_function_that_makes_a_model(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("referense", "model 'referense' is none of 'reference', 'fashion', a folder, 'package.module:function'"),
+        (
+            "referense",
+            "model 'referense' is none of 'reference', 'fashion', 'flow', a folder, 'package.module:function'",
+        ),
         ("a b:c", "model 'a b:c' is none of 'reference'"),
         ("no_such_module:make", "model 'no_such_module:make' cannot be loaded: No module named 'no_such_module'"),
         ("json:make", "model 'json:make' cannot be loaded: module 'json' has no attribute 'make'"),

@@ -120,7 +120,8 @@ def test_the_ablation_adds_one_part_after_another():
     assert list(recipes) == ["base", "+CSB", "+SSC", "+ours"]
     assert [recipe.balance.method for recipe in recipes.values()] == ["none", "mean", "ssc", "auto"]
     assert recipes["+ours"].rounding == load_recipe("auto").rounding
-    rest = [recipe.model_dump(exclude={"balance", "rounding"}) for recipe in recipes.values()]
+    assert recipes["+ours"].weights == load_recipe("auto").weights.with_bits(recipes["base"].weights.bits)
+    rest = [recipe.model_dump(exclude={"weights", "balance", "rounding"}) for recipe in recipes.values()]
     assert rest[1:] == rest[:-1] and recipes["base"].rounding == recipes["+SSC"].rounding
 
 
