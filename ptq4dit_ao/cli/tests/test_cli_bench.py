@@ -78,6 +78,7 @@ def test_bench_writes_what_it_prints(run, saved, tmp_path):
     assert f"torch {torch.__version__}" in out and "random weights" not in out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("uncompiled")
 def test_bench_without_weights_says_so(run):
     code, out, _ = run(

@@ -19,8 +19,9 @@ from ptq4dit_ao.core import sqnr_db
 from ptq4dit_ao.errors import ArgumentError, ArtifactError, CalibrationError, RecipeError
 from ptq4dit_ao.modules.form import integer_weights
 from ptq4dit_ao.modules.tests.test_saving import hub as hub  # a fixture
-from ptq4dit_ao.recipe import Attention, Balance, Calibration, Weights
+from ptq4dit_ao.recipe import Attention, Balance, Calibration, Override, Weights, load_recipe
 from ptq4dit_ao.testing.pipelines import tiny_sd3_pipeline, tiny_wan_pipeline
+from ptq4dit_ao.workflow.pipeline import _for_modules
 
 PROMPTS = ["a lighthouse at dusk", "two foxes in the snow"]
 SD3 = {"height": 32, "width": 32}
@@ -200,3 +201,19 @@ calibration: {timesteps: 2, steps: 4, guidance: 3.0, batch_size: 2, samples: 2, 
         assert message in " ".join(capsys.readouterr().err.split())
     assert main(["quantize", "digits_w8a8", "--output", str(tmp_path / "o"), "--format", "torchao"]) == 1
     assert "--format is for whole pipelines" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "centred", "modulation"),
+    [
+        ("sd3_5_w8a8", None, False, {"activation_bits": 16}),
+        ("sd3_5_w8a8", "torchao", False, {"activation_bits": 16}),
+        ("sd3_5_w8a8", "ptq4dit", True, {"dynamic": "token"}),
+        ("sd3_5_w4a8", None, True, {"dynamic": "token"}),
+    ],
+)
+def test_a_recipe_asks_a_format_for_what_it_can_hold(name, method, centred, modulation):
+    made = _for_modules("transformer", load_recipe(name), method)
+    assert made.balance.center == centred and made.balance.sites == "all"
+    assert Override(pattern="*.norm1*.linear", **modulation) in made.overrides
+    assert Recipe.from_dict(made.to_dict()) == made

@@ -128,6 +128,7 @@ def test_backends_default_to_the_integer_ones_that_run_here(run, monkeypatch):
         run(backends=["absent"])
 
 
+@pytest.mark.slow
 def test_bfloat16_is_timed_where_the_processor_has_it_or_on_request(run, monkeypatch):
     for native, asked, expected in [(True, None, True), (False, None, False), (True, False, False)]:
         monkeypatch.setattr(bench_module, "has_native_bfloat16", lambda native=native: native)
@@ -136,6 +137,7 @@ def test_bfloat16_is_timed_where_the_processor_has_it_or_on_request(run, monkeyp
     assert 20 < row(run(bfloat16=True, backends=[]), "bfloat16 compiled").sqnr_db < 70
 
 
+@pytest.mark.slow
 def test_another_float_part_is_a_row_of_its_own(run, monkeypatch):
     seen = []
 

@@ -87,6 +87,7 @@ def test_a_cell_is_what_evaluate_finds(filled, settings, tmp_path):
     assert (recipe["weights"]["bits"], recipe["layers"], recipe["calibration"]["samples"]) == (4, "paper", 2)
 
 
+@pytest.mark.slow
 def test_a_sampler_has_a_table_of_its_own(filled, settings, tmp_path):
     """It draws what calibrates, what is compared, what the correction is fitted to, and the images."""
     folder, ddim = filled
