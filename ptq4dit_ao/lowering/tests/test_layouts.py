@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +35,12 @@ ALL = [
 ]
 
 
+def first_quick(names: Iterable[str]) -> list[Any]:
+    """Names as parameters, of which all but the first are slow."""
+    first, *rest = names
+    return [first, *(pytest.param(name, marks=pytest.mark.slow) for name in rest)]
+
+
 def quantized(change: Callable[[str, Tensor], Tensor]) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Callable]:
     """Outputs of the model and its simulated graph, the inputs, and ``lower``; ``change`` lays parameters out anew."""
     model, inputs = FAMILIES["dit"].model(), tuple(FAMILIES["dit"].inputs(2).values())
@@ -50,7 +57,7 @@ def backend(request) -> str:
     return request.param
 
 
-@pytest.mark.parametrize("layout", WEIGHTS)
+@pytest.mark.parametrize("layout", first_quick(WEIGHTS))
 def test_weights_of_any_layout(backend, layout):
     change = WEIGHTS[layout]
     expected, simulated, inputs, lower = quantized(
@@ -60,7 +67,7 @@ def test_weights_of_any_layout(backend, layout):
     assert sqnr_db(expected, simulated) > 30
 
 
-@pytest.mark.parametrize("layout", BIASES)
+@pytest.mark.parametrize("layout", first_quick(BIASES))
 def test_biases_of_any_layout(backend, layout):
     change = BIASES[layout]
     expected, simulated, inputs, lower = quantized(

@@ -27,11 +27,12 @@ from ptq4dit_ao.quantizer import LinearQuantizer, PTQ4DiTQuantizer, attention
 ov = pytest.importorskip("openvino")
 
 BITS = {"W8A8": (8, 8), "W4A8": (4, 8), "W6A6": (6, 6)}
+EACH = ["W4A8", *(pytest.param(bits, marks=pytest.mark.slow) for bits in ("W8A8", "W6A6"))]
 LINEARS = 14
 """Quantized linears of the tiny DiT."""
 
 
-@pytest.fixture(params=BITS)
+@pytest.fixture(params=EACH)
 def converted(request, quantized) -> GraphModule:
     weight_bits, activation_bits = BITS[request.param]
     return quantized(weight_bits=weight_bits, activation_bits=activation_bits)
