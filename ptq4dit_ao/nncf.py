@@ -12,6 +12,7 @@ A method returns the arguments of NNCF's function of that name. Each of them can
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,8 @@ from ptq4dit_ao.workflow.from_recipe import (
 
 Batch = tuple[Tensor, ...]
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class BalancedForNNCF:
@@ -56,10 +59,11 @@ class BalancedForNNCF:
     def quantize(self) -> dict[str, Any]:
         """Arguments of ``nncf.quantize``, without SmoothQuant, since the model is balanced. Convolutions stay float.
 
-        A patch embedding in 8 bits would cost more accuracy than all linears together.
+        A patch embedding in 8 bits would cost more accuracy than all linears together. Layers whose inputs have ranges
+        per token stay float, too, because NNCF calibrates one range for each.
 
         Raises:
-            LoweringError: the recipe asks for other than 8 bits.
+            LoweringError: the recipe asks for other than 8 bits, or for ranges per token everywhere.
         """
         self._need_eight_bits("nncf.quantize", "use compress_weights(), or apply_recipe and the backend 'openvino'")
         nncf, model = require("nncf", extra="openvino"), self.openvino_model()
@@ -68,7 +72,7 @@ class BalancedForNNCF:
             "model": model,
             "calibration_dataset": nncf.Dataset(self.batches, _by_index),
             "model_type": nncf.ModelType.TRANSFORMER,
-            "ignored_scope": self._ignored(model, self._skipped(), "Convolution"),
+            "ignored_scope": self._ignored(model, self._skipped() | self._dynamic(), "Convolution"),
             "advanced_parameters": nncf.AdvancedQuantizationParameters(smooth_quant_alphas=smoothing),
         }
 
@@ -105,9 +109,13 @@ class BalancedForNNCF:
         """
         self._need_eight_bits("quantize_pt2e", "use apply_recipe, or torchao's prepare_pt2e and convert_pt2e")
         done = self.recipe.balance.model_copy(update={"method": "none", "center": False})
+        skipped = {"skip": True, "dynamic": None, "weight_bits": None, "activation_bits": None, "balance": None}
+        overrides = tuple(o.model_copy(update=skipped) if o.dynamic else o for o in self.recipe.overrides)
         return {
             "model": self.graph,
-            "quantizer": quantizer_from_recipe(self.recipe.model_copy(update={"balance": done})),
+            "quantizer": quantizer_from_recipe(
+                self.recipe.model_copy(update={"balance": done, "overrides": overrides})
+            ),
             "calibration_dataset": require("nncf", extra="openvino").Dataset(self.batches),
             "do_copy": True,
         }
@@ -119,6 +127,15 @@ class BalancedForNNCF:
 
     def _skipped(self) -> set[str]:
         return {name for name, plan in self.plans.items() if plan.skip}
+
+    def _dynamic(self) -> set[str]:
+        """Layers of single overrides whose inputs have ranges per token, which NNCF leaves in float."""
+        found = {name for name, plan in self.plans.items() if plan.is_dynamic}
+        if found:
+            logger.warning(
+                "%d linears with ranges per token stay float in NNCF, which has one range for each", len(found)
+            )
+        return found
 
     def _ignored(self, model: Any, linears: set[str], *types: str) -> Any:
         """NNCF's scope of these linears, by the names of their MatMuls, and of operation types."""
@@ -132,11 +149,13 @@ class BalancedForNNCF:
 
     def _need_eight_bits(self, function: str, instead: str) -> None:
         plans = [plan for plan in self.plans.values() if not plan.skip]
-        if (dynamic := next((plan.layer for plan in plans if plan.is_dynamic), None)) is not None:
+        static = [plan for plan in plans if not plan.is_dynamic]
+        if not static:
             raise LoweringError(
-                f"{function} calibrates one range for each input, and the recipe gives {dynamic!r} dynamic ones; "
+                f"{function} calibrates one range for each input, and the recipe gives all of them dynamic ones; "
                 f"{instead}"
             )
+        plans = static
         attention = self.recipe.attention.quantize and self.recipe.attention.bits != 8
         if attention or any((plan.weight_bits, plan.activation_bits) != (8, 8) for plan in plans):
             raise LoweringError(

@@ -5,7 +5,7 @@ form      content of the file                                         tensors
 ========  ==========================================================  =============================
 raw       the tensor itself                                           everything else
 int4      two values per byte                                         int8 that is used as 4-bit only
-expanded  codes, steps and zero points of its groups in one row       int8 that expands from 4 bits
+expanded  codes, and steps of its groups, in one row                  int8 that expands from 4 bits
 zeros     nothing, because dtype and shape say it all                 integers that are all 0
 pairs     (..., 2) real numbers, as safetensors has no such dtype     complex128, complex32
 ========  ==========================================================  =============================

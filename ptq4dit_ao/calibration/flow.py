@@ -25,13 +25,13 @@ TIMESTEP = 3
 
 def class_text(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Codes of classes: labels (N,) -> tokens (N, TEXT_TOKENS, TEXT_WIDTH), and the pooled text (N, TEXT_WIDTH)."""
-    tokens = labels[:, None] * TEXT_TOKENS + torch.arange(TEXT_TOKENS)
+    tokens = labels[:, None] * TEXT_TOKENS + torch.arange(TEXT_TOKENS, device=labels.device)
     return _cosines(1 + tokens), _cosines(1 + TEXT_CLASSES * TEXT_TOKENS + labels)
 
 
 def _cosines(rows: Tensor) -> Tensor:
     """Rows of the cosine transform with a mean square of 1: (...), from 1 to TEXT_WIDTH - 1 -> (..., TEXT_WIDTH)."""
-    places = torch.arange(TEXT_WIDTH, dtype=torch.float64) + 0.5
+    places = torch.arange(TEXT_WIDTH, dtype=torch.float64, device=rows.device) + 0.5
     return (math.sqrt(2) * torch.cos(math.pi / TEXT_WIDTH * rows[..., None] * places)).float()
 
 
@@ -52,6 +52,7 @@ def flow_inputs(x: Tensor, t: Tensor, labels: Tensor, patch: int) -> tuple[Tenso
     """Tensors of a ``FluxTransformer2DModel``, in its order: x (N, C, H, W), t (N,) in [0, 1000], labels (N,)."""
     h, w = x.shape[2:]
     rows, columns = torch.meshgrid(torch.arange(h // patch), torch.arange(w // patch), indexing="ij")
-    places = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).view(-1, 3).to(x.dtype)
-    text, pooled = class_text(labels)
-    return to_tokens(x, patch), text, pooled, t / 1000, places, torch.zeros(TEXT_TOKENS, 3)
+    places = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).view(-1, 3).to(x)
+    text, pooled = (codes.to(x.dtype) for codes in class_text(labels))
+    no_places = torch.zeros(TEXT_TOKENS, 3, dtype=x.dtype, device=x.device)
+    return to_tokens(x, patch), text, pooled, t / 1000, places, no_places

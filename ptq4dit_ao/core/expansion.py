@@ -37,6 +37,9 @@ COVERED = (1.1, 1.2, 1.0, 0.9, 0.8, 0.7)
 Outer levels lie so far apart that a level above the largest weight can leave less error.
 """
 
+LEAST = 1e-3
+"""Least importance of an input channel as a part of the mean, where steps are chosen."""
+
 _MIDDLE = 8
 _TEXT = re.compile(r"normal(?: g(\d+))?")
 
@@ -147,13 +150,13 @@ class Interval:
         """The integers next to positions, of any shape."""
         return position.round().clamp(self.low, self.high)
 
-    def unit(self) -> Tensor:
+    def unit(self) -> float:
         """Distance of two neighbouring integers: 1."""
-        return torch.ones(())
+        return 1.0
 
-    def ends(self) -> tuple[Tensor, Tensor]:
-        """Smallest and largest integer, () each."""
-        return torch.tensor(float(self.low)), torch.tensor(float(self.high))
+    def ends(self) -> tuple[float, float]:
+        """Smallest and largest integer."""
+        return float(self.low), float(self.high)
 
     def neighbours(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """The integers below and above positions, also outside the interval."""
@@ -190,9 +193,13 @@ class Codebook:
 
     def neighbours(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """The two integers around each position, or next to it if it lies outside the ends, (C_out, C_in) each."""
-        table = expanded_integers(position.device).to(torch.float32)[self._spread().int()]
-        code = (position.unsqueeze(-1) >= table).sum(-1).sub_(1).clamp_(0, CODES - 2).unsqueeze(-1)
-        return table.gather(-1, code).squeeze(-1), table.gather(-1, code + 1).squeeze(-1)
+        table, step = expanded_integers(position.device).to(torch.float32), self._spread()
+        index = step.int()
+        code = _nearest_code(position, step)
+        code = (code - (table[index, code] > position).int()).clamp_(0, CODES - 2)
+        # Levels are rounded to integers, so that the next one can lie below the position, too.
+        code = (code + (table[index, code + 1] <= position).int()).clamp_(0, CODES - 2)
+        return table[index, code], table[index, code + 1]
 
     def where(self, rows: Tensor, other: Codebook) -> Codebook:
         """This codebook for the given rows, (C_out,) bool, and another for the rest."""
@@ -215,7 +222,7 @@ def fit_codebooks(
 
     Args:
         weight: (C_out, C_in).
-        importance: E[x_j^2], (C_in,).
+        importance: E[x_j^2], (C_in,), from :func:`floored`.
         expansion: rule of the codes.
         several: whether there are several candidates of the scale, or one.
 
@@ -224,7 +231,7 @@ def fit_codebooks(
     """
     groups = _grouped(weight.to(torch.float32), expansion)
     padding = groups[0].numel() - len(importance)
-    importance = torch.nn.functional.pad(importance.to(groups).clamp_min(0), (0, padding)).view(groups.shape[1:])
+    importance = torch.nn.functional.pad(importance.to(groups), (0, padding)).view(groups.shape[1:])
     largest = weight.to(torch.float32).abs().amax(1)
     for ratio in COVERED if several else COVERED[:1]:
         scale = (largest * (ratio / LARGEST)).clamp_min(torch.finfo(torch.float32).eps ** 4)
@@ -235,6 +242,15 @@ def fit_codebooks(
             better = error < least
             least, step = error.where(better, least), step.masked_fill(better, k)
         yield scale, Codebook(expansion=expansion, step=step, channels=weight.shape[1])
+
+
+def floored(importance: Tensor) -> Tensor:
+    """Importance of input channels, (C_in,), of which none counts less than :data:`LEAST` of the mean.
+
+    A channel that calibration has not seen would otherwise lose its weights to those that it shares a group with.
+    """
+    mean = importance.clamp_min(0).mean()
+    return importance.clamp_min(float(mean) * LEAST) if mean > 0 else torch.ones_like(importance)
 
 
 def expanded_integers(device: torch.device) -> Tensor:
@@ -251,8 +267,12 @@ def _levels() -> Tensor:
 
 def _nearest(position: Tensor, step: Tensor | float) -> Tensor:
     levels = _levels().to(position.device)
-    code = torch.bucketize(position * (STEPS / LARGEST) / step, (levels[1:] + levels[:-1]) / 2)
-    return (levels[code] * step).mul_(LARGEST / STEPS).round_()
+    return (levels[_nearest_code(position, step)] * step).mul_(LARGEST / STEPS).round_()
+
+
+def _nearest_code(position: Tensor, step: Tensor | float) -> Tensor:
+    levels = _levels().to(position.device)
+    return torch.bucketize(position * (STEPS / LARGEST) / step, (levels[1:] + levels[:-1]) / 2, out_int32=True)
 
 
 def _codes_at(step: int) -> tuple[Tensor, Tensor]:

@@ -84,7 +84,7 @@ class IntegerLinear:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits on disk of an element of the weight on average, with its part of scales, steps and zero points."""
+        """Bits on disk of an element of the weight on average, with its part of scales and steps."""
         rows, columns = self.weight.shape
         if self.expansion is not None:
             return self.expansion.bits_per_weight(rows, columns)

@@ -16,7 +16,10 @@ from ptq4dit_ao.lowering.backend import Request
 
 def multiply(x: Tensor, integers: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """Linear of float rows, (..., C_in) -> (..., C_out) of the same dtype; ``scale`` is (C_out,) float32."""
-    y = functional.linear(x, integers.to(x.dtype)) * scale
+    if x.dtype == torch.float16:  # sums of integers would exceed its largest number
+        y = functional.linear(x, (integers * scale.unsqueeze(1)).to(x.dtype))
+    else:
+        y = functional.linear(x, integers.to(x.dtype)) * scale
     return (y if bias is None else y + bias).to(x.dtype)
 
 

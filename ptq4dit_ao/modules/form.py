@@ -70,7 +70,9 @@ def quantized_module(
     for path, calls in groups.items():
         names = tied.get(path, [path])
         reasons = [about.refusal or _misfit(module, name, linear) for linear, about in calls for name in names]
-        reason = next(filter(None, reasons), None) or _odd_bias(module, names)
+        reason = (
+            next(filter(None, reasons), None) or _odd_bias(module, names) or _odd_calls([call for call, _ in calls])
+        )
         if reason is None:
             first, *others = (_linear_of(module, name) for name in names)
             _quantize(first, calls)
@@ -96,6 +98,12 @@ def _tied(model: nn.Module) -> dict[str, list[str]]:
         if isinstance(child, nn.Linear):
             paths.setdefault(id(child.weight), []).append(f"{name}.weight")
     return {path: group for group in paths.values() if len(group) > 1 for path in group}
+
+
+def _odd_calls(calls: Sequence[IntegerLinear]) -> str | None:
+    """The reason why calls of one weight cannot have one form; None if they can."""
+    kinds = {(call.per_token is not None, isinstance(call, QuantizedLinear), call.weight_range) for call in calls}
+    return "its calls are quantized in different ways" if len(kinds) > 1 else None
 
 
 def _odd_bias(module: nn.Module, names: Sequence[str]) -> str | None:
@@ -161,6 +169,10 @@ def as_fast_module(module: M) -> M:
         if isinstance(child, nn.Linear) and isinstance(weight, Int8Tensor) and _is_static(weight):
             child.weight = nn.Parameter(StaticInt8Weight.of_int8_tensor(weight), requires_grad=False)
             found += 1
+    for child in module.modules() if found else ():  # those of float inputs, beside them
+        weight = child._parameters.get("weight")
+        if isinstance(child, nn.Linear) and isinstance(weight, Int8Tensor) and _is_alone(weight):
+            child.weight = nn.Parameter(StaticInt8Weight.of_int8_tensor(weight), requires_grad=False)
     if not found:
         raise ArgumentError(
             f"no linear of {type(module).__name__} has an Int8Tensor with a static range; give a module that to_module "
@@ -224,6 +236,12 @@ def _is_static(weight: Int8Tensor) -> bool:
     scale, zeros = weight.act_quant_scale, weight.zero_point
     whole = scale is not None and scale.numel() == 1 and not weight.reduce_range
     return whole and weight.scale.numel() == len(weight.qdata) and (zeros is None or not zeros.any())
+
+
+def _is_alone(weight: Int8Tensor) -> bool:
+    """Whether a tensor of torchao is one for float inputs that :meth:`StaticInt8Weight.as_int8_tensor` makes."""
+    whole = weight.act_quant_kwargs is None and weight.scale.numel() == len(weight.qdata)
+    return whole and (weight.zero_point is None or not weight.zero_point.any())
 
 
 def _linear_of(module: nn.Module, path: str) -> nn.Linear:

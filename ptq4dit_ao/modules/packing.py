@@ -67,7 +67,7 @@ class Stored:
         )
 
     def to_text(self) -> str:
-        """The entry as text, such as ``w4a8 3d balanced bias`` or ``w8a8 [g32 zero] 3d``."""
+        """The entry as text, such as ``w4a8 3d balanced bias`` or ``w8a8 [normal g16] 3d``."""
         ndim = "" if self.x_ndim is None else f" {self.x_ndim}d"
         expansion = "" if self.expansion is None else f" [{self.expansion}]"
         flags = " balanced" * self.balanced + " centred" * self.centred + " bias" * self.bias

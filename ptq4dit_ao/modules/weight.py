@@ -144,16 +144,16 @@ class StaticInt8Weight(TorchAOBaseTensor):
 
     @classmethod
     def of_int8_tensor(cls, tensor: Int8Tensor) -> StaticInt8Weight:
-        """Make a weight of torchao's tensor, if that has a static range and no zero points of its own."""
+        """Make a weight of torchao's tensor that has no zero points of its own, for a static range or a float input."""
         scale, zero_point = tensor.act_quant_scale, tensor.act_quant_zero_point
         return cls.of(
             tensor.qdata,
             tensor.scale.flatten().expand(len(tensor.qdata)),
-            float(scale),
+            1.0 if scale is None else float(scale),
             SIGNED + (0 if zero_point is None else int(zero_point)),
             bits=8,
-            x_bits=8,
-            x_ndim=scale.ndim,
+            x_bits=FLOAT_BITS if scale is None else 8,
+            x_ndim=None if scale is None else scale.ndim,
             dtype=tensor.dtype,
             pre_scale=tensor.act_pre_scale,
         )

@@ -15,7 +15,7 @@ from torchao.quantization.pt2e import ObserverBase
 
 from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.core import fake_quantize
-from ptq4dit_ao.core.expansion import Codebook, Expansion, fit_codebooks
+from ptq4dit_ao.core.expansion import Codebook, Expansion, fit_codebooks, floored
 from ptq4dit_ao.core.int4 import INT4_MAX, INT4_MIN, pack_int4, unpack_int4
 from ptq4dit_ao.core.per_token import fake_quantize_tokens
 from ptq4dit_ao.errors import CalibrationError
@@ -231,6 +231,7 @@ def expanded(weight: Tensor, importance: Tensor, expansion: Expansion, *, severa
         expansion: the rule.
         several: whether several scales are tried for each output channel.
     """
+    importance = floored(importance)
     found: Rounded | None = None
     least = torch.full_like(weight[:, 0], torch.inf)
     for scale, codebook in fit_codebooks(weight, importance, expansion, several=several):

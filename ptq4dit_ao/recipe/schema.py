@@ -80,7 +80,8 @@ class Weights(_Section):
         default=None,
         ge=2,
         le=8,
-        description="Upper limit of the mean width of all quantized weights, in bits. Required by bits: auto.",
+        description="Upper limit of the mean width of all quantized weights, in bits, without scales and the steps of "
+        "groups. Required by bits: auto.",
     )
 
     group: Annotated[int, Field(ge=16)] | None = Field(

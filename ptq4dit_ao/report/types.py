@@ -120,7 +120,7 @@ class SizeEntry(TypedDict):
     quantized_layers_bytes: int
     quantized_layers_ratio: float
     bits_per_weight: NotRequired[float]
-    """Bits on disk of a quantized weight's element, scales, steps and zero points included; older files lack it."""
+    """Bits on disk of a quantized weight's element, scales and steps included; older files lack it."""
 
 
 class InputSizesEntry(TypedDict):

@@ -9,8 +9,8 @@ from typing import Literal
 from ptq4dit_ao.choices import RANGES, ROUNDING_METHODS, STARTS, Ranges, RoundingMethod, Start
 from ptq4dit_ao.errors import ArgumentError, check_choice, check_type
 
-EIGHT_BITS = 256
-"""Number of levels of 8 bits."""
+SEVEN_BITS = 128
+"""Number of levels of 7 bits; some quantizers use 255 of the 256 of 8 bits."""
 
 CUTTING = {"8 bits, and 8 of the weights": 16.0, "8 bits": 1.0, "fewer bits": 4.0}
 """Weight of the error of cutting by the bits of an activation (docs/results.md, Fidelity)."""
@@ -61,9 +61,9 @@ class RoundingSettings:
         """Weight of the error of cutting an activation of so many levels, whose weights have so many."""
         if not isinstance(self.cutting, str):
             return self.cutting
-        if levels < EIGHT_BITS:
+        if levels <= SEVEN_BITS:
             return CUTTING["fewer bits"]
-        return CUTTING["8 bits, and 8 of the weights" if weight_levels >= EIGHT_BITS else "8 bits"]
+        return CUTTING["8 bits, and 8 of the weights" if weight_levels > SEVEN_BITS else "8 bits"]
 
     @property
     def learned(self) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ptq4dit_ao.core.clipping import WEIGHT_RATIOS, clipped_activation_range, clipped_weight_range
-from ptq4dit_ao.core.expansion import Codebook, fit_codebooks
+from ptq4dit_ao.core.expansion import Codebook, fit_codebooks, floored
 from ptq4dit_ao.core.gptq import gptq_and_codebook, gptq_and_scale, nearest
 from ptq4dit_ao.core.per_token import fake_quantize_tokens
 from ptq4dit_ao.core.qparams import fake_quantize
@@ -171,7 +171,7 @@ def _rounded(
         if not compensated:
             rounded = expanded(weight, importance, spec.expansion, several=several)
             return rounded.integers, rounded.scale, rounded.codebook
-        candidates = fit_codebooks(weight, importance, spec.expansion, several=several)
+        candidates = fit_codebooks(weight, floored(importance), spec.expansion, several=several)
         return gptq_and_codebook(weight, candidates, covariance, damping=settings.damping)
     bounds = (spec.quant_min, spec.quant_max)
     if compensated and several and spec.levels <= FEW_LEVELS:

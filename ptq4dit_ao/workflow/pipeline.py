@@ -176,7 +176,7 @@ def _for_modules(name: str, recipe: Recipe, method: ModuleFormat | None) -> Reci
     """The recipe for quantized modules in a format.
 
     All sites can be balanced there at no cost. torchao's format has no offsets, and no ranges per token beside static
-    ones, so that single layers with such ranges keep their inputs in float.
+    ones, so that single layers with such ranges keep their inputs in float, and as they are.
     """
     balance, overrides = recipe.balance, recipe.overrides
     if balance.sites == "free" and "auto" in (balance.method, balance.alpha):
@@ -186,11 +186,10 @@ def _for_modules(name: str, recipe: Recipe, method: ModuleFormat | None) -> Reci
         if balance.center:
             balance = balance.model_copy(update={"center": False})
             logger.info("%s: inputs are not centred: torchao's format has no offsets (method 'ptq4dit' has)", name)
-        overrides = tuple(
-            o.model_copy(update={"dynamic": None, "activation_bits": FLOAT_BITS}) if o.dynamic else o for o in overrides
-        )
+        float_input = {"dynamic": None, "activation_bits": FLOAT_BITS, "balance": False}
+        overrides = tuple(o.model_copy(update=float_input) if o.dynamic else o for o in overrides)
         if overrides != recipe.overrides:
-            logger.info(
+            logger.warning(
                 "%s: inputs with ranges per token stay float in torchao's format (method 'ptq4dit' has them)", name
             )
     return recipe.model_copy(update={"balance": balance, "overrides": overrides})
@@ -206,6 +205,9 @@ def _check_held(name: str, module: nn.Module, recipe: Recipe, method: ModuleForm
         f"noise_correction.images is {recipe.noise_correction.images}": recipe.noise_correction.images > 0,
         f"activations have {min(bits)} bits and the format is torchao": method == "torchao" and not bits <= {8, 16},
         "activations are dynamic and the format is torchao": method == "torchao" and bool(recipe.activations.dynamic),
+    }
+    problems |= {
+        "balance.method is 'repq' and the format is torchao": method == "torchao" and recipe.balance.method == "repq"
     }
     problem = next((text for text, wrong in problems.items() if wrong), None)
     if problem is not None:

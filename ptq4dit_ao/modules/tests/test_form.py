@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from ptq4dit_ao import (
     apply_recipe,
+    as_fast_module,
     balance_result,
     export_transformer,
     load_quantized,
@@ -334,6 +335,20 @@ def test_a_centred_graph_and_its_module_agree(tiny_dit, tiny_samples, tmp_path, 
     assert sqnr_db(outputs(model(**call)), outputs(again.dequantize()(**call))) > 25
     with pytest.raises(ArgumentError, match="method 'torchao' cannot hold .*: its input is centred"):
         to_module(quantized, model, method="torchao")
+
+
+@torch.no_grad()
+def test_float_inputs_beside_static_ones_come_back_from_torchaos_format(tiny_dit, tiny_samples, tmp_path):
+    recipe = Recipe(overrides=(Override(pattern="*.norm1.linear", activation_bits=16, balance=False),))
+    module = to_module(apply_recipe(tiny_dit, recipe, tiny_samples), tiny_dit, method="torchao")
+    module.save_pretrained(tmp_path / "m")
+    loaded = as_fast_module(type(tiny_dit).from_pretrained(tmp_path / "m", torch_dtype=torch.float32))
+    bits = {name: weight.x_bits for name, weight in integer_weights(loaded).items()}
+    assert bits == {name: weight.x_bits for name, weight in integer_weights(module).items()}
+    assert set(bits.values()) == {8, 16}
+    inputs = dict(zip(("hidden_states", "timestep", "class_labels"), tiny_samples[0], strict=True))
+    assert torch.equal(outputs(loaded(**inputs)), outputs(module(**inputs)))
+    assert all(type(p.data) is Tensor for p in loaded.dequantize().parameters())
 
 
 def test_overrides_bits_and_inputs_of_fewer_bits_reach_the_module(tiny_dit, tiny_samples):

@@ -206,8 +206,8 @@ calibration: {timesteps: 2, steps: 4, guidance: 3.0, batch_size: 2, samples: 2, 
 @pytest.mark.parametrize(
     ("name", "method", "centred", "modulation"),
     [
-        ("sd3_5_w8a8", None, False, {"activation_bits": 16}),
-        ("sd3_5_w8a8", "torchao", False, {"activation_bits": 16}),
+        ("sd3_5_w8a8", None, False, {"activation_bits": 16, "balance": False}),
+        ("sd3_5_w8a8", "torchao", False, {"activation_bits": 16, "balance": False}),
         ("sd3_5_w8a8", "ptq4dit", True, {"dynamic": "token"}),
         ("sd3_5_w4a8", None, True, {"dynamic": "token"}),
     ],
