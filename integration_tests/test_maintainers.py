@@ -30,7 +30,15 @@ import yaml
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from ptq4dit_ao import PTQ4DiTQuantizer, available_backends, export_transformer, find_sites, load_quantized, lower
+from ptq4dit_ao import (
+    Expansion,
+    PTQ4DiTQuantizer,
+    available_backends,
+    export_transformer,
+    find_sites,
+    load_quantized,
+    lower,
+)
 from ptq4dit_ao.capture.signature import flatten_call
 from ptq4dit_ao.core import sqnr_db
 from ptq4dit_ao.errors import LoweringError
@@ -286,7 +294,7 @@ def test_the_recipes_of_a_family_pass_its_tests(flux_schnell, tmp_path, monkeypa
     monkeypatch.setattr(tests, "load_recipe", lambda name: load_recipe(tmp_path / f"{name}.yaml"))
     tests.RECIPES.clear()
     run(blocks(FAMILY_PAGE, "python")[2], FAMILY_PAGE, vars(tests))
-    tests.test_attention_and_feed_forward_are_quantized_and_nothing_else("flux_schnell", "flux_schnell", {})
+    tests.test_attention_feed_forward_and_modulation_are_quantized_and_nothing_else("flux_schnell", "flux_schnell", {})
     for check_one in (
         lambda: tests.test_every_pattern_matches("flux_schnell", "flux_schnell", {}),
         lambda: tests.test_every_pattern_is_needed("flux_schnell"),
@@ -462,7 +470,7 @@ def test_what_survives_is_in_the_table(marked, tmp_path):
     inputs = tuple(flatten_call(model, family.inputs(2))[1].values())
     apply_recipe(graph, Recipe(), [inputs]).save(tmp_path / "model")
     loaded = keys_of(load_quantized(tmp_path / "model").graph)
-    prepared = prepare_pt2e(graph, PTQ4DiTQuantizer())
+    prepared = prepare_pt2e(graph, PTQ4DiTQuantizer(weight_bits=4, expansion=Expansion()))
     prepared(*inputs)
     converted = convert_pt2e(prepared)
     copied = keys_of(copy.deepcopy(marked)) | keys_of(copy.deepcopy(converted))

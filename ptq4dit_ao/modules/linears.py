@@ -38,7 +38,7 @@ class ModuleLinear:
     offset: Tensor | None = None
     """Vector that is subtracted from its input before b divides it, (C_in,) float64; None for zeros."""
     shift: Tensor | None = None
-    """What offsets of later inputs have subtracted from its output, (C_out,) float64; None for zeros."""
+    """Sum of the offsets that later inputs have subtracted from its output, (C_out,) float64; None for zeros."""
     refusal: str | None = None
     """The reason why a module cannot hold it; None if it can."""
 

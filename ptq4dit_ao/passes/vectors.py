@@ -119,7 +119,7 @@ class _Salience:
     salience: Tensor
     """(T, V)."""
     offset: Tensor | None = None
-    """What was subtracted from the input, (C,) float64."""
+    """Vector that was subtracted from the input, (C,) float64; None for zeros."""
 
 
 def _observed(site: Site, statistics: SalienceStatistics, settings: BalanceSettings) -> list[_Salience]:
