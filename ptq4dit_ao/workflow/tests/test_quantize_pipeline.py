@@ -213,7 +213,9 @@ calibration: {timesteps: 2, steps: 4, guidance: 3.0, batch_size: 2, samples: 2, 
     ],
 )
 def test_a_recipe_asks_a_format_for_what_it_can_hold(name, method, centred, modulation):
-    made = _for_modules("transformer", load_recipe(name), method)
+    recipe = load_recipe(name)
+    centring = recipe.model_copy(update={"balance": recipe.balance.model_copy(update={"center": True})})
+    made = _for_modules("transformer", centring, method)
     assert made.balance.center == centred and made.balance.sites == "all"
     assert Override(pattern="*.norm1*.linear", **modulation) in made.overrides
     assert Recipe.from_dict(made.to_dict()) == made
