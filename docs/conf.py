@@ -61,7 +61,7 @@ nitpick_ignore_regex = [
     ("py:class", r"ptq4dit_ao\..*\.M"),  # a type variable
     (
         "py:class",
-        r"ptq4dit_ao\.(.*\.)?(CallSignature|CapturedModule|ModuleLinear|LayerPlan|ArtifactSize|ImageClassifier)",
+        r"ptq4dit_ao\.(.*\.)?(CallSignature|CapturedModule|ModuleLinear|LayerPlan|ArtifactSize|ImageClassifier|IntegerLinear|PerToken)",
     ),
 ]
 

@@ -102,7 +102,8 @@ class LearnedLinear(nn.Module):
         """Clamp positions to the integer range, because positions far outside would take many steps to return."""
         unit = self.allowed.unit()
         low, high = self.allowed.ends()
-        self.position.clamp_(low / unit - INSIDE, high / unit + INSIDE)
+        # Both are numbers, or both are tensors.
+        self.position.clamp_(low / unit - INSIDE, high / unit + INSIDE)  # type: ignore[arg-type]
 
     def harden(self) -> None:
         """Store the learned weight and bias in the layer's observer."""
