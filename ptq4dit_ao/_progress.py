@@ -16,6 +16,11 @@ def ignore(*_: object) -> None:
     """A callback that reports nothing."""
 
 
+def part_of(on_progress: OnProgress, part: int, parts: int) -> OnProgress:
+    """A callback that reports the progress of one of several parts of equal size; parts count from 0."""
+    return lambda done, total: on_progress(part * total + done, parts * total)
+
+
 def of_stage(on_stage: OnStage, stage: str) -> OnProgress:
     """A callback that reports the progress of one stage."""
     return functools.partial(on_stage, stage)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from ptq4dit_ao.core.qparams import FLOAT_BITS
 from ptq4dit_ao.metrics import measure_latency
-from ptq4dit_ao.modules.weight import FLOAT_BITS, StaticInt8Weight
+from ptq4dit_ao.modules.weight import StaticInt8Weight
 
 SIZES = ((2, 1152, 6912), (256, 1152, 4608), (1024, 1152, 1152))
 

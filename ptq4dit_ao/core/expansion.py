@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,6 +42,10 @@ LEAST = 1e-3
 """Least importance of an input channel as a part of the mean, where steps are chosen."""
 
 _MIDDLE = 8
+# NumPy arrays, because a tensor would take on the modes and the default device of its first use.
+_HALF = np.array(NORMAL, dtype=np.float32) / np.float32(NORMAL[-1])
+_LEVELS = np.concatenate([-_HALF[::-1], _HALF])  # the 16 levels from -1 to 1
+_BORDERS = (_LEVELS[1:] + _LEVELS[:-1]) / 2
 _TEXT = re.compile(r"normal(?: g(\d+))?")
 
 
@@ -256,23 +261,17 @@ def floored(importance: Tensor) -> Tensor:
 def expanded_integers(device: torch.device) -> Tensor:
     """The integer of every step and code, (16, 16) int8; row 0 is not used."""
     steps = torch.arange(STEPS + 1, dtype=torch.float32).unsqueeze(1)
-    return (_levels() * steps * (LARGEST / STEPS)).round().to(device, torch.int8)
-
-
-def _levels() -> Tensor:
-    """The 16 levels from -1 to 1."""
-    half = torch.tensor(NORMAL) / NORMAL[-1]
-    return torch.cat([-half.flip(0), half])
+    return (torch.from_numpy(_LEVELS) * steps * (LARGEST / STEPS)).round().to(device, torch.int8)
 
 
 def _nearest(position: Tensor, step: Tensor | float) -> Tensor:
-    levels = _levels().to(position.device)
+    levels = torch.from_numpy(_LEVELS).to(position.device)
     return (levels[_nearest_code(position, step)] * step).mul_(LARGEST / STEPS).round_()
 
 
 def _nearest_code(position: Tensor, step: Tensor | float) -> Tensor:
-    levels = _levels().to(position.device)
-    return torch.bucketize(position * (STEPS / LARGEST) / step, (levels[1:] + levels[:-1]) / 2, out_int32=True)
+    borders = torch.from_numpy(_BORDERS).to(position.device)
+    return torch.bucketize(position * (STEPS / LARGEST) / step, borders, out_int32=True)
 
 
 def _codes_at(step: int) -> tuple[Tensor, Tensor]:

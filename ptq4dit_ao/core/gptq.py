@@ -94,6 +94,31 @@ def gptq_and_codebook(
     return columns.restored(integers), scale, codebook
 
 
+def nearest_and_codebook(
+    weight: Tensor, candidates: Iterable[tuple[Tensor, Codebook]], importance: Tensor
+) -> tuple[Tensor, Tensor, Codebook]:
+    """Nearest integers that codebooks allow, with the candidate for each output channel that leaves least error.
+
+    Args:
+        weight: (C_out, C_in).
+        candidates: scales, (C_out,) each, with their codebooks; at least one.
+        importance: weight of each input channel in the squared error, (C_in,).
+
+    Returns:
+        Integers, (C_out, C_in) int8, scales, (C_out,) float32, and the codebook.
+    """
+
+    def rounded(scale: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
+        positions = weight / scale.unsqueeze(1)
+        integers = codebook.nearest(positions)
+        error = (integers - positions).mul_(scale.unsqueeze(1)).square_() @ importance.to(weight)
+        return integers.to(torch.int8).T, error
+
+    integers, scale, codebook = _least((scale, rounded(scale, codebook), codebook) for scale, codebook in candidates)
+    assert codebook is not None
+    return integers.T.contiguous(), scale, codebook
+
+
 def _least(
     candidates: Iterable[tuple[Tensor, tuple[Tensor, Tensor], Codebook | None]],
 ) -> tuple[Tensor, Tensor, Codebook | None]:

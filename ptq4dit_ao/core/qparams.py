@@ -7,6 +7,9 @@ from torch import Tensor
 
 from ptq4dit_ao.errors import ArgumentError
 
+FLOAT_BITS = 16
+"""Bits of an activation that stays float, so that weights alone are quantized."""
+
 
 def affine_qparams(
     minimum: Tensor,

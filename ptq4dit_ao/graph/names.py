@@ -22,6 +22,11 @@ CONSTANT = "_constant"
 """Suffix of the name of a weight that was computed from parameters."""
 
 
+def calls(node: object, target: object) -> bool:
+    """Whether an argument is a node that calls a target."""
+    return isinstance(node, Node) and node.target is target
+
+
 def get_attribute(module: nn.Module, path: str) -> Any:
     """The object at a dotted path."""
     owner: Any = module

@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 from ptq4dit_ao.core.expansion import EXPANDED_BITS, Expansion
 from ptq4dit_ao.graph.attention import PRODUCTS
 from ptq4dit_ao.graph.expansions import expansions
-from ptq4dit_ao.graph.names import LINEAR, get_attribute
+from ptq4dit_ao.graph.names import LINEAR, calls, get_attribute
 from ptq4dit_ao.observers.per_token import PerToken, per_token
 
 aten, quantized = torch.ops.aten, torch.ops.quantized_decomposed
@@ -136,7 +136,7 @@ def integer_linears(graph_module: GraphModule) -> list[IntegerLinear]:
     found: list[IntegerLinear] = []
     for node in _linears(graph_module):
         linear: IntegerLinear | None = _match(graph_module, node)
-        if linear is None and not _calls(node.args[0], _DEQUANTIZE):
+        if linear is None and not calls(node.args[0], _DEQUANTIZE):
             linear = _match_weight(graph_module, node)
         if linear is not None:
             found.append(linear)
@@ -162,7 +162,7 @@ def float_linears(graph_module: GraphModule) -> list[Node]:
 
 def unread_linears(graph_module: GraphModule) -> list[Node]:
     """Linears with a quantized input whose weight is in a form that no backend reads."""
-    return [node for node in float_linears(graph_module) if _calls(node.args[0], _DEQUANTIZE)]
+    return [node for node in float_linears(graph_module) if calls(node.args[0], _DEQUANTIZE)]
 
 
 def quantized_products(graph_module: GraphModule) -> list[Node]:
@@ -170,7 +170,7 @@ def quantized_products(graph_module: GraphModule) -> list[Node]:
     return [
         node
         for node in graph_module.graph.nodes
-        if node.target in PRODUCTS and all(_calls(factor, _DEQUANTIZE) for factor in node.args[:2])
+        if node.target in PRODUCTS and all(calls(factor, _DEQUANTIZE) for factor in node.args[:2])
     ]
 
 
@@ -182,7 +182,7 @@ def is_quantizer(node: Node) -> bool:
 def quantizers_of(products: Iterable[Node]) -> list[Node]:
     """The quantize nodes of the factors of products, without repeats."""
     factors = (factor.args[0] for product in products for factor in product.all_input_nodes)
-    return list(dict.fromkeys(node for node in factors if isinstance(node, Node) and _calls(node, _QUANTIZE)))
+    return list(dict.fromkeys(node for node in factors if isinstance(node, Node) and calls(node, _QUANTIZE)))
 
 
 def widen(quantizers: Iterable[Node]) -> None:
@@ -222,7 +222,7 @@ def _match(graph_module: GraphModule, node: Node) -> QuantizedLinear | None:
     arguments: tuple[Any, ...] = node.args
     dq_x = arguments[0]
     weight = _match_weight(graph_module, node)
-    if weight is None or not _calls(dq_x, _DEQUANTIZE) or not _calls(q_x := dq_x.args[0], _QUANTIZE):
+    if weight is None or not calls(dq_x, _DEQUANTIZE) or not calls(q_x := dq_x.args[0], _QUANTIZE):
         return None
     x, scale, zero_point, low, high, dtype = q_x.args
     tokens = per_token(node)
@@ -247,7 +247,7 @@ def _match_weight(graph_module: GraphModule, node: Node) -> IntegerLinear | None
     arguments: tuple[Any, ...] = node.args
     x, dequantize, *rest = arguments
     bias = rest[0] if rest else None
-    if not _calls(dequantize, _DEQUANTIZE_WEIGHT) or dequantize.args[3] != 0:
+    if not calls(dequantize, _DEQUANTIZE_WEIGHT) or dequantize.args[3] != 0:
         return None
     weight = dequantize.args[0]
     if not (isinstance(weight, Node) and weight.op == "get_attr" and (bias is None or bias.op == "get_attr")):
@@ -265,10 +265,6 @@ def _match_weight(graph_module: GraphModule, node: Node) -> IntegerLinear | None
 
 def _linears(graph_module: GraphModule) -> list[Node]:
     return [node for node in graph_module.graph.nodes if node.target is LINEAR]
-
-
-def _calls(node: object, target: object) -> bool:
-    return isinstance(node, Node) and node.target is target
 
 
 def _delete(graph_module: GraphModule, path: str) -> None:

@@ -12,11 +12,11 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional
 
 from ptq4dit_ao._modes import own_modes
-from ptq4dit_ao._progress import OnProgress, ignore
+from ptq4dit_ao._progress import OnProgress, ignore, part_of
 from ptq4dit_ao.core import fake_quantize
 from ptq4dit_ao.core.per_token import fake_quantize_tokens
 from ptq4dit_ao.errors import ArgumentError
-from ptq4dit_ao.graph.names import LINEAR, get_attribute, writes_in_place
+from ptq4dit_ao.graph.names import LINEAR, calls, get_attribute, writes_in_place
 from ptq4dit_ao.metrics.paired import PairedError, energies, rows_of, timesteps_of
 from ptq4dit_ao.metrics.walk import Instead, Walk
 from ptq4dit_ao.observers.per_token import per_token
@@ -194,14 +194,10 @@ def input_errors(
             twins[linears[0].name]: {twins[node.name]: _with_input(source, per_row) for node in linears}
             for source, linears in groups.items()
         }
-        progress = _half(on_progress, part)
+        progress = part_of(on_progress, part, 2)
         errors.append(_one_by_one(balanced, changes, balanced, batches, timestep_index, progress)[:-1])
     names = (tuple(node.name for node in linears) for linears in groups.values())
     return dict(zip(names, zip(*errors, strict=True), strict=True))
-
-
-def _half(on_progress: OnProgress, part: int) -> OnProgress:
-    return lambda done, total: on_progress(part * total + done, 2 * total)
 
 
 def _with_input(quantize: Node, per_row: bool) -> Callable[..., Tensor]:
@@ -228,9 +224,9 @@ def quantized_inputs(quantized: GraphModule) -> dict[Node, list[Node]]:
     for node in quantized.graph.nodes:
         if node.target is not LINEAR:
             continue
-        if _calls(node.args[0], ops.dequantize_per_tensor.default):
+        if calls(node.args[0], ops.dequantize_per_tensor.default):
             groups[node.args[0].args[0]].append(node)
-        elif _calls(node.args[1], ops.dequantize_per_channel.default):
+        elif calls(node.args[1], ops.dequantize_per_channel.default):
             readers = (user for user in node.args[0].users if user in groups and user.args[0] is node.args[0])
             groups[next(readers, node)].append(node)
     if not groups:
@@ -323,7 +319,3 @@ def _names(quantized: GraphModule) -> list[tuple[str, ...]]:
 
 def _as_it_is(x: Tensor, *_: object) -> Tensor:
     return x
-
-
-def _calls(node: object, target: object) -> bool:
-    return isinstance(node, Node) and node.target is target

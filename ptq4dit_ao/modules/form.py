@@ -15,6 +15,7 @@ from torchao.quantization import Int8Tensor
 
 from ptq4dit_ao.capture.export import uncompiled
 from ptq4dit_ao.capture.float_model import check_float_module
+from ptq4dit_ao.core.qparams import FLOAT_BITS
 from ptq4dit_ao.errors import ArgumentError, ArtifactError, LoweringError, check_type
 from ptq4dit_ao.graph.names import WRAPPED
 from ptq4dit_ao.lowering.machine import saturates
@@ -22,7 +23,7 @@ from ptq4dit_ao.lowering.match import IntegerLinear, QuantizedLinear, integer_li
 from ptq4dit_ao.lowering.proof import KernelProof, check_proof
 from ptq4dit_ao.modules.kernels import KERNELS, OP
 from ptq4dit_ao.modules.linears import ModuleLinear
-from ptq4dit_ao.modules.weight import FLOAT_BITS, StaticInt8Weight
+from ptq4dit_ao.modules.weight import StaticInt8Weight
 
 logger = logging.getLogger(__name__)
 
@@ -163,21 +164,18 @@ def as_fast_module(module: M) -> M:
         ArgumentError: no weight is such a tensor.
     """
     check_type("module", module, nn.Module, "a module of diffusers that was quantized by this package")
-    found = 0
-    for child in module.modules():
-        weight = child._parameters.get("weight")
-        if isinstance(child, nn.Linear) and isinstance(weight, Int8Tensor) and _is_static(weight):
-            child.weight = nn.Parameter(StaticInt8Weight.of_int8_tensor(weight), requires_grad=False)
-            found += 1
-    for child in module.modules() if found else ():  # those of float inputs, beside them
-        weight = child._parameters.get("weight")
-        if isinstance(child, nn.Linear) and isinstance(weight, Int8Tensor) and _is_alone(weight):
-            child.weight = nn.Parameter(StaticInt8Weight.of_int8_tensor(weight), requires_grad=False)
-    if not found:
+    linears = [child for child in module.modules() if isinstance(child, nn.Linear)]
+    held = [
+        (linear, weight) for linear in linears if isinstance(weight := linear._parameters.get("weight"), Int8Tensor)
+    ]
+    if not any(_is_static(weight) for _, weight in held):
         raise ArgumentError(
             f"no linear of {type(module).__name__} has an Int8Tensor with a static range; give a module that to_module "
             "made and diffusers has loaded"
         )
+    for linear, weight in held:
+        if _is_static(weight) or _is_alone(weight):
+            linear.weight = nn.Parameter(StaticInt8Weight.of_int8_tensor(weight), requires_grad=False)
     if isinstance(metadata := getattr(getattr(module, "hf_quantizer", None), "metadata", None), dict):
         from ptq4dit_ao.modules.diffusers_quantizer import Record, attach
 
@@ -233,15 +231,19 @@ def prove_kernels(
 
 def _is_static(weight: Int8Tensor) -> bool:
     """Whether a tensor of torchao is one with a static range that :meth:`StaticInt8Weight.as_int8_tensor` makes."""
-    scale, zeros = weight.act_quant_scale, weight.zero_point
-    whole = scale is not None and scale.numel() == 1 and not weight.reduce_range
-    return whole and weight.scale.numel() == len(weight.qdata) and (zeros is None or not zeros.any())
+    scale = weight.act_quant_scale
+    return scale is not None and scale.numel() == 1 and not weight.reduce_range and _is_symmetric(weight)
 
 
 def _is_alone(weight: Int8Tensor) -> bool:
     """Whether a tensor of torchao is one for float inputs that :meth:`StaticInt8Weight.as_int8_tensor` makes."""
-    whole = weight.act_quant_kwargs is None and weight.scale.numel() == len(weight.qdata)
-    return whole and (weight.zero_point is None or not weight.zero_point.any())
+    return weight.act_quant_kwargs is None and _is_symmetric(weight)
+
+
+def _is_symmetric(weight: Int8Tensor) -> bool:
+    """Whether a tensor of torchao has one scale for each output channel, and no zero points."""
+    zeros = weight.zero_point
+    return weight.scale.numel() == len(weight.qdata) and (zeros is None or not zeros.any())
 
 
 def _linear_of(module: nn.Module, path: str) -> nn.Linear:

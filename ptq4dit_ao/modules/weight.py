@@ -25,14 +25,12 @@ from torchao.utils import TorchAOBaseTensor
 
 from ptq4dit_ao.core.expansion import EXPANDED_BITS
 from ptq4dit_ao.core.per_token import middle_and_scale, to_units
+from ptq4dit_ao.core.qparams import FLOAT_BITS
 from ptq4dit_ao.errors import ArgumentError, LoweringError
 from ptq4dit_ao.lowering.weight_only import multiply
 from ptq4dit_ao.modules.kernels import PACKED, linear_int8, saturates, takes_unsigned
 
 aten = torch.ops.aten
-
-FLOAT_BITS = 16
-"""Bits of an input that stays float."""
 
 SIGNED = 128
 """Difference between the uint8 and the int8 form of an activation."""

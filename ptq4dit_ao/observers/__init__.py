@@ -9,7 +9,6 @@ from ptq4dit_ao.observers.hooks import (
     Rounded,
     SalienceObserver,
     WeightObserver,
-    expanded,
 )
 from ptq4dit_ao.observers.moments import Moments, TokenSample
 from ptq4dit_ao.observers.statistics import ChannelStatistics, SalienceStatistics
@@ -28,5 +27,4 @@ __all__ = [
     "TimestepClock",
     "TokenSample",
     "WeightObserver",
-    "expanded",
 ]

@@ -15,7 +15,8 @@ from torchao.quantization.pt2e import ObserverBase
 
 from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.core import fake_quantize
-from ptq4dit_ao.core.expansion import Codebook, Expansion, fit_codebooks, floored
+from ptq4dit_ao.core.expansion import Codebook, Interval, fit_codebooks
+from ptq4dit_ao.core.gptq import nearest_and_codebook
 from ptq4dit_ao.core.int4 import INT4_MAX, INT4_MIN, pack_int4, unpack_int4
 from ptq4dit_ao.core.per_token import fake_quantize_tokens
 from ptq4dit_ao.errors import CalibrationError
@@ -208,42 +209,13 @@ class Rounded:
         """Integers of the weight, (C_out, C_in) int8."""
         return unpack_int4(self._integers, self._shape) if self._packed else self._integers
 
-    def where(self, rows: Tensor, other: Rounded) -> Rounded:
-        """This result for the given rows, (C_out,) bool, and another for the rest; both have codebooks and no bias."""
-        assert self.codebook is not None and other.codebook is not None
-        return Rounded(
-            integers=self.integers.where(rows.unsqueeze(1), other.integers),
-            scale=self.scale.where(rows, other.scale),
-            codebook=self.codebook.where(rows, other.codebook),
-        )
+    def allowed(self, spec: QuantSpec) -> Codebook | Interval:
+        """Integers that each element can take, of a weight that is quantized by a spec."""
+        return self.codebook or Interval(low=spec.quant_min, high=spec.quant_max)
 
     def weight(self) -> Tensor:
         """The dequantized weight, (C_out, C_in) float32."""
         return self.integers * self.scale.unsqueeze(1)
-
-
-def expanded(weight: Tensor, importance: Tensor, expansion: Expansion, *, several: bool) -> Rounded:
-    """A weight (C_out, C_in) rounded to the nearest integers that a rule allows.
-
-    Args:
-        weight: float32.
-        importance: weight of each input channel in the error by which codebooks are chosen, (C_in,).
-        expansion: the rule.
-        several: whether several scales are tried for each output channel.
-    """
-    importance = floored(importance)
-    found: Rounded | None = None
-    least = torch.full_like(weight[:, 0], torch.inf)
-    for scale, codebook in fit_codebooks(weight, importance, expansion, several=several):
-        positions = weight / scale.unsqueeze(1)
-        integers = codebook.nearest(positions)
-        error = (integers - positions).mul_(scale.unsqueeze(1)).square_() @ importance.to(weight)
-        new = Rounded(integers=integers.to(torch.int8), scale=scale, codebook=codebook)
-        found, least = (
-            (new, error) if found is None else (found.where(error >= least, new), torch.minimum(error, least))
-        )
-    assert found is not None
-    return found
 
 
 class WeightObserver(_HookedObserver):
@@ -289,15 +261,22 @@ class WeightObserver(_HookedObserver):
         if self.rounded is not None or self.spec.expansion is None:
             return self.rounded
         self.qparams(name, weight)  # refuses a weight that is not finite
-        return expanded(weight.to(torch.float32), torch.ones_like(weight[0]), self.spec.expansion, several=False)
+        weight = weight.to(torch.float32)
+        importance = torch.ones_like(weight[0])
+        candidates = fit_codebooks(weight, importance, self.spec.expansion, several=False)
+        integers, scale, codebook = nearest_and_codebook(weight, candidates, importance)
+        return Rounded(integers=integers, scale=scale, codebook=codebook)
 
     def _convert(self, model: GraphModule, node: Node, source: Node) -> None:
         readers = list(node.users)
-        weight = tensor_at(model, str(source.target)).detach()
-        rounded = self._rounded(str(source.target), weight)
+        path, rounded = str(source.target), self.rounded
         if rounded is None:
-            insert_qdq(model, node, self.spec, *self.qparams(str(source.target), weight))
-        else:
+            weight = tensor_at(model, path).detach()
+            rounded = self._rounded(path, weight)
+            if rounded is None:
+                insert_qdq(model, node, self.spec, *self.qparams(path, weight))
+            del weight
+        if rounded is not None:
             if rounded.bias is not None:
                 (linear,) = readers
                 insert_bias(model, linear, rounded.bias)
@@ -306,7 +285,6 @@ class WeightObserver(_HookedObserver):
             stored = insert_qdq(model, node, self.spec, scale, zero_point, rounded.integers)
             if self.spec.expansion is not None:
                 expansions(model)[str(stored.target)] = self.spec.expansion
-        del weight
         for reader in readers:
             if reader.target is LINEAR:
                 complete(model, reader)

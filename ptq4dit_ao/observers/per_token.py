@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ptq4dit_ao.core.per_token import EPS, middle_step
-from ptq4dit_ao.graph.names import LINEAR
+from ptq4dit_ao.graph.names import LINEAR, calls
 from ptq4dit_ao.graph.pending import tensor_at
 from ptq4dit_ao.observers.qdq import QuantSpec, buffer, insert_qdq, quantized
 
@@ -118,12 +118,12 @@ def per_token(linear: Node) -> PerToken | None:
 def _unit(linear: Node) -> tuple[Node, Node, Node] | None:
     """The float activation, its middle and its scale; None if a linear's input is not quantized per token."""
     dequantize: Any = linear.args[0]
-    quantize: Any = dequantize.args[0] if _calls(dequantize, quantized.dequantize_per_tensor.default) else None
-    unit: Any = quantize.args[0] if _calls(quantize, quantized.quantize_per_tensor.default) else None
-    if not (_calls(unit, aten.div.Tensor) and _calls(unit.args[0], aten.sub.Tensor)):
+    quantize: Any = dequantize.args[0] if calls(dequantize, quantized.dequantize_per_tensor.default) else None
+    unit: Any = quantize.args[0] if calls(quantize, quantized.quantize_per_tensor.default) else None
+    if not (calls(unit, aten.div.Tensor) and calls(unit.args[0], aten.sub.Tensor)):
         return None
     (x, middle), divisor = unit.args[0].args, unit.args[1]
-    if not (_calls(divisor, aten.clamp_min.default) and divisor.args[1] == EPS):
+    if not (calls(divisor, aten.clamp_min.default) and divisor.args[1] == EPS):
         return None
     return (x if _dtype(dequantize) in WIDE else x.args[0]), middle, divisor.args[0]
 
@@ -144,10 +144,6 @@ def _rescaled(linear: Node) -> tuple[Node, Node] | None:
 def _dtype(dequantize: Any) -> torch.dtype:
     """Dtype of the float model around a linear."""
     return dequantize.kwargs.get("out_dtype") or torch.float32
-
-
-def _calls(node: Any, target: object) -> bool:
-    return isinstance(node, Node) and node.target is target
 
 
 def _value(model: GraphModule, node: Node) -> Tensor:

@@ -53,7 +53,7 @@ class QuantSpec:
         return not (self.dynamic or self.stays_float)
 
     @classmethod
-    def of(cls, spec: QuantizationSpec, *, eps: float = DEFAULT_EPS, expansion: Expansion | None = None) -> QuantSpec:
+    def of(cls, spec: QuantizationSpec, *, eps: float = DEFAULT_EPS) -> QuantSpec:
         """Read a torchao spec; a missing integer range is that of its dtype."""
         bounds = torch.iinfo(spec.dtype)
         return cls(
@@ -63,7 +63,6 @@ class QuantSpec:
             symmetric=spec.qscheme in _SYMMETRIC,
             channel_axis=spec.ch_axis if spec.qscheme in _PER_CHANNEL else None,
             eps=eps,
-            expansion=expansion,
             dynamic=spec.is_dynamic,
         )
 

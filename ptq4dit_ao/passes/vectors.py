@@ -156,13 +156,12 @@ def _solve(
     model: GraphModule, site: Site, observed: Sequence[_Salience], settings: BalanceSettings, score: Score | None
 ) -> SiteOutcome:
     salience_w = _weight_salience(model, site)
-    found = {
-        f"{method} {alpha:g}{'' if salience.offset is None else CENTRED}": _outcome(
-            model, site, salience, salience_w, method, alpha, settings
-        )
-        for salience in observed
-        for method, alpha in settings.candidates()
-    }
+    found = {}
+    for salience in observed:
+        weights = ssc_weights(salience.salience, salience_w)
+        for method, alpha in settings.candidates():
+            name = f"{method} {alpha:g}{'' if salience.offset is None else CENTRED}"
+            found[name] = _outcome(model, site, salience, salience_w, weights, method, alpha, settings)
     alone = next(iter(found.values()))
     if not settings.searches:
         return alone
@@ -178,12 +177,12 @@ def _outcome(
     site: Site,
     observed: _Salience,
     salience_w: Tensor,
+    weights: tuple[Tensor, Tensor],
     method: Aggregation,
     alpha: float,
     settings: BalanceSettings,
 ) -> SiteOutcome:
-    salience_t = observed.salience
-    eta, rho = ssc_weights(salience_t, salience_w)
+    salience_t, (eta, rho) = observed.salience, weights
     salience_x = aggregate_salience(salience_t, salience_w, method)
     b, clipped = _bounded(model, site, balance_vector(salience_x, salience_w, alpha), settings)
     return SiteOutcome(

@@ -17,6 +17,7 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from ptq4dit_ao.choices import Dynamic
 from ptq4dit_ao.core.expansion import EXPANDED_BITS, Expansion
+from ptq4dit_ao.core.qparams import FLOAT_BITS
 from ptq4dit_ao.errors import ArgumentError, OverrideError
 from ptq4dit_ao.graph.names import adapters, layer_name, linears
 from ptq4dit_ao.observers.qdq import FLOAT
@@ -24,8 +25,6 @@ from ptq4dit_ao.observers.qdq import FLOAT
 logger = logging.getLogger(__name__)
 
 MIN_BITS, MAX_BITS = 2, 8
-FLOAT_BITS = 16
-"""Bits of activations that stay float, so that weights alone are quantized."""
 FIELDS = ("skip", "weight_bits", "activation_bits", "dynamic", "balance")
 """Fields of an :class:`Override` that change a :class:`LayerPlan`."""
 

@@ -18,6 +18,7 @@ from ptq4dit_ao._modes import own_modes
 from ptq4dit_ao.capture.float_model import check_float_graph
 from ptq4dit_ao.choices import BALANCE_METHODS, BalanceMethod, Dynamic, FoldForm, RoundingMethod
 from ptq4dit_ao.core.expansion import Expansion
+from ptq4dit_ao.core.qparams import FLOAT_BITS
 from ptq4dit_ao.errors import ArgumentError, BalanceError, check_choice, check_type, renamed
 from ptq4dit_ao.graph import Site, SitePolicy, find_sites, first_refusals, premultiplied_sites, refuse_sites
 from ptq4dit_ao.graph.attention import Attention, decompose_attention, find_attention
@@ -39,7 +40,6 @@ from ptq4dit_ao.passes.offset import find_shifts
 from ptq4dit_ao.quantizer.attention import annotate_attention
 from ptq4dit_ao.quantizer.linear import LinearQuantizer
 from ptq4dit_ao.quantizer.overrides import (
-    FLOAT_BITS,
     SAFE_LAYERS,
     LayerPlan,
     Override,

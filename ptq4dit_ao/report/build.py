@@ -14,13 +14,13 @@ from torch.fx import GraphModule
 from ptq4dit_ao._version import installed_version
 from ptq4dit_ao.capture import free_sizes
 from ptq4dit_ao.capture.sizes import FreeSizes
+from ptq4dit_ao.core.qparams import FLOAT_BITS
 from ptq4dit_ao.graph import Site
 from ptq4dit_ao.graph.names import joint_name
 from ptq4dit_ao.lowering import QuantizedLinear, float_linears
 from ptq4dit_ao.lowering.match import IntegerLinear, integer_linears, quantized_products, quantizers_of
 from ptq4dit_ao.metrics import LeaveOneOut, PairedError
 from ptq4dit_ao.passes import BalanceResult, SiteOutcome, balance_result
-from ptq4dit_ao.quantizer.overrides import FLOAT_BITS
 from ptq4dit_ao.report.types import (
     AttentionEntry,
     DynamicEntry,

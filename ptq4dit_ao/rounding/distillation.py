@@ -24,7 +24,6 @@ from ptq4dit_ao._formats import TensorFormat
 from ptq4dit_ao._paths import cannot_write
 from ptq4dit_ao._progress import OnProgress, ignore
 from ptq4dit_ao.capture.interface import batches_by_size
-from ptq4dit_ao.core.expansion import Interval
 from ptq4dit_ao.errors import CalibrationError
 from ptq4dit_ao.graph.names import placeholders
 from ptq4dit_ao.observers import ActivationObserver, Rounded
@@ -75,7 +74,7 @@ class LearnedLinear(nn.Module):
         rounded, self.spec = layer.observer.rounded, layer.observer.spec
         assert rounded is not None
         self.layer, self.start, self.codebook = layer, rounded.scale, rounded.codebook
-        self.allowed = self.codebook or Interval(low=self.spec.quant_min, high=self.spec.quant_max)
+        self.allowed = rounded.allowed(self.spec)
         self.position = nn.Parameter(rounded.integers / self.allowed.unit())
         scales = rounded.scale if self.spec.channel_axis == 0 else rounded.scale[:1]
         self.log_ratio = nn.Parameter(torch.zeros_like(scales))
@@ -85,7 +84,8 @@ class LearnedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Output (..., C_out) for an input (..., C_in), with a straight-through gradient for the integers."""
         position = self.position * self.allowed.unit()
-        integers = position + (self.integers() - position).detach()  # value of the integers, gradient of the position
+        # It has the value of the integers, and the gradient of the position.
+        integers = position + (self.allowed.nearest(position) - position).detach()
         weight = integers * self.scale().unsqueeze(1)
         return functional.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 

@@ -15,7 +15,6 @@ from torch.fx import GraphModule
 from torch.nn import functional
 
 from ptq4dit_ao.core.adaround import exponent, inverse_rectified_sigmoid, rectified_sigmoid, undecided
-from ptq4dit_ao.core.expansion import Interval
 from ptq4dit_ao.observers import ActivationObserver, Rounded
 from ptq4dit_ao.rounding.blocks import Block
 from ptq4dit_ao.rounding.layers import Layer
@@ -75,7 +74,7 @@ class SoftLinear(nn.Module):
         self.scale = self.rounded.scale.unsqueeze(1)
         self.bias = layer.bias(prepared) if self.rounded.bias is None else self.rounded.bias
         position = layer.weight(prepared) / self.scale
-        allowed = self.rounded.codebook or Interval(low=self.spec.quant_min, high=self.spec.quant_max)
+        allowed = self.rounded.allowed(self.spec)
         if settings.start == "gptq":  # GPTQ's integers must be the nearest ones to the start
             integers, unit = self.rounded.integers, allowed.unit()
             position = integers + NEAR * unit * ((position - integers) / unit).clamp(-INSIDE, INSIDE)

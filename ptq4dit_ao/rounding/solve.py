@@ -11,12 +11,12 @@ from torch.fx import GraphModule
 
 from ptq4dit_ao.core.clipping import WEIGHT_RATIOS, clipped_activation_range, clipped_weight_range
 from ptq4dit_ao.core.expansion import Codebook, fit_codebooks, floored
-from ptq4dit_ao.core.gptq import gptq_and_codebook, gptq_and_scale, nearest
+from ptq4dit_ao.core.gptq import gptq_and_codebook, gptq_and_scale, nearest, nearest_and_codebook
 from ptq4dit_ao.core.per_token import fake_quantize_tokens
 from ptq4dit_ao.core.qparams import fake_quantize
 from ptq4dit_ao.core.range_search import search_range
 from ptq4dit_ao.core.refit import corrected_bias, refit
-from ptq4dit_ao.observers import Rounded, expanded
+from ptq4dit_ao.observers import Rounded
 from ptq4dit_ao.observers.qdq import QuantSpec
 from ptq4dit_ao.rounding.layers import Group, Layer
 from ptq4dit_ao.rounding.settings import RoundingSettings
@@ -168,11 +168,11 @@ def _rounded(
     compensated, importance = settings.closed_form == "gptq", covariance.diagonal()
     several = try_scales and settings.ranges == "output" and spec.channel_axis is not None
     if spec.expansion is not None:
-        if not compensated:
-            rounded = expanded(weight, importance, spec.expansion, several=several)
-            return rounded.integers, rounded.scale, rounded.codebook
-        candidates = fit_codebooks(weight, floored(importance), spec.expansion, several=several)
-        return gptq_and_codebook(weight, candidates, covariance, damping=settings.damping)
+        importance = floored(importance)
+        candidates = fit_codebooks(weight, importance, spec.expansion, several=several)
+        if compensated:
+            return gptq_and_codebook(weight, candidates, covariance, damping=settings.damping)
+        return nearest_and_codebook(weight, candidates, importance)
     bounds = (spec.quant_min, spec.quant_max)
     if compensated and several and spec.levels <= FEW_LEVELS:
         low, high = torch.aminmax(weight, dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 
 from torchao.quantization.pt2e.quantizer import Quantizer
@@ -108,7 +109,7 @@ def with_chosen_bits(recipe: Recipe, choice: WeightBits) -> Recipe:
 
 def with_chosen_dynamic(recipe: Recipe, choice: ChosenDynamic) -> Recipe:
     """The recipe with ``dynamic: auto`` replaced by an override for each layer whose input is quantized per token."""
-    token = (RecipeOverride(pattern=layer.replace("[", "[[]"), dynamic="token") for layer in choice.layers)
+    token = (RecipeOverride(pattern=glob.escape(layer), dynamic="token") for layer in choice.layers)
     activations = Activations(bits=recipe.activations.bits)
     return recipe.model_copy(update={"activations": activations, "overrides": (*token, *recipe.overrides)})
 

@@ -21,12 +21,12 @@ from ptq4dit_ao.calibration import CalibrationSamples, NormalTimesteps, collect_
 from ptq4dit_ao.calibration.schedule import known_times
 from ptq4dit_ao.capture.float_model import check_float_module, check_in_memory
 from ptq4dit_ao.choices import MODULE_FORMATS, TEXT_METHODS, ModuleFormat, TextMethod
+from ptq4dit_ao.core.qparams import FLOAT_BITS
 from ptq4dit_ao.errors import ArgumentError, ArtifactError, RecipeError, check_choice, check_type
 from ptq4dit_ao.modules.card import is_pipeline_card, pipeline_card
 from ptq4dit_ao.modules.packing import PACKED_BITS
 from ptq4dit_ao.modules.saving import CARD, cannot_save
 from ptq4dit_ao.modules.text_encoders import quantized_text_encoder
-from ptq4dit_ao.modules.weight import FLOAT_BITS
 from ptq4dit_ao.recipe import Recipe, load_recipe
 from ptq4dit_ao.workflow.apply import convert
 from ptq4dit_ao.workflow.exported import export_for
@@ -205,9 +205,7 @@ def _check_held(name: str, module: nn.Module, recipe: Recipe, method: ModuleForm
         f"noise_correction.images is {recipe.noise_correction.images}": recipe.noise_correction.images > 0,
         f"activations have {min(bits)} bits and the format is torchao": method == "torchao" and not bits <= {8, 16},
         "activations are dynamic and the format is torchao": method == "torchao" and bool(recipe.activations.dynamic),
-    }
-    problems |= {
-        "balance.method is 'repq' and the format is torchao": method == "torchao" and recipe.balance.method == "repq"
+        "balance.method is 'repq' and the format is torchao": method == "torchao" and recipe.balance.method == "repq",
     }
     problem = next((text for text, wrong in problems.items() if wrong), None)
     if problem is not None:

@@ -8,6 +8,7 @@ different layers then add up, and the choice is a knapsack problem.
 from __future__ import annotations
 
 import copy
+import glob
 import logging
 import math
 from collections import defaultdict
@@ -20,7 +21,7 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from ptq4dit_ao._modes import own_modes
-from ptq4dit_ao._progress import OnProgress, ignore
+from ptq4dit_ao._progress import OnProgress, ignore, part_of
 from ptq4dit_ao.capture.interface import batches_by_size, check_batch
 from ptq4dit_ao.core import allocate
 from ptq4dit_ao.errors import ArgumentError, CalibrationError, check_type
@@ -68,7 +69,7 @@ class WeightBits:
         Other overrides follow them and win.
         """
         return tuple(
-            Override(pattern=layer.replace("[", "[[]"), weight_bits=inputs.bits)
+            Override(pattern=glob.escape(layer), weight_bits=inputs.bits)
             for inputs in self.chosen
             for layer in inputs.layers
             if inputs.bits != self.candidates[0]
@@ -141,7 +142,7 @@ def choose_weight_bits(
     noise: dict[tuple[str, ...], list[float]] = defaultdict(list)
     for done, bits in enumerate(widths[:-1]):
         step = quantizer.variant(weight_bits=bits, sequential=False)
-        found = _noise(exported, step, free, rounded, measured, _part_of(on_progress, done, len(widths) - 1))
+        found = _noise(exported, step, free, rounded, measured, part_of(on_progress, done, len(widths) - 1))
         for layers, energy in found.items():
             noise[layers].append(energy)
     return _choose(exported, noise, widths, average_bits, {layer: low[layer] for layer in low.keys() - free})
@@ -173,10 +174,6 @@ def _checked(candidates: Sequence[int], average_bits: float) -> tuple[int, ...]:
             "between them, or other candidates"
         )
     return widths
-
-
-def _part_of(on_progress: OnProgress, part: int, parts: int) -> OnProgress:
-    return lambda done, total: on_progress(part * total + done, parts * total)
 
 
 def _noise(

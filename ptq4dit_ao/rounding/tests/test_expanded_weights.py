@@ -29,11 +29,11 @@ GPTQ = {"weight_bits": 4, "rounding": "gptq", "sequential": True}
 
 
 @pytest.fixture
-def prepare(tiny_exported, tiny_samples, duplicate):
+def prepare(prepare, tiny_samples):
+    """``prepare(**options)``: the tiny DiT, calibrated and, if the options ask for it, rounded layer by layer."""
+
     def run(**options):
-        prepared = prepare_pt2e(duplicate(tiny_exported), PTQ4DiTQuantizer(**options))
-        for sample in tiny_samples:
-            prepared(*sample)
+        prepared = prepare(**options)
         if options.get("sequential"):
             round_sequentially(prepared, tiny_samples)
         return prepared

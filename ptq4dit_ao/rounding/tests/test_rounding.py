@@ -31,19 +31,6 @@ W4 = {"weight_bits": 4}
 
 
 @pytest.fixture
-def prepare(tiny_exported, tiny_samples, duplicate):
-    """``prepare(**options)``: the tiny DiT, calibrated."""
-
-    def run(**options):
-        prepared = prepare_pt2e(duplicate(tiny_exported), PTQ4DiTQuantizer(**options))
-        for sample in tiny_samples:
-            prepared(*sample)
-        return prepared
-
-    return run
-
-
-@pytest.fixture
 def layer_by_layer(prepare, tiny_samples):
     def run(**options):
         prepared = prepare(sequential=True, **options)
