@@ -150,7 +150,7 @@ class BalancedForNNCF:
     def _need_eight_bits(self, function: str, instead: str) -> None:
         plans = [plan for plan in self.plans.values() if not plan.skip]
         static = [plan for plan in plans if not plan.is_dynamic]
-        if not static:
+        if plans and not static:
             raise LoweringError(
                 f"{function} calibrates one range for each input, and the recipe gives all of them dynamic ones; "
                 f"{instead}"

@@ -141,3 +141,11 @@ def test_without_nncf_a_line_says_how_to_get_it(ready, monkeypatch):
     for method in (ready.quantize, ready.quantize_pt2e):
         with pytest.raises(MissingDependencyError, match=r"'nncf' is not installed; .*ptq4dit-ao\[openvino\]"):
             method()
+
+
+def test_a_recipe_that_skips_every_layer_leaves_nncf_nothing_to_refuse(tiny_exported, tiny_samples):
+    recipe = Recipe(overrides=(Override(pattern="*", skip=True),))
+    ready = balance_for_nncf(tiny_exported, recipe, tiny_samples)
+    assert all(plan.skip for plan in ready.plans.values())
+    _, nodes = run(ready, nncf.quantize(**ready.quantize()))
+    assert integer(nodes, "FullyConnected") == 0
